@@ -1,0 +1,1 @@
+"""The method, its training, its evaluation and its command line."""

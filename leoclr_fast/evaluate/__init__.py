@@ -1,0 +1,1 @@
+"""What a pretrained backbone is worth: one evaluator per file."""
