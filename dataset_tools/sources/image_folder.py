@@ -1,0 +1,94 @@
+"""A folder of images: [split/]CLASS/**/name.ext."""
+
+from __future__ import annotations
+
+import logging
+import os
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_tools.packed_names import PackedNames
+from dataset_tools.sources.layout import is_hidden, is_image, lay_out
+from dataset_tools.sources.split import ImageSource, Split
+
+logger = logging.getLogger(__name__)
+
+
+class FolderSplit(Split):
+    """Images that are files of their own. Memory: the relative path and 16 bytes for each."""
+
+    def __init__(
+        self, name: str, root: Path, names: PackedNames, labels: NDArray[np.int64], classes: tuple[str, ...]
+    ) -> None:
+        self.name, self.root, self.names, self.labels, self.classes = name, root, names, labels, classes
+
+    def read(self, index: int) -> bytes:
+        name = self.names[index]
+        try:
+            with open(os.path.join(self.root, name), "rb", buffering=0) as file:
+                return file.read()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot read sample {name!r} of {self.root}: {error.strerror}"
+            ) from error
+
+
+def open_image_folder(root: Path) -> ImageSource:
+    """All images below `root`, in the order of torchvision's ImageFolder (of each split folder).
+
+    Raises ValueError if there is none (see `layout.lay_out`), OSError if a folder cannot be read.
+    """
+    files = scan(root)
+    layout = lay_out({folder: len(names) for folder, names in files.items()}, f"the folder {root}")
+    splits: dict[str, Split] = {}
+    for split, folders in layout.splits.items():
+        names = PackedNames(chain.from_iterable(_joined(folder, files[folder]) for folder, _ in folders))
+        labels = np.repeat(
+            np.array([label for _, label in folders], dtype=np.int64),
+            [len(files[folder]) for folder, _ in folders],
+        )
+        splits[split] = FolderSplit(split, root, names, labels, layout.classes)
+    return ImageSource(path=root, kind="image folder", splits=splits, classes=layout.classes)
+
+
+def scan(root: Path) -> dict[str, PackedNames]:
+    """Every folder below `root` (path relative to it, "" itself) → the sorted names of the images right
+    inside.
+
+    Follows links, except one that leads back to a folder it is inside of.
+    """
+    found: dict[str, PackedNames] = {}
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        path = os.path.join(root, folder)
+        status = os.stat(path)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            logger.warning("the link %s leads back to a folder it is in, and is not followed", path)
+            continue
+        images: list[str] = []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if _is_folder(entry):
+                    waiting.append((f"{folder}/{entry.name}" if folder else entry.name, above | {identity}))
+                elif is_image(entry.name):
+                    images.append(entry.name)
+        found[folder] = PackedNames(sorted(images))
+    return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _joined(folder: str, names: PackedNames) -> list[str]:
+    return [f"{folder}/{name}" if folder else name for name in names]

@@ -1,0 +1,31 @@
+"""Recognises what a path holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dataset_tools.sources.image_folder import open_image_folder
+from dataset_tools.sources.split import ImageSource
+from dataset_tools.sources.tar_archive import open_tar
+
+ALLOWED = (
+    "a folder [train/|val/|test/|unlabeled/]CLASS/name.jpg, a tar of one (plain, .gz, .bz2, .xz), or a "
+    "folder with CIFAR-10, CIFAR-100 or STL-10 files"
+)
+
+
+def open_source(path: str | os.PathLike[str]) -> ImageSource:
+    """Opens any source of images.
+
+    Raises FileNotFoundError if there is nothing at `path`, ValueError if it is nothing that can be read as
+    images, OSError if it cannot be read at all; the message says what to do.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise FileNotFoundError(f"there is nothing at {place}. Give the path of {ALLOWED}.")
+    if place.is_dir():
+        return open_image_folder(place)
+    if place.is_file():
+        return open_tar(place)
+    raise ValueError(f"{place} is neither a file nor a folder. Give the path of {ALLOWED}.")

@@ -1,0 +1,107 @@
+"""What every source looks like from outside: `ImageSource` and its `Split`s."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dataset_tools.packed_names import PackedNames
+
+SPLIT_ORDER = ("train", "val", "test", "unlabeled")
+UNLABELED = -1
+
+
+class Split(ABC):
+    """N encoded images with labels and names, in a fixed order.
+
+    `labels` int64 [N], ranks in `classes`, or -1 where there is no label; `names` are paths inside the source
+    ("train/cat/0001.jpg"), unique. Splits can be pickled, forked and read from several threads at once.
+    """
+
+    name: str
+    labels: NDArray[np.int64]
+    names: Sequence[str]
+    classes: tuple[str, ...]
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The encoded image (JPEG, PNG …). Raises OSError, naming the sample, if it is gone or cut short."""
+
+    def subset(self, indices: ArrayLike) -> Split:
+        """A view of the samples at `indices` (integers [M], in [0, N), distinct or not), in that order."""
+        return SubsetSplit(self, checked_indices(indices, len(self)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}: {len(self)} images, {len(self.classes)} classes>"
+
+
+class SubsetSplit(Split):
+    """Some samples of another split. Its memory: 16 bytes and the name for each sample."""
+
+    def __init__(self, parent: Split, indices: NDArray[np.int64]) -> None:
+        self.parent, self.indices = parent, indices
+        self.name, self.classes = parent.name, parent.classes
+        self.labels = parent.labels[indices]
+        names = parent.names if isinstance(parent.names, PackedNames) else PackedNames(parent.names)
+        self.names = names.select(indices)
+
+    def read(self, index: int) -> bytes:
+        return self.parent.read(int(self.indices[index]))
+
+    def subset(self, indices: ArrayLike) -> Split:
+        return SubsetSplit(self.parent, self.indices[checked_indices(indices, len(self))])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource:
+    """A data set: its splits and the one class list they share."""
+
+    path: Path
+    kind: str
+    """What was recognised: "image folder", "tar", "CIFAR-10", "CIFAR-100", "STL-10"."""
+    splits: dict[str, Split]
+    """In the order train, val, test, unlabeled; only those that hold images."""
+    classes: tuple[str, ...]
+    """Sorted by name. Empty if nothing is labelled."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over split names, sample names and labels, not over the images: is this the same
+        data?
+        """
+        digest = hashlib.sha256()
+        for name, split in self.splits.items():
+            names = split.names if isinstance(split.names, PackedNames) else PackedNames(split.names)
+            digest.update(f"{name} {len(split)}\n".encode())
+            digest.update(names.blob)
+            digest.update(names.offsets.astype("<i8").tobytes())
+            digest.update(split.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
+        return f"{self.kind} {self.path} ({sizes}; {len(self.classes)} classes)"
+
+
+def checked_indices(indices: ArrayLike, size: int) -> NDArray[np.int64]:
+    """`indices` as int64 [M]. Raises ValueError if not integers in one dimension, IndexError out of [0,
+    size).
+    """
+    given = np.asarray(indices)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise ValueError(
+            f"indices must be integers in one dimension, not {given.dtype} of shape {given.shape}"
+        )
+    if given.size and (given.min() < 0 or given.max() >= size):
+        raise IndexError(f"indices from {given.min()} to {given.max()} do not fit a split of {size} images")
+    return given.astype(np.int64)

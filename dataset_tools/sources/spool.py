@@ -1,0 +1,143 @@
+"""The cache folder: compressed tars are unpacked into it once; indices of large tars are kept there."""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import fcntl
+import gzip
+import hashlib
+import logging
+import lzma
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+from zipfile import BadZipFile
+
+from dataset_tools.sources.tar_index import DamagedArchiveError, TarIndex
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 16 << 20
+SPARE_BYTES = 256 << 20
+"""Left free on the disk of the cache folder."""
+INDEX_KEPT_FROM = 10_000
+"""Images in a plain tar from which on its index is kept: reading the headers takes a quarter of a second."""
+
+DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
+"""First bytes of a file → what opens it."""
+
+
+def cache_folder() -> Path:
+    """$LEOCLR_CACHE, else $XDG_CACHE_HOME/leoclr-fast, else ~/.cache/leoclr-fast. It may be deleted at any
+    time.
+    """
+    if chosen := os.environ.get("LEOCLR_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leoclr-fast"
+
+
+def compression(head: bytes) -> bytes | None:
+    """The key of DECOMPRESSORS for a file that begins with `head`."""
+    return next((magic for magic in DECOMPRESSORS if head.startswith(magic)), None)
+
+
+def plain_tar(archive: Path) -> tuple[Path, TarIndex]:
+    """The uncompressed tar, which is `archive` itself or its copy in the cache folder, and its index.
+
+    One process unpacks, others wait for it. The copy appears whole or not at all, and is found again by path,
+    size and modification time. Raises DamagedArchiveError if the archive is unusable, OSError if there is no room
+    for the copy.
+    """
+    with open(archive, "rb") as file:
+        magic = compression(file.read(16))
+    entry = cache_folder() / _key(archive)
+    kept_index = entry.with_name(entry.name + ".npz")
+    if magic is None:
+        if (index := _load(kept_index)) is None:
+            index = TarIndex.build(archive)
+            if len(index.names) >= INDEX_KEPT_FROM:
+                with suppress(OSError), _alone(entry):
+                    index.save(kept_index)
+        return archive, index
+    with _alone(entry):
+        if not entry.exists():
+            partial = entry.with_name(entry.name + ".partial")
+            try:
+                _unpack(archive, magic, partial)
+                TarIndex.build(partial).save(kept_index)
+                os.replace(partial, entry)
+            finally:
+                partial.unlink(missing_ok=True)
+        if (index := _load(kept_index)) is None:
+            index = TarIndex.build(entry)
+            index.save(kept_index)
+    return entry, index
+
+
+def _key(archive: Path) -> str:
+    status = archive.stat()
+    identity = f"{archive.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{archive.name.split('.')[0]}-{digest[:16]}.tar"
+
+
+def _load(kept_index: Path) -> TarIndex | None:
+    try:
+        return TarIndex.load(kept_index)
+    except OSError:
+        return None
+    except (ValueError, KeyError, BadZipFile) as error:
+        logger.warning("the index %s cannot be read (%s) and is made again", kept_index, error)
+        return None
+
+
+@contextmanager
+def _alone(entry: Path) -> Iterator[None]:
+    """While this process holds the lock of a cache entry."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(entry.with_name(entry.name + ".lock"), "wb")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the cache folder {entry.parent} cannot be written ({error.strerror}); set LEOCLR_CACHE to "
+            "another one",
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _unpack(archive: Path, magic: bytes, target: Path) -> None:
+    logger.info("unpacking %s once, into %s", archive, target.parent)
+    with open(target, "wb") as output, DECOMPRESSORS[magic](archive, "rb") as packed:
+        for chunk in _chunks(packed):
+            if shutil.disk_usage(target.parent).free < SPARE_BYTES + len(chunk):
+                raise OSError(
+                    errno.ENOSPC,
+                    f"no room to unpack {archive}: {target.parent} has less than {SPARE_BYTES >> 20} MiB left "
+                    f"after {output.tell() / 2**30:.1f} GiB; free some, or set LEOCLR_CACHE to a folder on a "
+                    "larger disk",
+                )
+            output.write(chunk)
+        output.flush()
+        os.fsync(output.fileno())
+
+
+def _chunks(packed: IO[bytes]) -> Iterator[bytes]:
+    try:
+        while chunk := packed.read(CHUNK_BYTES):
+            yield chunk
+    except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's error, not the decompressor's
+            raise
+        raise DamagedArchiveError(f"it is damaged or cut short: {error}") from error

@@ -1,0 +1,66 @@
+"""Which images pretraining sees, and which ones the kNN evaluation compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dataset_tools.sources.split import UNLABELED, ImageSource, Split
+from dataset_tools.subsets import class_balanced_order, rank_in_class
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSplits:
+    """`bank` and `queries` are labelled, disjoint, or both None; pretraining never sees the queries."""
+
+    pretrain: Split
+    bank: Split | None
+    queries: Split | None
+    note: str
+    """A sentence for the user where something is held out or cannot be evaluated, else ""."""
+
+
+def choose_splits(
+    source: ImageSource, *, holdout_seed: int = 0, holdout_fraction: float = 0.1
+) -> EvaluationSplits:
+    """Pretraining: `unlabeled`, else `train`. Bank: `train`. Queries: `val`, else `test`, else a part of
+    `train`.
+
+    That part, `holdout_fraction` of train, is class-balanced, takes at most half of any class, and is held
+    out of pretraining and of the bank. Raises ValueError if there is neither train nor unlabeled, or for the
+    fraction.
+    """
+    if not 0 < holdout_fraction <= 0.5:
+        raise ValueError(f"holdout_fraction must be above 0 and at most 0.5, not {holdout_fraction}")
+    train = source.splits.get("train")
+    pretrain = source.splits.get("unlabeled", train)
+    if pretrain is None:
+        raise ValueError(
+            f"{source} has neither a train nor an unlabeled split, so there is nothing to pretrain on."
+        )
+    if train is None or not _labelled(train):
+        note = f"{source.path} has no labelled train images, so no kNN accuracy is computed."
+        return EvaluationSplits(pretrain=pretrain, bank=None, queries=None, note=note)
+    for name in ("val", "test"):
+        if name in source.splits and _labelled(source.splits[name]):
+            return EvaluationSplits(pretrain=pretrain, bank=train, queries=source.splits[name], note="")
+
+    class_sizes = np.bincount(train.labels)
+    spare = rank_in_class(train.labels, holdout_seed) < class_sizes[train.labels] // 2
+    order = class_balanced_order(train.labels, holdout_seed)
+    held_out = np.sort(order[spare[order]][: max(1, round(len(train) * holdout_fraction))])
+    if not len(held_out):
+        note = f"{source.path} has no class of two images or more, so no kNN accuracy is computed."
+        return EvaluationSplits(pretrain=pretrain, bank=None, queries=None, note=note)
+    bank = train.subset(np.setdiff1d(np.arange(len(train)), held_out))
+    note = (
+        f"{source.path} has no labelled val or test split: {len(held_out):,} of its {len(train):,} train "
+        f"images (class-balanced, seed {holdout_seed}) are held out of pretraining and are kNN's queries."
+    )
+    pretrain = bank if pretrain is train else pretrain
+    return EvaluationSplits(pretrain=pretrain, bank=bank, queries=train.subset(held_out), note=note)
+
+
+def _labelled(split: Split) -> bool:
+    return len(split) > 0 and bool((split.labels != UNLABELED).all())

@@ -1,0 +1,60 @@
+"""Class-balanced order and subsets: the same for ever, on every machine, for a given seed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def class_balanced_order(labels: ArrayLike, seed: int) -> NDArray[np.int64]:
+    """A permutation, int64 [N], of which every prefix is as class-balanced as its classes allow.
+
+    Round robin over the classes (-1, unlabelled, is one of them): in each round every class that is not used
+    up gives one sample, by a seeded shuffle; the order of the classes in a round is shuffled, too. Any two
+    prefixes are nested. `labels`: integers [N]. `seed`: any integer, taken modulo 2^64. Raises ValueError if
+    labels are anything else.
+    """
+    rank = rank_in_class(labels, seed)
+    return np.lexsort((_hash(seed, len(rank), stream=1), rank)).astype(np.int64)
+
+
+def class_balanced_subset(labels: ArrayLike, count: int, seed: int) -> NDArray[np.int64]:
+    """The first `count` of class_balanced_order, sorted: int64 [count]. Raises ValueError unless 0 <= count
+    <= N.
+    """
+    order = class_balanced_order(labels, seed)
+    if not 0 <= count <= len(order):
+        raise ValueError(f"cannot take {count} of {len(order)} samples; give a count from 0 to {len(order)}")
+    return np.sort(order[:count])
+
+
+def rank_in_class(labels: ArrayLike, seed: int) -> NDArray[np.int64]:
+    """int64 [N]: the place, from 0, of each sample in the seeded shuffle of its class."""
+    given = np.asarray(labels)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise ValueError(
+            f"labels must be integers in one dimension, not {given.dtype} of shape {given.shape}"
+        )
+    by_class = np.lexsort((_hash(seed, len(given), stream=0), given))
+    sizes = np.unique(given, return_counts=True)[1]
+    rank = np.empty(len(given), dtype=np.int64)
+    rank[by_class] = np.arange(len(given)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return rank
+
+
+def _hash(seed: int, count: int, stream: int) -> NDArray[np.uint64]:
+    """uint64 [count]: the SplitMix64 sequence from a state made of (seed, stream). All values differ.
+
+    (Steele, Lea and Flood 2014.) Written out, since numpy's Generator may change its streams between
+    versions.
+    """
+    state = _mix(_mix(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(stream))
+    return _mix(state + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN))
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
