@@ -1,0 +1,60 @@
+"""The encoders: torchvision's ResNets, with a stem for small images and any width, and MoCo-v2's projection head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from leoclr_fast.config import BackboneConfig
+
+_ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+_STAGE_CHANNELS = (64, 128, 256, 512)
+
+
+def build_backbone(config: BackboneConfig) -> ResNet:
+    """A ResNet without its classifier: images [B, 3, S, S] -> features [B, D], D in its `feature_dim`.
+
+    At width 1 with the ImageNet stem, tensors have the names and shapes of torchvision's model of the same name.
+    """
+    block, layers = _ARCHITECTURES[config.arch]
+    network = ResNet(block, list(layers))
+    channels = [max(1, round(width * config.width_multiplier)) for width in _STAGE_CHANNELS]
+    if config.width_multiplier != 1:
+        network.inplanes = channels[0]
+        network.bn1 = nn.BatchNorm2d(channels[0])
+        for stage, (width, depth) in enumerate(zip(channels, layers, strict=True), start=1):
+            stride = 1 if stage == 1 else 2
+            setattr(network, f"layer{stage}", network._make_layer(block, width, depth, stride=stride))
+    if config.stem == "small":
+        network.conv1 = nn.Conv2d(3, channels[0], kernel_size=3, stride=1, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    elif config.width_multiplier != 1:
+        network.conv1 = nn.Conv2d(3, channels[0], kernel_size=7, stride=2, padding=3, bias=False)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    network.feature_dim = channels[-1] * block.expansion
+    network.fc = nn.Identity()
+    return network
+
+
+class Encoder(nn.Module):
+    """Backbone and two-layer projection head: images [B, 3, S, S] -> unit vectors [B, projection_dim]."""
+
+    def __init__(self, config: BackboneConfig, projection_dim: int) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config)
+        dim = self.backbone.feature_dim
+        self.projection_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, projection_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        projection = self.projection_head(self.backbone(images))
+        # Half precision would lose the unit length.
+        wide = projection.float() if projection.dtype in (torch.float16, torch.bfloat16) else projection
+        return F.normalize(wide, dim=1)

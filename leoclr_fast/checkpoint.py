@@ -1,0 +1,115 @@
+"""Checkpoints: written whole or not at all, with a checksum, and loaded without running anything they hold.
+
+`checkpoints/step-00000123/` holds `state.pt` and `SHA256SUMS` (as of sha256sum). The folder appears under its name by
+one rename, after both files are on the disk, so a name without a dot is a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_STATE, _SUMS = "state.pt", "SHA256SUMS"
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint whose files are missing, cut short or changed."""
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `state` as the checkpoint of `step` in `folder` and delete all but the `keep` newest.
+
+    Raises OSError if it cannot be written (a full disk, say); what was there before is then untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write_synced(temporary / _STATE, content)
+        _write_synced(temporary / _SUMS, f"{hashlib.sha256(content).hexdigest()}  {_STATE}\n".encode())
+        if final.exists():  # a damaged one, or one that a resumed run has reached again
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        newest = list_checkpoints(folder)[-1:]
+        kept = f"the last good checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
+        raise OSError(error.errno, f"cannot write checkpoint {final}: {error.strerror}; {kept}") from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state in a checkpoint, its checksum verified, with `weights_only=True`.
+
+    Raises FileNotFoundError if there is none, DamagedCheckpointError if it is not whole.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}; give a folder such as RUN/checkpoints/step-00000123")
+    try:
+        content = (path / _STATE).read_bytes()
+        expected = (path / _SUMS).read_text().split()[0]
+    except (OSError, IndexError) as error:
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {error}") from error
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise DamagedCheckpointError(
+            f"checkpoint {path} is damaged: {_STATE} ({len(content)} bytes) does not have the checksum in {_SUMS}; "
+            "it was cut short or changed. Delete that folder to resume from the one before."
+        )
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    return state
+
+
+def load_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint in `folder`, or None if there never was one; damaged ones are passed over, loudly.
+
+    Raises DamagedCheckpointError if there are checkpoints but none is whole.
+    """
+    checkpoints = list_checkpoints(folder)
+    damaged = []
+    for path in reversed(checkpoints):
+        try:
+            return path, load_checkpoint(path)
+        except DamagedCheckpointError as error:
+            log.warning("%s Trying the one before.", error)
+            damaged.append(path.name)
+    if damaged:
+        raise DamagedCheckpointError(
+            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}); delete the run folder to start again"
+        )
+    return None
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,188 @@
+"""What a run is made of, in three parts: what changes the result, what changes only the speed, what is watched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from leoclr_fast.losses.info_nce import InfoNCEImpl
+from leoclr_fast.schedules import LearningRateSchedule
+from pipelines.config import LoaderConfig, ViewConfig
+
+LR_REFERENCE_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneConfig:
+    """The network that is pretrained."""
+
+    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """imagenet: 7x7 stride 2 and max-pooling. small: 3x3 stride 1 and no pooling, for images of 32 to 96 pixels."""
+    width_multiplier: float = 1.0
+    """Multiplies the number of channels of every layer."""
+
+    def __post_init__(self) -> None:
+        if not self.width_multiplier > 0:
+            raise ValueError(f"width multiplier {self.width_multiplier} is not allowed: give a positive number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodConfig:
+    """LeOCLR or MoCo-v2. The defaults are MoCo-v2's published values, where the LeOCLR paper is silent."""
+
+    name: Literal["leoclr", "mocov2"] = "leoclr"
+    projection_dim: int = 128
+    """Output of the two-layer projection head."""
+    queue_size: int = 65_536
+    """Negative keys."""
+    key_momentum: float = 0.999
+    """Momentum of the key encoder's moving average."""
+    temperature: float = 0.2
+    loss_reduction: Literal["sum", "mean"] = "sum"
+    """Over the positives of a query. sum is eq. 2 of the paper, and doubles LeOCLR's gradient against MoCo-v2's at
+    the same learning rate; mean does not. With one positive (MoCo-v2) there is no difference."""
+    enqueue: Literal["first", "all"] = "first"
+    """Whose keys enter the queue: those of the first crop (the queue is as old, and holds as many images, as
+    MoCo-v2's), or those of all crops."""
+    key_batchnorm: Literal["shuffle", "split", "sync", "ema", "plain"] = "shuffle"
+    """Batch-norm of the key encoder. shuffle: over images shuffled between ranks (on one rank the same as split).
+    split: over seeded random groups within a rank. sync: over the global batch. ema: averaged running statistics
+    (EMAN, CVPR 2021). plain: over each rank's batch."""
+    key_batchnorm_group: int = 32
+    """split: least number of images in a group; MoCo-v2 had 32 on each of 8 GPUs."""
+    key_passes: Literal["separate", "joint"] = "separate"
+    """separate: one forward of the key encoder for each crop (Algorithm 1). joint: one forward for all of them, with
+    batch statistics over all of them."""
+
+    def __post_init__(self) -> None:
+        if self.queue_size < 1:
+            raise ValueError(f"queue size {self.queue_size} is not allowed: give at least one batch")
+        if not 0 <= self.key_momentum <= 1:
+            raise ValueError(f"key momentum {self.key_momentum} is not allowed: give a number from 0 to 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature} is not allowed: give a positive number")
+        if self.projection_dim < 1:
+            raise ValueError(f"projection dim {self.projection_dim} is not allowed: give at least 1")
+        if self.key_batchnorm_group < 1:
+            raise ValueError(f"key batchnorm group {self.key_batchnorm_group} is not allowed: give at least 1 image")
+
+    @property
+    def num_keys(self) -> int:
+        """Momentum-encoded views of each image."""
+        return 2 if self.name == "leoclr" else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """SGD."""
+
+    base_lr: float = 0.03
+    """Learning rate for a global batch of 256; the run's `lr` is base_lr * batch_size / 256."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    """On every parameter, as MoCo-v2."""
+    schedule: LearningRateSchedule = "cosine_per_epoch"
+
+    def __post_init__(self) -> None:
+        if not self.base_lr > 0:
+            raise ValueError(f"base_lr {self.base_lr} is not allowed: give a positive number")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum {self.momentum} is not allowed: give a number from 0 to below 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight decay {self.weight_decay} is not allowed: give 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultConfig:
+    """Everything that changes the result. Two runs that agree here, on the same data, learn the same thing."""
+
+    epochs: int = 200
+    batch_size: int = 256
+    """Images per step over all ranks: the global batch."""
+    seed: int = 0
+    max_images: int | None = None
+    """Pretrain on at most this many images, a class-balanced choice; all if not given."""
+    holdout_seed: int = 0
+    """Draws the images held out for kNN where the data has no val or test split."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"{self.epochs} epochs are not allowed: give --epochs of at least 1")
+        if self.batch_size < 1:
+            raise ValueError(f"batch size {self.batch_size} is not allowed: give a global --batch-size of at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} is not allowed: give a number from 0 to 2**63 - 1")
+        if self.max_images is not None and self.max_images < 1:
+            raise ValueError(f"--max-images {self.max_images} is not allowed: give at least 1")
+        enqueued = self.batch_size * (self.method.num_keys if self.method.enqueue == "all" else 1)
+        if self.method.queue_size < enqueued:
+            raise ValueError(
+                f"a queue of {self.method.queue_size} keys is smaller than the {enqueued} keys of one step; "
+                f"give --method.queue-size of at least {enqueued}, or a smaller --batch-size"
+            )
+
+    @property
+    def lr(self) -> float:
+        """Initial learning rate of this run: base_lr * batch_size / 256 (linear scaling)."""
+        return self.optimizer.base_lr * self.batch_size / LR_REFERENCE_BATCH_SIZE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedConfig:
+    """Everything that changes only the speed: the loss curve stays the same up to rounding."""
+
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Of the encoders: bf16 and fp16 by autocast with float32 weights; fp64 throughout, as a truth to compare with."""
+    channels_last: bool = True
+    """Memory format of the encoders."""
+    loss_impl: InfoNCEImpl = "auto"
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MonitorConfig:
+    """What is watched and kept on the way; the weights do not depend on it."""
+
+    knn_every_epochs: int = 10
+    """Evaluate kNN before the first epoch, after every so many, and at the end; 0 only before and at the end."""
+    knn_k: int = 200
+    """Neighbours that vote (MoCo's CIFAR demo: 200)."""
+    knn_temperature: float = 0.1
+    """Weight of a neighbour: exp(cosine similarity / temperature)."""
+    log_every_steps: int = 10
+    """Steps between two looks at the metrics; every step's loss is kept."""
+    checkpoint_every_epochs: int = 1
+    """A checkpoint is also written at the end."""
+    checkpoint_every_steps: int | None = None
+    """Further checkpoints within an epoch."""
+    keep_checkpoints: int = 2
+    """The newest so many are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("knn_k", "log_every_steps", "checkpoint_every_epochs", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give at least 1")
+        if self.knn_every_epochs < 0:
+            raise ValueError(f"knn_every_epochs {self.knn_every_epochs} is not allowed: give 0 or more")
+        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
+            raise ValueError(f"checkpoint_every_steps {self.checkpoint_every_steps} is not allowed: give at least 1")
+        if not self.knn_temperature > 0:
+            raise ValueError(f"knn_temperature {self.knn_temperature} is not allowed: give a positive number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A whole run; a recipe returns one."""
+
+    recipe: str
+    """The recipe this configuration started from."""
+    result: ResultConfig
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)

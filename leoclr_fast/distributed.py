@@ -1,0 +1,101 @@
+"""Ranks under torchrun: set-up, and the few collectives that training needs. With one rank each is a no-op."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipelines.order import rank_slice
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among all of a run."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def local_size(self, global_size: int) -> int:
+        """This rank's share of a global batch."""
+        part = rank_slice(global_size, self.rank, self.world_size)
+        return part.stop - part.start
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors over the ranks, in place, as one flat buffer: its layout, and so the order of summation, is
+        the same in every step and after every resume."""
+        if self.world_size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+
+    def all_gather_rows(self, rows: Tensor, global_size: int) -> Tensor:
+        """Rows of all ranks in rank order, [global_size, ...]; each rank gives its `local_size` of them."""
+        if self.world_size == 1:
+            return rows
+        largest = -(-global_size // self.world_size)
+        padded = rows.new_zeros(largest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        slices = [rank_slice(global_size, rank, self.world_size) for rank in range(self.world_size)]
+        return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, slices, strict=True)])
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the process group that torchrun announced in the environment, if any, and leave it at the end.
+
+    device: `auto`, `cpu`, `cuda` or `cuda:N`. Yields this process's `Ranks` and its device.
+    Raises ValueError for a device that this machine does not have.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = resolve_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield Ranks(), chosen
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size()), chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def resolve_device(device: str, local_rank: int = 0) -> torch.device:
+    """The torch device that a `--device` means for the rank `local_rank` of this machine."""
+    num_gpus = torch.cuda.device_count()
+    if device == "auto":
+        device = "cuda" if num_gpus else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {device!r}; choose auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; choose auto, cpu, cuda or cuda:N")
+    if chosen.type == "cpu":
+        return chosen
+    index = local_rank if chosen.index is None else chosen.index
+    if index >= num_gpus:
+        raise ValueError(f"--device {device} means GPU {index}, but this machine has {num_gpus}; choose --device cpu")
+    return torch.device("cuda", index)

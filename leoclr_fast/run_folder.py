@@ -1,0 +1,180 @@
+"""A run on disk: config, environment, metrics, checkpoints, final weights. Only one process may write to it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import leoclr_fast
+from leoclr_fast.config import RunConfig
+from leoclr_fast.config_file import from_yaml, to_yaml
+
+_PACKAGES = ("leoclr-fast", "torch", "torchvision", "numpy", "pillow", "numba", "triton", "nvidia-dali-cuda130", "ffcv")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The files of a run, see ARCHITECTURE: `config.yaml`, `environment.json`, `metrics.jsonl`, `summary.json`,
+    `checkpoints/`, `final.safetensors`."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final_weights(self) -> Path:
+        return self.path / "final.safetensors"
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.config_file.is_file()
+
+    def create(self) -> None:
+        """Make the folder. Raises ValueError if it holds other files, is no folder or cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            occupied = [entry.name for entry in os.scandir(self.path) if entry.name != ".lock"]
+            if occupied and not self.exists():
+                raise ValueError(
+                    f"the output folder {self.path} holds other files ({', '.join(sorted(occupied)[:3])}…) and no run; "
+                    "give --out a new or empty folder"
+                )
+            self.checkpoints.mkdir(exist_ok=True)
+            probe = self.path / ".write-probe"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"cannot write to the output folder {self.path}: {error.strerror}") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against a second writer. Raises RuntimeError if another process holds it."""
+        with open(self.path / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RuntimeError(f"another process is writing to {self.path}; wait for it or choose another --out") from error
+            yield
+
+    def write_config(self, config: RunConfig) -> None:
+        write_atomically(self.config_file, to_yaml(config).encode())
+
+    def read_config(self) -> RunConfig:
+        """Raises FileNotFoundError if there is no run here, ValueError if its config cannot be understood."""
+        if not self.exists():
+            raise FileNotFoundError(f"{self.path} is not a run folder: it has no config.yaml; give the --out of a pretrain")
+        return from_yaml(RunConfig, self.config_file.read_text(), str(self.config_file))
+
+    def write_environment(self, device: torch.device, world_size: int) -> None:
+        write_json(self.path / "environment.json", environment(device, world_size))
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop what was logged after `step`: a resumed run logs it again. A half-written last line goes too."""
+        if not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        write_atomically(self.metrics_file, "".join(kept).encode())
+
+    def read_summary(self) -> dict[str, Any]:
+        """What the last orderly end of the run wrote."""
+        summary: dict[str, Any] = json.loads(self.summary_file.read_text())
+        return summary
+
+    def read_metrics(self, kind: str) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl` with this `kind`: step or knn."""
+        if not self.metrics_file.exists():
+            return []
+        records = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        return [record for record in records if record["kind"] == kind]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: temporary file, fsync, rename. Raises OSError, e.g. on a full disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """What a result was made with: versions, hardware, threads, git commit."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "world_size": world_size,
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree that runs, with a `+` if it has changes; None outside a checkout."""
+    source = Path(leoclr_fast.__file__).parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty=+", "--abbrev=40", "--match="]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

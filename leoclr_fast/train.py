@@ -1,0 +1,386 @@
+"""Pretraining: the loop, with one visible step.
+
+Legend: B images of this rank, V views, S side of a view, D projection, P keys of each query.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.utils import get_total_norm
+
+from dataset_tools.sources import open_source
+from dataset_tools.splits import choose_splits
+from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint, load_newest_checkpoint, save_checkpoint
+from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, RunConfig
+from leoclr_fast.config_file import as_plain, differing_fields
+from leoclr_fast.distributed import Ranks, process_group
+from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation, limited
+from leoclr_fast.export import save_backbone
+from leoclr_fast.methods import METHODS
+from leoclr_fast.precision import encoder_dtype, encoder_precision
+from leoclr_fast.run_folder import RunFolder, write_json
+from leoclr_fast.schedules import learning_rate
+from leoclr_fast.telemetry import MetricsLog, NonFiniteLossError, ProgressDisplay, StepMetrics, TrainingClock
+from leoclr_fast.training_state import TrainingState
+from pipelines.augment import augmented_views
+from pipelines.batch import CropBatch
+from pipelines.factory import make_loader, settle_loader
+from pipelines.loader import Loader
+from pipelines.order import TrainOrder
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(
+    config: RunConfig,
+    data: Path,
+    out: Path,
+    *,
+    resume: str = "auto",
+    max_steps: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Pretrain on the images of `data` and leave everything in the run folder `out`.
+
+    resume: `auto` continues a run in `out` of the same configuration, `never` wants an empty folder, a path is the
+    checkpoint to start from. max_steps: stop when so many steps are done; the run can be continued.
+    Returns the summary: run, epochs, steps, images_per_s (without evaluation), final_loss, knn_top1 (percent, None
+    without labels), knn_top1_untrained, data_wait_fraction.
+    Raises ValueError for what the user can mend, NonFiniteLossError, OSError (a full disk).
+    """
+    with process_group(config.speed.device) as (ranks, device), ExitStack() as stack:
+        source = open_source(data)
+        splits = choose_splits(source, holdout_seed=config.result.holdout_seed)
+        split = limited(splits.pretrain, config.result.max_images)
+        order = TrainOrder(
+            num_images=len(split),
+            batch_size=config.result.batch_size,
+            seed=config.result.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        total_steps = config.result.epochs * order.steps_per_epoch
+        folder = RunFolder(out)
+        if ranks.is_main:
+            folder.create()
+            stack.enter_context(folder.locked())
+        ranks.barrier()
+
+        training = TrainingState.fresh(config, ranks, device)
+        _resume(training, config, folder, source.fingerprint, resume)
+        ranks.barrier()
+        if ranks.is_main:
+            folder.keep_metrics_until(training.step)
+            folder.write_config(config)
+            folder.write_environment(device, ranks.world_size)
+
+        display = ProgressDisplay(console or Console(), total_steps, enabled=ranks.is_main)
+        stack.callback(display.close)
+        for line in (splits.note, _headline(config, len(split), order.steps_per_epoch, device, ranks)):
+            if line:
+                display.say(line)
+        loader_config = settle_loader(split, config.speed.loader)
+        loader = stack.enter_context(
+            make_loader(
+                split,
+                METHODS[config.result.method.name].views,
+                config.result.views,
+                loader_config,
+                order,
+                seed=config.result.seed,
+                device=device,
+            )
+        )
+        knn = stack.enter_context(
+            knn_evaluation(
+                splits,
+                views=config.result.views,
+                loader=loader_config,
+                batch_size=config.result.batch_size,
+                k=config.monitor.knn_k,
+                temperature=config.monitor.knn_temperature,
+                precision=config.speed.precision,
+                device=device,
+                ranks=ranks,
+                max_images=config.result.max_images,
+            )
+        )
+        metrics_log = MetricsLog(folder.metrics_file, enabled=ranks.is_main)
+        stack.callback(metrics_log.close)
+        run = _Run(
+            config=config,
+            folder=folder,
+            training=training,
+            loader=loader,
+            knn=knn,
+            ranks=ranks,
+            display=display,
+            metrics_log=metrics_log,
+            data_fingerprint=source.fingerprint,
+            last_step=total_steps if max_steps is None else min(total_steps, max_steps),
+        )
+        return _train(run)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What the loop works with; all of it is open."""
+
+    config: RunConfig
+    folder: RunFolder
+    training: TrainingState
+    loader: Loader
+    knn: KnnEvaluation | None
+    ranks: Ranks
+    display: ProgressDisplay
+    metrics_log: MetricsLog
+    data_fingerprint: str
+    last_step: int
+
+
+def _train(run: _Run) -> dict[str, Any]:
+    result, speed = run.config.result, run.config.speed
+    training, method, ranks = run.training, run.training.method, run.ranks
+    steps_per_epoch = run.loader.steps_per_epoch
+    share = ranks.local_size(result.batch_size) / result.batch_size  # of the global batch, on this rank
+    weights = list(method.query_encoder.parameters())
+    statistics = [buffer for buffer in method.query_encoder.buffers() if buffer.is_floating_point()]
+    if training.step == 0:
+        _evaluate(run)
+    metrics, clock = StepMetrics(ranks, training.step), TrainingClock(training.step)
+
+    with _stop_signals(enabled=ranks.world_size == 1) as stop:
+        remaining_batches = islice(_batches_from(run.loader, training.step), run.last_step - training.step)
+        for batch in clock.timed(remaining_batches):
+            # ---- a single training step ---------------------------------------------------------------------
+            lr = learning_rate(
+                result.optimizer.schedule, result.lr, training.step, steps_per_epoch, result.epochs
+            )
+            for group in training.optimizer.param_groups:
+                group["lr"] = lr
+            query_view, *key_views = augmented_views(
+                batch, method.views, result.views, seed=result.seed, dtype=encoder_dtype(speed.precision)
+            )  # [B, 3, S, S] each
+            method.update_key_encoder()
+            with encoder_precision(speed.precision, run.loader.device):
+                keys = method.encode_keys(key_views, result.batch_size, result.seed, training.step)  # P x [B, D]
+                query = method.query_encoder(query_view)  # [B, D]
+            loss = method.loss(query, keys, speed.loss_impl) * share
+
+            training.optimizer.zero_grad()
+            training.scaler.scale(loss).backward()
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            if ranks.world_size > 1:
+                torch._foreach_mul_(statistics, share)
+                ranks.all_reduce_sum([*gradients, *statistics])
+            training.scaler.unscale_(training.optimizer)
+            gradient_norm = get_total_norm(gradients)
+            training.scaler.step(training.optimizer)
+            training.scaler.update()
+
+            positive, negative = method.similarities(query, keys)
+            metrics.add(loss, positive * share, negative * share, gradient_norm * share)
+            method.enqueue(keys, result.batch_size)
+            training.step += 1
+            # ---- end of the step ------------------------------------------------------------------------------
+            _between_steps(run, metrics, clock, batch.epoch, lr, stopping=stop.requested)
+            if stop.requested:
+                break
+        clock.stop()
+    if stop.requested:
+        _save(run)
+        raise StoppedBySignal(
+            f"stopped by {stop.name} after step {training.step}; a checkpoint was saved, and the same command "
+            "continues from there"
+        )
+    return _finish(run, clock)
+
+
+def _batches_from(loader: Loader, step: int) -> Iterator[CropBatch]:
+    """The batches of all epochs to come, from the one that follows `step` finished steps."""
+    first_epoch, start_step = divmod(step, loader.steps_per_epoch)
+    for epoch in count(first_epoch):
+        yield from loader.batches(epoch, start_step if epoch == first_epoch else 0)
+
+
+def _between_steps(
+    run: _Run, metrics: StepMetrics, clock: TrainingClock, epoch: int, lr: float, stopping: bool
+) -> None:
+    """Log, evaluate and save, whatever is due after a step. The last step's evaluation and checkpoint come later."""
+    step, monitor = run.training.step, run.config.monitor
+    finished_epochs, step_in_epoch = divmod(step, run.loader.steps_per_epoch)
+    epoch_ends, last = step_in_epoch == 0, step == run.last_step
+    knn_due = epoch_ends and not last and monitor.knn_every_epochs and finished_epochs % monitor.knn_every_epochs == 0
+    save_due = not last and (
+        (epoch_ends and finished_epochs % monitor.checkpoint_every_epochs == 0)
+        or (monitor.checkpoint_every_steps is not None and step % monitor.checkpoint_every_steps == 0)
+    )
+    if metrics.num_steps >= monitor.log_every_steps or knn_due or save_due or last or stopping:
+        _log_metrics(run, metrics, clock, epoch, lr)
+    with clock.paused():
+        if knn_due:
+            _evaluate(run)
+        if save_due:
+            _save(run)
+
+
+def _log_metrics(run: _Run, metrics: StepMetrics, clock: TrainingClock, epoch: int, lr: float) -> None:
+    step = run.training.step
+    try:
+        values = metrics.take()
+    except NonFiniteLossError as error:
+        checkpoints = list_checkpoints(run.folder.checkpoints)
+        kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        raise NonFiniteLossError(
+            f"{error}, in epoch {epoch}; nothing was saved since, {kept}. Lower --optimizer.base-lr or choose another "
+            "--precision."
+        ) from None
+    values |= {
+        "lr": lr,
+        "images_per_s": clock.steps_per_s(step) * run.config.result.batch_size,
+        "data_wait_fraction": clock.data_wait_fraction,
+    }
+    run.metrics_log.write("step", step=step, epoch=epoch, **values)
+    run.display.update(step, epoch, values)
+
+
+def _evaluate(run: _Run) -> None:
+    """kNN of the query encoder's backbone, to the log and the display."""
+    if run.knn is None:
+        return
+    accuracy = run.knn.run(run.training.method.query_encoder.backbone)
+    step = run.training.step
+    run.metrics_log.write(
+        "knn",
+        step=step,
+        epoch=step / run.loader.steps_per_epoch,
+        top1=accuracy.top1,
+        top5=accuracy.top5,
+        k=accuracy.k,
+        temperature=accuracy.temperature,
+    )
+    run.display.say(
+        f"epoch {step / run.loader.steps_per_epoch:g}: kNN top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % "
+        f"(k = {accuracy.k}, temperature {accuracy.temperature:g})"
+    )
+
+
+def _save(run: _Run) -> None:
+    if run.ranks.is_main:
+        state = run.training.state_dict(run.config.result, run.data_fingerprint)
+        save_checkpoint(run.folder.checkpoints, run.training.step, state, run.config.monitor.keep_checkpoints)
+
+
+def _finish(run: _Run, clock: TrainingClock) -> dict[str, Any]:
+    """Evaluate, save, and write what is left of an orderly end; returns the summary."""
+    step, steps_per_epoch = run.training.step, run.loader.steps_per_epoch
+    trained = step > clock.first_step
+    if trained:
+        _evaluate(run)
+        _save(run)
+    if not run.ranks.is_main:
+        return {}
+    complete = step >= run.config.result.epochs * steps_per_epoch
+    if complete:
+        save_backbone(run.folder.final_weights, run.training.method.query_encoder.backbone, run.config)
+    losses, accuracies = run.folder.read_metrics("step"), run.folder.read_metrics("knn")
+    summary = {
+        "run": str(run.folder.path),
+        "recipe": run.config.recipe,
+        "complete": complete,
+        "epochs": step / steps_per_epoch,
+        "steps": step,
+        "images_per_s": clock.steps_per_s(step) * run.config.result.batch_size if trained else None,
+        "final_loss": losses[-1]["loss"] if losses else None,
+        "knn_top1": accuracies[-1]["top1"] if accuracies else None,
+        "knn_top1_untrained": accuracies[0]["top1"] if accuracies and accuracies[0]["step"] == 0 else None,
+        "data_wait_fraction": clock.data_wait_fraction if trained else None,
+        "unreadable_images": {run.loader.split.names[i]: why for i, why in run.loader.unreadable.items()},
+    }
+    if trained or not run.folder.summary_file.exists():
+        write_json(run.folder.summary_file, summary)
+        return summary
+    run.display.say(f"{run.folder.path} is already at step {step}; nothing was left to do")
+    return run.folder.read_summary()
+
+
+def _resume(training: TrainingState, config: RunConfig, folder: RunFolder, data_fingerprint: str, resume: str) -> None:
+    """Load the checkpoint that `--resume` means, if any. Every rank reads it by itself."""
+    if resume == "never":
+        if folder.exists():
+            raise ValueError(
+                f"{folder.path} already holds a run and --resume never forbids to continue it; give another --out"
+            )
+        return
+    if resume != "auto":
+        path = Path(resume)
+        training.load_state_dict(load_checkpoint(path), config.result, data_fingerprint, path)
+        return
+    if folder.exists():
+        saved = folder.read_config()
+        differences = differing_fields(as_plain(saved.result), as_plain(config.result))
+        if differences:
+            raise ValueError(
+                f"{folder.path} holds another run: {'; '.join(differences)}. Give the same options as there to "
+                "continue it, or another --out for a new run."
+            )
+    newest = load_newest_checkpoint(folder.checkpoints)
+    if newest is not None:
+        path, state = newest
+        training.load_state_dict(state, config.result, data_fingerprint, path)
+        log.info("resuming from %s", path)
+
+
+def _headline(config: RunConfig, num_images: int, steps_per_epoch: int, device: torch.device, ranks: Ranks) -> str:
+    result = config.result
+    ranks_text = f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+    return (
+        f"{config.recipe}: {result.method.name}, {result.backbone.arch}, {num_images:,} images of "
+        f"{result.views.image_size} px, {result.epochs} epochs of {steps_per_epoch} steps, batch {result.batch_size}, "
+        f"{device}{ranks_text}, {config.speed.precision}\n"
+        f"learning rate {result.lr:g} = base_lr {result.optimizer.base_lr:g} * batch {result.batch_size} / "
+        f"{LR_REFERENCE_BATCH_SIZE}; loss reduction {result.method.loss_reduction}, key batch-norm "
+        f"{result.method.key_batchnorm}"
+    )
+
+
+class StoppedBySignal(RuntimeError):
+    """SIGINT or SIGTERM ended the run in an orderly way."""
+
+
+@dataclass(slots=True)
+class _StopSignals:
+    requested: bool = False
+    name: str = ""
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested:  # a second one means it
+            raise KeyboardInterrupt
+        self.requested, self.name = True, signal.Signals(number).name
+
+
+@contextmanager
+def _stop_signals(enabled: bool) -> Iterator[_StopSignals]:
+    """SIGINT and SIGTERM set a flag that the loop looks at between steps."""
+    stop = _StopSignals()
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, stop.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

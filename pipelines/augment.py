@@ -1,0 +1,260 @@
+"""MoCo-v2's photometric augmentation: colour jitter, grayscale, Gaussian blur, flip, normalise; one for all backends.
+
+Batched with per-sample parameters, on any device, without a branch that depends on data: every shape is static and
+nothing is read back to the host. Oracle: ``torchvision.transforms.v2.functional`` on float images in [0, 1].
+Legend: M samples, S side of a view.
+
+The four jitter operations come in a random order per sample. Brightness, contrast and saturation are all
+``clamp(factor * x + (1 - factor) * reference)``, with 0, the mean gray or the gray itself as reference, so one
+blend with per-sample factors serves for whichever of them is due; a factor of one changes nothing. Hue is due once:
+the blends that come before it run first, then hue, then the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipelines.batch import CropBatch
+from pipelines.config import ViewConfig
+from pipelines.counter_rng import photometry_stream, uniform
+from pipelines.views import ViewRecipe
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_JITTER_ORDERS = np.array(list(permutations(range(4))))
+_COLUMNS = 13
+_CPU_CHUNK_ELEMENTS = 1 << 17
+_GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's
+
+
+@dataclass(frozen=True, slots=True)
+class AugmentParameters:
+    """One row per sample, in one table so that a single copy brings all of them to the device."""
+
+    table: Tensor
+    """float64 [M, 13]: brightness, contrast, saturation factors, hue shift (turns), the order of the four (four
+    columns: which operation is due at each place), and 0 or 1 for jitter, grayscale, blur, flip; last the blur's
+    sigma (pixels)."""
+
+    @classmethod
+    def from_columns(
+        cls,
+        *,
+        factors: npt.NDArray[np.float64],
+        order: npt.NDArray[np.int64],
+        jitter: npt.NDArray[np.bool_],
+        grayscale: npt.NDArray[np.bool_],
+        blur: npt.NDArray[np.bool_],
+        flip: npt.NDArray[np.bool_],
+        sigma: npt.NDArray[np.float64],
+    ) -> AugmentParameters:
+        """factors, order: [M, 4] (brightness, contrast, saturation, hue); the others: [M]."""
+        flags = np.stack((jitter, grayscale, blur, flip, sigma), axis=1).astype(np.float64)
+        return cls(torch.from_numpy(np.concatenate((factors, order.astype(np.float64), flags), axis=1)))
+
+    def to(self, device: torch.device) -> AugmentParameters:
+        return AugmentParameters(self.table.to(device, non_blocking=True))
+
+    @property
+    def factors(self) -> Tensor:
+        return self.table[:, 0:4]
+
+    @property
+    def order(self) -> Tensor:
+        return self.table[:, 4:8]
+
+    @property
+    def jitter(self) -> Tensor:
+        return self.table[:, 8] > 0
+
+    @property
+    def grayscale(self) -> Tensor:
+        return self.table[:, 9] > 0
+
+    @property
+    def blur(self) -> Tensor:
+        return self.table[:, 10] > 0
+
+    @property
+    def flip(self) -> Tensor:
+        return self.table[:, 11] > 0
+
+    @property
+    def sigma(self) -> Tensor:
+        return self.table[:, 12]
+
+
+def draw_augmentation(
+    views: ViewRecipe, config: ViewConfig, seed: int, epoch: int, indices: npt.NDArray[np.int64]
+) -> AugmentParameters:
+    """Parameters of all views of a batch, as a pure function of (seed, epoch, index, view).
+
+    indices: int64 [B]. The table has M = V * B rows, view by view.
+    """
+    per_view = [_draw_view(view.photometry, view.number, config, seed, epoch, indices) for view in views]
+    return AugmentParameters(torch.cat(per_view))
+
+
+def augmented_views(
+    batch: CropBatch, views: ViewRecipe, config: ViewConfig, *, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """The views of a batch, augmented and normalised: V tensors ``dtype`` [B, 3, S, S], channels_last.
+
+    views: the recipe that the batch's crops were cut by.
+    """
+    parameters = draw_augmentation(views, config, seed, batch.epoch, batch.indices).to(batch.crops.device)
+    view_major = batch.crops.transpose(0, 1).flatten(0, 1)  # each view is then one contiguous block
+    return augment(view_major, parameters, config, dtype=dtype).chunk(len(views))
+
+
+def augment(
+    crops: Tensor,
+    parameters: AugmentParameters,
+    config: ViewConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Augment and normalise.
+
+    crops: uint8 [M, S, S, 3], RGB. parameters: M rows, on the crops' device.
+    Returns ``dtype`` [M, 3, S, S] in channels_last; the arithmetic is float32, or float64 if ``dtype`` is.
+    """
+    if crops.device.type != "cpu":
+        return _augment_chunk(crops, parameters, config, dtype)
+    # On a CPU the many passes over the pixels should find them in the cache.
+    rows = max(1, _CPU_CHUNK_ELEMENTS // crops[0].numel()) if len(crops) else 1
+    chunks = [
+        _augment_chunk(part, AugmentParameters(table), config, dtype)
+        for part, table in zip(crops.split(rows), parameters.table.split(rows), strict=True)
+    ]
+    return torch.cat(chunks)
+
+
+def _augment_chunk(crops: Tensor, parameters: AugmentParameters, config: ViewConfig, dtype: torch.dtype) -> Tensor:
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    images = crops.permute(0, 3, 1, 2).to(compute, memory_format=torch.contiguous_format) / 255
+    if config.jitter_probability > 0:
+        images = torch.where(_per_sample(parameters.jitter), color_jitter(images, parameters), images)
+    if config.grayscale_probability > 0:
+        images = torch.where(_per_sample(parameters.grayscale), _gray(images), images)
+    if config.blur_probability > 0:
+        images = gaussian_blur(images, parameters.blur, parameters.sigma, config.blur_kernel_size)
+    if config.flip_probability > 0:
+        images = torch.where(_per_sample(parameters.flip), images.flip(-1), images)
+    mean = torch.tensor(config.mean, dtype=compute).to(images.device, non_blocking=True)
+    std = torch.tensor(config.std, dtype=compute).to(images.device, non_blocking=True)
+    images = (images - mean[:, None, None]) / std[:, None, None]
+    return images.to(dtype, memory_format=torch.channels_last)
+
+
+def color_jitter(images: Tensor, parameters: AugmentParameters) -> Tensor:
+    """Brightness, contrast, saturation and hue in each sample's own order.
+
+    images: float [M, 3, S, S] in [0, 1]; returns the same shape. Applied to every sample.
+    """
+    order, factors = parameters.order, parameters.factors.to(images.dtype)
+    hue_place = (order == HUE).to(torch.int64).argmax(dim=1)  # [M]
+    for place in range(3):
+        images = _blend(images, order[:, place], factors, active=place < hue_place)
+    images = adjust_hue(images, factors[:, HUE])
+    for place in range(1, 4):
+        images = _blend(images, order[:, place], factors, active=place > hue_place)
+    return images
+
+
+def _blend(images: Tensor, operation: Tensor, factors: Tensor, active: Tensor) -> Tensor:
+    """``clamp(f * x + (1 - f) * reference)`` where active, else unchanged. operation, active: [M]."""
+    column = operation.to(torch.int64).clamp(max=SATURATION)[:, None]
+    factor = torch.where(active, factors.gather(1, column)[:, 0], 1.0)
+    gray = _gray(images)  # [M, 1, S, S]
+    mean_gray = gray.mean(dim=(1, 2, 3), keepdim=True)
+    reference = torch.where(_per_sample(operation == CONTRAST), mean_gray, gray)
+    reference = reference * _per_sample(operation != BRIGHTNESS)
+    factor = _per_sample(factor)
+    return (factor * images + (1 - factor) * reference).clamp_(0, 1)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue in HSV. images: float [M, 3, S, S] in [0, 1]; shift: [M], turns. Returns the same shape."""
+    red, green, blue = images.unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    lowest = torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - lowest
+    divisor = torch.where(chroma == 0, 1.0, chroma)
+    sector = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    sector = (sector + 6 * shift[:, None, None]).remainder(6)
+    # Each channel is the value less its share of the chroma; its share falls and rises with the hue.
+    channels = []
+    for offset in (5, 3, 1):
+        k = (sector + offset).remainder(6)
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, dim=1).clamp_(0, 1)
+
+
+def gaussian_blur(images: Tensor, blurred: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Gaussian blur with reflected borders and a sigma per sample, as two products with S x S band matrices.
+
+    images: float [M, 3, S, S]; blurred: bool [M]; sigma: [M], pixels; kernel_size: odd, taps. A sample that is not
+    blurred meets the identity matrix and keeps its exact values. Returns the same shape.
+    """
+    side = images.shape[-1]
+    radius = kernel_size // 2
+    if radius >= side:
+        raise ValueError(f"a blur of {kernel_size} taps does not fit images of {side} pixels; set blur_probability 0")
+    taps = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.softmax(-0.5 * (taps / sigma.to(images.dtype).clamp(min=1e-3)[:, None]) ** 2, dim=1)  # [M, k]
+    identity = (taps == 0).to(images.dtype)
+    kernel = torch.where(blurred[:, None], kernel, identity)
+
+    # matrix[i, j] = sum of the taps t with reflect(i + t) = j; the same pattern for all samples.
+    position = torch.arange(side, device=images.device)[:, None] + taps.to(torch.int64)
+    reflected = position.abs()
+    reflected = torch.where(reflected >= side, 2 * (side - 1) - reflected, reflected)  # [S, k]
+    pattern = F.one_hot(reflected, side).to(images.dtype)  # [S, k, S]
+    matrix = torch.einsum("mk,ikj->mij", kernel, pattern)
+    return matrix[:, None] @ images @ matrix[:, None].mT
+
+
+def _gray(images: Tensor) -> Tensor:
+    red, green, blue = images.unbind(1)
+    gray = _GRAY_WEIGHTS[0] * red + _GRAY_WEIGHTS[1] * green + _GRAY_WEIGHTS[2] * blue
+    return gray[:, None]
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+def _draw_view(
+    photometry: str, number: int, config: ViewConfig, seed: int, epoch: int, indices: npt.NDArray[np.int64]
+) -> Tensor:
+    draws = uniform(seed, epoch, indices, photometry_stream(number), 10)  # [B, 10]
+    colour = photometry == "mocov2"
+    factors = np.stack(
+        [
+            1 + config.brightness * (2 * draws[:, 4] - 1),
+            1 + config.contrast * (2 * draws[:, 5] - 1),
+            1 + config.saturation * (2 * draws[:, 6] - 1),
+            config.hue * (2 * draws[:, 7] - 1),
+        ],
+        axis=1,
+    )
+    return AugmentParameters.from_columns(
+        factors=factors,
+        order=_JITTER_ORDERS[(draws[:, 8] * len(_JITTER_ORDERS)).astype(np.int64)],
+        jitter=(draws[:, 0] < config.jitter_probability) & colour,
+        grayscale=(draws[:, 1] < config.grayscale_probability) & colour,
+        blur=(draws[:, 2] < config.blur_probability) & colour,
+        flip=(draws[:, 3] < config.flip_probability) & (photometry != "none"),
+        sigma=config.blur_sigma[0] + (config.blur_sigma[1] - config.blur_sigma[0]) * draws[:, 9],
+    ).table

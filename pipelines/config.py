@@ -1,0 +1,91 @@
+"""What the data layer can be told: `ViewConfig` changes the result, `LoaderConfig` changes only the speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewConfig:
+    """How a view is cropped, augmented and normalised. The defaults are MoCo-v2's."""
+
+    image_size: int = 224
+    """Side of a view, pixels."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Range of a random crop's share of the image area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of a random crop's width / height."""
+    jitter_probability: float = 0.8
+    """Probability that brightness, contrast, saturation and hue are jittered, in random order."""
+    brightness: float = 0.4
+    """The brightness factor is drawn from 1 - brightness to 1 + brightness."""
+    contrast: float = 0.4
+    """The contrast factor is drawn from 1 - contrast to 1 + contrast."""
+    saturation: float = 0.4
+    """The saturation factor is drawn from 1 - saturation to 1 + saturation."""
+    hue: float = 0.1
+    """The hue shift is drawn from -hue to +hue, in turns of the colour circle."""
+    grayscale_probability: float = 0.2
+    """Probability that a view loses its colour."""
+    blur_probability: float = 0.5
+    """Probability of a Gaussian blur. The recipes for 32-pixel images set 0."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation, pixels of the view."""
+    flip_probability: float = 0.5
+    """Probability of a left-right flip."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from each channel, values in [0, 1]."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Each channel is divided by it."""
+    center_crop_fraction: float = 0.875
+    """Evaluation: side of the central square over the image's shorter side (224 / 256 = 0.875)."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image size {self.image_size} is not allowed: give at least 1 pixel")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop scale {self.crop_scale} is not allowed: give 0 < lowest <= highest <= 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop ratio {self.crop_ratio} is not allowed: give 0 < lowest <= highest")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"blur sigma {self.blur_sigma} is not allowed: give 0 < lowest <= highest")
+        for name in ("jitter_probability", "grayscale_probability", "blur_probability", "flip_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give a probability from 0 to 1")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give a jitter from 0 to 1")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue {self.hue} is not allowed: give a jitter from 0 to 0.5 turns")
+        if not 0 < self.center_crop_fraction <= 1:
+            raise ValueError(f"center crop fraction {self.center_crop_fraction} is not allowed: give 0 < fraction <= 1")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} is not allowed: give three positive numbers")
+
+    @property
+    def blur_kernel_size(self) -> int:
+        """Taps of the blur: the odd number nearest to a tenth of the side (23 at 224), as SimCLR's."""
+        return max(3, 2 * round((self.image_size / 10 - 1) / 2) + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderConfig:
+    """Which loader runs and how: nothing here changes a single pixel, except between backends by their decoders."""
+
+    name: str = "auto"
+    """auto, resident, torchvision or synthetic."""
+    workers: int | None = None
+    """Worker threads (resident) or processes (torchvision); by default one for each available core."""
+    prefetch_batches: int = 2
+    """Batches that each worker process prepares ahead."""
+    resident_limit_gib: float = 8.0
+    """auto: data sets that decode to at most this much stay resident on the device."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"{self.workers} loader workers are not allowed: give 0 or more")
+        if self.prefetch_batches < 1:
+            raise ValueError(f"prefetch of {self.prefetch_batches} batches is not allowed: give at least 1")

@@ -1,0 +1,109 @@
+"""Which images form a batch: a pure function of (seed, epoch, step); a rank takes a contiguous slice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.counter_rng import ORDER_STREAM, permutation
+
+
+def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
+    """The part of a global batch that ``rank`` takes; sizes differ by at most one (256 on 3 ranks: 86, 85, 85)."""
+    base, extra = divmod(batch_size, world_size)
+    start = rank * base + min(rank, extra)
+    return slice(start, start + base + (rank < extra))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOrder:
+    """A fresh permutation of all images every epoch, cut into global batches; the incomplete last one is dropped."""
+
+    num_images: int
+    batch_size: int
+    """Images per global batch, over all ranks."""
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check_batch_size(self.batch_size, self.world_size)
+        if self.num_images < self.batch_size:
+            raise ValueError(
+                f"the data has {self.num_images} images, fewer than one batch of {self.batch_size}; "
+                f"give more images or a --batch-size of at most {self.num_images}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_images // self.batch_size
+
+    @property
+    def max_local_batch_size(self) -> int:
+        """Images of this rank per step."""
+        part = rank_slice(self.batch_size, self.rank, self.world_size)
+        return part.stop - part.start
+
+    def global_indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
+        """Indices of the whole batch: int64 [batch_size]; the same for any number of ranks."""
+        start = step * self.batch_size
+        return _epoch_permutation(self.seed, epoch, self.num_images)[start : start + self.batch_size]
+
+    def indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
+        """Indices of this rank's slice of the batch: int64 [local batch]."""
+        return self.global_indices(epoch, step)[rank_slice(self.batch_size, self.rank, self.world_size)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequentialOrder:
+    """Every image once, in the order of the data; the last batch may be smaller. For evaluation."""
+
+    num_images: int
+    batch_size: int
+    """Images per global batch, over all ranks."""
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check_batch_size(self.batch_size, self.world_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    @property
+    def max_local_batch_size(self) -> int:
+        """Images of this rank in a full batch."""
+        part = rank_slice(self.batch_size, self.rank, self.world_size)
+        return part.stop - part.start
+
+    def global_indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
+        """Indices of the whole batch: int64 [at most batch_size]; ``epoch`` changes nothing."""
+        start = step * self.batch_size
+        return np.arange(start, min(start + self.batch_size, self.num_images), dtype=np.int64)
+
+    def indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
+        """Indices of this rank's slice of the batch: int64 [local batch], possibly empty on the last step."""
+        batch = self.global_indices(epoch, step)
+        return batch[rank_slice(len(batch), self.rank, self.world_size)]
+
+
+Order = TrainOrder | SequentialOrder
+
+
+def _check_batch_size(batch_size: int, world_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} is not allowed: give a global --batch-size of at least 1")
+    if batch_size < world_size:
+        raise ValueError(
+            f"a global batch of {batch_size} cannot be shared by {world_size} ranks: each needs at least one image; "
+            f"raise --batch-size to {world_size} or more, or start fewer ranks"
+        )
+
+
+@lru_cache(maxsize=2)
+def _epoch_permutation(seed: int, epoch: int, num_images: int) -> npt.NDArray[np.int64]:
+    return permutation(seed, epoch, num_images, ORDER_STREAM)

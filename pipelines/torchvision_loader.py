@@ -1,0 +1,134 @@
+"""PIL decode and crops in worker processes, by torchvision: slow, plain, and the oracle of every other loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from dataset_tools.sources import Split
+from pipelines.batch import CropBatch
+from pipelines.config import ViewConfig
+from pipelines.crops import Boxes
+from pipelines.decode import UnreadableImageError, decode_rgb, next_index
+from pipelines.loader import Loader
+from pipelines.order import Order
+from pipelines.resident_images import available_cores
+from pipelines.views import ViewRecipe, draw_boxes
+
+
+class TorchvisionLoader(Loader):
+    """``torch.utils.data.DataLoader`` with our order and boxes; one PIL decode per image, one PIL resize per view."""
+
+    name = "torchvision"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        workers = available_cores() if self.config.workers is None else self.config.workers
+        self._sampler = _StepSampler(self.order)
+        self._loader: DataLoader[_HostBatch] = DataLoader(
+            _CropDataset(self.split, self.views, self.view_config, self.seed),
+            batch_sampler=self._sampler,
+            num_workers=workers,
+            collate_fn=_already_a_batch,
+            prefetch_factor=self.config.prefetch_batches if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
+        self._sampler.position = (epoch, start_step)
+        for step, batch in enumerate(self._loader, start=start_step):
+            for index, reason in batch.unreadable.items():
+                self.report_unreadable(index, reason)
+            yield CropBatch(
+                crops=batch.crops.to(self.device, non_blocking=True),
+                labels=torch.from_numpy(self.split.labels[batch.indices]),
+                indices=batch.indices,
+                boxes=batch.boxes,
+                epoch=epoch,
+                step=step,
+            )
+
+    def close(self) -> None:
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._loader._iterator = None
+
+
+@dataclass(slots=True)
+class _HostBatch:
+    crops: Tensor  # uint8 [B, V, S, S, 3]
+    indices: npt.NDArray[np.int64]  # [B]
+    boxes: Boxes  # [B, V, 4]
+    unreadable: dict[int, str]
+
+    def pin_memory(self) -> _HostBatch:
+        self.crops = self.crops.pin_memory()
+        return self
+
+
+class _StepSampler(Sampler[list[tuple[int, int]]]):
+    """Runs in the main process; a worker receives its whole batch as (epoch, index) pairs."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.position = (0, 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, start_step = self.position
+        for step in range(start_step, self.order.steps_per_epoch):
+            yield [(epoch, int(index)) for index in self.order.indices(epoch, step)]
+
+
+class _CropDataset(Dataset[_HostBatch]):
+    def __init__(self, split: Split, views: ViewRecipe, view_config: ViewConfig, seed: int) -> None:
+        self.split = split
+        self.views = views
+        self.view_config = view_config
+        self.seed = seed
+
+    def __getitems__(self, samples: list[tuple[int, int]]) -> _HostBatch:
+        epoch = samples[0][0] if samples else 0
+        unreadable: dict[int, str] = {}
+        images, indices = [], []
+        for _, wanted in samples:
+            image, index = self._decode(wanted, unreadable)
+            images.append(image)
+            indices.append(index)
+        index_array = np.array(indices, dtype=np.int64)
+        heights = np.array([image.height for image in images], dtype=np.int64)
+        widths = np.array([image.width for image in images], dtype=np.int64)
+        boxes = draw_boxes(self.views, self.view_config, heights, widths, self.seed, epoch, index_array)
+        size = self.view_config.image_size
+        crops = np.empty((len(images), len(self.views), size, size, 3), dtype=np.uint8)
+        for row, image in enumerate(images):
+            for view in range(len(self.views)):
+                top, left, height, width = boxes[row, view].tolist()
+                crops[row, view] = np.asarray(
+                    TF.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BILINEAR)
+                )
+        return _HostBatch(torch.from_numpy(crops), index_array, boxes, unreadable)
+
+    def _decode(self, index: int, unreadable: dict[int, str]) -> tuple[Image.Image, int]:
+        for _ in range(len(self.split)):
+            try:
+                return decode_rgb(self.split, index), index
+            except UnreadableImageError as error:
+                unreadable[index] = str(error)
+                index = next_index(index, len(self.split))
+        raise RuntimeError(f"none of the {len(self.split)} images can be read; image {index}: {unreadable[index]}")
+
+
+def _already_a_batch(batch: _HostBatch) -> _HostBatch:
+    return batch
