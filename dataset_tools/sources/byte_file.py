@@ -18,7 +18,7 @@ class ByteFile:
         self._file: FileIO | None = None
 
     def read(self, offset: int, size: int, sample: str) -> bytes:
-        """`size` bytes from `offset` on. Raises OSError, naming `sample`, if the file is gone or too short."""
+        """`size` bytes from `offset` on. Raises OSError, naming `sample`, if the file is gone or cut."""
         try:
             file = self._file or FileIO(self.path)
             self._file = file

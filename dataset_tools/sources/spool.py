@@ -54,8 +54,8 @@ def plain_tar(archive: Path) -> tuple[Path, TarIndex]:
     """The uncompressed tar, which is `archive` itself or its copy in the cache folder, and its index.
 
     One process unpacks, others wait for it. The copy appears whole or not at all, and is found again by path,
-    size and modification time. Raises DamagedArchiveError if the archive is unusable, OSError if there is no room
-    for the copy.
+    size and modification time. Raises DamagedArchiveError if the archive is unusable, OSError if there is no
+    room for the copy.
     """
     with open(archive, "rb") as file:
         magic = compression(file.read(16))
@@ -124,8 +124,8 @@ def _unpack(archive: Path, magic: bytes, target: Path) -> None:
             if shutil.disk_usage(target.parent).free < SPARE_BYTES + len(chunk):
                 raise OSError(
                     errno.ENOSPC,
-                    f"no room to unpack {archive}: {target.parent} has less than {SPARE_BYTES >> 20} MiB left "
-                    f"after {output.tell() / 2**30:.1f} GiB; free some, or set LEOCLR_CACHE to a folder on a "
+                    f"no room to unpack {archive}: {target.parent} has less than {SPARE_BYTES >> 20} MiB "
+                    f"left after {output.tell() / 2**30:.1f} GiB; free some, or set LEOCLR_CACHE to a folder on a "
                     "larger disk",
                 )
             output.write(chunk)

@@ -78,8 +78,8 @@ def _check_kind(archive: Path) -> None:
     except tarfile.TarError as error:
         what = "is empty" if not head else "is no tar"
         raise ValueError(
-            f"the file {archive} {what}. A file must be a tar, plain or packed with gzip, bzip2 or xz; unpack "
-            "other archives (zip, zstd) into a folder and give that."
+            f"the file {archive} {what}. A file must be a tar, plain or packed with gzip, bzip2 or xz; "
+            "unpack other archives (zip, zstd) into a folder and give that."
         ) from error
 
 

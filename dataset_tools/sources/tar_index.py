@@ -38,8 +38,8 @@ class TarIndex:
     def build(cls, tar: Path) -> TarIndex:
         """Reads all headers (GNU and PAX long names and sizes, too), about 40,000 a second.
 
-        Raises DamagedArchiveError if the tar is cut short or damaged, holds a name twice, or an absolute or `..`
-        path.
+        Raises DamagedArchiveError if the tar is cut short or damaged, holds a name twice, or an absolute or
+        `..` path.
         """
         offsets, sizes = array("q"), array("q")
         in_folder: dict[str, array[int]] = defaultdict(lambda: array("q"))
