@@ -11,6 +11,8 @@ from pipelines.config import LoaderConfig, ViewConfig
 
 LR_REFERENCE_BATCH_SIZE = 256
 
+MethodName = Literal["leoclr", "mocov2"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneConfig:
@@ -31,7 +33,7 @@ class BackboneConfig:
 class MethodConfig:
     """LeOCLR or MoCo-v2. The defaults are MoCo-v2's published values, where the LeOCLR paper is silent."""
 
-    name: Literal["leoclr", "mocov2"] = "leoclr"
+    name: MethodName = "leoclr"
     projection_dim: int = 128
     """Output of the two-layer projection head."""
     queue_size: int = 65_536

@@ -49,7 +49,7 @@ def _plain(value: Any) -> Any:
 
 
 def _build(kind: Any, value: Any, path: str) -> Any:
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{path or 'the document'} must be a mapping, not {value!r}")
         hints = get_type_hints(kind)

@@ -15,14 +15,18 @@ from leoclr_fast.distributed import Ranks
 
 
 class KeyBatchNorm2d(nn.BatchNorm2d):
-    """Batch-norm that takes its statistics over groups of a batch, all ranks, or from its running statistics.
+    """Batch-norm that takes its statistics over groups of a batch, over all ranks, or from its running statistics.
 
     Needs no autograd and keeps no running statistics of its own: in mode `ema` they are the query's, averaged.
     """
 
-    mode = "plain"
-    group_size = 32
-    ranks = Ranks()
+    def __init__(self, source: nn.BatchNorm2d, mode: str, group_size: int, ranks: Ranks) -> None:
+        super().__init__(source.num_features, source.eps, device=source.weight.device, dtype=source.weight.dtype)
+        self.load_state_dict(source.state_dict())
+        self.requires_grad_(False)
+        self.mode = mode
+        self.group_size = group_size
+        self.ranks = ranks
 
     def forward(self, images: Tensor) -> Tensor:
         if self.mode == "ema":
@@ -48,19 +52,15 @@ class KeyBatchNorm2d(nn.BatchNorm2d):
         # A second pass over the deviations: sums of squares would cancel.
         variance = (wide - mean[:, None, None]).square().sum(dims)
         self.ranks.all_reduce_sum([variance])
-        return F.batch_norm(
-            images, mean, variance / count, self.weight, self.bias, training=False, eps=self.eps
-        )
+        return F.batch_norm(images, mean, variance / count, self.weight, self.bias, training=False, eps=self.eps)
 
 
 def convert_key_batchnorm(key_encoder: nn.Module, config: MethodConfig, ranks: Ranks) -> None:
-    """Turn every batch-norm of the key encoder into the configured one, in place; parameter names stay."""
-    mode = config.key_batchnorm
+    """Replace every batch-norm of the key encoder by the configured one; names and values of its tensors stay."""
+    mode: str = config.key_batchnorm
     if mode == "shuffle":
         mode = "split" if ranks.world_size == 1 else "plain"
-    for module in key_encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = KeyBatchNorm2d
-            module.mode = mode
-            module.group_size = config.key_batchnorm_group
-            module.ranks = ranks
+    for parent in list(key_encoder.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, KeyBatchNorm2d(child, mode, config.key_batchnorm_group, ranks))

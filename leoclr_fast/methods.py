@@ -116,7 +116,9 @@ class MoCoV2(MomentumContrast):
 METHODS: dict[str, type[MomentumContrast]] = {"leoclr": LeOCLR, "mocov2": MoCoV2}
 
 
-def build_method(backbone: BackboneConfig, config: MethodConfig, seed: int, ranks: Ranks | None = None) -> MomentumContrast:
+def build_method(
+    backbone: BackboneConfig, config: MethodConfig, seed: int, ranks: Ranks | None = None
+) -> MomentumContrast:
     """The configured method with weights and queue drawn from `seed`, on the CPU; the same on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -6,7 +6,15 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from leoclr_fast.config import BackboneConfig, MethodConfig, MonitorConfig, OptimizerConfig, ResultConfig, RunConfig
+from leoclr_fast.config import (
+    BackboneConfig,
+    MethodConfig,
+    MethodName,
+    MonitorConfig,
+    OptimizerConfig,
+    ResultConfig,
+    RunConfig,
+)
 from pipelines.config import ViewConfig
 
 Recipe = Callable[[], RunConfig]
@@ -131,7 +139,7 @@ def _imagenet(recipe: str, method: MethodConfig, epochs: int) -> RunConfig:
     return RunConfig(recipe=recipe, result=ResultConfig(epochs=epochs, method=method))
 
 
-def _small(recipe: str, method: str, views: ViewConfig) -> RunConfig:
+def _small(recipe: str, method: MethodName, views: ViewConfig) -> RunConfig:
     return RunConfig(
         recipe=recipe,
         result=ResultConfig(
@@ -139,11 +147,11 @@ def _small(recipe: str, method: str, views: ViewConfig) -> RunConfig:
             backbone=BackboneConfig(arch="resnet18", stem="small"),
             method=MethodConfig(name=method, queue_size=4096, key_momentum=0.99, temperature=0.1),
             views=replace(views, center_crop_fraction=1.0),
-        )
+        ),
     )
 
 
-def _demo(recipe: str, method: str) -> RunConfig:
+def _demo(recipe: str, method: MethodName) -> RunConfig:
     small = _small(recipe, method, ViewConfig(image_size=48))
     return replace(
         small,

@@ -78,7 +78,9 @@ class RunFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise RuntimeError(f"another process is writing to {self.path}; wait for it or choose another --out") from error
+                raise RuntimeError(
+                    f"another process is writing to {self.path}; wait for it or choose another --out"
+                ) from error
             yield
 
     def write_config(self, config: RunConfig) -> None:
@@ -87,7 +89,9 @@ class RunFolder:
     def read_config(self) -> RunConfig:
         """Raises FileNotFoundError if there is no run here, ValueError if its config cannot be understood."""
         if not self.exists():
-            raise FileNotFoundError(f"{self.path} is not a run folder: it has no config.yaml; give the --out of a pretrain")
+            raise FileNotFoundError(
+                f"{self.path} is not a run folder: it has no config.yaml; give the --out of a pretrain"
+            )
         return from_yaml(RunConfig, self.config_file.read_text(), str(self.config_file))
 
     def write_environment(self, device: torch.device, world_size: int) -> None:
@@ -166,7 +170,9 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _git_commit() -> str | None:

@@ -165,9 +165,7 @@ def _train(run: _Run) -> dict[str, Any]:
         remaining_batches = islice(_batches_from(run.loader, training.step), run.last_step - training.step)
         for batch in clock.timed(remaining_batches):
             # ---- a single training step ---------------------------------------------------------------------
-            lr = learning_rate(
-                result.optimizer.schedule, result.lr, training.step, steps_per_epoch, result.epochs
-            )
+            lr = learning_rate(result.optimizer.schedule, result.lr, training.step, steps_per_epoch, result.epochs)
             for group in training.optimizer.param_groups:
                 group["lr"] = lr
             query_view, *key_views = augmented_views(
@@ -201,7 +199,7 @@ def _train(run: _Run) -> dict[str, Any]:
         clock.stop()
     if stop.requested:
         _save(run)
-        raise StoppedBySignal(
+        raise StoppedBySignalError(
             f"stopped by {stop.name} after step {training.step}; a checkpoint was saved, and the same command "
             "continues from there"
         )
@@ -356,7 +354,7 @@ def _headline(config: RunConfig, num_images: int, steps_per_epoch: int, device: 
     )
 
 
-class StoppedBySignal(RuntimeError):
+class StoppedBySignalError(RuntimeError):
     """SIGINT or SIGTERM ended the run in an orderly way."""
 
 

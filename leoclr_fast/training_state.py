@@ -32,7 +32,7 @@ class TrainingState:
         result, speed = config.result, config.speed
         method = build_method(result.backbone, result.method, result.seed, ranks)
         memory_format = torch.channels_last if speed.channels_last else torch.contiguous_format
-        method.to(device, encoder_dtype(speed.precision), memory_format=memory_format)
+        method.to(device, encoder_dtype(speed.precision)).to(memory_format=memory_format)
         optimizer = torch.optim.SGD(
             method.query_encoder.parameters(),
             lr=result.lr,

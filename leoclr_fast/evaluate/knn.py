@@ -1,10 +1,12 @@
-"""Weighted k-nearest-neighbour accuracy of frozen features (Wu, Xiong, Yu, Lin: CVPR 2018). Legend: M queries, N bank."""
+"""Weighted k-nearest-neighbour accuracy of frozen features (Wu, Xiong, Yu, Lin: CVPR 2018).
+
+Legend: M queries, N images in the bank.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 _CHUNK_SIMILARITIES = 1 << 26
@@ -21,7 +23,14 @@ class KnnAccuracy:
 
 
 def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, *, num_classes: int, k: int, temperature: float
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    num_classes: int,
+    k: int,
+    temperature: float,
 ) -> KnnAccuracy:
     """Accuracy of `knn_scores` against the labels: top-1 and top-5 (top-C where there are C < 5 classes)."""
     scores = knn_scores(bank, bank_labels, queries, num_classes=num_classes, k=k, temperature=temperature)

@@ -1,0 +1,5 @@
+"""`python -m leoclr_fast`, as torchrun starts it."""
+
+from leoclr_fast.cli import main
+
+main()

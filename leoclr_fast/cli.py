@@ -1,0 +1,323 @@
+"""The command line: `leoclr-fast <command>`, the same as `python -m leoclr_fast <command>`.
+
+Each command is a dataclass whose fields are its flags, typed and explained by tyro, and a method `run` that returns
+one JSON document. What a command does lives elsewhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+
+from leoclr_fast.config import MonitorConfig, ResultConfig, RunConfig, SpeedConfig
+from leoclr_fast.recipes import RECIPES, get_recipe
+
+_Flattened = tyro.conf.arg(name="")
+_PAPER = "LeOCLR: Leveraging Original Images for Contrastive Learning of Visual Representations (TMLR 2024)"
+
+
+class Command(Protocol):
+    """A parsed command line."""
+
+    @property
+    def json(self) -> bool:
+        """Whether to print the result as JSON."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Do it; the result is what `--json` prints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Common:
+    json: bool = False
+    """Print one JSON document as the last line of stdout."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(_Common):
+    """Pretrain a backbone: leoclr-fast pretrain RECIPE --data PATH --out RUN."""
+
+    data: Path
+    """An image folder, a tar of one, CIFAR-10/100 or STL-10, with or without train/val/test/unlabeled splits."""
+    out: Path
+    """The run folder."""
+    resume: str = "auto"
+    """auto: continue the run in --out, if any. never: only a new run. A path: start from that checkpoint."""
+    max_steps: int | None = None
+    """Stop when this many steps are done in all; the same command without it continues."""
+    recipe: tyro.conf.Suppress[str] = ""
+    result: Annotated[ResultConfig, _Flattened]
+    """Changes the result."""
+    speed: Annotated[SpeedConfig, _Flattened]
+    """Changes only the speed."""
+    monitor: MonitorConfig
+    """What is watched and kept on the way."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from leoclr_fast.train import pretrain
+
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"--max-steps {self.max_steps} is not allowed: give at least 1")
+        config = RunConfig(recipe=self.recipe, result=self.result, speed=self.speed, monitor=self.monitor)
+        summary = pretrain(config, self.data, self.out, resume=self.resume, max_steps=self.max_steps, console=console)
+        if summary:
+            console.print(_sentence(summary), highlight=False, soft_wrap=True, markup=False)
+        return summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(_Common):
+    """The main job on drawn images, in minutes: data, pretraining, kNN before and after."""
+
+    out: Path = Path("runs/demo")
+    """Gets `data` (an image folder), `run` (the run folder) and `preview.png`."""
+    method: str = "leoclr"
+    """leoclr or mocov2."""
+    epochs: int | None = None
+    """Epochs; the recipe's if not given."""
+    seed: int = 0
+    max_images: int | None = None
+    """Pretrain on at most this many images."""
+    max_steps: int | None = None
+    """Stop when this many steps are done."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from dataclasses import replace
+
+        from leoclr_fast.demo import run_demo
+
+        recipe = get_recipe(f"{self.method}_demo")
+        result = replace(
+            recipe.result,
+            seed=self.seed,
+            max_images=self.max_images,
+            epochs=recipe.result.epochs if self.epochs is None else self.epochs,
+        )
+        config = replace(recipe, result=result, speed=replace(recipe.speed, device=self.device))
+        summary = run_demo(config, self.out, max_steps=self.max_steps, console=console)
+        console.print(_sentence(summary), highlight=False, soft_wrap=True, markup=False)
+        console.print(
+            f"views: {summary['preview']}   run: {summary['run']}   data: {summary['data']}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn(_Common):
+    """Weighted kNN accuracy of a run's frozen backbone."""
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+    """The --out of a pretrain."""
+    data: Path
+    """As in pretrain: the bank is train, the queries are val, else test, else a held-out part of train."""
+    k: int | None = None
+    """Neighbours that vote; the run's own if not given."""
+    temperature: float | None = None
+    """Weight of a neighbour: exp(cosine similarity / temperature); the run's own if not given."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    max_images: int | None = None
+    """At most this many images in the bank, and in the queries."""
+    speed: Annotated[SpeedConfig, _Flattened] = field(default_factory=SpeedConfig)
+    """Changes only the speed."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from leoclr_fast.evaluate.run_knn import run_knn
+
+        result = run_knn(
+            self.run_folder,
+            self.data,
+            self.speed,
+            k=self.k,
+            temperature=self.temperature,
+            batch_size=self.batch_size,
+            max_images=self.max_images,
+        )
+        if result:
+            console.print(
+                f"kNN top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % (k = {result['k']}, temperature "
+                f"{result['temperature']:g}; {result['bank_images']:,} images in the bank, "
+                f"{result['query_images']:,} queries)"
+                if result["top1"] is not None
+                else result["note"],
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
+            )
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview(_Common):
+    """A contact sheet: each image with its crop boxes, and all its views as training sees them."""
+
+    data: Path
+    """As in pretrain."""
+    out: Path
+    """The PNG to write."""
+    recipe: str = "leoclr_imagenet_200ep"
+    """Whose views."""
+    rows: int = 8
+    """Images."""
+    seed: int = 0
+    max_images: int | None = None
+    """Choose from at most this many images."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from dataset_tools.sources import open_source
+        from dataset_tools.splits import choose_splits
+        from leoclr_fast.evaluate.knn_evaluation import limited
+        from leoclr_fast.methods import METHODS
+        from leoclr_fast.preview import write_preview
+
+        if self.rows < 1:
+            raise ValueError(f"--rows {self.rows} is not allowed: give at least 1")
+        result = get_recipe(self.recipe).result
+        split = limited(choose_splits(open_source(self.data)).pretrain, self.max_images)
+        views = METHODS[result.method.name].views
+        rows = write_preview(self.out, split, views, result.views, seed=self.seed, rows=self.rows)
+        console.print(f"{rows} images and their views: {self.out}", highlight=False, soft_wrap=True)
+        return {"out": str(self.out), "rows": rows, "views": [view.name for view in views]}
+
+
+COMMANDS: dict[str, type[Any]] = {"demo": Demo, "pretrain": Pretrain, "knn": Knn, "preview": Preview}
+_SHORTHANDS = {"--loader": "--loader.name"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line (`sys.argv` by default) and exit: 0 done, 1 failed, 2 misused, 130 stopped by a signal."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
+    console = Console(soft_wrap=True)
+    debug = "--debug" in arguments
+    _set_up_logging(console)
+    try:
+        command = _parse(arguments)
+        if command is None:
+            return 0
+        document = command.run(console)
+        if command.json and document:
+            print(json.dumps(document), flush=True)
+        return 0
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
+        return 130 if type(error).__name__ == "StoppedBySignalError" else 1
+
+
+def _parse(arguments: list[str]) -> Command | None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_overview()
+        return None
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise ValueError(_unknown("command", name, COMMANDS))
+    rest = [_SHORTHANDS.get(argument, argument) for argument in rest]
+    prog = f"leoclr-fast {name}"
+    if name != "pretrain":
+        return _tyro(COMMANDS[name], rest, prog)
+    recipe_name = "leoclr_imagenet_200ep"
+    if rest and not rest[0].startswith("-"):
+        recipe_name = rest.pop(0)
+        prog = f"{prog} {recipe_name}"
+    elif "-h" not in rest and "--help" not in rest:
+        raise ValueError(f"pretrain needs a recipe first: leoclr-fast pretrain RECIPE …; recipes: {', '.join(RECIPES)}")
+    recipe = get_recipe(recipe_name)
+    defaults = Pretrain(
+        data=tyro.MISSING,
+        out=tyro.MISSING,
+        recipe=recipe.recipe,
+        result=recipe.result,
+        speed=recipe.speed,
+        monitor=recipe.monitor,
+    )
+    return _tyro(Pretrain, rest, prog, default=defaults, description=_recipe_help(recipe_name))
+
+
+Parsed = TypeVar("Parsed")
+
+
+def _tyro(kind: type[Parsed], arguments: list[str], prog: str, **options: Any) -> Parsed:
+    return tyro.cli(kind, args=arguments, prog=prog, **options)
+
+
+def _recipe_help(name: str) -> str:
+    docstring = (RECIPES[name].__doc__ or "").strip()
+    return f"{Pretrain.__doc__}\n\nRecipe {name}: {docstring}\n\nAll recipes: {', '.join(RECIPES)}."
+
+
+def _unknown(kind: str, name: str, known: dict[str, Any]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+    return f"there is no {kind} {name!r}.{hint} Allowed: {', '.join(known)}."
+
+
+def _print_overview() -> None:
+    print(f"leoclr-fast: pretrain LeOCLR, and MoCo-v2 beside it.\n{_PAPER}\n")
+    for name, command in COMMANDS.items():
+        print(f"  {name:10} {(command.__doc__ or '').strip()}")
+    print("\nleoclr-fast COMMAND --help lists the flags of a command. Recipes of pretrain:")
+    for name, recipe in RECIPES.items():
+        print(f"  {name:24} {(recipe.__doc__ or '').strip().splitlines()[0]}")
+
+
+def _set_up_logging(console: Console) -> None:
+    """Notes and warnings as plain lines, above the live display on a terminal; the first rank only."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for package in ("leoclr_fast", "pipelines", "dataset_tools"):
+        logger = logging.getLogger(package)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+def _sentence(summary: dict[str, Any]) -> str:
+    parts = [f"{summary['recipe']}: {'finished' if summary['complete'] else 'stopped early'}"]
+    if summary["images_per_s"] is not None:
+        parts.append(f"{summary['images_per_s']:,.0f} images/s")
+    if summary["knn_top1"] is not None:
+        before = summary.get("knn_top1_untrained")
+        parts.append(
+            f"kNN top-1 {summary['knn_top1']:.2f} %" + (f" (untrained {before:.2f} %)" if before is not None else "")
+        )
+    return ", ".join(parts)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, ValueError | RuntimeError):
+        return str(error)
+    if isinstance(error, OSError):
+        return str(error) if error.strerror is None or error.filename else error.strerror
+    return f"{type(error).__name__}: {error} (a fault of ours; --debug shows where)"

@@ -1,0 +1,66 @@
+"""kNN against scikit-learn, and schedules."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn import functional as F
+
+from leoclr_fast.evaluate.knn import knn_accuracy, knn_scores
+from leoclr_fast.schedules import learning_rate
+
+
+def clusters(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 7, (rows,), generator=generator)
+    centres = torch.randn(7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(rows, 16, dtype=torch.float64, generator=generator)
+    return F.normalize(centres[labels] + 1.5 * noise, dim=1), labels
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (5, 0.07), (20, 0.5)])
+def test_knn_equals_scikit_learn(k: int, temperature: float) -> None:
+    """Cosine neighbours with weights exp(similarity / temperature): every single prediction."""
+    bank, bank_labels = clusters(300, 1)
+    queries, labels = clusters(200, 2)
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    )
+    theirs.fit(bank.numpy(), bank_labels.numpy())
+    predicted = theirs.predict(queries.numpy())
+    scores = knn_scores(bank, bank_labels, queries, num_classes=7, k=k, temperature=temperature)
+    assert scores.argmax(1).tolist() == predicted.tolist()
+    accuracy = knn_accuracy(bank, bank_labels, queries, labels, num_classes=7, k=k, temperature=temperature)
+    assert accuracy.top1 == pytest.approx(100 * (predicted == labels.numpy()).mean())
+    top5 = np.argsort(-theirs.predict_proba(queries.numpy()), axis=1, kind="stable")[:, :5]
+    if k >= 20:  # with fewer neighbours than classes, ties between unseen classes are anybody's
+        assert accuracy.top5 == pytest.approx(100 * (top5 == labels.numpy()[:, None]).any(1).mean(), abs=1.0)
+    assert (accuracy.k, accuracy.temperature) == (k, temperature)
+
+
+def test_knn_by_hand() -> None:
+    bank = torch.eye(3, dtype=torch.float64)
+    query = F.normalize(torch.tensor([[0.6, 0.8, 0.0]], dtype=torch.float64), dim=1)
+    scores = knn_scores(bank, torch.tensor([0, 1, 0]), query, num_classes=2, k=3, temperature=0.5)
+    assert scores[0].tolist() == pytest.approx([math.exp(1.2) + 1.0, math.exp(1.6)])
+    with pytest.raises(ValueError, match="k = 4 needs at least as many images, but the bank has 3"):
+        knn_scores(bank, torch.tensor([0, 1, 0]), query, num_classes=2, k=4, temperature=0.5)
+
+
+def test_cosine_per_epoch_is_mocos() -> None:
+    """adjust_learning_rate of facebookresearch/moco: lr *= 0.5 * (1 + cos(pi * epoch / epochs))."""
+    for step in (0, 9, 10, 55, 1999):
+        epoch = step // 10
+        expected = 0.03 * 0.5 * (1.0 + math.cos(math.pi * epoch / 200))
+        assert learning_rate("cosine_per_epoch", 0.03, step, 10, 200) == pytest.approx(expected, rel=1e-15)
+
+
+def test_other_schedules() -> None:
+    assert learning_rate("constant", 0.03, 77, 10, 20) == 0.03
+    assert learning_rate("cosine_per_step", 0.03, 0, 10, 20) == 0.03
+    assert learning_rate("cosine_per_step", 0.03, 100, 10, 20) == pytest.approx(0.015)
+    assert learning_rate("cosine_per_step", 0.03, 150, 10, 20) == pytest.approx(0.015 * (1 + math.cos(0.75 * math.pi)))
