@@ -82,7 +82,7 @@ def uniform(
     index: int64 [B]. Returns float64 [B, num_draws]; draw d of an index does not depend on num_draws or on the
     other indices.
     """
-    return random_words(seed, epoch, index, stream, num_draws) * 2.0**-32
+    return random_words(seed, epoch, index, stream, num_draws).astype(np.float64) * 2.0**-32
 
 
 def permutation(seed: int, epoch: int, length: int, stream: int) -> npt.NDArray[np.int64]:

@@ -61,7 +61,9 @@ def crop_resize(
     return output
 
 
-def _resize_chunk(pixels: Tensor, geometry: Tensor, height: int, width: int, output_size: int, dtype: torch.dtype) -> Tensor:
+def _resize_chunk(
+    pixels: Tensor, geometry: Tensor, height: int, width: int, output_size: int, dtype: torch.dtype
+) -> Tensor:
     offset, image_width, top, left, box_height, box_width = geometry.unbind(1)  # int64 [M] each
     row = torch.arange(height, device=pixels.device).minimum(box_height[:, None] - 1)  # [M, h]: repeats the last row
     column = torch.arange(width, device=pixels.device).minimum(box_width[:, None] - 1)  # [M, w]

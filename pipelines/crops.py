@@ -16,7 +16,11 @@ _NUM_ATTEMPTS = 10
 
 
 def random_resized_crop_boxes(
-    heights: Sizes, widths: Sizes, draws: npt.NDArray[np.float64], scale: tuple[float, float], ratio: tuple[float, float]
+    heights: Sizes,
+    widths: Sizes,
+    draws: npt.NDArray[np.float64],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> Boxes:
     """``torchvision.transforms.RandomResizedCrop.get_params`` for a whole batch.
 
@@ -39,7 +43,7 @@ def random_resized_crop_boxes(
     fits = (crop_width > 0) & (crop_width <= width) & (crop_height > 0) & (crop_height <= height)
     first_fit = np.argmax(fits, axis=1)
     boxes = attempts[np.arange(len(draws)), first_fit]
-    boxes = np.where(fits.any(axis=1)[:, None], boxes, _central_fallback(heights, widths, ratio))
+    boxes = np.where(fits.any(axis=1, keepdims=True), boxes, _central_fallback(heights, widths, ratio))
     return boxes.astype(np.int32)
 
 

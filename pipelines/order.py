@@ -106,4 +106,6 @@ def _check_batch_size(batch_size: int, world_size: int) -> None:
 
 @lru_cache(maxsize=2)
 def _epoch_permutation(seed: int, epoch: int, num_images: int) -> npt.NDArray[np.int64]:
-    return permutation(seed, epoch, num_images, ORDER_STREAM)
+    indices = permutation(seed, epoch, num_images, ORDER_STREAM)
+    indices.setflags(write=False)  # it is cached, and batches are views of it
+    return indices
