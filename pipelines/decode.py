@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image
 
@@ -15,21 +17,37 @@ class UnreadableImageError(Exception):
 
 def decode_rgb(split: Split, index: int) -> Image.Image:
     """Image ``index`` of a split in RGB. Raises `UnreadableImageError` with the reason."""
-    try:
-        return Image.open(io.BytesIO(split.read(index))).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(str(error) or type(error).__name__) from error
+    with _reasons():
+        return _open(split, index).convert("RGB")
 
 
 def image_size(split: Split, index: int) -> tuple[int, int]:
     """(height, width) of an image, pixels, from its header alone. Raises `UnreadableImageError`."""
-    try:
-        with Image.open(io.BytesIO(split.read(index))) as image:
-            return image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(str(error) or type(error).__name__) from error
+    with _reasons(), _open(split, index) as image:
+        return image.height, image.width
 
 
 def next_index(index: int, num_images: int) -> int:
     """The image that takes the place of an unreadable one."""
     return (index + 1) % num_images
+
+
+def none_readable(split: Split, unreadable: dict[int, str]) -> ValueError:
+    """The error that ends a run whose images are all unreadable."""
+    index, reason = min(unreadable.items())
+    return ValueError(f"none of the {len(split)} images can be read; {split.names[index]}: {reason}")
+
+
+def _open(split: Split, index: int) -> Image.Image:
+    return Image.open(io.BytesIO(split.read(index)))
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Damaged bytes make PIL raise nearly anything, from OSError to a TypeError out of a TIFF's tags.
+        raise UnreadableImageError(str(error) or type(error).__name__) from error

@@ -12,6 +12,7 @@ import torch
 from dataset_tools.sources import Split
 from pipelines.batch import CropBatch
 from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.decode import none_readable
 from pipelines.order import Order
 from pipelines.views import ViewRecipe
 
@@ -19,6 +20,11 @@ log = logging.getLogger(__name__)
 
 _MAX_BAD_FRACTION = 0.01
 _ALWAYS_TOLERATED = 10
+
+
+def max_unreadable(num_images: int) -> int:
+    """How many unreadable images a run puts up with."""
+    return max(_ALWAYS_TOLERATED, int(_MAX_BAD_FRACTION * num_images))
 
 
 class Loader(ABC):
@@ -61,7 +67,7 @@ class Loader(ABC):
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
         """The batches of this rank from ``start_step`` to the end of ``epoch``."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most loaders have nothing to give back
         """Give back workers and memory; closing twice is harmless."""
 
     def __enter__(self) -> Self:
@@ -73,13 +79,16 @@ class Loader(ABC):
     def report_unreadable(self, index: int, reason: str) -> None:
         """Note an image that could not be read; log it once.
 
-        Raises RuntimeError when more than 1 % of the images (and more than ten) are unreadable.
+        Raises RuntimeError when more than 1 % of the images (and more than ten) are unreadable, ValueError when all
+        are.
         """
         if index in self.unreadable:
             return
         self.unreadable[index] = reason
         log.warning("cannot read %s (%s); the next image takes its place", self.split.names[index], reason)
-        limit = max(_ALWAYS_TOLERATED, int(_MAX_BAD_FRACTION * len(self.split)))
+        if len(self.unreadable) == len(self.split):
+            raise none_readable(self.split, self.unreadable)
+        limit = max_unreadable(len(self.split))
         if len(self.unreadable) > limit:
             raise RuntimeError(
                 f"{len(self.unreadable)} of {len(self.split)} images cannot be read, more than the {limit} that are "

@@ -13,7 +13,7 @@ import torch
 
 from dataset_tools.sources import Split
 from pipelines.crop_resize import PackedImages
-from pipelines.decode import UnreadableImageError, decode_rgb, image_size
+from pipelines.decode import UnreadableImageError, decode_rgb, image_size, next_index, none_readable
 
 _SIZE_SAMPLES = 64
 _MEMORY_SHARE = 0.8
@@ -25,7 +25,7 @@ class ResidentImages:
 
     images: PackedImages
     unreadable: dict[int, str]
-    """Index of each image that could not be decoded -> the reason; it has a size of 1 x 1 here."""
+    """Index of each image that could not be decoded -> the reason; its pixels here mean nothing."""
     source_index: npt.NDArray[np.int64]
     """int64 [N]: the image itself, or for an unreadable one the next readable one, which takes its place."""
 
@@ -44,7 +44,7 @@ def estimate_decoded_bytes(split: Split) -> int:
 
 
 def load_resident_images(split: Split, device: torch.device, workers: int | None) -> ResidentImages:
-    """Decode a split on ``workers`` threads (one per core by default), or hand out the copy made earlier.
+    """Decode a split on ``workers`` threads (by default one for each core), or hand out the copy made earlier.
 
     Raises ValueError if no image can be read or if the pixels do not fit in memory.
     """
@@ -78,12 +78,16 @@ def _decode_all(split: Split, device: torch.device, workers: int | None) -> Resi
             return
         try:
             image = np.asarray(decode_rgb(split, index))
-            start = offsets[index]
-            pixels[start : start + image.size] = image.reshape(-1)
         except UnreadableImageError as error:
             unreadable[index] = str(error)
+            return
+        if image.shape[:2] != (heights[index], widths[index]):  # must not spill over its neighbour
+            unreadable[index] = f"it is {image.shape[0]} x {image.shape[1]} pixels, not as its header says"
+            return
+        pixels[offsets[index] : offsets[index] + image.size] = image.reshape(-1)
 
-    with ThreadPoolExecutor(workers or available_cores()) as pool:
+    num_threads = available_cores() if workers is None else max(1, workers)
+    with ThreadPoolExecutor(num_threads) as pool:
         list(pool.map(measure, range(len(split)), chunksize=64))
         sizes = 3 * heights * widths
         offsets = np.concatenate(([0], np.cumsum(sizes)[:-1]))
@@ -96,30 +100,35 @@ def _decode_all(split: Split, device: torch.device, workers: int | None) -> Resi
             pixels=torch.from_numpy(pixels).to(device), offsets=offsets, heights=heights, widths=widths
         ),
         unreadable=dict(sorted(unreadable.items())),
-        source_index=_readable_source(len(split), unreadable),
+        source_index=_readable_source(split, unreadable),
     )
 
 
-def _readable_source(num_images: int, unreadable: dict[int, str]) -> npt.NDArray[np.int64]:
-    if len(unreadable) == num_images:
-        index, reason = next(iter(unreadable.items()))
-        raise ValueError(f"none of the {num_images} images can be read; image {index}: {reason}")
-    source = np.arange(num_images, dtype=np.int64)
+def _readable_source(split: Split, unreadable: dict[int, str]) -> npt.NDArray[np.int64]:
+    if len(unreadable) == len(split):
+        raise none_readable(split, unreadable)
+    source = np.arange(len(split), dtype=np.int64)
     for index in unreadable:
         substitute = index
         while substitute in unreadable:
-            substitute = (substitute + 1) % num_images
+            substitute = next_index(substitute, len(split))
         source[index] = substitute
     return source
 
 
 def _check_memory(num_bytes: int, device: torch.device) -> None:
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0]
-    else:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = _available_bytes(device)
     if num_bytes > _MEMORY_SHARE * available:
         raise ValueError(
             f"the decoded images take {num_bytes / 2**30:.1f} GiB, but {device} has {available / 2**30:.1f} GiB free "
             f"and at most {_MEMORY_SHARE:.0%} of that may be used; choose --loader torchvision"
         )
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    # Not SC_AVPHYS_PAGES: that leaves out the page cache, which a first pass over the data fills.
+    with open("/proc/meminfo") as lines:
+        sizes_kib = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+    return 1024 * sizes_kib["MemAvailable"]

@@ -20,7 +20,7 @@ from pipelines.batch import CropBatch
 from pipelines.config import ViewConfig
 from pipelines.crops import Boxes
 from pipelines.decode import UnreadableImageError, decode_rgb, next_index
-from pipelines.loader import Loader
+from pipelines.loader import Loader, max_unreadable
 from pipelines.order import Order
 from pipelines.resident_images import available_cores
 from pipelines.views import ViewRecipe, draw_boxes
@@ -43,13 +43,14 @@ class TorchvisionLoader(Loader):
             prefetch_factor=self.config.prefetch_batches if workers else None,
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else every pass would draw from torch's global one
         )
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
         self._sampler.position = (epoch, start_step)
         for step, batch in enumerate(self._loader, start=start_step):
             for index, reason in batch.unreadable.items():
-                self.report_unreadable(index, reason)
+                self.report_unreadable(index, reason)  # raises where a worker gave up
             yield CropBatch(
                 crops=batch.crops.to(self.device, non_blocking=True),
                 labels=torch.from_numpy(self.split.labels[batch.indices]),
@@ -71,7 +72,7 @@ class _HostBatch:
     crops: Tensor  # uint8 [B, V, S, S, 3]
     indices: npt.NDArray[np.int64]  # [B]
     boxes: Boxes  # [B, V, 4]
-    unreadable: dict[int, str]
+    unreadable: dict[int, str]  # index -> reason
 
     def pin_memory(self) -> _HostBatch:
         self.crops = self.crops.pin_memory()
@@ -103,9 +104,11 @@ class _CropDataset(Dataset[_HostBatch]):
         unreadable: dict[int, str] = {}
         images, indices = [], []
         for _, wanted in samples:
-            image, index = self._decode(wanted, unreadable)
-            images.append(image)
-            indices.append(index)
+            found = self._decode(wanted, unreadable)
+            if found is None:  # an error raised here would reach the user wrapped in a worker's traceback
+                break
+            images.append(found[0])
+            indices.append(found[1])
         index_array = np.array(indices, dtype=np.int64)
         heights = np.array([image.height for image in images], dtype=np.int64)
         widths = np.array([image.width for image in images], dtype=np.int64)
@@ -120,15 +123,18 @@ class _CropDataset(Dataset[_HostBatch]):
                 )
         return _HostBatch(torch.from_numpy(crops), index_array, boxes, unreadable)
 
-    def _decode(self, index: int, unreadable: dict[int, str]) -> tuple[Image.Image, int]:
+    def _decode(self, index: int, unreadable: dict[int, str]) -> tuple[Image.Image, int] | None:
+        """The image or the next readable one, and its index; None if too many are unreadable to go on."""
         for _ in range(len(self.split)):
             try:
                 return decode_rgb(self.split, index), index
             except UnreadableImageError as error:
                 unreadable[index] = str(error)
                 index = next_index(index, len(self.split))
-        raise RuntimeError(f"none of the {len(self.split)} images can be read; image {index}: {unreadable[index]}")
+            if len(unreadable) > max_unreadable(len(self.split)):
+                break
+        return None
 
 
-def _already_a_batch(batch: _HostBatch) -> _HostBatch:
+def _already_a_batch(batch: Any) -> Any:
     return batch
