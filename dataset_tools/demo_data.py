@@ -19,7 +19,7 @@ from dataset_tools.demo_image import CLASS_NAMES, draw_jpeg
 from dataset_tools.sources.split import SPLIT_ORDER
 
 RECORD = "demo.json"
-VERSION = 1
+VERSION = 2
 """Of the drawings: goes up when the pictures change."""
 
 
@@ -34,8 +34,7 @@ def write_demo_data(
     """
     if num_train < 1 or num_val < 0 or seed < 0:
         raise ValueError(
-            "the demo data needs num_train >= 1, num_val >= 0 and seed >= 0, "
-            f"not {num_train}, {num_val} and {seed}"
+            f"the demo data needs num_train >= 1, num_val >= 0 and seed >= 0, not {num_train}, {num_val} and {seed}"
         )
     target = Path(folder)
     record = {"version": VERSION, "num_train": num_train, "num_val": num_val, "seed": seed}

@@ -23,8 +23,8 @@ def draw_jpeg(label: int, key: tuple[int, ...]) -> bytes:
     width, height = (SUPERSAMPLING * side for side in size)
     canvas = background(rng, width, height)
     clutter(rng, canvas)
-    count = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
-    for radius in min(width, height) * rng.uniform(0.34, 0.56, size=count) / count**0.35:
+    count = int(rng.choice([1, 2, 3, 4, 5], p=[0.25, 0.2, 0.2, 0.2, 0.15]))
+    for radius in min(width, height) * rng.uniform(0.36, 0.6, size=count) / count**0.4:
         draw_object(rng, canvas, label, float(radius))
     image = canvas.reduce(SUPERSAMPLING)
     if rng.random() < 0.3:
@@ -47,19 +47,20 @@ def color_pair(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[in
             return first, second
 
 
+def gradient(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    """A smooth transition between four colours, one for each corner."""
+    corners = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    return Image.fromarray(corners).resize(size, Image.Resampling.BILINEAR)
+
+
 def background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A gradient between two colours, with smooth noise in all channels."""
-    low, high = np.array(color(rng)), np.array(color(rng))
-    angle = rng.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[-0.5:0.5:8j, -0.5:0.5:8j]
-    ramp = np.clip(0.5 + np.cos(angle) * x + np.sin(angle) * y, 0, 1)[..., None]
-    gradient = Image.fromarray((low + (high - low) * ramp).astype(np.uint8))
+    """A gradient with smooth noise in all channels."""
+    size = (width // SUPERSAMPLING, height // SUPERSAMPLING)  # smooth: it needs no more
     cells = int(rng.integers(3, 14))
     noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-    size = (width // SUPERSAMPLING, height // SUPERSAMPLING)  # smooth: it needs no more
-    gradient, noise = (layer.resize(size, Image.Resampling.BICUBIC) for layer in (gradient, noise))
-    blend = Image.blend(gradient, noise, rng.uniform(0, 0.45))
-    return blend.resize((width, height), Image.Resampling.NEAREST)
+    noise = noise.resize(size, Image.Resampling.BICUBIC)
+    picture = Image.blend(gradient(rng, size), noise, rng.uniform(0, 0.45))
+    return picture.resize((width, height), Image.Resampling.NEAREST)
 
 
 def clutter(rng: np.random.Generator, canvas: Image.Image) -> None:

@@ -43,9 +43,7 @@ class PackedNames(Sequence[str]):
         """The names at `indices` (int64 [M], in [0, N)), in that order."""
         starts, stops = self.offsets[indices], self.offsets[indices + 1]
         blob = b"".join([self.blob[start:stop] for start, stop in zip(starts, stops, strict=True)])
-        return PackedNames.from_buffers(
-            blob, np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
-        )
+        return PackedNames.from_buffers(blob, np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -58,9 +56,7 @@ class PackedNames(Sequence[str]):
         if isinstance(index, slice):
             return self.select(np.arange(len(self), dtype=np.int64)[index])
         position = range(len(self))[index]
-        return self.blob[self.offsets[position] : self.offsets[position + 1]].decode(
-            "utf-8", "surrogateescape"
-        )
+        return self.blob[self.offsets[position] : self.offsets[position + 1]].decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
         start = 0

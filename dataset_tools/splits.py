@@ -21,9 +21,7 @@ class EvaluationSplits:
     """A sentence for the user where something is held out or cannot be evaluated, else ""."""
 
 
-def choose_splits(
-    source: ImageSource, *, holdout_seed: int = 0, holdout_fraction: float = 0.1
-) -> EvaluationSplits:
+def choose_splits(source: ImageSource, *, holdout_seed: int = 0, holdout_fraction: float = 0.1) -> EvaluationSplits:
     """Pretraining: `unlabeled`, else `train`. Bank: `train`. Queries: `val`, else `test`, else a part of
     `train`.
 
@@ -36,9 +34,7 @@ def choose_splits(
     train = source.splits.get("train")
     pretrain = source.splits.get("unlabeled", train)
     if pretrain is None:
-        raise ValueError(
-            f"{source} has neither a train nor an unlabeled split, so there is nothing to pretrain on."
-        )
+        raise ValueError(f"{source} has neither a train nor an unlabeled split, so there is nothing to pretrain on.")
     if train is None or not _labelled(train):
         note = f"{source.path} has no labelled train images, so no kNN accuracy is computed."
         return EvaluationSplits(pretrain=pretrain, bank=None, queries=None, note=note)

@@ -34,9 +34,7 @@ def rank_in_class(labels: ArrayLike, seed: int) -> NDArray[np.int64]:
     """int64 [N]: the place, from 0, of each sample in the seeded shuffle of its class."""
     given = np.asarray(labels)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-        raise ValueError(
-            f"labels must be integers in one dimension, not {given.dtype} of shape {given.shape}"
-        )
+        raise ValueError(f"labels must be integers in one dimension, not {given.dtype} of shape {given.shape}")
     by_class = np.lexsort((_hash(seed, len(given), stream=0), given))
     sizes = np.unique(given, return_counts=True)[1]
     rank = np.empty(len(given), dtype=np.int64)

@@ -23,9 +23,7 @@ class ByteFile:
             file = self._file or FileIO(self.path)
             self._file = file
             data = os.pread(file.fileno(), size, offset)
-            while 0 < len(data) < size and (
-                more := os.pread(file.fileno(), size - len(data), offset + len(data))
-            ):
+            while 0 < len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
                 data += more
         except OSError as error:
             raise OSError(error.errno, f"cannot read sample {sample!r} of {self.path}: {error}") from error

@@ -31,9 +31,7 @@ class FolderSplit(Split):
             with open(os.path.join(self.root, name), "rb", buffering=0) as file:
                 return file.read()
         except OSError as error:
-            raise OSError(
-                error.errno, f"cannot read sample {name!r} of {self.root}: {error.strerror}"
-            ) from error
+            raise OSError(error.errno, f"cannot read sample {name!r} of {self.root}: {error.strerror}") from error
 
 
 def open_image_folder(root: Path) -> ImageSource:

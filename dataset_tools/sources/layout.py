@@ -86,18 +86,14 @@ def _split_roots(folders: Mapping[str, int], where: str) -> dict[str, str]:
     tops = {folder.split("/")[0] for folder in folders if folder}
     named = sorted(tops & SPLIT_NAMES.keys())
     others = sorted(tops - SPLIT_NAMES.keys())
-    if not named or (
-        others and not any("/" in folder and folder.split("/")[0] in named for folder in folders)
-    ):
+    if not named or (others and not any("/" in folder and folder.split("/")[0] in named for folder in folders)):
         return {"train": ""}
     if others:
         logger.warning("%s: left out, being beside %s: %s", where, _some(named), _some(others))
     roots: dict[str, str] = {}
     for top in named:
         if (split := SPLIT_NAMES[top]) in roots:
-            raise ValueError(
-                f"{where} holds {roots[split]!r} and {top!r}, which mean the same split: keep one."
-            )
+            raise ValueError(f"{where} holds {roots[split]!r} and {top!r}, which mean the same split: keep one.")
         roots[split] = top
     return {split: roots[split] for split in SPLIT_ORDER if split in roots}
 
@@ -111,9 +107,7 @@ def _with_class_names(split: str, root: str, inside: Mapping[str, int], where: s
     if split == "unlabeled" or not any(name and inside[folder] for name, folder in named):
         return [("", folder) for folder in inside]
     if inside.get(root):
-        logger.warning(
-            "%s: left out, being in no class folder: %d images in %r", where, inside[root], root or "."
-        )
+        logger.warning("%s: left out, being in no class folder: %d images in %r", where, inside[root], root or ".")
     return [(name, folder) for name, folder in named if name]
 
 

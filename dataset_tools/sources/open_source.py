@@ -5,14 +5,24 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dataset_tools.sources.cifar import open_cifar
 from dataset_tools.sources.image_folder import open_image_folder
 from dataset_tools.sources.split import ImageSource
+from dataset_tools.sources.stl10 import open_stl10
 from dataset_tools.sources.tar_archive import open_tar
 
 ALLOWED = (
     "a folder [train/|val/|test/|unlabeled/]CLASS/name.jpg, a tar of one (plain, .gz, .bz2, .xz), or a "
     "folder with CIFAR-10, CIFAR-100 or STL-10 files"
 )
+PUBLISHED_FOLDERS = (
+    "cifar-10-batches-bin",
+    "cifar-10-batches-py",
+    "cifar-100-binary",
+    "cifar-100-python",
+    "stl10_binary",
+)
+"""What the published archives unpack to; the folder around one of these is as good."""
 
 
 def open_source(path: str | os.PathLike[str]) -> ImageSource:
@@ -25,7 +35,16 @@ def open_source(path: str | os.PathLike[str]) -> ImageSource:
     if not place.exists():
         raise FileNotFoundError(f"there is nothing at {place}. Give the path of {ALLOWED}.")
     if place.is_dir():
-        return open_image_folder(place)
+        return _open_published(place) or open_image_folder(place)
     if place.is_file():
         return open_tar(place)
     raise ValueError(f"{place} is neither a file nor a folder. Give the path of {ALLOWED}.")
+
+
+def _open_published(place: Path) -> ImageSource | None:
+    candidates = [place, *(place / name for name in PUBLISHED_FOLDERS)]
+    found = [source for folder in candidates if (source := open_cifar(folder) or open_stl10(folder))]
+    if len(found) > 1:
+        choices = ", ".join(str(source.path) for source in found)
+        raise ValueError(f"{place} holds several data sets; give one of {choices}.")
+    return found[0] if found else None

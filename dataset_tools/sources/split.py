@@ -99,9 +99,7 @@ def checked_indices(indices: ArrayLike, size: int) -> NDArray[np.int64]:
     """
     given = np.asarray(indices)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-        raise ValueError(
-            f"indices must be integers in one dimension, not {given.dtype} of shape {given.shape}"
-        )
+        raise ValueError(f"indices must be integers in one dimension, not {given.dtype} of shape {given.shape}")
     if given.size and (given.min() < 0 or given.max() >= size):
         raise IndexError(f"indices from {given.min()} to {given.max()} do not fit a split of {size} images")
     return given.astype(np.int64)

@@ -95,7 +95,7 @@ def _load(kept_index: Path) -> TarIndex | None:
         return TarIndex.load(kept_index)
     except OSError:
         return None
-    except (ValueError, KeyError, BadZipFile) as error:
+    except (EOFError, ValueError, KeyError, BadZipFile) as error:
         logger.warning("the index %s cannot be read (%s) and is made again", kept_index, error)
         return None
 
@@ -109,8 +109,7 @@ def _alone(entry: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"the cache folder {entry.parent} cannot be written ({error.strerror}); set LEOCLR_CACHE to "
-            "another one",
+            f"the cache folder {entry.parent} cannot be written ({error.strerror}); set LEOCLR_CACHE to another one",
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -125,8 +124,8 @@ def _unpack(archive: Path, magic: bytes, target: Path) -> None:
                 raise OSError(
                     errno.ENOSPC,
                     f"no room to unpack {archive}: {target.parent} has less than {SPARE_BYTES >> 20} MiB "
-                    f"left after {output.tell() / 2**30:.1f} GiB; free some, or set LEOCLR_CACHE to a folder on a "
-                    "larger disk",
+                    f"left after {output.tell() / 2**30:.1f} GiB; free some, or set LEOCLR_CACHE to a "
+                    "folder on a larger disk",
                 )
             output.write(chunk)
         output.flush()

@@ -13,7 +13,7 @@ from dataset_tools.sources.byte_file import ByteFile
 from dataset_tools.sources.layout import SPLIT_NAMES, lay_out
 from dataset_tools.sources.split import ImageSource, Split
 from dataset_tools.sources.spool import compression, plain_tar
-from dataset_tools.sources.tar_index import DamagedArchiveError
+from dataset_tools.sources.tar_index import END_OF_ARCHIVE, DamagedArchiveError
 
 
 class TarSplit(Split):
@@ -51,9 +51,7 @@ def open_tar(archive: Path) -> ImageSource:
         raise ValueError(f"the archive {archive} cannot be used: {error}") from error
     ranges = index.folders()
     top = _common_top(list(ranges))
-    layout = lay_out(
-        {folder[len(top) :]: stop - start for folder, (start, stop) in ranges.items()}, f"{archive}"
-    )
+    layout = lay_out({folder[len(top) :]: stop - start for folder, (start, stop) in ranges.items()}, f"{archive}")
     file, splits = ByteFile(tar), dict[str, Split]()
     for split, folders in layout.splits.items():
         extents = [ranges[top + folder if folder else top.rstrip("/")] for folder, _ in folders]
@@ -71,7 +69,7 @@ def open_tar(archive: Path) -> ImageSource:
 def _check_kind(archive: Path) -> None:
     with open(archive, "rb") as file:
         head = file.read(tarfile.BLOCKSIZE)
-    if compression(head) or head[257:262] == b"ustar":
+    if compression(head) or head[257:262] == b"ustar" or head == END_OF_ARCHIVE:
         return
     try:  # a tar from before 1988 has no mark, but a checksum
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")

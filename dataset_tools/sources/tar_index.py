@@ -90,9 +90,7 @@ class TarIndex:
 
     @classmethod
     def load(cls, path: Path) -> TarIndex:
-        """The inverse of `save`. Raises OSError, ValueError, KeyError or zipfile.BadZipFile if it is
-        unusable.
-        """
+        """The inverse of `save`. Raises OSError, EOFError, ValueError, KeyError or zipfile.BadZipFile."""
         with np.load(path, allow_pickle=False) as saved:
             names = PackedNames.from_buffers(saved["blob"].tobytes(), saved["ends"])
             index = cls(names, saved["offsets"], saved["sizes"])
@@ -108,9 +106,7 @@ def _images(tar: Path) -> Iterator[tuple[str, int, int]]:
             archive.members = []  # type: ignore[attr-defined]  # else it keeps 1 kB for each
             parts = [part for part in member.name.split("/") if part not in ("", ".")]
             if member.name.startswith("/") or ".." in parts:
-                raise DamagedArchiveError(
-                    f"its member {member.name!r} has an absolute or `..` path, which is refused."
-                )
+                raise DamagedArchiveError(f"its member {member.name!r} has an absolute or `..` path, which is refused.")
             if not member.isreg() or any(map(is_hidden, parts)) or not is_image(member.name):
                 continue
             if member.issparse():

@@ -1,0 +1,150 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), as binary files or as the pickles that torchvision keeps."""
+
+from __future__ import annotations
+
+import codecs
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_tools.sources.raw_pixels import (
+    PixelSplit,
+    RecordSplit,
+    read_class_names,
+    read_records,
+    remap,
+    require_files,
+)
+from dataset_tools.sources.split import ImageSource, Split
+
+SIDE = 32
+PIXEL_BYTES = 3 * SIDE * SIDE
+BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the forms in which CIFAR is published."""
+
+    kind: str
+    train: tuple[str, ...]
+    test: str
+    class_names: str
+    label_bytes: int = 0
+    """Before the pixels of a record; the last one is the (fine) label. 0: pickles."""
+    label_key: str = ""
+    class_names_key: str = ""
+
+
+VARIANTS = (
+    Variant("CIFAR-10", tuple(f"{name}.bin" for name in BATCHES), "test_batch.bin", "batches.meta.txt", 1),
+    Variant("CIFAR-100", ("train.bin",), "test.bin", "fine_label_names.txt", 2),
+    Variant("CIFAR-10", BATCHES, "test_batch", "batches.meta", 0, "labels", "label_names"),
+    Variant("CIFAR-100", ("train",), "test", "meta", 0, "fine_labels", "fine_label_names"),
+)
+
+
+def open_cifar(folder: Path) -> ImageSource | None:
+    """CIFAR's splits train and test, in the stored order; None if `folder` is none of the VARIANTS.
+
+    Labels of CIFAR-100 are the fine ones. Raises FileNotFoundError if files are missing, ValueError if one is
+    damaged, or if a pickle asks for anything but arrays.
+    """
+    for variant in VARIANTS:
+        if (folder / variant.class_names).is_file() and (folder / variant.train[0]).is_file():
+            return _open(folder, variant)
+    return None
+
+
+def _open(folder: Path, variant: Variant) -> ImageSource:
+    require_files(folder, [*variant.train, variant.test, variant.class_names], variant.kind)
+    names_file = folder / variant.class_names
+    if variant.label_bytes:
+        stored_classes = read_class_names(names_file)
+    else:
+        stored_classes = list(map(str, load_pickle(names_file).get(variant.class_names_key, ())))
+    splits: dict[str, Split] = {}
+    for split, files in (("train", variant.train), ("test", (variant.test,))):
+        paths = [folder / file for file in files]
+        make = _binary_split if variant.label_bytes else PickledSplit
+        splits[split] = make(split, paths, variant, stored_classes)
+    classes = splits["train"].classes
+    return ImageSource(path=folder, kind=variant.kind, splits=splits, classes=classes)
+
+
+def _binary_split(name: str, paths: list[Path], variant: Variant, stored_classes: list[str]) -> RecordSplit:
+    header = variant.label_bytes
+    records = [read_records(path, header + PIXEL_BYTES) for path in paths]
+    stored = np.concatenate([record[:, header - 1] for record in records]).astype(np.int64)
+    labels, classes = remap(stored, stored_classes, paths[0].parent)
+    return RecordSplit(name, labels, classes, files=paths, header=header, side=SIDE)
+
+
+class PickledSplit(PixelSplit):
+    """Images in pickles, which each process keeps in memory: 3 kB an image."""
+
+    def __init__(self, name: str, paths: list[Path], variant: Variant, stored_classes: list[str]) -> None:
+        self.paths, self.label_key = paths, variant.label_key
+        batches = [_read_batch(path, self.label_key) for path in paths]
+        stored = np.concatenate([labels for _, labels in batches])
+        super().__init__(name, *remap(stored, stored_classes, paths[0].parent))
+        self._data: NDArray[np.uint8] | None = np.concatenate([data for data, _ in batches])
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        if self._data is None:
+            self._data = np.concatenate([_read_batch(path, self.label_key)[0] for path in self.paths])
+        planes: NDArray[np.uint8] = self._data[index].reshape(3, SIDE, SIDE)
+        return planes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_data": None}
+
+
+def _read_batch(path: Path, label_key: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """uint8 [N, 3072] and int64 [N]. Raises ValueError if the pickle holds anything else."""
+    batch = load_pickle(path)
+    data, labels = batch.get("data"), batch.get(label_key)
+    if (
+        not isinstance(data, np.ndarray)
+        or data.dtype != np.uint8
+        or not isinstance(labels, list)
+        or data.shape != (len(labels), PIXEL_BYTES)
+        or not all(isinstance(label, int) for label in labels)
+    ):
+        raise ValueError(f"{path} is damaged: expected 'data', uint8 [N, {PIXEL_BYTES}], and {label_key!r}, N integers")
+    return data, np.array(labels, dtype=np.int64)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Builds Python's own containers and numpy arrays, and refuses to import anything else."""
+
+    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): codecs.encode,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which CIFAR does not need; nothing was run")
+        return self.ALLOWED[module, name]
+
+
+def load_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary that a CIFAR pickle holds. Raises ValueError if it is damaged or asks for other code."""
+    try:
+        with open(path, "rb") as file:
+            content = ArrayUnpickler(file, encoding="latin1").load()
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged pickle raises is not documented
+        raise ValueError(f"{path} is no CIFAR pickle: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no CIFAR pickle: it holds a {type(content).__name__}, not a dictionary")
+    return content

@@ -1,0 +1,109 @@
+"""Images that are stored as raw pixels: handed out as PNG files, without loss."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dataset_tools.packed_names import PackedNames
+from dataset_tools.sources.byte_file import ByteFile
+from dataset_tools.sources.split import Split
+
+
+class PixelSplit(Split):
+    """Square RGB images, named by split, class and index: "train/frog/00000.png"."""
+
+    def __init__(self, name: str, labels: NDArray[np.int64], classes: tuple[str, ...]) -> None:
+        self.name, self.labels, self.classes = name, labels, classes
+        folders = [f"{name}/{label}" for label in classes] + [name]  # the last one for -1, unlabelled
+        self.names = PackedNames(f"{folders[label]}/{index:05}.png" for index, label in enumerate(labels))
+
+    @abstractmethod
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """uint8 [3, H, W]."""
+
+    def read(self, index: int) -> bytes:
+        encoded = BytesIO()
+        image = Image.fromarray(np.ascontiguousarray(self.pixels(index).transpose(1, 2, 0)))
+        image.save(encoded, "PNG", compress_level=1)
+        return encoded.getvalue()
+
+
+class RecordSplit(PixelSplit):
+    """Images in files of equal records, each one `header` bytes and then the planes red, green, blue.
+
+    Nothing is kept in memory but names and labels. `side` in pixels; `column_major`: planes are stored
+    column by column.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        labels: NDArray[np.int64],
+        classes: tuple[str, ...],
+        *,
+        files: Sequence[Path],
+        header: int,
+        side: int,
+        column_major: bool = False,
+    ) -> None:
+        super().__init__(name, labels, classes)
+        self.header, self.side, self.column_major = header, side, column_major
+        self.record_bytes = header + 3 * side * side
+        self.files = tuple(map(ByteFile, files))
+        self.first = np.cumsum([0] + [path.stat().st_size // self.record_bytes for path in files])
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        index = range(len(self))[index]
+        file = int(np.searchsorted(self.first, index, side="right")) - 1
+        offset = (index - int(self.first[file])) * self.record_bytes + self.header
+        data = self.files[file].read(offset, self.record_bytes - self.header, sample=self.names[index])
+        planes = np.frombuffer(data, dtype=np.uint8).reshape(3, self.side, self.side)
+        return planes.transpose(0, 2, 1) if self.column_major else planes
+
+
+def read_records(path: Path, record_bytes: int) -> NDArray[np.uint8]:
+    """The records of a file, uint8 [N, record_bytes], memory-mapped.
+
+    Raises ValueError if its size is no multiple of `record_bytes`.
+    """
+    size = path.stat().st_size
+    if size == 0 or size % record_bytes:
+        raise ValueError(
+            f"{path} has {size} bytes, which is no multiple of {record_bytes}: it is cut short or something "
+            "else; download it again."
+        )
+    return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, record_bytes)
+
+
+def remap(
+    labels: NDArray[np.int64], stored_classes: Sequence[str], path: Path
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Labels that count in `stored_classes` → labels that count in these sorted by name, and those.
+
+    Raises ValueError, naming `path`, for a label that is out of range or classes that are not distinct.
+    """
+    classes = tuple(sorted(stored_classes))
+    if len(set(stored_classes)) != len(stored_classes) or not stored_classes:
+        raise ValueError(f"{path} is damaged: its class names are missing or not distinct: {stored_classes}")
+    if labels.min() < 0 or labels.max() >= len(stored_classes):
+        raise ValueError(f"{path} is damaged: labels from {labels.min()} to {labels.max()} for {len(classes)} classes")
+    rank = np.array([classes.index(name) for name in stored_classes], dtype=np.int64)
+    return rank[labels], classes
+
+
+def read_class_names(path: Path) -> list[str]:
+    """One name a line; empty lines do not count."""
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def require_files(folder: Path, names: Sequence[str], kind: str) -> None:
+    """Raises FileNotFoundError, listing what is missing."""
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} looks like {kind} but lacks {', '.join(missing)}; download it again.")

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset_tools.sources import open_source
+
+
+def test_order_and_labels_are_those_of_torchvision(write_tree) -> None:
+    image_folder = pytest.importorskip("torchvision.datasets").ImageFolder
+    names = [
+        *(
+            "b/2.jpg",
+            "b/10.JPEG",
+            "b/1.png",
+            "b/deep/er/x.webp",
+            "b/deep-er/x.tiff",
+            "b/deep/0.bmp",
+            "b/deep/..",
+        ),
+        *(
+            "a/Z.jpg",
+            "a/z.PGM",
+            "a/ä.jpg",
+            "a/notes.txt",
+            "a/x.jpg.gz",
+            "C/only.ppm",
+            "b2/u.jpeg",
+            "b-2/u.tif",
+        ),
+    ]
+    root = write_tree({name: name.encode() for name in names if not name.endswith("..")})
+    (root / "loose.jpg").write_bytes(b"not in a class")
+    (root / "C" / "link.jpg").symlink_to(root / "a" / "Z.jpg")
+    (root / "D").symlink_to(root / "b", target_is_directory=True)
+
+    source, oracle = open_source(root), image_folder(root)
+    train = source.splits["train"]
+    assert source.kind == "image folder"
+    assert source.classes == train.classes == tuple(oracle.classes) == ("C", "D", "a", "b", "b-2", "b2")
+    assert list(zip(map(str, (root / name for name in train.names)), train.labels, strict=True)) == oracle.samples
+    assert len(train) == 19
+    assert train.labels.dtype == np.int64
+    for index, (path, _) in enumerate(oracle.samples):
+        assert train.read(index) == Path(path).read_bytes()
+
+
+def test_splits_in_their_order_share_the_class_list_of_train(write_tree) -> None:
+    root = write_tree(
+        {
+            "unlabeled/x.jpg": b"u0",
+            "unlabeled/any/y.jpg": b"u1",
+            "test/dog/1.jpg": b"t",
+            "valid/cat/1.jpg": b"v0",
+            "valid/dog/1.jpg": b"v1",
+            "train/dog/2.jpg": b"d",
+            "train/cat/1.jpg": b"c",
+            "train/ant/": b"",
+        }
+    )
+    source = open_source(root)
+    assert list(source.splits) == ["train", "val", "test", "unlabeled"]
+    assert source.classes == ("ant", "cat", "dog")
+    assert {name: list(split.names) for name, split in source.splits.items()} == {
+        "train": ["train/cat/1.jpg", "train/dog/2.jpg"],
+        "val": ["valid/cat/1.jpg", "valid/dog/1.jpg"],
+        "test": ["test/dog/1.jpg"],
+        "unlabeled": ["unlabeled/x.jpg", "unlabeled/any/y.jpg"],
+    }
+    assert {name: split.labels.tolist() for name, split in source.splits.items()} == {
+        "train": [1, 2],
+        "val": [1, 2],
+        "test": [2],
+        "unlabeled": [-1, -1],
+    }
+    assert source.splits["unlabeled"].read(1) == b"u1"
+    assert source.splits["val"].name == "val"
+
+
+def test_flat_folders_are_unlabelled(write_tree) -> None:
+    source = open_source(write_tree({"2.jpg": b"2", "10.jpg": b"10", "empty/": b""}))
+    assert list(source.splits) == ["train"]
+    assert list(source.splits["train"].names) == ["10.jpg", "2.jpg"]
+    assert source.splits["train"].labels.tolist() == [-1, -1]
+    assert source.classes == ()
+
+
+def test_a_class_may_be_called_train(write_tree) -> None:
+    source = open_source(write_tree({"bus/1.jpg": b"", "train/1.jpg": b"", "test/1.jpg": b""}))
+    assert list(source.splits) == ["train"]
+    assert source.classes == ("bus", "test", "train")
+
+
+def test_folders_beside_splits_are_left_out_with_a_warning(write_tree, caplog) -> None:
+    source = open_source(write_tree({"train/a/1.jpg": b"", "val/a/1.jpg": b"", "docs/figure.png": b""}))
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 1, "val": 1}
+    assert "left out, being beside train, val: docs" in caplog.text
+
+
+def test_loose_images_and_empty_splits_are_left_out_with_a_warning(write_tree, caplog) -> None:
+    source = open_source(write_tree({"train/a/1.jpg": b"", "train/loose.jpg": b"", "val/": b""}))
+    assert {name: list(split.names) for name, split in source.splits.items()} == {"train": ["train/a/1.jpg"]}
+    assert "1 images in 'train'" in caplog.text
+    assert "its folder 'val' holds no image" in caplog.text
+
+
+def test_hidden_names_are_ignored(write_tree) -> None:
+    source = open_source(
+        write_tree(
+            {
+                "a/1.jpg": b"",
+                "a/._1.jpg": b"",
+                ".git/x/1.jpg": b"",
+                "__MACOSX/a/1.jpg": b"",
+                "a/.b/1.jpg": b"",
+            }
+        )
+    )
+    assert source.classes == ("a",)
+    assert list(source.splits["train"].names) == ["a/1.jpg"]
+
+
+def test_link_loops_end(write_tree, caplog) -> None:
+    root = write_tree({"a/1.jpg": b"1", "b/1.jpg": b"2"})
+    (root / "a" / "up").symlink_to(root, target_is_directory=True)
+    (root / "a" / "self").symlink_to(root / "a" / "self")
+    (root / "a" / "to_b").symlink_to(root / "b", target_is_directory=True)
+    source = open_source(root)
+    assert list(source.splits["train"].names) == ["a/1.jpg", "a/to_b/1.jpg", "b/1.jpg"]
+    assert "leads back to a folder it is in" in caplog.text
+
+
+def test_names_that_are_hard_to_write(write_tree) -> None:
+    names = [os.fsdecode(b"class \xff/\n.jpg"), "clässe\u202e/日本.v1.2.jpg", "white space/ .jpg"]
+    source = open_source(write_tree({name: name.encode("utf-8", "surrogateescape") for name in names}))
+    train = source.splits["train"]
+    assert list(train.names) == sorted(names)
+    for index, name in enumerate(train.names):
+        assert train.read(index) == name.encode("utf-8", "surrogateescape")
+    assert len(source.fingerprint) == 64
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no image. Expected"),
+        ({"a/notes.txt": b"", "train/b/": b""}, "holds no image. Expected"),
+        (
+            {"train/a/1.jpg": b"", "val/c/1.jpg": b"", "val/b/1.jpg": b""},
+            "val has 2 class.* that train lacks: b, c",
+        ),
+        (
+            {"train/a/1.jpg": b"", "val/a/1.jpg": b"", "valid/a/1.jpg": b""},
+            "'val' and 'valid', which mean the same",
+        ),
+    ],
+)
+def test_unusable_folders(write_tree, files: dict[str, bytes], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_source(write_tree(files))
+
+
+def test_a_file_that_vanished_is_named(write_tree) -> None:
+    root = write_tree({"a/1.jpg": b"1", "a/2.jpg": b"2"})
+    (root / "a" / "broken.jpg").symlink_to(root / "nowhere")
+    train = open_source(root).splits["train"]
+    (root / "a" / "2.jpg").unlink()
+    assert train.read(0) == b"1"
+    for index, name in ((1, "a/2.jpg"), (2, "a/broken.jpg")):
+        with pytest.raises(FileNotFoundError, match=f"cannot read sample '{name}'"):
+            train.read(index)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(write_tree) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    root = write_tree({"a/1.jpg": b"1", "b/1.jpg": b"2"})
+    (root / "b").chmod(0)
+    with pytest.raises(PermissionError, match="b"):
+        open_source(root)
+
+
+def test_subsets_compose_and_pickle(write_tree) -> None:
+    train = open_source(write_tree({f"{c}/{i}.jpg": f"{c}{i}".encode() for c in "ab" for i in range(5)})).splits[
+        "train"
+    ]
+    subset = train.subset([9, 0, 4, 6])
+    inner = pickle.loads(pickle.dumps(subset.subset(np.array([2, 0]))))
+    assert list(subset.names) == ["b/4.jpg", "a/0.jpg", "a/4.jpg", "b/1.jpg"]
+    assert subset.labels.tolist() == [1, 0, 0, 1]
+    assert [subset.read(i) for i in range(len(subset))] == [b"b4", b"a0", b"a4", b"b1"]
+    assert list(inner.names) == ["a/4.jpg", "b/4.jpg"]
+    assert [inner.read(0), inner.read(1)] == [b"a4", b"b4"]
+    assert (inner.name, inner.classes, len(inner)) == ("train", ("a", "b"), 2)
+    assert len(train.subset([])) == 0
+    for wrong in ([10], [-1], [0, 11]):
+        with pytest.raises(IndexError, match="do not fit a split of 10 images"):
+            train.subset(wrong)
+    with pytest.raises(ValueError, match="integers in one dimension"):
+        train.subset([0.5])
+    with pytest.raises(ValueError, match="integers in one dimension"):
+        train.subset(np.ones(10, dtype=bool))
+
+
+def test_fingerprint_tells_names_and_labels_apart(write_tree) -> None:
+    root = write_tree({"train/a/1.jpg": b"1", "train/b/1.jpg": b"2"})
+    first = open_source(root).fingerprint
+    (root / "train/a/1.jpg").write_bytes(b"other bytes")
+    assert open_source(root).fingerprint == first
+    (root / "train/b/1.jpg").rename(root / "train/b/2.jpg")
+    renamed = open_source(root).fingerprint
+    (root / "train/b/2.jpg").rename(root / "train/b/1.jpg")
+    (root / "train").rename(root / "test")
+    assert len({first, renamed, open_source(root).fingerprint}) == 3

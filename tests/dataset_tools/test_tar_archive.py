@@ -1,0 +1,392 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset_tools.sources import ImageSource, open_source, spool
+
+FILES = {
+    "val/dog/9.jpg": b"val dog 9",
+    "train/dog/10.jpg": b"",
+    "train/cat/b.png": b"cat b" * 400,
+    "train/dog/2.jpg": b"dog 2",
+    "train/cat/in/side.JPEG": b"nested",
+    "train/cat/readme.txt": b"no image",
+    "train/cat-big/1.jpg": b"another class",
+    "train/cat/a.jpg": b"cat a" * 103,
+    "unlabeled/1.jpg": b"?",
+}
+PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+def everything(source: ImageSource) -> dict[str, list[tuple[str, int, bytes]]]:
+    return {
+        name: [(split.names[i], int(split.labels[i]), split.read(i)) for i in range(len(split))]
+        for name, split in source.splits.items()
+    }
+
+
+def test_a_tar_equals_the_folder_of_its_files(write_tree, write_tar) -> None:
+    folder, tar = open_source(write_tree(FILES)), open_source(write_tar(FILES))
+    assert tar.kind == "tar"
+    assert tar.classes == folder.classes == ("cat", "cat-big", "dog")
+    assert everything(tar) == everything(folder)
+    assert tar.fingerprint == folder.fingerprint
+    assert list(tar.splits) == ["train", "val", "unlabeled"]
+    assert list(tar.splits["train"].names) == [
+        "train/cat/a.jpg",
+        "train/cat/b.png",
+        "train/cat/in/side.JPEG",
+        "train/cat-big/1.jpg",
+        "train/dog/10.jpg",
+        "train/dog/2.jpg",
+    ]
+    assert tar.splits["train"].labels.tolist() == [0, 0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("top", ["./", "data/", "./data-v1.0/"])
+def test_one_folder_around_everything_is_looked_through(write_tar, top: str) -> None:
+    plain = open_source(write_tar(FILES))
+    wrapped = open_source(write_tar({top + name: data for name, data in FILES.items()}, name="wrapped.tar"))
+    assert everything(wrapped) == everything(plain)
+    assert wrapped.fingerprint == plain.fingerprint
+
+
+def test_without_splits_all_is_train(write_tar) -> None:
+    source = open_source(write_tar({"b/2.jpg": b"2", "a/1.jpg": b"1"}))
+    assert everything(source) == {"train": [("a/1.jpg", 0, b"1"), ("b/2.jpg", 1, b"2")]}
+    flat = open_source(write_tar({"only/2.jpg": b"2", "only/1.jpg": b"1"}, name="one class.tar"))
+    assert (flat.classes, list(flat.splits["train"].names)) == (("only",), ["only/1.jpg", "only/2.jpg"])
+    bare = open_source(write_tar({"2.jpg": b"2", "1.jpg": b"1"}, name="bare.tar"))
+    assert everything(bare) == {"train": [("1.jpg", -1, b"1"), ("2.jpg", -1, b"2")]}
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_formats_and_long_names(write_tar, format: int) -> None:
+    folder = "/".join(["class", *("deep" * 15 for _ in range(2))])
+    names = {f"{folder}/{'x' * 90}.jpg": b"long", "class/é.jpg": b"accent", "class/s.jpg": b"short"}
+    if format != tarfile.USTAR_FORMAT:
+        names[f"{folder}/{'y' * 300}.jpg"] = b"very long"
+    source = open_source(write_tar(names, format=format))
+    assert {name: data for name, _, data in everything(source)["train"]} == names
+
+
+def test_links_folders_and_hidden_members_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "links.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, kind in [
+            ("a", tarfile.DIRTYPE),
+            ("a/s.jpg", tarfile.SYMTYPE),
+            ("a/h.jpg", tarfile.LNKTYPE),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a/1.jpg"
+            archive.addfile(info)
+        for name in ("a/1.jpg", "a/._1.jpg", "__MACOSX/a/1.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            archive.addfile(info, io.BytesIO(b"abc"))
+    assert everything(open_source(path)) == {"train": [("a/1.jpg", 0, b"abc")]}
+
+
+def test_pax_size_comes_first(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a/1.jpg")
+    info.size, info.pax_headers = 0, {"size": "700"}
+    header = info.tobuf(tarfile.PAX_FORMAT)
+    path = tmp_path / "pax.tar"
+    path.write_bytes(header + b"p" * 700 + bytes(1024 - 700) + bytes(1024))
+    assert everything(open_source(path)) == {"train": [("a/1.jpg", 0, b"p" * 700)]}
+
+
+@pytest.mark.parametrize("packing", list(PACK))
+def test_compressed_tars_are_unpacked_once(
+    write_tar, cache_folder: Path, packing: str, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    caplog.set_level("INFO")
+    plain = write_tar(FILES)
+    packed = plain.with_name(f"images.tar.{packing}")
+    packed.write_bytes(PACK[packing](plain.read_bytes()))
+    source = open_source(packed)
+    assert everything(source) == everything(open_source(plain))
+    assert source.path == packed
+    assert f"unpacking {packed} once, into {cache_folder}" in caplog.text
+    assert sorted(path.suffix for path in cache_folder.iterdir()) == [".lock", ".npz", ".tar"]
+
+    monkeypatch.setattr(spool, "_unpack", lambda *_: pytest.fail("unpacked again"))
+    monkeypatch.setattr(spool.TarIndex, "build", lambda *_: pytest.fail("indexed again"))
+    assert everything(open_source(packed)) == everything(source)
+
+
+def test_a_changed_archive_is_unpacked_again(write_tar) -> None:
+    packed = write_tar({"a/1.jpg": b"old"}, name="x.tar.gz", mode="w:gz")
+    assert everything(open_source(packed))["train"][0][2] == b"old"
+    write_tar({"a/1.jpg": b"new"}, name="x.tar.gz", mode="w:gz")
+    os.utime(packed, ns=(1, 1))
+    assert everything(open_source(packed))["train"][0][2] == b"new"
+
+
+def test_a_damaged_cached_index_is_made_again(write_tar, cache_folder: Path, caplog) -> None:
+    packed = write_tar(FILES, name="x.tar.gz", mode="w:gz")
+    expected = everything(open_source(packed))
+    (index,) = cache_folder.glob("*.npz")
+    for damage in (b"", index.read_bytes()[:100], b"\x80\x04N."):
+        index.write_bytes(damage)
+        assert everything(open_source(packed)) == expected
+    assert caplog.text.count("is made again") == 3
+
+
+def test_a_large_plain_tar_keeps_its_index(write_tar, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar = write_tar(FILES)
+    open_source(tar)
+    assert not cache_folder.exists()
+    monkeypatch.setattr(spool, "INDEX_KEPT_FROM", 3)
+    expected = everything(open_source(tar))
+    monkeypatch.setattr(spool.TarIndex, "build", lambda *_: pytest.fail("indexed again"))
+    assert everything(open_source(tar)) == expected
+
+
+def test_a_plain_tar_needs_no_cache(write_tar, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(spool, "INDEX_KEPT_FROM", 0)
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("LEOCLR_CACHE", str(tmp_path / "file" / "below"))
+    assert len(open_source(write_tar(FILES)).splits["train"]) == 6
+    packed = write_tar(FILES, name="x.tar.gz", mode="w:gz")
+    with pytest.raises(OSError, match=r"cache folder .* cannot be written .* set LEOCLR_CACHE"):
+        open_source(packed)
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEOCLR_CACHE", "/one")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/two")
+    assert spool.cache_folder() == Path("/one")
+    monkeypatch.delenv("LEOCLR_CACHE")
+    assert spool.cache_folder() == Path("/two/leoclr-fast")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/x")
+    assert spool.cache_folder() == Path("/home/x/.cache/leoclr-fast")
+
+
+def test_processes_that_start_at_once_unpack_once(write_tar, cache_folder: Path) -> None:
+    packed = write_tar({f"a/{i}.jpg": b"x" * 5000 for i in range(300)}, name="x.tar.xz", mode="w:xz")
+    code = (
+        "import sys, logging; logging.basicConfig(level=20, stream=sys.stdout)\n"
+        "from dataset_tools.sources import open_source\n"
+        "split = open_source(sys.argv[1]).splits['train']; print(len(split), split.read(299)[:2])"
+    )
+    command = [sys.executable, "-c", code, str(packed)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    outputs = [run.communicate()[0] for run in runs]
+    assert [output.splitlines()[-1] for output in outputs] == ["300 b'xx'"] * 4
+    assert sum("unpacking" in output for output in outputs) == 1
+    assert len(list(cache_folder.glob("*.tar"))) == 1
+
+
+def test_what_a_killed_process_left_is_overwritten(write_tar, cache_folder: Path) -> None:
+    packed = write_tar(FILES, name="x.tar.gz", mode="w:gz")
+    cache_folder.mkdir()
+    key = spool._key(packed)
+    (cache_folder / f"{key}.partial").write_bytes(b"half")
+    (cache_folder / f"{key}.npz.partial").write_bytes(b"half")
+    assert len(open_source(packed).splits["train"]) == 6
+    assert not list(cache_folder.glob("*.partial"))
+
+
+def test_no_room_to_unpack(write_tar, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = write_tar(FILES, name="x.tar.gz", mode="w:gz")
+    full = shutil.disk_usage(packed)._replace(free=spool.SPARE_BYTES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(OSError, match=r"no room to unpack .*x.tar.gz: .* set LEOCLR_CACHE"):
+        open_source(packed)
+    assert [path.suffix for path in cache_folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("packing", list(PACK))
+@pytest.mark.parametrize("damage", ["cut", "flipped", "inner"])
+def test_damaged_compressed_tars(write_tar, cache_folder: Path, packing: str, damage: str) -> None:
+    data = write_tar({f"a/{i}.jpg": os.urandom(2000) for i in range(50)}).read_bytes()
+    packed = PACK[packing](data)
+    if damage == "cut":
+        packed = packed[: len(packed) // 2]
+    elif damage == "flipped":
+        packed = packed[:5000] + bytes(64) + packed[5064:]
+    else:
+        packed = PACK[packing](data[:50_000])
+    path = cache_folder.parent / f"x.tar.{packing}"
+    path.write_bytes(packed)
+    with pytest.raises(ValueError, match=rf"the archive {path} cannot be used: it is damaged or cut short"):
+        open_source(path)
+    assert [path.suffix for path in cache_folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.5, 0.99])
+def test_a_tar_cut_short(write_tar, kept: float) -> None:
+    path = write_tar({f"a/{i}.jpg": b"x" * 1000 for i in range(40)})
+    os.truncate(path, int(path.stat().st_size * kept))
+    if kept == 0.99:  # only the padding after the end-of-archive mark is gone
+        assert len(open_source(path).splits["train"]) == 40
+    else:
+        with pytest.raises(ValueError, match="damaged or cut short"):
+            open_source(path)
+
+
+def test_a_tar_cut_between_two_members(write_tar) -> None:
+    path = write_tar({f"a/{i}.jpg": b"x" * 512 for i in range(40)})
+    os.truncate(path, 20 * 1024)
+    with pytest.raises(ValueError, match="without the end-of-archive mark at byte 20480"):
+        open_source(path)
+
+
+def test_a_tar_with_a_damaged_header(write_tar) -> None:
+    path = write_tar({f"a/{i}.jpg": b"x" * 512 for i in range(40)})
+    with open(path, "r+b") as file:
+        file.seek(10 * 1024 + 100)
+        file.write(b"\xff" * 50)
+    with pytest.raises(ValueError, match="a damaged header at byte 10240"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("name", ["/etc/1.jpg", "a/../../1.jpg", "../1.jpg", "a/.."])
+def test_unsafe_paths_are_refused(write_tar, name: str) -> None:
+    with pytest.raises(ValueError, match=f"its member '{name}' has an absolute or `..` path"):
+        open_source(write_tar({"a/1.jpg": b"", name: b""}))
+
+
+@pytest.mark.parametrize("again", ["a/1.jpg", "./a/1.jpg", "a//1.jpg"])
+def test_duplicates_are_refused(write_tar, again: str) -> None:
+    path = write_tar({"a/0.jpg": b"0", "a/1.jpg": b"1", "b/1.jpg": b"2"})
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(tarfile.TarInfo(again))
+    with pytest.raises(ValueError, match=r"holds 'a/1.jpg' more than once"):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty. A file must be a tar"),
+        (b"\xff\xd8\xff\xe0" + bytes(2000), "is no tar. A file must be a tar"),
+        (b"PK\x03\x04" + bytes(2000), "unpack other archives"),
+        (gzip.compress(b"not a tar" * 1000), "cannot be used: it is damaged or cut short"),
+    ],
+)
+def test_files_that_are_no_tar(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_source(path)
+
+
+def test_a_tar_without_images(write_tar) -> None:
+    with pytest.raises(ValueError, match=r"images.tar holds no image. Expected"):
+        open_source(write_tar({"a/1.txt": b""}))
+    with pytest.raises(ValueError, match="holds no image"):
+        open_source(write_tar({}))
+
+
+def test_val_must_know_the_classes_of_train(write_tar) -> None:
+    with pytest.raises(ValueError, match=r"val has 1 class.* that train lacks: b"):
+        open_source(write_tar({"train/a/1.jpg": b"", "val/b/1.jpg": b""}))
+
+
+def test_a_tar_that_shrank_or_vanished_is_an_error_that_names_the_sample(write_tar) -> None:
+    path = write_tar({"a/1.jpg": b"1" * 600, "a/2.jpg": b"2" * 600})
+    train = open_source(path).splits["train"]
+    fresh = pickle.loads(pickle.dumps(train))
+    assert train.read(0) == b"1" * 600
+    os.truncate(path, 2400)
+    with pytest.raises(OSError, match=r"cannot read sample 'a/2.jpg': .* holds 352 of its 600 bytes at offset 2048"):
+        train.read(1)
+    path.unlink()
+    assert train.read(0) == b"1" * 600
+    with pytest.raises(FileNotFoundError, match=r"cannot read sample 'a/1.jpg'"):
+        fresh.read(0)
+
+
+def _read_all(split) -> list[bytes]:
+    return [split.read(index) for index in range(len(split))]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_reads_in_worker_processes(write_tar, method: str) -> None:
+    files = {f"a/{i:03}.jpg": bytes([i]) * (i + 1) for i in range(100)}
+    split = open_source(write_tar(files)).splits["train"]
+    split.read(0)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(_read_all, [split, split.subset([5, 4])]) == [
+            list(files.values()),
+            [files["a/005.jpg"], files["a/004.jpg"]],
+        ]
+
+
+def test_reads_in_threads(write_tar) -> None:
+    files = {f"a/{i:03}.jpg": bytes([i]) * (i + 1) for i in range(200)}
+    split = open_source(write_tar(files)).splits["train"]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(split.read, range(200))) == list(files.values())
+
+
+def test_no_file_stays_open(write_tar) -> None:
+    split = open_source(write_tar({"a/1.jpg": b"1"})).splits["train"]
+    split.read(0)
+    before = len(os.listdir("/proc/self/fd"))
+    del split
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+def test_memory_of_an_index(write_tar) -> None:
+    files = {f"n{i % 10:08}/n{i % 10:08}_{i:06}.JPEG": b"" for i in range(5000)}
+    source = open_source(write_tar(files))
+    assert len(pickle.dumps(source)) < 80 * 5000
+
+
+@pytest.mark.real_data
+def test_real_cifar10_tar(real_data: Path) -> None:
+    archive = real_data / "cifar10-jpeg.tar.xz"
+    source = open_source(archive)
+    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    assert source.classes == classes
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 50_000, "test": 10_000}
+    for split, count in (("train", 5000), ("test", 1000)):
+        assert np.array_equal(source.splits[split].labels, np.repeat(np.arange(10), count))
+    assert source.splits["train"].names[5001] == "train/automobile/0001.jpg"
+    with tarfile.open(archive) as reference:
+        member = reference.next()
+        while member is not None and not member.isreg():
+            member = reference.next()
+        assert member is not None
+        expected = reference.extractfile(member).read()  # type: ignore[union-attr]
+    split = source.splits[member.name.split("/")[0]]
+    assert split.read(list(split.names).index(member.name)) == expected
+
+    start = time.perf_counter()
+    assert open_source(archive).fingerprint == source.fingerprint
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.real_data
+def test_real_imagenet_sample(real_data: Path) -> None:
+    source = open_source(real_data / "imagenet-sample-400.tar")
+    train = source.splits["train"]
+    assert list(source.splits) == ["train"]
+    assert (len(train), len(source.classes)) == (400, 400)
+    assert train.names[0] == "n01440764/n01440764_tench.JPEG"
+    assert train.labels.tolist() == list(range(400))
+    for index in range(400):
+        data = train.read(index)
+        assert data[:2] == b"\xff\xd8"
+        assert data.rstrip(b"\0")[-2:] == b"\xff\xd9"
