@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from safetensors.torch import load, save
@@ -11,6 +12,7 @@ from torchvision.models.resnet import ResNet
 from leoclr_fast.backbone import build_backbone
 from leoclr_fast.checkpoint import load_newest_checkpoint
 from leoclr_fast.config import RunConfig
+from leoclr_fast.config_file import as_plain
 from leoclr_fast.run_folder import RunFolder, write_atomically
 
 _QUERY_BACKBONE = "query_encoder.backbone."
@@ -19,13 +21,9 @@ _QUERY_BACKBONE = "query_encoder.backbone."
 def save_backbone(path: Path, backbone: nn.Module, config: RunConfig) -> None:
     """The backbone's tensors as safetensors, under torchvision's names; recipe and architecture in the metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    metadata = {
-        "recipe": config.recipe,
-        "arch": config.result.backbone.arch,
-        "stem": config.result.backbone.stem,
-        "width_multiplier": str(config.result.backbone.width_multiplier),
-    }
-    write_atomically(path, save(tensors, metadata))
+    description = {"recipe": config.recipe, **as_plain(config.result.backbone)}
+    # One key: safetensors writes several in a random order, and equal runs should leave equal files.
+    write_atomically(path, save(tensors, {"leoclr_fast": json.dumps(description)}))
 
 
 def load_backbone(run: RunFolder, config: RunConfig) -> tuple[ResNet, str]:
