@@ -15,7 +15,7 @@ CLASS_NAMES = tuple(CLASSES)
 
 
 def draw_jpeg(label: int, key: tuple[int, ...]) -> bytes:
-    """A JPEG that shows one to three objects of class `label` (0–9); all else is random, by `key` alone."""
+    """A JPEG that shows one to five objects of class `label` (0–9); all else is random, by `key` alone."""
     rng = np.random.default_rng(key)
     short = rng.uniform(SIDES_PX[0], 104)
     long = min(short * rng.uniform(1, 4 / 3), SIDES_PX[1])
@@ -23,7 +23,7 @@ def draw_jpeg(label: int, key: tuple[int, ...]) -> bytes:
     width, height = (SUPERSAMPLING * side for side in size)
     canvas = background(rng, width, height)
     clutter(rng, canvas)
-    count = int(rng.choice([1, 2, 3, 4, 5], p=[0.25, 0.2, 0.2, 0.2, 0.15]))
+    count = int(rng.choice([1, 2, 3, 4, 5], p=[0.2, 0.2, 0.2, 0.2, 0.2]))
     for radius in min(width, height) * rng.uniform(0.36, 0.6, size=count) / count**0.4:
         draw_object(rng, canvas, label, float(radius))
     image = canvas.reduce(SUPERSAMPLING)
@@ -56,10 +56,9 @@ def gradient(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 def background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """A gradient with smooth noise in all channels."""
     size = (width // SUPERSAMPLING, height // SUPERSAMPLING)  # smooth: it needs no more
-    cells = int(rng.integers(3, 14))
-    noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+    noise = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     noise = noise.resize(size, Image.Resampling.BICUBIC)
-    picture = Image.blend(gradient(rng, size), noise, rng.uniform(0, 0.45))
+    picture = Image.blend(gradient(rng, size), noise, 0.3)
     return picture.resize((width, height), Image.Resampling.NEAREST)
 
 
@@ -95,7 +94,7 @@ def draw_object(rng: np.random.Generator, canvas: Image.Image, label: int, radiu
     inverse = np.linalg.inv(matrix).astype(np.float32)
     y, x = np.mgrid[top:bottom, left:right].astype(np.float32)
     x, y = x - np.float32(center[0]), y - np.float32(center[1])
-    period, phase = np.float32(rng.uniform(0.3, 0.55)), rng.uniform(-0.5, 0.5, 2).astype(np.float32)
+    period, phase = np.float32(rng.uniform(0.4, 0.7)), rng.uniform(-0.5, 0.5, 2).astype(np.float32)
     u = (inverse[0, 0] * x + inverse[0, 1] * y) / period + phase[0]
     v = (inverse[1, 0] * x + inverse[1, 1] * y) / period + phase[1]
     pattern = Image.fromarray((255 * surface(u, v)).astype(np.uint8))

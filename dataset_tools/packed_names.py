@@ -41,9 +41,12 @@ class PackedNames(Sequence[str]):
 
     def select(self, indices: NDArray[np.int64]) -> PackedNames:
         """The names at `indices` (int64 [M], in [0, N)), in that order."""
-        starts, stops = self.offsets[indices], self.offsets[indices + 1]
-        blob = b"".join([self.blob[start:stop] for start, stop in zip(starts, stops, strict=True)])
-        return PackedNames.from_buffers(blob, np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64))
+        blob, starts, stops = bytearray(), self.offsets[indices], self.offsets[indices + 1]
+        for start, stop in zip(starts, stops, strict=True):
+            blob += self.blob[start:stop]
+        offsets = np.zeros(len(indices) + 1, dtype=np.int64)
+        np.cumsum(stops - starts, out=offsets[1:])
+        return PackedNames.from_buffers(bytes(blob), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

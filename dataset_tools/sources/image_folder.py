@@ -44,11 +44,8 @@ def open_image_folder(root: Path) -> ImageSource:
     splits: dict[str, Split] = {}
     for split, folders in layout.splits.items():
         names = PackedNames(chain.from_iterable(_joined(folder, files[folder]) for folder, _ in folders))
-        labels = np.repeat(
-            np.array([label for _, label in folders], dtype=np.int64),
-            [len(files[folder]) for folder, _ in folders],
-        )
-        splits[split] = FolderSplit(split, root, names, labels, layout.classes)
+        labels = np.repeat([label for _, label in folders], [len(files[folder]) for folder, _ in folders])
+        splits[split] = FolderSplit(split, root, names, labels.astype(np.int64), layout.classes)
     return ImageSource(path=root, kind="image folder", splits=splits, classes=layout.classes)
 
 

@@ -54,15 +54,12 @@ def open_tar(archive: Path) -> ImageSource:
     layout = lay_out({folder[len(top) :]: stop - start for folder, (start, stop) in ranges.items()}, f"{archive}")
     file, splits = ByteFile(tar), dict[str, Split]()
     for split, folders in layout.splits.items():
-        extents = [ranges[top + folder if folder else top.rstrip("/")] for folder, _ in folders]
-        chosen = np.concatenate([np.arange(start, stop) for start, stop in extents])
-        labels = np.repeat(
-            np.array([label for _, label in folders], dtype=np.int64),
-            [stop - start for start, stop in extents],
-        )
-        names = PackedNames(name[len(top) :] for name in index.names.select(chosen))
-        where = np.stack([index.offsets[chosen], index.sizes[chosen]], axis=1)
-        splits[split] = TarSplit(split, file, names, where, labels, layout.classes)
+        spans = [ranges[f"{top}{folder}".rstrip("/")] for folder, _ in folders]
+        chosen = np.concatenate([np.arange(start, stop) for start, stop in spans])
+        labels = np.repeat([label for _, label in folders], [stop - start for start, stop in spans]).astype(np.int64)
+        names = PackedNames(index.names[position][len(top) :] for position in chosen)
+        extents = np.stack([index.offsets[chosen], index.sizes[chosen]], axis=1)
+        splits[split] = TarSplit(split, file, names, extents, labels, layout.classes)
     return ImageSource(path=archive, kind="tar", splits=splits, classes=layout.classes)
 
 
@@ -82,7 +79,7 @@ def _check_kind(archive: Path) -> None:
 
 
 def _common_top(folders: list[str]) -> str:
-    """ "top/" if all images lie below one folder that is neither a split nor a class, else ""."""
+    """The folder around all images, with "/" at its end; "" if there is none, or if it is a split or a class."""
     tops = {folder.split("/")[0] for folder in folders}
     if len(tops) != 1 or not all("/" in folder for folder in folders) or tops & SPLIT_NAMES.keys():
         return ""
