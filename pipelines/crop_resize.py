@@ -1,8 +1,10 @@
-"""Cut boxes out of images of any size and resize them as PIL does: bilinear, antialiased, on any device.
+"""Cut boxes out of images of any size and resize them as PIL does, bit for bit: bilinear, antialiased, on any device.
 
-PIL resizes in two passes, horizontal then vertical, and rounds to uint8 in between; each pass is a product with a
-banded weight matrix. Here both are batched matrix products with one matrix per box, so that boxes of many sizes
-become one launch. Legend: M boxes, S side of the output, h x w the largest box of a chunk.
+PIL resizes in two passes, horizontal then vertical (from Pillow 13 on the other way round where a box shrinks more in
+height), and rounds to uint8 in between; each pass is a product with a banded matrix of fixed-point weights. Here both
+are batched matrix products with one matrix per box, so that boxes of many sizes become one launch. The weights are
+split in two halves of 11 bits: every product and sum is then an integer that float32 holds exactly, TF32 or not.
+Legend: M boxes, S side of the output, h x w the largest box of a chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
-_ROUNDING_SLACK = {torch.float64: 1e-9, torch.float32: 1e-4}
+_WEIGHT_BITS = 22  # PIL's, after the binary point
+_LOW_BITS = 11
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,56 +47,61 @@ def crop_resize(
     """Each box of its image as a square of ``output_size`` pixels: uint8 [M, S, S, 3] on the images' device.
 
     rows: int64 [M], which image. boxes: int32 [M, 4] as (top, left, height, width), inside the image.
-    Equals ``PIL.Image.crop(...).resize(..., BILINEAR)`` to one level of 255.
+    Equals ``PIL.Image.crop(...)``, resized with ``BILINEAR`` to the output's width, then to its height. (Sums over more
+    than 60 source pixels are no longer exact, so that a single pixel may be one level off.)
     """
     device = images.pixels.device
     output = torch.empty(len(rows), output_size, output_size, 3, dtype=torch.uint8, device=device)
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
     for chunk in _chunks_of_similar_size(boxes, output_size, _CHUNK_ELEMENTS.get(device.type, 1 << 24)):
         geometry = np.concatenate(
             (images.offsets[rows[chunk], None], images.widths[rows[chunk], None], boxes[chunk].astype(np.int64)), axis=1
         )
         height, width = (int(side) for side in boxes[chunk, 2:].max(axis=0))
         resized = _resize_chunk(
-            images.pixels, torch.from_numpy(geometry).to(device, non_blocking=True), height, width, output_size, dtype
+            images.pixels, torch.from_numpy(geometry).to(device, non_blocking=True), height, width, output_size
         )
         output[torch.from_numpy(chunk).to(device, non_blocking=True)] = resized
     return output
 
 
-def _resize_chunk(
-    pixels: Tensor, geometry: Tensor, height: int, width: int, output_size: int, dtype: torch.dtype
-) -> Tensor:
+def _resize_chunk(pixels: Tensor, geometry: Tensor, height: int, width: int, output_size: int) -> Tensor:
     offset, image_width, top, left, box_height, box_width = geometry.unbind(1)  # int64 [M] each
     row = torch.arange(height, device=pixels.device).minimum(box_height[:, None] - 1)  # [M, h]: repeats the last row
     column = torch.arange(width, device=pixels.device).minimum(box_width[:, None] - 1)  # [M, w]
     row_start = offset[:, None] + ((top[:, None] + row) * image_width[:, None] + left[:, None]) * 3  # [M, h]
-    channel = torch.arange(3, device=pixels.device)
-    position = row_start[:, None, :, None] + (column * 3)[:, None, None, :] + channel[:, None, None]  # [M, 3, h, w]
-    crops = pixels.take(position).to(dtype)
+    channel = torch.arange(3, device=pixels.device)[:, None]
+    position = row_start[:, :, None, None] + (column * 3)[:, None, None, :] + channel  # [M, h, 3, w]
+    crops = pixels.take(position).float().flatten(1, 2)  # [M, 3h, w]
 
-    horizontal = _resize_weights(box_width, width, output_size, dtype)  # [M, S, w]
-    vertical = _resize_weights(box_height, height, output_size, dtype)  # [M, S, h]
-    narrow = torch.bmm(crops.flatten(1, 2), horizontal.mT)  # [M, 3h, S]
-    narrow = _round_half_up(narrow).unflatten(1, (3, height))
-    resized = _round_half_up(torch.matmul(vertical[:, None], narrow))  # [M, 3, S, S]
-    return resized.to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def _resize_weights(box_size: Tensor, max_size: int, output_size: int, dtype: torch.dtype) -> Tensor:
-    """Weights of each source pixel in each output pixel, [M, S, max_size]: PIL's triangle filter, rows sum to one."""
-    scale = (box_size.to(dtype) / output_size)[:, None, None]
-    center = (torch.arange(output_size, device=box_size.device, dtype=dtype)[:, None] + 0.5) * scale
-    source = torch.arange(max_size, device=box_size.device)
-    weights = (source.to(dtype) + 0.5) - center
-    weights = weights.abs_().mul_(-1 / scale.clamp(min=1.0)).add_(1.0).clamp_(min=0.0)
-    weights.mul_(source < box_size[:, None, None])
-    return weights.div_(weights.sum(dim=2, keepdim=True))
+    high, low = _resize_weights(box_width, width, output_size)  # [M, S, w]
+    narrow = _rounded(crops @ high.mT, crops @ low.mT).float()  # [M, 3h, S]
+    narrow = narrow.unflatten(1, (height, 3)).flatten(2)  # [M, h, 3S]
+    high, low = _resize_weights(box_height, height, output_size)  # [M, S, h]
+    resized = _rounded(high @ narrow, low @ narrow).to(torch.uint8)  # [M, S, 3S]
+    return resized.unflatten(2, (3, output_size)).transpose(2, 3)
 
 
-def _round_half_up(values: Tensor) -> Tensor:
-    # An exact half is common when a side is halved; the slack sends it up whatever the order of summation.
-    return values.add_(0.5 + _ROUNDING_SLACK[values.dtype]).floor_().clamp_(0, 255)
+def _resize_weights(box_size: Tensor, max_size: int, output_size: int) -> tuple[Tensor, Tensor]:
+    """PIL's triangle filter: the weight of each source pixel in each output pixel, in units of 2**-22.
+
+    Returns its high part (over 2**11, 0 to 2**11) and its low part (-2**10 to 2**10): float32 [M, S, max_size] each.
+    """
+    box = box_size[:, None, None]
+    center = torch.arange(1, 2 * output_size, 2, device=box.device)[:, None] * box  # [M, S, 1]
+    source = torch.arange(1, 2 * max_size, 2, device=box.device) * output_size
+    # Distances and the triangle's half width, times 2 S: integers.
+    weights = (2 * box.clamp(min=output_size) - (source - center).abs_()).clamp_(min=0).double()
+    weights.mul_(torch.arange(max_size, device=box.device) < box)
+    weights.div_(weights.sum(dim=2, keepdim=True)).mul_(2**_WEIGHT_BITS).add_(0.5).floor_()
+    high = (weights * 2.0**-_LOW_BITS).round_()
+    low = weights.sub_(high, alpha=2**_LOW_BITS)
+    return high.float(), low.float()
+
+
+def _rounded(high: Tensor, low: Tensor) -> Tensor:
+    """Sums of both parts of the weights times uint8 values, put together and rounded: int32, 0 to 255."""
+    total = high.to(torch.int32).mul_(2**_LOW_BITS).add_(low.to(torch.int32))
+    return total.add_(2 ** (_WEIGHT_BITS - 1)).bitwise_right_shift_(_WEIGHT_BITS)
 
 
 def _chunks_of_similar_size(
