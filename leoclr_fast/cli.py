@@ -238,7 +238,7 @@ def _parse(arguments: list[str]) -> Command | None:
     name, *rest = arguments
     if name not in COMMANDS:
         raise ValueError(_unknown("command", name, COMMANDS))
-    rest = [_SHORTHANDS.get(argument, argument) for argument in rest]
+    rest = [_without_shorthand(argument) for argument in rest]
     prog = f"leoclr-fast {name}"
     if name != "pretrain":
         return _tyro(COMMANDS[name], rest, prog)
@@ -265,6 +265,11 @@ Parsed = TypeVar("Parsed")
 
 def _tyro(kind: type[Parsed], arguments: list[str], prog: str, **options: Any) -> Parsed:
     return tyro.cli(kind, args=arguments, prog=prog, **options)
+
+
+def _without_shorthand(argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    return f"{_SHORTHANDS.get(flag, flag)}{equals}{value}"
 
 
 def _recipe_help(name: str) -> str:

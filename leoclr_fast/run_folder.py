@@ -58,10 +58,11 @@ class RunFolder:
         """Make the folder. Raises ValueError if it holds other files, is no folder or cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            occupied = [entry.name for entry in os.scandir(self.path) if entry.name != ".lock"]
-            if occupied and not self.exists():
+            # A run that died before it had a config leaves an empty `checkpoints` behind.
+            foreign = sorted({entry.name for entry in os.scandir(self.path)} - {".lock", "checkpoints"})
+            if foreign and not self.exists():
                 raise ValueError(
-                    f"the output folder {self.path} holds other files ({', '.join(sorted(occupied)[:3])}…) and no run; "
+                    f"the output folder {self.path} holds other files ({', '.join(foreign[:3])}…) and no run; "
                     "give --out a new or empty folder"
                 )
             self.checkpoints.mkdir(exist_ok=True)
