@@ -1,0 +1,21 @@
+"""Images made by arithmetic for the tests of the data layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+
+def picture(height: int, width: int, kind: str = "noise", seed: int = 0) -> npt.NDArray[np.uint8]:
+    """uint8 [height, width, 3]: `noise`, `black and white` (every channel 0 or 255), `gray` noise, or `waves`."""
+    rng = np.random.default_rng(seed)
+    if kind == "noise":
+        return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if kind == "black and white":
+        return (255 * rng.integers(0, 2, (height, width, 3))).astype(np.uint8)
+    if kind == "gray":
+        return np.repeat(rng.integers(0, 256, (height, width, 1), dtype=np.uint8), 3, axis=2)
+    assert kind == "waves"
+    y, x = np.mgrid[:height, :width]
+    waves = np.sin(x / 9 + y / 17 + seed), np.cos(x / 15 - y / 31 + 2 * seed), np.sin((x + y) / 23 + 3 * seed)
+    return np.rint(127.5 + 127.5 * np.stack(waves, axis=-1)).astype(np.uint8)

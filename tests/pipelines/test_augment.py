@@ -1,0 +1,516 @@
+"""Augmentation against torchvision's functions, against the published PIL path, and in distribution.
+
+The truth is torchvision in float64, but for the hue: there torchvision falls back to float32, so that it is written
+out here, and held against torchvision and colorsys.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from scipy import stats
+from torch import Tensor
+from torchvision.transforms import ColorJitter, GaussianBlur
+from torchvision.transforms import functional as TF
+from torchvision.transforms.v2 import functional as V2
+
+from pipelines import augment as module
+from pipelines.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    AugmentParameters,
+    adjust_hue,
+    augment,
+    augmented_views,
+    color_jitter,
+    draw_augmentation,
+    gaussian_blur,
+)
+from pipelines.batch import CropBatch
+from pipelines.config import ViewConfig
+from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS, LINEAR_TRAIN_VIEWS, MOCOV2_VIEWS, ViewRecipe
+from tests.pipelines.pictures import picture
+from tests.tolerances import (
+    AUGMENT,
+    AUGMENT_BESIDE_TORCHVISION,
+    COLORSYS,
+    PIL_BLEND,
+    PIL_BLUR,
+    PIL_CHAIN,
+    PIL_GRAYSCALE,
+    PIL_HUE,
+    TORCHVISION_HUE,
+    Tolerance,
+)
+
+ORDERS = module._JITTER_ORDERS
+KINDS = ("noise", "black and white", "gray", "waves")
+NOTHING = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+
+
+def pictures(count: int, size: int, kind: str = "noise") -> Tensor:
+    """uint8 [count, S, S, 3]"""
+    return torch.from_numpy(np.stack([picture(size, size, kind, seed) for seed in range(count)]))
+
+
+def plain_config(size: int, **changes: object) -> ViewConfig:
+    """Leaves the values in [0, 1]."""
+    return replace(ViewConfig(image_size=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), **changes)
+
+
+def parameters(count: int, **given: object) -> AugmentParameters:
+    """What is not given does nothing."""
+    factors = np.stack([np.broadcast_to(given.pop(name, value), count) for name, value in NOTHING.items()], axis=1)
+    flags = {name: np.broadcast_to(given.pop(name, False), count) for name in ("jitter", "grayscale", "blur", "flip")}
+    order = np.broadcast_to(given.pop("order", np.arange(4)), (count, 4))
+    sigma = np.broadcast_to(given.pop("sigma", 1.0), count)
+    assert not given
+    return AugmentParameters.from_columns(factors=factors.astype(float), order=order, sigma=sigma, **flags)
+
+
+def random_parameters(count: int, seed: int = 0, **given: object) -> AugmentParameters:
+    """Jitter always, in each of the 24 orders; the rest as MoCo-v2 has it."""
+    rng = np.random.default_rng(seed)
+    drawn = {name: rng.uniform(0.6, 1.4, count) for name in ("brightness", "contrast", "saturation")}
+    drawn |= {"hue": rng.uniform(-0.1, 0.1, count), "order": ORDERS[np.arange(count) % 24], "jitter": True}
+    drawn |= {"grayscale": rng.random(count) < 0.2, "blur": rng.random(count) < 0.5, "flip": rng.random(count) < 0.5}
+    return parameters(count, **(drawn | {"sigma": rng.uniform(0.1, 2.0, count)} | given))
+
+
+def exact_hue(image: Tensor, shift: float) -> Tensor:
+    """RGB -> HSV -> RGB as torchvision does it, in float64. image: [3, S, S]."""
+    red, green, blue = image.double().numpy()
+    value, lowest = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+    chroma = value - lowest
+    rc, gc, bc = ((value - channel) / np.where(chroma == 0, 1, chroma) for channel in (red, green, blue))
+    hue = np.where(value == red, bc - gc, np.where(value == green, 2 + rc - bc, 4 + gc - rc)) / 6
+    saturation = chroma / np.where(value == 0, 1, value)
+    sector = (np.where(chroma == 0, 0, hue) + shift) % 1 * 6
+    whole = np.floor(sector)
+    part = sector - whole
+    p, q, t = (value * (1 - saturation * x) for x in (1, part, 1 - part))
+    case = whole.astype(int) % 6
+    channels = [(value, q, p, p, t, value), (t, value, value, q, p, p), (p, p, t, value, value, q)]
+    return torch.from_numpy(np.stack([np.choose(case, choices) for choices in channels]))
+
+
+def torchvision_chain(image: Tensor, row: Tensor, kernel_size: int, *, exact: bool) -> Tensor:
+    """MoCo-v2's chain up to the flip for one image, float [3, S, S] in [0, 1], with the parameters of one row."""
+    factors, order = row[:4].tolist(), row[4:8].long().tolist()
+    jitter, grayscale, blur, flip, sigma = row[8:].tolist()
+    functions = (V2.adjust_brightness, V2.adjust_contrast, V2.adjust_saturation, exact_hue if exact else V2.adjust_hue)
+    for operation in order if jitter else ():
+        image = functions[operation](image, factors[operation])
+    if grayscale:
+        image = V2.rgb_to_grayscale(image, num_output_channels=3)
+    if blur:
+        image = V2.gaussian_blur(image, [kernel_size, kernel_size], [sigma, sigma])
+    if flip:
+        image = V2.horizontal_flip(image)
+    return image
+
+
+def references(crops: Tensor, drawn: AugmentParameters, kernel_size: int) -> tuple[Tensor, Tensor]:
+    """The truth in float64, and torchvision in float32."""
+    images = crops.permute(0, 3, 1, 2)
+    rows = list(zip(images, drawn.table, strict=True))
+    truth = [torchvision_chain(image.double() / 255, row, kernel_size, exact=True) for image, row in rows]
+    single = [torchvision_chain(image.float() / 255, row, kernel_size, exact=False) for image, row in rows]
+    return torch.stack(truth), torch.stack(single)
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> None:
+    assert ours.shape == theirs.shape
+    difference = (ours.double() - theirs.double()).abs()
+    assert difference.max().item() <= tolerance.max
+    assert difference.mean().item() <= tolerance.mean
+
+
+def assert_equals_torchvision(crops: Tensor, drawn: AugmentParameters, config: ViewConfig) -> None:
+    truth, single = references(crops, drawn, config.blur_kernel_size)
+    for dtype, tolerance in AUGMENT.items():
+        ours = augment(crops, drawn, config, dtype=dtype)
+        assert ours.dtype == dtype
+        assert_close(ours, truth, tolerance)
+    error, their_error = ((result.double() - truth).abs().max() for result in (ours, single))
+    assert error <= their_error + AUGMENT_BESIDE_TORCHVISION
+
+
+class TestAgainstTorchvision:
+    @pytest.mark.parametrize(
+        ("size", "count", "kind"),
+        [*((size, 72, kind) for size in (32, 33) for kind in KINDS), (224, 24, "waves"), (224, 3, "noise")],
+    )
+    def test_the_whole_chain_in_all_orders(self, size: int, count: int, kind: str) -> None:
+        drawn = random_parameters(count, blur=np.arange(count) % (6 if size == 224 else 2) == 0)  # slow in torchvision
+        assert_equals_torchvision(pictures(count, size, kind), drawn, plain_config(size))
+
+    @pytest.mark.parametrize(("size", "kind"), [*((size, kind) for size in (32, 33) for kind in KINDS), (224, "waves")])
+    @pytest.mark.parametrize(
+        "alone",
+        [
+            *({"jitter": True, name: [0.6, 0.93, 1.0, 1.4]} for name in ("brightness", "contrast", "saturation")),
+            {"jitter": True, "hue": [-0.1, -0.003, 0.05, 0.1]},
+            {"jitter": True, "hue": [-0.5, -0.3, 0.3, 0.5]},
+            {"grayscale": True},
+            {"blur": True, "sigma": [0.1, 0.5, 1.3, 2.0]},
+            {"flip": True},
+        ],
+        ids=lambda alone: "-".join(alone),
+    )
+    def test_each_operation_alone(self, alone: dict[str, object], size: int, kind: str) -> None:
+        assert_equals_torchvision(pictures(4, size, kind), parameters(4, **alone), plain_config(size))
+
+    @pytest.mark.parametrize("kind", ["black and white", "waves"])
+    def test_the_widest_factors(self, kind: str) -> None:
+        """0 and 2 clamp most of the values; then the order of the operations shows most."""
+        rng = np.random.default_rng(0)
+        factors = {name: rng.choice([0.0, 0.3, 2.0], 48) for name in ("brightness", "contrast", "saturation")}
+        drawn = random_parameters(48, **factors, hue=rng.choice([-0.5, 0.25, 0.5], 48))
+        assert_equals_torchvision(pictures(48, 32, kind), drawn, plain_config(32))
+
+    def test_another_order_would_be_noticed(self) -> None:
+        crops, drawn = pictures(24, 32, "waves"), random_parameters(24, blur=False, grayscale=False, flip=False)
+        shifted = AugmentParameters(torch.cat((drawn.table[:, :4], drawn.table.roll(1, 0)[:, 4:]), dim=1))
+        truth, _ = references(crops, shifted, 3)
+        errors = (augment(crops, drawn, plain_config(32)) - truth).abs().amax(dim=(1, 2, 3))
+        assert (errors > 1e-3).sum() >= 16  # some orders are nearly the same
+
+    def test_hue_is_torchvision_s_and_colorsys_s(self) -> None:
+        levels = torch.tensor([0, 1, 100, 127, 128, 254, 255], dtype=torch.float64) / 255
+        colours = torch.cartesian_prod(levels, levels, levels)  # [343, 3]: corners, edges and grays of the cube
+        images = colours.T.reshape(1, 3, 7, 49)
+        for shift in (-0.5, -0.1, 0.0, 1e-9, 1 / 6, 0.1, 0.49, 0.5):
+            ours = adjust_hue(images, torch.tensor([shift], dtype=torch.float64))[0]
+            assert_close(ours, exact_hue(images[0], shift), Tolerance(COLORSYS))
+            assert_close(ours, V2.adjust_hue(images[0], shift), TORCHVISION_HUE)
+            hsv = [colorsys.rgb_to_hsv(*colour) for colour in colours.tolist()]
+            turned = torch.tensor([colorsys.hsv_to_rgb((h + shift) % 1, s, v) for h, s, v in hsv], dtype=torch.float64)
+            assert_close(ours.flatten(1).T, turned, Tolerance(COLORSYS))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_gray_has_no_hue(self, dtype: torch.dtype) -> None:
+        gray = (torch.arange(256, dtype=dtype) / 255).reshape(1, 1, 16, 16).expand(9, 3, 16, 16)
+        assert torch.equal(adjust_hue(gray, torch.linspace(-0.5, 0.5, 9, dtype=dtype)), gray)
+
+    @pytest.mark.parametrize(("size", "kernel_size"), [(224, 23), (96, 9), (64, 7), (32, 3), (5, 9), (1, 1)])
+    def test_blur_of_any_kernel_that_fits(self, size: int, kernel_size: int) -> None:
+        images = pictures(4, size).permute(0, 3, 1, 2).double() / 255
+        sigma = torch.tensor([0.1, 0.7, 2.0, 50.0], dtype=torch.float64)
+        ours = gaussian_blur(images, torch.ones(4, dtype=torch.bool), sigma, kernel_size)
+        for result, image, width in zip(ours, images, sigma.tolist(), strict=True):
+            theirs = V2.gaussian_blur(image, [kernel_size, kernel_size], [width, width])
+            assert_close(result, theirs, AUGMENT[torch.float64])
+
+    def test_a_kernel_that_does_not_fit(self) -> None:
+        images = torch.zeros(1, 3, 5, 5)
+        with pytest.raises(ValueError, match="blur of 11 taps does not fit images of 5 pixels; set blur_probability 0"):
+            gaussian_blur(images, torch.ones(1, dtype=torch.bool), torch.ones(1), 11)
+        with pytest.raises(ValueError, match="does not fit images of 1 pixels"):
+            augment(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), parameters(1), ViewConfig(image_size=1))
+
+
+class TestAgainstThePublishedPath:
+    """MoCo-v2 as published: torchvision on PIL images, PIL's blur, uint8 after each step. Differences in levels."""
+
+    def differences(self, count: int, size: int, kind: str, drawn: AugmentParameters) -> Tensor:
+        crops = pictures(count, size, kind)
+        ours = augment(crops, drawn, plain_config(size), dtype=torch.float64).permute(0, 2, 3, 1) * 255
+        theirs = [
+            self.published(Image.fromarray(crop.numpy()), row) for crop, row in zip(crops, drawn.table, strict=True)
+        ]
+        return ours - torch.from_numpy(np.stack(theirs)).double()
+
+    def published(self, image: Image.Image, row: Tensor) -> np.ndarray:
+        factors, order = row[:4].tolist(), row[4:8].long().tolist()
+        jitter, grayscale, blur, flip, sigma = row[8:].tolist()
+        functions = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+        nothing = tuple(NOTHING.values())
+        for operation in order if jitter else ():
+            if factors[operation] != nothing[operation]:
+                image = functions[operation](image, factors[operation])
+        if grayscale:
+            image = TF.to_grayscale(image, num_output_channels=3)
+        if blur:
+            image = image.filter(ImageFilter.GaussianBlur(radius=sigma))
+        if flip:
+            image = TF.hflip(image)
+        return np.asarray(image)
+
+    @pytest.mark.parametrize(
+        ("alone", "kind", "tolerance"),
+        [
+            ({"jitter": True, "brightness": np.linspace(0.6, 1.4, 12)}, "noise", PIL_BLEND),
+            ({"jitter": True, "contrast": np.linspace(0.6, 1.4, 12)}, "noise", PIL_BLEND),
+            ({"jitter": True, "saturation": np.linspace(0.6, 1.4, 12)}, "noise", PIL_BLEND),
+            ({"jitter": True, "hue": np.linspace(-0.1, 0.1, 12)}, "waves", PIL_HUE),
+            ({"grayscale": True}, "noise", PIL_GRAYSCALE),
+            ({"blur": True, "sigma": np.linspace(0.1, 2.0, 12)}, "waves", PIL_BLUR),
+            ({"flip": True}, "noise", Tolerance(1e-12)),
+        ],
+        ids=["brightness", "contrast", "saturation", "hue", "grayscale", "blur", "flip"],
+    )
+    def test_each_operation_alone(self, alone: dict[str, object], kind: str, tolerance: Tolerance) -> None:
+        difference = self.differences(12, 224, kind, parameters(12, **alone)).abs()
+        assert difference.max() <= tolerance.max
+        assert difference.mean() <= tolerance.mean
+
+    @pytest.mark.parametrize("size", [32, 96, 224])
+    def test_the_whole_chain_in_all_orders(self, size: int) -> None:
+        difference = self.differences(24, size, "waves", random_parameters(24)).abs()
+        assert difference.max() <= PIL_CHAIN.max
+        assert difference.mean() <= PIL_CHAIN.mean
+
+
+class TestExactly:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("size", [32, 33, 224])
+    def test_a_sample_without_augmentation_is_only_normalised(self, size: int, dtype: torch.dtype) -> None:
+        """Whatever its factors are, and whatever happens to its neighbours."""
+        config, crops = ViewConfig(image_size=size), pictures(6, size)
+        drawn = random_parameters(6, jitter=[0, 1] * 3, blur=[0, 1] * 3, grayscale=[0, 1] * 3, flip=[0, 1] * 3)
+        ours = augment(crops, drawn, config, dtype=dtype)
+        scalar = np.dtype(str(dtype).removeprefix("torch.")).type
+        values = crops.permute(0, 3, 1, 2).numpy().astype(scalar) / scalar(255)
+        mean, std = (np.array(numbers, dtype=scalar)[:, None, None] for numbers in (config.mean, config.std))
+        plain = torch.from_numpy((values - mean) / std)
+        assert torch.equal(ours[::2], plain[::2])
+        assert not torch.isclose(ours[1::2], plain[1::2]).all(dim=(1, 2, 3)).any()
+
+    def test_factors_of_one_change_nothing(self) -> None:
+        crops = pictures(24, 32)
+        ours = color_jitter(crops.permute(0, 3, 1, 2).double() / 255, parameters(24, order=ORDERS))
+        assert_close(ours, crops.permute(0, 3, 1, 2).double() / 255, AUGMENT[torch.float64])
+
+    def test_flip(self) -> None:
+        config, crops = ViewConfig(image_size=33), pictures(3, 33)
+        flipped = augment(crops, parameters(3, flip=[True, False, True]), config)
+        assert torch.equal(flipped[::2], augment(crops.flip(2), parameters(3), config)[::2])
+        assert torch.equal(flipped[1], augment(crops, parameters(3), config)[1])
+
+    def test_grayscale_has_three_equal_channels(self) -> None:
+        ours = augment(pictures(2, 32), parameters(2, grayscale=True), plain_config(32))
+        assert torch.equal(ours[:, 0], ours[:, 1])
+        assert torch.equal(ours[:, 0], ours[:, 2])
+
+    @pytest.mark.parametrize("value", [0, 255])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_black_and_white_stay_in_range(self, value: int, dtype: torch.dtype) -> None:
+        crops = torch.full((24, 32, 32, 3), value, dtype=torch.uint8)
+        ours = augment(crops, random_parameters(24), plain_config(32), dtype=dtype)
+        assert ours.min() >= 0
+        assert ours.max() <= 1 + AUGMENT[dtype].max
+        if value == 0:
+            assert (ours == 0).all()
+
+    @pytest.mark.parametrize("name", ["jitter", "grayscale", "blur", "flip"])
+    def test_probability_zero_leaves_the_operation_out(self, name: str) -> None:
+        crops, drawn = pictures(24, 32), random_parameters(24, **{name: True})
+        without = augment(crops, drawn, plain_config(32, **{f"{name}_probability": 0.0}))
+        assert torch.equal(without, augment(crops, random_parameters(24, **{name: False}), plain_config(32)))
+
+    def test_normalisation_comes_last(self) -> None:
+        config, crops, drawn = ViewConfig(image_size=32), pictures(24, 32), random_parameters(24)
+        plain = augment(crops, drawn, plain_config(32), dtype=torch.float64)
+        normalised = TF.normalize(plain, config.mean, config.std)
+        assert_close(augment(crops, drawn, config, dtype=torch.float64), normalised, AUGMENT[torch.float64])
+
+
+class TestForm:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize(("count", "size"), [(3, 32), (1, 224), (2, 224), (0, 32), (1, 33)])
+    def test_shape_dtype_and_layout(self, count: int, size: int, dtype: torch.dtype) -> None:
+        crops = torch.zeros(count, size, size, 3, dtype=torch.uint8)
+        ours = augment(crops, random_parameters(count), ViewConfig(image_size=size), dtype=dtype)
+        assert ours.shape == (count, 3, size, size)
+        assert ours.dtype == dtype
+        assert count == 0 or ours.is_contiguous(memory_format=torch.channels_last)
+        assert count == 0 or ours.stride() == (3 * size**2, 1, 3 * size, 3)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_float32_rounded_once(self, dtype: torch.dtype) -> None:
+        crops, drawn, config = pictures(24, 32), random_parameters(24), ViewConfig(image_size=32)
+        assert torch.equal(augment(crops, drawn, config, dtype=dtype), augment(crops, drawn, config).to(dtype))
+
+    def test_the_crops_are_left_alone(self) -> None:
+        crops = pictures(24, 32)
+        kept = crops.clone()
+        augment(crops, random_parameters(24), ViewConfig(image_size=32))
+        assert torch.equal(crops, kept)
+
+    @pytest.mark.parametrize("elements", [1, 32 * 32 * 3 * 5, 1 << 40])
+    def test_any_chunks(self, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        crops, drawn, config = pictures(24, 32), random_parameters(24), plain_config(32)
+        expected = augment(crops, drawn, config, dtype=torch.float64)
+        monkeypatch.setattr(module, "_CPU_CHUNK_ELEMENTS", elements)
+        ours = augment(crops, drawn, config, dtype=torch.float64)
+        assert_close(ours, expected, AUGMENT[torch.float64])
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+
+    def test_nothing_is_read_back_from_the_device(self) -> None:
+        """The meta device holds no values: whatever asked for one would raise."""
+        drawn = random_parameters(24).to(torch.device("meta"))
+        ours = augment(pictures(24, 32).to("meta"), drawn, ViewConfig(image_size=32), dtype=torch.bfloat16)
+        assert ours.shape == (24, 3, 32, 32)
+        assert ours.dtype == torch.bfloat16
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def batch_of(crops: Tensor, indices: np.ndarray, epoch: int = 0) -> CropBatch:
+    return CropBatch(
+        crops=crops,
+        labels=torch.zeros(len(crops), dtype=torch.int64),
+        indices=indices,
+        boxes=np.zeros((*crops.shape[:2], 4), dtype=np.int32),
+        epoch=epoch,
+        step=0,
+    )
+
+
+class TestViews:
+    config = ViewConfig(image_size=32)
+
+    def test_each_view_is_augmented_by_its_own_parameters(self) -> None:
+        crops, indices = pictures(30, 32).unflatten(0, (10, 3)), np.arange(100, 110)
+        views = augmented_views(batch_of(crops, indices, epoch=3), LEOCLR_VIEWS, self.config, seed=5)
+        assert len(views) == 3
+        for number, (view, recipe) in enumerate(zip(views, LEOCLR_VIEWS, strict=True)):
+            drawn = draw_augmentation((recipe,), self.config, 5, 3, indices)
+            assert torch.equal(view, augment(crops[:, number], drawn, self.config))
+            assert view.is_contiguous(memory_format=torch.channels_last)
+
+    def test_both_methods_see_the_same_crops(self) -> None:
+        crops, indices = pictures(30, 32).unflatten(0, (10, 3)), np.arange(10)
+        leoclr = augmented_views(batch_of(crops, indices), LEOCLR_VIEWS, self.config, seed=0)
+        mocov2 = augmented_views(batch_of(crops[:, 1:], indices), MOCOV2_VIEWS, self.config, seed=0)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(leoclr[1:], mocov2, strict=True))
+
+    @pytest.mark.parametrize("views", [LEOCLR_VIEWS, CENTER_CROP_VIEWS])
+    def test_an_empty_batch(self, views: ViewRecipe) -> None:
+        crops = torch.zeros(0, len(views), 32, 32, 3, dtype=torch.uint8)
+        result = augmented_views(batch_of(crops, np.empty(0, dtype=np.int64)), views, self.config, seed=0)
+        assert [view.shape for view in result] == [(0, 3, 32, 32)] * len(views)
+
+    def test_evaluation_views(self) -> None:
+        crops, indices = pictures(200, 32)[:, None], np.arange(200)
+        plain = augment(crops[:, 0], parameters(200), self.config)
+        (center,) = augmented_views(batch_of(crops, indices), CENTER_CROP_VIEWS, self.config, seed=0)
+        assert torch.equal(center, plain)
+        (linear,) = augmented_views(batch_of(crops, indices), LINEAR_TRAIN_VIEWS, self.config, seed=0)
+        flipped = (linear == plain.flip(-1)).all(dim=-1).all(dim=-1).all(dim=-1)
+        kept = (linear == plain).all(dim=-1).all(dim=-1).all(dim=-1)
+        assert (flipped ^ kept).all()
+        assert 60 < flipped.sum() < 140
+
+
+NUM_DRAWN = 20_000
+
+
+@pytest.fixture(scope="module")
+def drawn() -> AugmentParameters:
+    return draw_augmentation((LEOCLR_VIEWS[1],), ViewConfig(), 0, 0, np.arange(NUM_DRAWN))
+
+
+@pytest.fixture(scope="module")
+def color_jitters() -> list[tuple[Tensor, float, float, float, float]]:
+    jitter = ColorJitter(0.4, 0.4, 0.4, 0.1)
+    ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [ColorJitter.get_params(*ranges) for _ in range(5_000)]
+
+
+class TestDraws:
+    """Every parameter's distribution against torchvision's."""
+
+    @pytest.mark.parametrize("operation", [BRIGHTNESS, CONTRAST, SATURATION, HUE])
+    def test_factors(self, operation: int, drawn: AugmentParameters, color_jitters: list[tuple]) -> None:
+        ours = drawn.factors[:, operation].numpy()
+        assert stats.ks_2samp(ours, [sample[1 + operation] for sample in color_jitters]).pvalue > 1e-3
+        low, high = (-0.1, 0.1) if operation == HUE else (0.6, 1.4)
+        assert stats.kstest(ours, stats.uniform(low, high - low).cdf).pvalue > 1e-3
+        assert ours.min() >= low
+        assert ours.max() < high
+
+    def test_order(self, drawn: AugmentParameters, color_jitters: list[tuple]) -> None:
+        names = {tuple(order): number for number, order in enumerate(ORDERS.tolist())}
+        assert len(names) == 24
+        ours = np.bincount([names[tuple(order)] for order in drawn.order.long().tolist()], minlength=24)
+        theirs = np.bincount([names[tuple(sample[0].tolist())] for sample in color_jitters], minlength=24)
+        assert stats.chisquare(ours).pvalue > 1e-3
+        assert stats.chi2_contingency(np.stack((ours, theirs))).pvalue > 1e-3
+
+    def test_sigma(self, drawn: AugmentParameters) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            theirs = [GaussianBlur.get_params(0.1, 2.0) for _ in range(5_000)]
+        assert stats.ks_2samp(drawn.sigma.numpy(), theirs).pvalue > 1e-3
+        assert stats.kstest(drawn.sigma.numpy(), stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3
+
+    @pytest.mark.parametrize(
+        ("name", "probability"), [("jitter", 0.8), ("grayscale", 0.2), ("blur", 0.5), ("flip", 0.5)]
+    )
+    def test_probabilities(self, name: str, probability: float, drawn: AugmentParameters) -> None:
+        applied = int(getattr(drawn, name).sum())
+        assert stats.binomtest(applied, NUM_DRAWN, probability).pvalue > 1e-3
+
+    def test_parameters_are_independent_of_one_another(self, drawn: AugmentParameters) -> None:
+        columns = torch.cat((drawn.table[:, :5], drawn.table[:, 8:]), dim=1).numpy()
+        other_views = [
+            draw_augmentation((view,), ViewConfig(), 0, epoch, np.arange(NUM_DRAWN)).table[:, :4].numpy()
+            for view, epoch in ((LEOCLR_VIEWS[0], 0), (LEOCLR_VIEWS[2], 0), (LEOCLR_VIEWS[1], 1))
+        ]
+        together = np.concatenate((columns, *other_views), axis=1)
+        correlations = stats.spearmanr(together).statistic[np.triu_indices(together.shape[1], 1)]
+        assert np.abs(correlations).max() < 4.5 / np.sqrt(NUM_DRAWN)
+
+    def test_ranges_follow_the_configuration(self) -> None:
+        config = ViewConfig(
+            brightness=0.1, contrast=0.2, saturation=0.3, hue=0.5, blur_sigma=(1.0, 1.5), jitter_probability=1.0
+        )
+        drawn = draw_augmentation((LEOCLR_VIEWS[1],), config, 0, 0, np.arange(2_000))
+        low, high = drawn.factors.amin(dim=0), drawn.factors.amax(dim=0)
+        assert torch.allclose(low, torch.tensor([0.9, 0.8, 0.7, -0.5], dtype=torch.float64), atol=2e-3)
+        assert torch.allclose(high, torch.tensor([1.1, 1.2, 1.3, 0.5], dtype=torch.float64), atol=2e-3)
+        assert 1.0 <= drawn.sigma.min() < drawn.sigma.max() < 1.5
+        assert drawn.jitter.all()
+
+    def test_a_pure_function_of_seed_epoch_index_and_view(self) -> None:
+        indices, config = np.array([3, 1, 4, 1, 5, 9]), ViewConfig()
+        whole = draw_augmentation(LEOCLR_VIEWS, config, 7, 2, indices).table.unflatten(0, (3, 6))
+        assert torch.equal(whole[:, 1], whole[:, 3])
+        for row, index in enumerate(indices):
+            alone = draw_augmentation(LEOCLR_VIEWS, config, 7, 2, np.array([index])).table
+            assert torch.equal(whole[:, row], alone)
+        assert torch.equal(draw_augmentation(MOCOV2_VIEWS, config, 7, 2, indices).table, whole[1:].flatten(0, 1))
+        different = [
+            draw_augmentation((view,), config, seed, epoch, indices).table
+            for view, seed, epoch in ((LEOCLR_VIEWS[0], 7, 2), (LEOCLR_VIEWS[1], 7, 3), (LEOCLR_VIEWS[1], 8, 2))
+        ]
+        assert all((table[:, 0] != whole[1, :, 0]).all() for table in different)
+
+    def test_values_are_the_same_for_ever(self) -> None:
+        drawn = draw_augmentation(MOCOV2_VIEWS, ViewConfig(), 0, 0, np.array([0, 1]))
+        assert drawn.table.shape == (4, 13)
+        assert drawn.factors[0].tolist() == pytest.approx([1.22306726, 0.77609687, 0.74372298, 0.09315662], abs=1e-8)
+        assert drawn.order.tolist() == [[0, 3, 1, 2], [3, 1, 0, 2], [0, 2, 3, 1], [2, 3, 1, 0]]
+        assert drawn.jitter.tolist() == [True, True, True, False]
+        assert drawn.grayscale.tolist() == [False, True, False, False]
+        assert drawn.blur.tolist() == [True, True, False, True]
+        assert drawn.flip.tolist() == [False, True, False, True]
+        assert drawn.sigma.tolist() == pytest.approx([1.54482306, 1.42836504, 0.89181191, 1.88231672], abs=1e-8)
+
+    def test_only_moco_s_photometry_changes_colour(self) -> None:
+        linear = draw_augmentation(LINEAR_TRAIN_VIEWS, ViewConfig(), 0, 0, np.arange(500))
+        center = draw_augmentation(CENTER_CROP_VIEWS, ViewConfig(), 0, 0, np.arange(500))
+        for drawn in (linear, center):
+            assert not (drawn.jitter | drawn.grayscale | drawn.blur).any()
+        assert 200 < linear.flip.sum() < 300
+        assert not center.flip.any()

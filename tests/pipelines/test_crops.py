@@ -1,0 +1,220 @@
+"""Boxes: torchvision's algorithm draw for draw, its distributions, and the image's borders."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
+from torchvision.transforms import functional as TF
+
+from pipelines.crops import (
+    Boxes,
+    center_crop_boxes,
+    full_image_boxes,
+    random_resized_crop_boxes,
+    random_resized_crop_draws,
+)
+from tests.tolerances import CENTER_CROP_PIXELS
+
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+SIDES = (1, 2, 3, 4, 7, 32, 37, 224, 500, 1023)
+ALMOST_ONE = 1 - 2.0**-32
+
+
+def scalar_get_params(
+    height: int, width: int, draws: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """`torchvision.transforms.RandomResizedCrop.get_params`, line by line, with its random calls replaced."""
+    stream = iter(draws.tolist())
+    area = height * width
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        target_area = area * (scale[0] + (scale[1] - scale[0]) * next(stream))
+        aspect_ratio = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * next(stream))
+        top_draw, left_draw = next(stream), next(stream)
+
+        w = int(round(math.sqrt(target_area * aspect_ratio)))  # noqa: RUF046 - as torchvision has it
+        h = int(round(math.sqrt(target_area / aspect_ratio)))  # noqa: RUF046
+
+        if 0 < w <= width and 0 < h <= height:
+            i = int(top_draw * (height - h + 1))
+            j = int(left_draw * (width - w + 1))
+            return i, j, h, w
+
+    in_ratio = float(width) / float(height)
+    if in_ratio < min(ratio):
+        w = width
+        h = max(1, int(round(w / min(ratio))))  # noqa: RUF046 - torchvision has no max: 0 rows, which it cannot resize
+    elif in_ratio > max(ratio):
+        h = height
+        w = max(1, int(round(h * max(ratio))))  # noqa: RUF046
+    else:
+        w = width
+        h = height
+    i = (height - h) // 2
+    j = (width - w) // 2
+    return i, j, h, w
+
+
+def boxes_of(height: int, width: int, draws: np.ndarray, scale=SCALE, ratio=RATIO) -> Boxes:
+    sizes = (np.full(len(draws), side, dtype=np.int64) for side in (height, width))
+    return random_resized_crop_boxes(*sizes, draws, scale, ratio)
+
+
+def assert_inside(boxes: Boxes, height: int | np.ndarray, width: int | np.ndarray) -> None:
+    top, left, box_height, box_width = boxes.T
+    assert boxes.dtype == np.int32
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (box_height >= 1).all()
+    assert (box_width >= 1).all()
+    assert (top + box_height <= height).all()
+    assert (left + box_width <= width).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "ratio"),
+    [
+        (SCALE, RATIO),
+        ((0.08, 1.0), RATIO),
+        ((0.9, 1.0), (0.2, 0.3)),
+        ((0.9, 1.0), (3.0, 4.0)),
+        ((1.0, 1.0), (0.5, 2.0)),
+    ],
+)
+def test_equals_a_scalar_transcription_of_torchvision(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    sizes = np.array([(height, width) for height in SIDES for width in SIDES] * 8)
+    draws = random_resized_crop_draws(0, 0, np.arange(len(sizes)), 16)
+    boxes = random_resized_crop_boxes(sizes[:, 0], sizes[:, 1], draws, scale, ratio)
+    expected = [
+        scalar_get_params(int(height), int(width), row, scale, ratio)
+        for (height, width), row in zip(sizes, draws, strict=True)
+    ]
+    assert boxes.tolist() == [list(box) for box in expected]
+
+
+class Replay:
+    """Stands in for the random calls of torchvision's get_params and hands out given draws."""
+
+    def __init__(self, draws: np.ndarray) -> None:
+        self.draws = draws.reshape(10, 4)
+        self.num_uniform = self.num_randint = 0
+
+    def uniform_(self, tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        attempt, column = divmod(self.num_uniform, 2)
+        self.num_uniform += 1
+        return tensor.fill_(float(low) + (float(high) - float(low)) * self.draws[attempt, column])
+
+    def randint(self, low: int, high: int, size: tuple[int]) -> torch.Tensor:
+        attempt, column = (self.num_uniform - 1) // 2, 2 + self.num_randint
+        self.num_randint += 1
+        return torch.full(size, low + int(self.draws[attempt, column] * (high - low)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(500, 375), (37, 300), (300, 37), (32, 32), (5, 9), (1, 40)])
+def test_equals_torchvision_fed_the_same_draws(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = random_resized_crop_draws(0, 0, np.arange(100), 16)
+    image = torch.empty(3, height, width)
+    for box, row in zip(boxes_of(height, width, draws).tolist(), draws, strict=True):
+        replay = Replay(row)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "uniform_", lambda tensor, low, high, r=replay: r.uniform_(tensor, low, high))
+            patch.setattr(torch, "randint", replay.randint)
+            assert box == list(RandomResizedCrop.get_params(image, list(SCALE), list(RATIO)))
+
+
+def test_the_fallback_is_the_largest_central_crop() -> None:
+    never_fits = np.full((1, 40), ALMOST_ONE)  # the whole area at aspect 4 / 3: too wide for these
+    assert boxes_of(100, 100, never_fits).tolist() == [[0, 0, 100, 100]]
+    assert boxes_of(300, 60, never_fits).tolist() == [[110, 0, 80, 60]]
+    assert boxes_of(1, 500, np.zeros((1, 40))).tolist() == [[0, 249, 1, 1]]
+    assert boxes_of(500, 1, np.zeros((1, 40))).tolist() == [[249, 0, 1, 1]]
+    assert boxes_of(60, 300, np.zeros((1, 40)), scale=(1.0, 1.0)).tolist() == [[0, 110, 60, 80]]
+
+
+def test_boxes_stay_inside_images_of_any_size() -> None:
+    sizes = np.array([(height, width) for height in (*range(1, 24), 500, 4001) for width in (*range(1, 24), 777)])
+    for epoch in range(20):
+        draws = random_resized_crop_draws(1, epoch, np.arange(len(sizes)), 18)
+        assert_inside(random_resized_crop_boxes(*sizes.T, draws, SCALE, RATIO), *sizes.T)
+        assert_inside(random_resized_crop_boxes(*sizes.T, draws, (1e-4, 1.0), (0.02, 50.0)), *sizes.T)
+    for value in (0.0, ALMOST_ONE):
+        extreme = np.full((len(sizes), 40), value)
+        assert_inside(random_resized_crop_boxes(*sizes.T, extreme, SCALE, RATIO), *sizes.T)
+        assert_inside(random_resized_crop_boxes(*sizes.T, extreme, (1e-4, 1e-4), (0.02, 50.0)), *sizes.T)
+
+
+def test_every_place_can_be_drawn() -> None:
+    draws = np.zeros((4, 40))
+    draws[:, 1] = 0.5  # aspect 1, area 0.2: 45 x 45 of 100 x 100
+    draws[:, 2] = [0, ALMOST_ONE, 0, ALMOST_ONE]
+    draws[:, 3] = [0, 0, ALMOST_ONE, ALMOST_ONE]
+    assert boxes_of(100, 100, draws).tolist() == [[0, 0, 45, 45], [55, 0, 45, 45], [0, 55, 45, 45], [55, 55, 45, 45]]
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (32, 32), (96, 96), (100, 300), (768, 1024)])
+def test_distributions_are_torchvision_s(height: int, width: int) -> None:
+    ours = boxes_of(height, width, random_resized_crop_draws(0, 0, np.arange(8_000), 16))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        image = torch.empty(3, height, width)
+        theirs = np.array([RandomResizedCrop.get_params(image, list(SCALE), list(RATIO)) for _ in range(3_000)])
+    for name, measure in MEASURES.items():
+        result = stats.ks_2samp(measure(ours, height, width), measure(theirs, height, width))
+        assert result.pvalue > 1e-3, f"{name}: {result}"
+
+
+MEASURES = {
+    "area share": lambda boxes, height, width: boxes[:, 2] * boxes[:, 3] / (height * width),
+    "log aspect ratio": lambda boxes, height, width: np.log(boxes[:, 3] / boxes[:, 2]),
+    "top": lambda boxes, height, width: boxes[:, 0] / (height - boxes[:, 2] + 1),
+    "left": lambda boxes, height, width: boxes[:, 1] / (width - boxes[:, 3] + 1),
+}
+
+
+def test_full_image() -> None:
+    boxes = full_image_boxes(np.array([3, 500, 1]), np.array([7, 375, 1]))
+    assert boxes.tolist() == [[0, 0, 3, 7], [0, 0, 500, 375], [0, 0, 1, 1]]
+    assert boxes.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "fraction", "box"),
+    [
+        (256, 256, 0.875, [16, 16, 224, 224]),
+        (256, 341, 0.875, [16, 58, 224, 224]),
+        (32, 32, 1.0, [0, 0, 32, 32]),
+        (1, 1000, 0.875, [0, 499, 1, 1]),
+        (2, 1, 0.1, [0, 0, 1, 1]),
+        (5, 9, 1.0, [0, 2, 5, 5]),
+    ],
+)
+def test_center_crop(height: int, width: int, fraction: float, box: list[int]) -> None:
+    assert center_crop_boxes(np.array([height]), np.array([width]), fraction).tolist() == [box]
+
+
+def test_center_crop_is_central_and_inside() -> None:
+    sides = np.arange(1, 60)
+    heights, widths = (grid.reshape(-1) for grid in np.meshgrid(sides, sides))
+    for fraction in (0.01, 0.5, 0.875, 1.0):
+        boxes = center_crop_boxes(heights, widths, fraction)
+        assert_inside(boxes, heights, widths)
+        assert np.array_equal(boxes[:, 2], boxes[:, 3])
+        assert (np.abs(heights - boxes[:, 2] - 2 * boxes[:, 0]) <= 1).all()
+        assert (np.abs(widths - boxes[:, 3] - 2 * boxes[:, 1]) <= 1).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (375, 500), (500, 333), (1200, 1600), (96, 96), (300, 299)])
+def test_center_crop_is_where_torchvision_s_is(height: int, width: int) -> None:
+    """Resize(256) and CenterCrop(224), followed back into the source by two ramps of coordinates."""
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    theirs = CenterCrop(224)(Resize(256)(torch.stack((y, x)).double()))
+    (box,) = center_crop_boxes(np.array([height]), np.array([width]), 224 / 256).tolist()
+    ours = TF.resized_crop(torch.stack((y, x)).double(), *box, [224, 224])
+    # Away from the border, where the antialiasing of a whole image and of a crop differ.
+    difference = (theirs - ours)[:, 2:-2, 2:-2].abs().max().item()
+    assert difference <= CENTER_CROP_PIXELS * (1 + min(height, width) / 256)

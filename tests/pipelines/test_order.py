@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipelines.order import Order, SequentialOrder, TrainOrder, rank_slice
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "sizes"),
+    [
+        (256, 3, [86, 85, 85]),
+        (256, 1, [256]),
+        (8, 8, [1] * 8),
+        (10, 4, [3, 3, 2, 2]),
+        (2, 4, [1, 1, 0, 0]),
+        (0, 2, [0, 0]),
+    ],
+)
+def test_rank_slices_share_a_batch(batch_size: int, world_size: int, sizes: list[int]) -> None:
+    parts = [rank_slice(batch_size, rank, world_size) for rank in range(world_size)]
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [index for part in parts for index in range(part.start, part.stop)] == list(range(batch_size))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("num_images", "batch_size"), [(96, 12), (97, 12), (107, 12), (12, 12), (50, 7)])
+def test_each_image_at_most_once_an_epoch(num_images: int, batch_size: int, world_size: int) -> None:
+    orders = [
+        TrainOrder(num_images=num_images, batch_size=batch_size, seed=4, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    steps = orders[0].steps_per_epoch
+    assert steps == num_images // batch_size
+    for epoch in range(3):
+        seen = []
+        for step in range(steps):
+            slices = [order.indices(epoch, step) for order in orders]
+            assert [len(part) for part in slices] == [order.max_local_batch_size for order in orders]
+            assert max(map(len, slices)) - min(map(len, slices)) <= 1
+            together = np.concatenate(slices)
+            assert np.array_equal(together, orders[0].global_indices(epoch, step))
+            seen.extend(together.tolist())
+        assert len(seen) == len(set(seen)) == steps * batch_size
+        assert set(seen) <= set(range(num_images))
+        if num_images % batch_size == 0:
+            assert set(seen) == set(range(num_images))
+
+
+def test_the_global_batch_does_not_depend_on_the_ranks() -> None:
+    alone = TrainOrder(num_images=1000, batch_size=256, seed=0)
+    for world_size in (2, 3, 8):
+        for rank in range(world_size):
+            order = TrainOrder(num_images=1000, batch_size=256, seed=0, rank=rank, world_size=world_size)
+            assert np.array_equal(order.global_indices(1, 2), alone.global_indices(1, 2))
+
+
+def test_the_dropped_tail_changes_with_the_epoch() -> None:
+    order = TrainOrder(num_images=13, batch_size=4, seed=0)
+    dropped = set()
+    for epoch in range(60):
+        seen = np.concatenate([order.indices(epoch, step) for step in range(3)])
+        dropped |= set(range(13)) - set(seen.tolist())
+    assert dropped == set(range(13))
+
+
+def test_epochs_and_seeds_are_shuffled_anew() -> None:
+    epochs = {tuple(TrainOrder(num_images=40, batch_size=40, seed=0).indices(epoch, 0)) for epoch in range(5)}
+    seeds = {tuple(TrainOrder(num_images=40, batch_size=40, seed=seed).indices(0, 0)) for seed in range(5)}
+    assert len(epochs | seeds) == 9  # (seed 0, epoch 0) is in both
+
+
+def test_the_order_is_the_same_for_ever() -> None:
+    order = TrainOrder(num_images=1_281_167, batch_size=256, seed=0)
+    assert order.steps_per_epoch == 5004
+    assert order.indices(3, 5003)[:6].tolist() == LAST_IMAGENET_BATCH
+    assert order.indices(3, 0).dtype == np.int64
+
+
+LAST_IMAGENET_BATCH = [851964, 1139443, 899688, 975946, 988627, 1734]
+
+
+def test_a_batch_cannot_be_changed_by_accident() -> None:
+    order = TrainOrder(num_images=10, batch_size=5, seed=0)
+    with pytest.raises(ValueError, match="read-only"):
+        order.indices(0, 0)[0] = 3
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("num_images", "batch_size"), [(12, 4), (13, 4), (14, 4), (2, 4), (1, 3), (0, 4)])
+def test_sequential_order(num_images: int, batch_size: int, world_size: int) -> None:
+    orders = [
+        SequentialOrder(num_images=num_images, batch_size=batch_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    steps = orders[0].steps_per_epoch
+    assert steps == -(-num_images // batch_size)
+    seen = []
+    for step in range(steps):
+        slices = [order.indices(epoch=step % 2, step=step) for order in orders]
+        assert max(map(len, slices)) - min(map(len, slices)) <= 1
+        assert all(len(part) <= order.max_local_batch_size for part, order in zip(slices, orders, strict=True))
+        together = np.concatenate(slices)
+        assert np.array_equal(together, orders[-1].global_indices(0, step))
+        seen.extend(together.tolist())
+    assert seen == list(range(num_images))
+
+
+def test_the_last_sequential_slice_may_be_empty() -> None:
+    orders = [SequentialOrder(num_images=9, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
+    assert [order.indices(0, 2).tolist() for order in orders] == [[8], []]
+
+
+def _order(kind: type[Order], **numbers: int) -> Order:
+    return kind(**numbers, **({"seed": 0} if kind is TrainOrder else {}))
+
+
+@pytest.mark.parametrize("kind", [TrainOrder, SequentialOrder])
+class TestErrors:
+    @pytest.mark.parametrize("batch_size", [0, -3])
+    def test_no_batch(self, kind: type[Order], batch_size: int) -> None:
+        message = f"batch size {batch_size} is not allowed: give a global --batch-size of at least 1"
+        with pytest.raises(ValueError, match=message):
+            _order(kind, num_images=10, batch_size=batch_size)
+
+    def test_more_ranks_than_images_of_a_batch(self, kind: type[Order]) -> None:
+        message = "a global batch of 2 cannot be shared by 3 ranks.*raise --batch-size to 3 or more, or start fewer"
+        with pytest.raises(ValueError, match=message):
+            _order(kind, num_images=10, batch_size=2, world_size=3)
+
+
+def test_fewer_images_than_a_batch() -> None:
+    message = "the data has 9 images, fewer than one batch of 10; give more images or a --batch-size of at most 9"
+    with pytest.raises(ValueError, match=message):
+        TrainOrder(num_images=9, batch_size=10, seed=0)

@@ -1,0 +1,64 @@
+"""Every tolerance of the tests, in one table: what is compared, in which unit, how far it was off when it was set.
+
+A tolerance is a few times what was measured (in brackets), so that it fails when something is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest allowed absolute differences."""
+
+    max: float
+    """Of any value."""
+    mean: float = math.inf
+    """On average over all values."""
+
+
+# ---- pipelines: crops -------------------------------------------------------------------------------------------
+
+CENTER_CROP_PIXELS = 0.6
+"""Centre of the central square against Resize(256) + CenterCrop(224): in pixels of the source plus pixels of the
+resized image, whichever way both round. (0.50)"""
+
+CROP_RESIZE = Tolerance(max=1, mean=0.3)
+"""Levels of 255, against one call of PIL's resize. Up to Pillow 12 nothing differs; from 13 on, boxes that shrink more
+in height are resized the other way round. (1, 0.24 for such a box of a photograph)"""
+
+# ---- pipelines: augment, values in [0, 1] before normalisation ---------------------------------------------------
+
+AUGMENT = {
+    torch.float64: Tolerance(max=5e-14, mean=5e-15),
+    torch.float32: Tolerance(max=3e-6, mean=2e-7),
+}
+"""The whole chain or a part of it against torchvision's functions in float64. (4e-15 and 1e-6; torchvision's own
+float32 is 1.3e-6 off)"""
+
+AUGMENT_BESIDE_TORCHVISION = 5e-7
+"""How much farther than torchvision's float32 our float32 may be from float64. (it is nearer)"""
+
+TORCHVISION_HUE = Tolerance(max=3e-6, mean=2e-7)
+"""torchvision's adjust_hue computes in float32 whatever it is given. (1.1e-6)"""
+
+COLORSYS = 1e-14
+"""The hue shift in float64 against Python's colorsys. (1e-15)"""
+
+# ---- pipelines: augment against the published path: PIL, uint8 after every step, in levels of 255 ----------------
+
+PIL_BLEND = Tolerance(max=1.3, mean=0.6)
+"""Brightness, contrast, saturation: PIL cuts off what is behind the point. (1.2, 0.45)"""
+PIL_HUE = Tolerance(max=20, mean=2)
+"""PIL's HSV has 256 hues and 256 saturations. (17, 1.0)"""
+PIL_GRAYSCALE = Tolerance(max=0.6, mean=0.3)
+"""Rounding alone. (0.52, 0.25)"""
+PIL_BLUR = Tolerance(max=12, mean=0.6)
+"""PIL's blur is three box blurs with repeated borders, ours a Gaussian with reflected ones: on smooth images.
+(8.6 at a border, 0.35)"""
+PIL_CHAIN = Tolerance(max=30, mean=2.2)
+"""All of them in a row, on smooth images; PIL's cut-offs make its views darker by 1.1 levels. (20, 1.65)"""
