@@ -19,7 +19,7 @@ from dataset_tools.demo_image import CLASS_NAMES, draw_jpeg
 from dataset_tools.sources.split import SPLIT_ORDER
 
 RECORD = "demo.json"
-VERSION = 3
+VERSION = 4
 """Of the drawings: goes up when the pictures change."""
 
 

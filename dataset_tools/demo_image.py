@@ -5,6 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from dataset_tools.demo_shapes import CLASSES
@@ -23,9 +24,9 @@ def draw_jpeg(label: int, key: tuple[int, ...]) -> bytes:
     width, height = (SUPERSAMPLING * side for side in size)
     canvas = background(rng, width, height)
     clutter(rng, canvas)
-    count = int(rng.choice([1, 2, 3, 4, 5], p=[0.2, 0.2, 0.2, 0.2, 0.2]))
-    for radius in min(width, height) * rng.uniform(0.36, 0.6, size=count) / count**0.4:
-        draw_object(rng, canvas, label, float(radius))
+    count = int(rng.integers(1, 6))
+    for center in spread_out(rng, count) * canvas.size:
+        draw_object(rng, canvas, label, center, min(width, height) * rng.uniform(0.38, 0.62) / count**0.4)
     image = canvas.reduce(SUPERSAMPLING)
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7)))
@@ -34,8 +35,15 @@ def draw_jpeg(label: int, key: tuple[int, ...]) -> bytes:
     return encoded.getvalue()
 
 
+def colors(rng: np.random.Generator, *shape: int) -> NDArray[np.uint8]:
+    """Muted random colours, uint8 [*shape, 3]: vivid ones would tell an image without its objects."""
+    vivid = rng.uniform(0, 255, (*shape, 3))
+    gray = rng.uniform(0, 255, (*shape, 1))
+    return (gray + rng.uniform(0.1, 0.4, (*shape, 1)) * (vivid - gray)).astype(np.uint8)
+
+
 def color(rng: np.random.Generator) -> tuple[int, int, int]:
-    red, green, blue = map(int, rng.integers(0, 256, 3))
+    red, green, blue = colors(rng).tolist()
     return red, green, blue
 
 
@@ -49,23 +57,22 @@ def color_pair(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[in
 
 def gradient(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     """A smooth transition between four colours, one for each corner."""
-    corners = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
-    return Image.fromarray(corners).resize(size, Image.Resampling.BILINEAR)
+    return Image.fromarray(colors(rng, 2, 2)).resize(size, Image.Resampling.BILINEAR)
 
 
 def background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """A gradient with smooth noise in all channels."""
     size = (width // SUPERSAMPLING, height // SUPERSAMPLING)  # smooth: it needs no more
-    noise = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    noise = Image.fromarray(colors(rng, 6, 6))
     noise = noise.resize(size, Image.Resampling.BICUBIC)
-    picture = Image.blend(gradient(rng, size), noise, 0.3)
+    picture = Image.blend(gradient(rng, size), noise, 0.2)
     return picture.resize((width, height), Image.Resampling.NEAREST)
 
 
 def clutter(rng: np.random.Generator, canvas: Image.Image) -> None:
     """Lines and blobs of one colour each, which say nothing about the class."""
     pen = ImageDraw.Draw(canvas)
-    for _ in range(int(rng.integers(0, 7))):
+    for _ in range(int(rng.integers(0, 5))):
         box = np.sort(rng.uniform(-0.1, 1.1, (2, 2)), axis=0) * canvas.size
         fill = color(rng)
         if rng.random() < 0.6:
@@ -76,10 +83,21 @@ def clutter(rng: np.random.Generator, canvas: Image.Image) -> None:
             pen.ellipse([*(center - radii), *(center + radii)], fill=fill)
 
 
-def draw_object(rng: np.random.Generator, canvas: Image.Image, label: int, radius: float) -> None:
-    """One object, turned, squeezed and partly over the edge at times."""
+def spread_out(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
+    """Points [count, 2] in [0.15, 0.85]², each one the farthest from those before it of six random ones."""
+    points = rng.uniform(0.15, 0.85, (1, 2))
+    for _ in range(count - 1):
+        candidates = rng.uniform(0.15, 0.85, (6, 2))
+        distances = np.linalg.norm(candidates[:, None] - points, axis=2).min(axis=1)
+        points = np.concatenate([points, candidates[[distances.argmax()]]])
+    return points
+
+
+def draw_object(
+    rng: np.random.Generator, canvas: Image.Image, label: int, center: NDArray[np.float64], radius: float
+) -> None:
+    """One object, turned, squeezed and partly over the edge at times. `center` [2] and `radius` in pixels."""
     outline, surface = CLASSES[CLASS_NAMES[label]]
-    center = rng.uniform(0.2, 0.8, 2) * canvas.size
     turn, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1)
     matrix = np.array([(np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))]) * (1, squeeze) * radius
 
