@@ -45,7 +45,7 @@ class TorchvisionLoader(Loader):
         )
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
-        self._sampler.position = (epoch, start_step)
+        position = self._sampler.position = (epoch, start_step)
         for step, batch in enumerate(self._loader, start=start_step):
             for index, reason in batch.unreadable.items():
                 self.report_unreadable(index, reason)  # raises where a worker gave up
@@ -57,6 +57,8 @@ class TorchvisionLoader(Loader):
                 epoch=epoch,
                 step=step,
             )
+            # The workers serve one pass at a time; another one would take this one's batches.
+            assert self._sampler.position is position, "another pass over this loader has begun"
 
     def close(self) -> None:
         iterator = getattr(self._loader, "_iterator", None)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from pipelines.config import LoaderConfig, ViewConfig
+
+
+def test_the_defaults_are_moco_v2_s() -> None:
+    config = ViewConfig()
+    assert (config.image_size, config.crop_scale, config.crop_ratio) == (224, (0.2, 1.0), (3 / 4, 4 / 3))
+    assert (config.brightness, config.contrast, config.saturation, config.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert (config.jitter_probability, config.grayscale_probability) == (0.8, 0.2)
+    assert (config.blur_probability, config.flip_probability) == (0.5, 0.5)
+    assert config.blur_sigma == (0.1, 2.0)
+    assert (config.mean, config.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert config.center_crop_fraction == 224 / 256
+
+
+@pytest.mark.parametrize(
+    ("image_size", "kernel_size"),
+    [(224, 23), (96, 9), (64, 7), (32, 3), (192, 19), (112, 11), (256, 25), (448, 45), (8, 3), (1, 3)],
+)
+def test_blur_kernel_is_the_odd_number_nearest_to_a_tenth(image_size: int, kernel_size: int) -> None:
+    assert ViewConfig(image_size=image_size).blur_kernel_size == kernel_size
+
+
+def test_blur_kernels_of_all_sizes() -> None:
+    for image_size in range(20, 1000):
+        kernel_size = ViewConfig(image_size=image_size).blur_kernel_size
+        assert kernel_size % 2 == 1
+        assert abs(kernel_size - image_size / 10) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 0}, "image size 0 is not allowed: give at least 1 pixel"),
+        ({"crop_scale": (0.0, 1.0)}, r"crop scale \(0.0, 1.0\) is not allowed: give 0 < lowest <= highest <= 1"),
+        ({"crop_scale": (0.5, 0.2)}, "crop scale"),
+        ({"crop_scale": (0.5, 1.1)}, "crop scale"),
+        ({"crop_scale": (math.nan, 1.0)}, "crop scale"),
+        ({"crop_ratio": (0.0, 1.0)}, r"crop ratio \(0.0, 1.0\) is not allowed: give 0 < lowest <= highest"),
+        ({"crop_ratio": (2.0, 1.0)}, "crop ratio"),
+        ({"blur_sigma": (0.0, 1.0)}, r"blur sigma \(0.0, 1.0\) is not allowed: give 0 < lowest <= highest"),
+        ({"blur_sigma": (2.0, 0.1)}, "blur sigma"),
+        ({"jitter_probability": 1.5}, "jitter_probability 1.5 is not allowed: give a probability from 0 to 1"),
+        ({"grayscale_probability": -0.1}, "grayscale_probability -0.1"),
+        ({"blur_probability": math.nan}, "blur_probability nan"),
+        ({"flip_probability": 2}, "flip_probability 2"),
+        ({"brightness": 1.1}, "brightness 1.1 is not allowed: give a jitter from 0 to 1"),
+        ({"contrast": -0.4}, "contrast -0.4"),
+        ({"saturation": 3}, "saturation 3"),
+        ({"hue": 0.6}, "hue 0.6 is not allowed: give a jitter from 0 to 0.5 turns"),
+        ({"hue": -0.1}, "hue -0.1"),
+        ({"center_crop_fraction": 0.0}, "center crop fraction 0.0 is not allowed: give 0 < fraction <= 1"),
+        ({"center_crop_fraction": 1.01}, "center crop fraction 1.01"),
+        ({"std": (0.2, 0.0, 0.2)}, r"std \(0.2, 0.0, 0.2\) is not allowed: give three positive numbers"),
+    ],
+)
+def test_bad_views(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ViewConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_size": 1},
+        {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)},
+        {"brightness": 0.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5},
+        {"jitter_probability": 0, "grayscale_probability": 1, "blur_probability": 0, "flip_probability": 1},
+        {"blur_sigma": (1.0, 1.0), "center_crop_fraction": 1.0},
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(changes: dict[str, object]) -> None:
+    ViewConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": -1}, "-1 loader workers are not allowed: give 0 or more"),
+        ({"prefetch_batches": 0}, "prefetch of 0 batches is not allowed: give at least 1"),
+    ],
+)
+def test_bad_loaders(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoaderConfig(**changes)
+
+
+def test_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        ViewConfig().image_size = 32  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        LoaderConfig().workers = 1  # type: ignore[misc]

@@ -1,0 +1,201 @@
+"""Pixels as torchvision's ImageFolder loads them, and a reason for whatever cannot be read."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets.folder import default_loader
+
+from dataset_tools.sources import Split, open_source
+from pipelines import decode
+from pipelines.decode import UnreadableImageError, decode_rgb, image_size, next_index, none_readable
+from tests.pipelines.pictures import picture
+
+PIXELS = picture(21, 34, "waves")
+
+
+def save(path: Path, mode: str = "RGB", **options: object) -> None:
+    image = Image.fromarray(PIXELS)
+    if mode == "I;16":
+        image = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
+    elif mode == "RGBA":
+        image.putalpha(Image.fromarray(PIXELS[..., 1]))
+    elif mode == "LA":
+        image = image.convert("L")
+        image.putalpha(Image.fromarray(PIXELS[..., 1]))
+    else:
+        image = image.convert(mode)
+    image.save(path, **options)
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+IMAGES: dict[str, tuple[str, dict[str, object]]] = {
+    "colour.jpg": ("RGB", {}),
+    "progressive.jpeg": ("RGB", {"progressive": True}),
+    "gray.jpg": ("L", {}),
+    "cmyk.jpg": ("CMYK", {}),
+    "on its side.jpg": ("RGB", {"exif": exif(6)}),
+    "mirrored.jpg": ("RGB", {"exif": exif(2)}),
+    "colour.png": ("RGB", {}),
+    "gray.png": ("L", {}),
+    "palette.png": ("P", {}),
+    "transparent palette.png": ("P", {"transparency": 3}),
+    "alpha.png": ("RGBA", {}),
+    "gray with alpha.png": ("LA", {}),
+    "black and white.png": ("1", {}),
+    "16 bits.png": ("I;16", {}),
+    "colour.bmp": ("RGB", {}),
+    "colour.ppm": ("RGB", {}),
+    "gray.pgm": ("L", {}),
+    "colour.tif": ("RGB", {"compression": "tiff_lzw"}),
+    "on its side.tiff": ("RGB", {"exif": exif(6)}),
+    "colour.webp": ("RGB", {"lossless": True}),
+    "alpha.webp": ("RGBA", {}),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_equals_torchvision(name: str, tmp_path: Path) -> None:
+    mode, options = IMAGES[name]
+    path = tmp_path / "class" / name
+    path.parent.mkdir()
+    save(path, mode, **options)
+    split = open_source(tmp_path).splits["train"]
+    ours, theirs = decode_rgb(split, 0), default_loader(str(path))
+    assert ours.mode == "RGB"
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert image_size(split, 0) == (theirs.height, theirs.width)
+
+
+def test_the_orientation_in_exif_is_ignored(tmp_path: Path) -> None:
+    for name, options in (("plain.jpg", {}), ("turned.jpg", {"exif": exif(6)})):
+        save(tmp_path / name, **options)
+    split = open_source(tmp_path).splits["train"]
+    assert np.array_equal(np.asarray(decode_rgb(split, 0)), np.asarray(decode_rgb(split, 1)))
+
+
+class MemorySplit(Split):
+    """Images that are nothing but their bytes."""
+
+    def __init__(self, *images: bytes) -> None:
+        self.images = images
+        self.name, self.classes = "train", ()
+        self.labels = np.full(len(images), -1)
+        self.names = [f"image {index}" for index in range(len(images))]
+
+    def read(self, index: int) -> bytes:
+        return self.images[index]
+
+
+def encoded(**options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, **options)
+    return buffer.getvalue()
+
+
+JPEG = encoded(format="JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "cannot identify image file"),
+        (b"no image at all", "cannot identify image file"),
+        (JPEG[:20], "cannot identify image file|Truncated"),
+        (JPEG[:-100], "truncated"),
+        (encoded(format="PNG")[:200], "truncated|broken"),
+        (b"\xff\xd8" + bytes(500), "."),
+    ],
+)
+def test_damaged_images(data: bytes, reason: str) -> None:
+    with pytest.raises(UnreadableImageError, match=reason) as raised:
+        decode_rgb(MemorySplit(data), 0)
+    assert str(raised.value)
+
+
+def test_the_size_is_in_the_header() -> None:
+    assert image_size(MemorySplit(JPEG[:-100]), 0) == (21, 34)
+    with pytest.raises(UnreadableImageError):
+        image_size(MemorySplit(JPEG[:4]), 0)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    save(tmp_path / "1.png")
+    split = open_source(tmp_path).splits["train"]
+    (tmp_path / "1.png").unlink()
+    for function in (decode_rgb, image_size):
+        with pytest.raises(UnreadableImageError, match=r"cannot read sample '1\.png'.*No such file"):
+            function(split, 0)
+
+
+def test_an_image_too_large_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for function in (decode_rgb, image_size):
+        with pytest.raises(UnreadableImageError, match="decompression bomb"):
+            function(MemorySplit(JPEG), 0)
+
+
+@pytest.mark.parametrize("error", [TypeError, struct.error, EOFError, IndexError, SyntaxError, AssertionError])
+def test_whatever_a_decoder_raises(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise error("broken tag")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(UnreadableImageError, match="broken tag"):
+        decode_rgb(MemorySplit(JPEG), 0)
+
+
+def test_a_full_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(decode, "_open", fail)
+    with pytest.raises(MemoryError):
+        decode_rgb(MemorySplit(JPEG), 0)
+
+
+def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise EOFError
+
+    monkeypatch.setattr(decode, "_open", fail)
+    with pytest.raises(UnreadableImageError, match="EOFError"):
+        decode_rgb(MemorySplit(JPEG), 0)
+
+
+def test_random_damage_is_never_another_error() -> None:
+    """Bytes changed at random: either an image comes out, or an UnreadableImageError."""
+    rng = np.random.default_rng(0)
+    outcomes = {True: 0, False: 0}
+    for options in ({"format": "JPEG"}, {"format": "PNG"}, {"format": "BMP"}, {"format": "PPM"}, {"format": "WEBP"}):
+        good = encoded(**options)
+        for _ in range(60):
+            data = bytearray(good)
+            for place in rng.integers(0, len(data), 4):
+                data[place] = rng.integers(256)
+            split = MemorySplit(bytes(data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.3 else data))
+            try:
+                readable = np.prod(image_size(split, 0)) > 10**6 or decode_rgb(split, 0).mode == "RGB"
+            except UnreadableImageError:
+                readable = False
+            outcomes[bool(readable)] += 1
+    assert min(outcomes.values()) > 30
+
+
+def test_the_next_index_wraps() -> None:
+    assert [next_index(index, 3) for index in range(3)] == [1, 2, 0]
+
+
+def test_none_readable_names_the_first() -> None:
+    error = none_readable(MemorySplit(b"", b""), {1: "why", 0: "because"})
+    assert str(error) == "none of the 2 images can be read; image 0: because"

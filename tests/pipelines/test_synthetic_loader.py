@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dataset_tools.sources import Split
+from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.order import Order, SequentialOrder, TrainOrder
+from pipelines.synthetic_loader import SyntheticLoader
+from pipelines.views import LEOCLR_VIEWS
+
+
+def open_synthetic(split: Split, order: Order, seed: int = 0) -> SyntheticLoader:
+    config = ViewConfig(image_size=16)
+    return SyntheticLoader(split, LEOCLR_VIEWS, config, LoaderConfig(), order, seed=seed, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_fixed_crops_with_the_labels_of_the_order(split: Split, rank: int) -> None:
+    order = TrainOrder(num_images=23, batch_size=7, seed=3, rank=rank, world_size=3)
+    with open_synthetic(split, order) as loader:
+        batches = [*loader.batches(0), *loader.batches(1, start_step=2)]
+    assert [(batch.epoch, batch.step) for batch in batches] == [(0, 0), (0, 1), (0, 2), (1, 2)]
+    for batch in batches:
+        assert batch.crops.shape == (3 if rank == 0 else 2, 3, 16, 16, 3)
+        assert batch.crops.dtype == torch.uint8
+        assert torch.equal(batch.crops, batches[0].crops)
+        assert np.array_equal(batch.indices, order.indices(batch.epoch, batch.step))
+        assert batch.labels.tolist() == split.labels[batch.indices].tolist()
+        assert batch.boxes.shape == (len(batch.indices), 3, 4)
+        assert (batch.boxes == [0, 0, 16, 16]).all()
+    assert len(batches[0].crops.unique()) > 200
+
+
+def test_the_last_batch_may_be_smaller(split: Split) -> None:
+    order = SequentialOrder(num_images=23, batch_size=10)
+    assert [len(batch.crops) for batch in open_synthetic(split, order).batches(0)] == [10, 10, 3]
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_the_seed_decides(split: Split, seed: int) -> None:
+    order = TrainOrder(num_images=23, batch_size=4, seed=0)
+    first, again, other = (next(open_synthetic(split, order, number).batches(0)).crops for number in (seed, seed, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_no_image_is_read(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "read", lambda _: pytest.fail("an image was read"))
+    list(open_synthetic(split, TrainOrder(num_images=23, batch_size=4, seed=0)).batches(0))

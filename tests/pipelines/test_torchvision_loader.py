@@ -1,0 +1,150 @@
+"""What is particular to worker processes; see test_loader.py for what every loader has to do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import PIL
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from dataset_tools.sources import Split
+from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.decode import decode_rgb
+from pipelines.order import SequentialOrder, TrainOrder
+from pipelines.torchvision_loader import TorchvisionLoader
+from pipelines.views import LEOCLR_VIEWS
+from tests.tolerances import CROP_RESIZE
+
+BILINEAR = InterpolationMode.BILINEAR
+
+
+def open_torchvision(split: Split, workers: int | None, image_size: int = 16) -> TorchvisionLoader:
+    return TorchvisionLoader(
+        split,
+        LEOCLR_VIEWS,
+        ViewConfig(image_size=image_size),
+        LoaderConfig(workers=workers),
+        TrainOrder(num_images=len(split), batch_size=4, seed=0),
+        seed=0,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("image_size", [16, 40])
+def test_crops_are_torchvision_s(split: Split, image_size: int) -> None:
+    """Exactly so up to Pillow 12; from 13 on its order of the two passes depends on the box."""
+    differences = []
+    for batch in open_torchvision(split, 0, image_size).batches(0):
+        for row, index in enumerate(batch.indices):
+            image = decode_rgb(split, int(index))
+            for crop, box in zip(batch.crops[row].numpy(), batch.boxes[row].tolist(), strict=True):
+                theirs = TF.resized_crop(image, *box, [image_size, image_size], BILINEAR)
+                differences.append(np.abs(crop.astype(int) - np.asarray(theirs).astype(int)))
+    if int(PIL.__version__.split(".")[0]) < 13:
+        assert np.max(differences) == 0
+    assert np.max(differences) <= CROP_RESIZE.max
+    assert np.mean(differences) <= CROP_RESIZE.mean
+
+
+@pytest.mark.parametrize("how", ["with", "close", "after one batch", "unused"])
+def test_closing_leaves_no_worker(how: str, split: Split) -> None:
+    threads, processes = set(threading.enumerate()), set(multiprocessing.active_children())
+    if how == "with":
+        with open_torchvision(split, 2) as loader:
+            list(loader.batches(0))
+            assert len(set(multiprocessing.active_children()) - processes) == 2
+    else:
+        loader = open_torchvision(split, 2)
+        batches = loader.batches(0)
+        if how != "unused":
+            next(batches)
+        if how == "close":
+            list(batches)
+        loader.close()
+        loader.close()
+    assert set(multiprocessing.active_children()) == processes
+    patience = time.monotonic() + 20  # the threads that feed the workers end by themselves, a moment later
+    while not set(threading.enumerate()) <= threads and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert set(threading.enumerate()) <= threads
+
+
+def test_workers_start_again_after_closing(split: Split) -> None:
+    with open_torchvision(split, 1) as loader:
+        first = [batch.crops for batch in loader.batches(0)]
+        loader.close()
+        again = [batch.crops for batch in loader.batches(0)]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
+
+
+def test_workers_live_on_between_epochs(split: Split) -> None:
+    with open_torchvision(split, 2) as loader:
+        list(loader.batches(0))
+        processes = {process.pid for process in multiprocessing.active_children()}
+        list(loader.batches(1))
+        assert {process.pid for process in multiprocessing.active_children()} == processes
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pass_that_another_one_overtook(split: Split, workers: int) -> None:
+    with open_torchvision(split, workers) as loader:
+        overtaken = loader.batches(0)
+        next(overtaken)
+        assert len(list(loader.batches(1))) == loader.steps_per_epoch
+        with pytest.raises(AssertionError, match="another pass over this loader has begun"):
+            next(overtaken)
+
+
+@pytest.mark.parametrize("num_images", [8, 30])
+def test_errors_come_without_a_worker_s_traceback(
+    num_images: int, write_split: Callable[..., Split], damage: Callable[..., None]
+) -> None:
+    split = write_split(num_images)
+    damage(split, *range(num_images))
+    with open_torchvision(split, 2) as loader, pytest.raises((ValueError, RuntimeError)) as raised:
+        list(loader.batches(0))
+    assert str(raised.value).splitlines() == [str(raised.value)]
+    assert "cannot identify image file" in str(raised.value)
+
+
+def test_a_worker_gives_up_early(write_split: Callable[..., Split], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that went away must not be asked for every image first."""
+    split = write_split(40)
+    reads: list[int] = []
+
+    def fail(index: int) -> bytes:
+        reads.append(index)
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(split, "read", fail)
+    with pytest.raises(RuntimeError, match=r"11 of 40 images cannot be read.*the disk is gone"):
+        list(open_torchvision(split, 0).batches(0))
+    assert len(reads) == 11
+
+
+def test_by_default_one_worker_for_each_core(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 5})
+    assert open_torchvision(split, None)._loader.num_workers == 3
+
+
+def test_labels_stay_on_the_host(split: Split) -> None:
+    loader = TorchvisionLoader(
+        split,
+        LEOCLR_VIEWS,
+        ViewConfig(image_size=16),
+        LoaderConfig(workers=0),
+        SequentialOrder(num_images=23, batch_size=23),
+        seed=0,
+        device=torch.device("meta"),
+    )
+    (batch,) = loader.batches(0)
+    assert batch.crops.device.type == "meta"
+    assert batch.labels.device.type == "cpu"
+    assert batch.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 7

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipelines.config import ViewConfig
+from pipelines.counter_rng import crop_stream
+from pipelines.crops import (
+    Boxes,
+    center_crop_boxes,
+    full_image_boxes,
+    random_resized_crop_boxes,
+    random_resized_crop_draws,
+)
+from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS, LINEAR_TRAIN_VIEWS, MOCOV2_VIEWS, View, draw_boxes
+
+HEIGHTS, WIDTHS, INDICES = np.array([500, 37, 96, 500]), np.array([375, 300, 96, 375]), np.array([0, 7, 3, 12])
+
+
+def boxes_of(views: tuple[View, ...], seed: int = 0, epoch: int = 0, config: ViewConfig | None = None) -> Boxes:
+    return draw_boxes(views, config or ViewConfig(), HEIGHTS, WIDTHS, seed, epoch, INDICES)
+
+
+def test_recipes() -> None:
+    assert [(view.geometry, view.photometry) for view in LEOCLR_VIEWS] == [
+        ("original", "mocov2"),
+        ("random_resized_crop", "mocov2"),
+        ("random_resized_crop", "mocov2"),
+    ]
+    assert LEOCLR_VIEWS[1:] == MOCOV2_VIEWS
+    assert [(view.geometry, view.photometry) for view in LINEAR_TRAIN_VIEWS] == [("random_resized_crop", "flip")]
+    assert [(view.geometry, view.photometry) for view in CENTER_CROP_VIEWS] == [("center_crop", "none")]
+    for views in (LEOCLR_VIEWS, MOCOV2_VIEWS):  # views of one image never share their draws
+        assert len({view.number for view in views}) == len(views)
+        assert len({view.name for view in views}) == len(views)
+
+
+def test_boxes_of_each_geometry() -> None:
+    boxes = boxes_of(LEOCLR_VIEWS, seed=2, epoch=5)
+    assert boxes.shape == (4, 3, 4)
+    assert boxes.dtype == np.int32
+    assert np.array_equal(boxes[:, 0], full_image_boxes(HEIGHTS, WIDTHS))
+    for column in (1, 2):
+        draws = random_resized_crop_draws(2, 5, INDICES, crop_stream(LEOCLR_VIEWS[column].number))
+        expected = random_resized_crop_boxes(HEIGHTS, WIDTHS, draws, (0.2, 1.0), (3 / 4, 4 / 3))
+        assert np.array_equal(boxes[:, column], expected)
+    assert np.array_equal(boxes_of(CENTER_CROP_VIEWS)[:, 0], center_crop_boxes(HEIGHTS, WIDTHS, 0.875))
+
+
+def test_both_methods_get_the_same_crops() -> None:
+    assert np.array_equal(boxes_of(LEOCLR_VIEWS)[:, 1:], boxes_of(MOCOV2_VIEWS))
+    assert np.array_equal(boxes_of(LEOCLR_VIEWS)[:, 1:2], boxes_of(LINEAR_TRAIN_VIEWS))
+
+
+def test_crops_differ_by_view_epoch_seed_and_index() -> None:
+    boxes = [boxes_of(MOCOV2_VIEWS, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    of_one_size = np.concatenate([part[[0, 3]].reshape(-1, 4) for part in boxes])  # images 0 and 3
+    assert len(np.unique(of_one_size, axis=0)) == len(of_one_size)
+
+
+def test_an_image_s_boxes_do_not_depend_on_the_batch() -> None:
+    whole = boxes_of(LEOCLR_VIEWS)
+    for row in range(4):
+        part = slice(row, row + 1)
+        alone = draw_boxes(LEOCLR_VIEWS, ViewConfig(), HEIGHTS[part], WIDTHS[part], 0, 0, INDICES[part])
+        assert np.array_equal(alone[0], whole[row])
+    nothing = draw_boxes(LEOCLR_VIEWS, ViewConfig(), HEIGHTS[:0], WIDTHS[:0], 0, 0, INDICES[:0])
+    assert nothing.shape == (0, 3, 4)
+
+
+def test_the_configuration_is_used() -> None:
+    config = ViewConfig(crop_scale=(0.01, 0.02), crop_ratio=(1.0, 1.0), center_crop_fraction=0.5)
+    crops = boxes_of(MOCOV2_VIEWS, config=config)
+    assert np.array_equal(crops[..., 2], crops[..., 3])
+    share = crops[..., 2] * crops[..., 3] / (HEIGHTS * WIDTHS)[:, None]
+    assert share.max() < 0.025
+    assert boxes_of(CENTER_CROP_VIEWS, config=config)[:, 0, 2].tolist() == pytest.approx([188, 18, 48, 188])
+
+
+def test_boxes_are_the_same_for_ever() -> None:
+    heights, widths = np.array([500, 37, 1]), np.array([375, 300, 9])
+    assert draw_boxes(LEOCLR_VIEWS, ViewConfig(), heights, widths, 0, 0, np.arange(3)).tolist() == [
+        [[0, 0, 500, 375], [57, 63, 324, 281], [46, 29, 430, 327]],
+        [[0, 0, 37, 300], [0, 125, 37, 49], [0, 125, 37, 49]],
+        [[0, 0, 1, 9], [0, 5, 1, 2], [0, 2, 1, 2]],
+    ]
