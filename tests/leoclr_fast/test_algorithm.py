@@ -6,8 +6,15 @@ logits, a queue with D x K columns, moving averages parameter by parameter, SGD 
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +41,9 @@ RELATIVE = 1e-10
 class PlainReference:
     """Algorithm 1, as one would write it from the paper; with one key view it is MoCo-v2."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, slices: Sequence[int] = ()) -> None:
+        """slices: images of each rank, whose batch-norms see only those; one rank if not given."""
+        self.slices = list(slices) or [config.result.batch_size]
         start = build_method(config.result.backbone, config.result.method, config.result.seed).double()
         self.config = config
         self.f_q = Encoder(config.result.backbone, config.result.method.projection_dim).double()
@@ -48,9 +57,12 @@ class PlainReference:
         """One pass of the momentum encoder in training mode, over shuffled groups where the mode says so."""
         method = self.config.result.method
         if method.key_batchnorm == "plain":
-            return self.f_k(images)
+            return torch.cat([self.f_k(part) for part in images.split(self.slices)])
         order = torch.from_numpy(permutation(self.config.result.seed, step, len(images), KEY_SHUFFLE_STREAM + number))
-        groups = images[order].tensor_split(max(1, len(images) // method.key_batchnorm_group))
+        if len(self.slices) > 1:
+            groups = images[order].split(self.slices)
+        else:
+            groups = images[order].tensor_split(max(1, len(images) // method.key_batchnorm_group))
         shuffled = torch.cat([self.f_k(group) for group in groups])
         return shuffled[torch.argsort(order)]
 
@@ -65,7 +77,7 @@ class PlainReference:
                 k = list(self.keys(torch.cat(crops), step, 0).chunk(len(crops)))
             else:
                 k = [self.keys(crop, step, number) for number, crop in enumerate(crops)]
-        q = self.f_q(x)
+        q = torch.cat([self.f_q(part) for part in x.split(self.slices)])
         losses = []
         for k_i in k:
             l_pos = torch.einsum("nc,nc->n", [q, k_i]).unsqueeze(-1)
@@ -111,27 +123,55 @@ def test_ten_steps_equal_the_plain_reference(
     """Loss, momentum buffers (so every gradient), weights, key weights, queue and pointer of each of ten steps."""
     config = tiny_config(method, monitor__checkpoint_every_steps=1, monitor__keep_checkpoints=100, **changes)
     pretrain(config, tiny_data, tmp_path / "run", max_steps=NUM_STEPS)
-    records = RunFolder(tmp_path / "run").read_metrics("step")
-    assert len(records) == NUM_STEPS
+    assert_run_equals(PlainReference(config), config, tiny_data, tmp_path / "run")
 
-    split = open_source(tiny_data).splits["train"]
-    order = TrainOrder(num_images=len(split), batch_size=12, seed=0)
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"result__method__key_batchnorm": "plain", "result__batch_size": 11},
+        {"result__method__key_batchnorm": "shuffle", "result__batch_size": 11},
+    ],
+    ids=["plain", "shuffle"],
+)
+def test_three_ranks_equal_the_plain_reference(changes: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
+    """11 images on three gloo ranks, as 4, 4, 3: the loss and the gradient are means over the global batch, each rank
+    has its own batch-norm, keys are shuffled between the ranks and enqueued in the order of the images.
+    """
+    changes = {"monitor__checkpoint_every_steps": 1, "monitor__keep_checkpoints": 100, **changes}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    program = ["-m", "tests.leoclr_fast.tiny_run", str(tiny_data), str(tmp_path / "run"), str(NUM_STEPS)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *program, json.dumps(changes)],
+        env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = tiny_config(**changes)
+    assert_run_equals(PlainReference(config, slices=(4, 4, 3)), config, tiny_data, tmp_path / "run")
+
+
+def assert_run_equals(reference: PlainReference, config: RunConfig, data: Path, run: Path) -> None:
+    """Compare a run folder with a checkpoint for each step."""
+    records = RunFolder(run).read_metrics("step")
+    assert len(records) == NUM_STEPS
+    batch_size, method = config.result.batch_size, config.result.method.name
+    split = open_source(data).splits["train"]
+    order = TrainOrder(num_images=len(split), batch_size=batch_size, seed=0)
     views, view_config = METHODS[method].views, config.result.views
-    reference = PlainReference(config)
     with make_loader(
         split, views, view_config, config.speed.loader, order, seed=0, device=torch.device("cpu")
     ) as loader:
         batches = [batch for epoch in range(4) for batch in loader.batches(epoch)][:NUM_STEPS]
     for step, (batch, record) in enumerate(zip(batches, records, strict=True)):
         images = augmented_views(batch, views, view_config, seed=0, dtype=torch.float64)
-        lr = (
-            0.6 * 12 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step // 3) / 4, dtype=torch.float64)).item())
-        )
+        decay = 0.5 * (1 + math.cos(math.pi * (step // 3) / 4))
+        lr = 0.6 * batch_size / 256 * decay
         loss = reference.step(images, step, lr)
         assert record["loss"] == pytest.approx(loss, rel=RELATIVE)
         assert record["lr"] == pytest.approx(lr, rel=RELATIVE)
 
-        state = load_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{step + 1:08d}")
+        state = load_checkpoint(run / "checkpoints" / f"step-{step + 1:08d}")
         ours = state["method"]
         for name, weight in reference.f_q.named_parameters():
             assert_close(ours[f"query_encoder.{name}"], weight, name)
@@ -141,7 +181,7 @@ def test_ten_steps_equal_the_plain_reference(
             assert_close(buffer["momentum_buffer"], velocity, "momentum buffer")
         assert_close(ours["queue.keys"], reference.queue.T, "queue")
         assert int(ours["queue.pointer"]) == reference.pointer
-    assert NUM_STEPS * 12 > 40  # the queue has wrapped around
+    assert NUM_STEPS * batch_size > 40  # the queue has wrapped around
 
 
 def assert_close(ours: Tensor, truth: Tensor, what: str) -> None:

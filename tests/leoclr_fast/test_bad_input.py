@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import leoclr_fast.checkpoint
 from leoclr_fast.checkpoint import DamagedCheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
@@ -77,9 +76,7 @@ def test_no_readable_image(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert "can be read" in message
 
 
-def test_corrupt_image_among_good_ones(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path
-) -> None:
+def test_corrupt_image_among_good_ones(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
     """Replaced, named once, counted in the summary; the run goes on."""
     shutil.copytree(tiny_data, tmp_path / "data")
     victim = sorted((tmp_path / "data" / "train").rglob("*.png"))[7]
@@ -152,7 +149,9 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tiny_data: Pat
     ]
 
 
-def test_a_diverging_run_says_at_which_step(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
+def test_a_diverging_run_says_at_which_step(
+    capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path
+) -> None:
     line = pretrain_line(tiny_data, tmp_path / "run", "--optimizer.base-lr=1e30", "--monitor.log-every-steps=100")
     message = refused(capsys, *line)
     assert "became non-finite at step" in message
@@ -193,7 +192,7 @@ def test_truncated_checkpoint_falls_back_loudly(
 
     truncate(older)
     truncate(newest)
-    with pytest.raises(DamagedCheckpointError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(DamagedCheckpointError, match=r"every checkpoint in .* is damaged"):
         pretrain(tiny_config(), tiny_data, finished_run)
 
 
@@ -321,7 +320,7 @@ def test_a_checkpoint_cannot_run_code(finished_run: Path, tmp_path: Path) -> Non
             return Path.touch, (tmp_path / "executed",)
 
     path = save_checkpoint(finished_run / "checkpoints", 9, {"hostile": Hostile()}, keep=9)
-    with pytest.raises(Exception, match="weights_only|Weights only|Unsupported"):
+    with pytest.raises(Exception, match=r"weights_only|Weights only|Unsupported"):
         load_checkpoint(path)
     assert not (tmp_path / "executed").exists()
 

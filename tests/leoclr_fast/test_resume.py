@@ -62,7 +62,12 @@ def finished_steps(out: Path) -> int:
 def run_and_kill(arguments: list[str], out: Path, kill_at: int) -> None:
     """Start the run and SIGKILL it, and all its processes, as soon as it has logged step `kill_at`."""
     with subprocess.Popen(
-        arguments, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        arguments,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         deadline = time.monotonic() + 120
         while finished_steps(out) < kill_at and process.poll() is None and time.monotonic() < deadline:
