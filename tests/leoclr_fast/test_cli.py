@@ -123,7 +123,7 @@ def test_recipes_hold_the_published_values() -> None:
     assert (method.projection_dim, method.loss_reduction, method.key_batchnorm) == (128, "sum", "shuffle")
     assert (paper.views.image_size, paper.views.crop_scale, paper.views.hue) == (224, (0.2, 1.0), 0.1)
     assert get_recipe("leoclr_imagenet_800ep").result.epochs == 800
-    for name in RECIPES:
+    for name in [name for name in RECIPES if name.startswith("leoclr")]:
         ours, theirs = get_recipe(name).result, get_recipe(name.replace("leoclr", "mocov2")).result
         assert theirs.method.name == "mocov2"
         assert to_yaml(theirs).replace("name: mocov2", "name: leoclr") == to_yaml(ours)
