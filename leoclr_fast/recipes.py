@@ -152,14 +152,14 @@ def _small(recipe: str, method: MethodName, views: ViewConfig) -> RunConfig:
 
 
 def _demo(recipe: str, method: MethodName) -> RunConfig:
-    small = _small(recipe, method, ViewConfig(image_size=48))
+    small = _small(recipe, method, ViewConfig(image_size=32, blur_probability=0.0))
     return replace(
         small,
         result=replace(
             small.result,
             epochs=20,
-            batch_size=128,
-            backbone=BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.25),
+            batch_size=64,
+            backbone=replace(small.result.backbone, width_multiplier=0.125),
             method=replace(small.result.method, loss_reduction="mean", queue_size=2048),
             optimizer=OptimizerConfig(base_lr=0.12, schedule="cosine_per_step", weight_decay=5e-4),
         ),
