@@ -131,7 +131,8 @@ Mean ± standard deviation over n seeds. Flags: `{document["flags"] or "none"}`.
 {curves}
 
 {environment["cpu"]}, {environment["torch_threads"]} threads, device {environment["device"]}; Python
-{environment["python"]}, {versions}; commit {environment["git_commit"]}. Commands in the JSON file, output in the log beside this file.
+{environment["python"]}, {versions}; commit {environment["git_commit"]}.
+Commands in the JSON file, output in the log beside this file.
 """
 
 
