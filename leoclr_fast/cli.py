@@ -22,6 +22,7 @@ from rich.logging import RichHandler
 
 from leoclr_fast.config import MonitorConfig, ResultConfig, RunConfig, SpeedConfig
 from leoclr_fast.recipes import RECIPES, get_recipe
+from leoclr_fast.stop_signals import StoppedBySignalError
 
 _Flattened = tyro.conf.arg(name="")
 _PAPER = "LeOCLR: Leveraging Original Images for Contrastive Learning of Visual Representations (TMLR 2024)"
@@ -228,7 +229,7 @@ def _main(arguments: list[str]) -> int:
         if debug:
             raise
         print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
-        return 130 if type(error).__name__ == "StoppedBySignalError" else 1
+        return 130 if isinstance(error, StoppedBySignalError) else 1
 
 
 def _parse(arguments: list[str]) -> Command | None:

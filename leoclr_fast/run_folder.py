@@ -5,28 +5,24 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import leoclr_fast
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
-
-_PACKAGES = ("leoclr-fast", "torch", "torchvision", "numpy", "pillow", "numba", "triton", "nvidia-dali-cuda130", "ffcv")
+from leoclr_fast.environment import environment
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The files of a run, see ARCHITECTURE: `config.yaml`, `environment.json`, `metrics.jsonl`, `summary.json`,
-    `checkpoints/`, `final.safetensors`."""
+    """The files of a run: `config.yaml`, `environment.json`, `metrics.jsonl`, `checkpoints/`, and after an orderly end
+    `summary.json` and `final.safetensors`.
+    """
 
     path: Path
 
@@ -141,47 +137,3 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
-
-
-def environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """What a result was made with: versions, hardware, threads, git commit."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": _cpu_model(),
-        "cpu_cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "world_size": world_size,
-        "git_commit": _git_commit(),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-def _git_commit() -> str | None:
-    """The commit of the source tree that runs, with a `+` if it has changes; None outside a checkout."""
-    source = Path(leoclr_fast.__file__).parent
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty=+", "--abbrev=40", "--match="]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -6,14 +6,11 @@ Legend: B images of this rank, V views, S side of a view, D projection, P keys o
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -32,6 +29,7 @@ from leoclr_fast.methods import METHODS
 from leoclr_fast.precision import encoder_dtype, encoder_precision
 from leoclr_fast.run_folder import RunFolder, write_json
 from leoclr_fast.schedules import learning_rate
+from leoclr_fast.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.telemetry import MetricsLog, NonFiniteLossError, ProgressDisplay, StepMetrics, TrainingClock
 from leoclr_fast.training_state import TrainingState
 from pipelines.augment import augmented_views
@@ -161,7 +159,7 @@ def _train(run: _Run) -> dict[str, Any]:
         _evaluate(run)
     metrics, clock = StepMetrics(ranks, training.step), TrainingClock(training.step)
 
-    with _stop_signals(enabled=ranks.world_size == 1) as stop:
+    with stop_signals(enabled=ranks.world_size == 1) as stop:
         remaining_batches = islice(_batches_from(run.loader, training.step), run.last_step - training.step)
         for batch in clock.timed(remaining_batches):
             # ---- a single training step ---------------------------------------------------------------------
@@ -352,33 +350,3 @@ def _headline(config: RunConfig, num_images: int, steps_per_epoch: int, device: 
         f"{LR_REFERENCE_BATCH_SIZE}; loss reduction {result.method.loss_reduction}, key batch-norm "
         f"{result.method.key_batchnorm}"
     )
-
-
-class StoppedBySignalError(RuntimeError):
-    """SIGINT or SIGTERM ended the run in an orderly way."""
-
-
-@dataclass(slots=True)
-class _StopSignals:
-    requested: bool = False
-    name: str = ""
-
-    def receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested:  # a second one means it
-            raise KeyboardInterrupt
-        self.requested, self.name = True, signal.Signals(number).name
-
-
-@contextmanager
-def _stop_signals(enabled: bool) -> Iterator[_StopSignals]:
-    """SIGINT and SIGTERM set a flag that the loop looks at between steps."""
-    stop = _StopSignals()
-    if not enabled or threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {number: signal.signal(number, stop.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
