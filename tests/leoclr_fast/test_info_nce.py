@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import Tensor
@@ -83,6 +85,16 @@ def test_no_gradient_reaches_keys_or_queue() -> None:
     assert query.grad is not None
     assert key.grad is None
     assert queue.grad is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_equals_eager() -> None:
+    query, queue = unit_vectors(12, 16, 0).requires_grad_(), unit_vectors(50, 16, 1)
+    keys = [unit_vectors(12, 16, 2), unit_vectors(12, 16, 3)]
+    eager, compiled = (info_nce(query, keys, queue, 0.2, impl) for impl in ("eager", "compiled"))
+    torch.testing.assert_close(compiled, eager, rtol=1e-13, atol=0)
+    gradients = [torch.autograd.grad(loss, query)[0] for loss in (compiled, eager)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-11, atol=1e-15)
 
 
 @pytest.mark.parametrize(
