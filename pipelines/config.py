@@ -68,7 +68,7 @@ class ViewConfig:
     @property
     def blur_kernel_size(self) -> int:
         """Taps of the blur: the odd number nearest to a tenth of the side (23 at 224), as SimCLR's."""
-        return max(3, 2 * round((self.image_size / 10 - 1) / 2) + 1)
+        return max(3, self.image_size // 10 | 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
