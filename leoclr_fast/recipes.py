@@ -157,11 +157,11 @@ def _demo(recipe: str, method: MethodName) -> RunConfig:
         small,
         result=replace(
             small.result,
-            epochs=20,
+            epochs=12,
             batch_size=64,
             backbone=replace(small.result.backbone, width_multiplier=0.125),
             method=replace(small.result.method, loss_reduction="mean", queue_size=2048),
             optimizer=OptimizerConfig(base_lr=0.12, schedule="cosine_per_step", weight_decay=5e-4),
         ),
-        monitor=MonitorConfig(knn_every_epochs=5, knn_k=20),
+        monitor=MonitorConfig(knn_every_epochs=3, knn_k=20),
     )
