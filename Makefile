@@ -45,7 +45,7 @@ test-long: setup
 	$(call timed,long tests) $(bin)/python -m pytest -m long --durations=15 $(TEST_ARGS)
 
 lint: setup
-	$(call timed,ruff) $(bin)/ruff check .
+	$(call timed,ruff) $(bin)/ruff check . && $(bin)/ruff format --check -q .
 	$(call timed,mypy) $(bin)/mypy $(packages)
 	$(call timed,import-linter) $(bin)/lint-imports --no-cache --no-logo
 

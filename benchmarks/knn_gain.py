@@ -49,16 +49,19 @@ class KnnGain:
                 data = str(write_demo_data(Path(folder) / "data"))
             label = self.data_label or self.data
             log: list[str] = []
-            runs = [
-                self._one_run(recipe, seed, data, label, Path(folder) / f"{recipe}-{seed}", log)
-                for seed in self.seeds
-                for recipe in self.recipes
-            ]
+            runs: list[dict[str, Any]] = []
+            for seed in self.seeds:
+                for recipe in self.recipes:
+                    runs.append(self._one_run(recipe, seed, data, label, Path(folder) / f"{recipe}-{seed}", log))
+                    self._write(label, runs, log)
+        print((self.out / f"{self.name}.md").read_text())
+
+    def _write(self, label: str, runs: list[dict[str, Any]], log: list[str]) -> None:
+        """All that is finished, after every run: hours are not lost to a late failure."""
         document = {"data": label, "flags": self.flags, "runs": runs, "summary": self._summary(runs)}
         (self.out / f"{self.name}.json").write_text(json.dumps(document, indent=1) + "\n")
         (self.out / f"{self.name}.md").write_text(_markdown(document))
         (self.out / f"{self.name}.log").write_text("\n".join(log) + "\n")
-        print(_markdown(document))
 
     def _one_run(self, recipe: str, seed: int, data: str, label: str, run: Path, log: list[str]) -> dict[str, Any]:
         program = [sys.executable, "-m", "leoclr_fast"]
@@ -89,7 +92,7 @@ class KnnGain:
 
     def _summary(self, runs: list[dict[str, Any]]) -> dict[str, Any]:
         rows = {}
-        for recipe in self.recipes:
+        for recipe in dict.fromkeys(run["recipe"] for run in runs):
             own = [run["summary"] for run in runs if run["recipe"] == recipe]
             gains = [one["knn_top1"] - one["knn_top1_untrained"] for one in own]
             rows[recipe] = {

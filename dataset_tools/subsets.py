@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dataset_tools.sources.split import Split
+
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -28,6 +30,15 @@ def class_balanced_subset(labels: ArrayLike, count: int, seed: int) -> NDArray[n
     if not 0 <= count <= len(order):
         raise ValueError(f"cannot take {count} of {len(order)} samples; give a count from 0 to {len(order)}")
     return np.sort(order[:count])
+
+
+def limited(split: Split, max_images: int | None) -> Split:
+    """`split`, or a class-balanced choice of `max_images` of it (seed 0). Raises ValueError if that is below 1."""
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"--max-images {max_images} is not allowed: give at least 1")
+    if max_images is None or max_images >= len(split):
+        return split
+    return split.subset(class_balanced_subset(split.labels, max_images, seed=0))
 
 
 def rank_in_class(labels: ArrayLike, seed: int) -> NDArray[np.int64]:

@@ -59,12 +59,17 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written at."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The state in a checkpoint, its checksum verified, with `weights_only=True`.
 
     Raises FileNotFoundError if there is none, DamagedCheckpointError if it is not whole.
     """
-    if not path.exists():
+    if not (path / _STATE).exists() and not (path / _SUMS).exists():
         raise FileNotFoundError(f"there is no checkpoint {path}; give a folder such as RUN/checkpoints/step-00000123")
     try:
         content = (path / _STATE).read_bytes()
@@ -90,7 +95,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in reversed(checkpoints):
         try:
             return path, load_checkpoint(path)
-        except DamagedCheckpointError as error:
+        except (DamagedCheckpointError, FileNotFoundError) as error:
             log.warning("%s Trying the one before.", error)
             damaged.append(path.name)
     if damaged:

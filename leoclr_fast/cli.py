@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import tyro
 from rich.console import Console
@@ -23,6 +23,7 @@ from rich.logging import RichHandler
 from leoclr_fast.config import MonitorConfig, ResultConfig, RunConfig, SpeedConfig
 from leoclr_fast.recipes import RECIPES, get_recipe
 from leoclr_fast.stop_signals import StoppedBySignalError
+from pipelines.config import LoaderConfig
 
 _Flattened = tyro.conf.arg(name="")
 _PAPER = "LeOCLR: Leveraging Original Images for Contrastive Learning of Visual Representations (TMLR 2024)"
@@ -70,8 +71,6 @@ class Pretrain(_Common):
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.train import pretrain
 
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"--max-steps {self.max_steps} is not allowed: give at least 1")
         config = RunConfig(recipe=self.recipe, result=self.result, speed=self.speed, monitor=self.monitor)
         summary = pretrain(config, self.data, self.out, resume=self.resume, max_steps=self.max_steps, console=console)
         if summary:
@@ -136,7 +135,11 @@ class Knn(_Common):
     """Images per forward pass."""
     max_images: int | None = None
     """At most this many images in the bank, and in the queries."""
-    speed: Annotated[SpeedConfig, _Flattened] = field(default_factory=SpeedConfig)
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Of the backbone."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Changes only the speed."""
 
     def run(self, console: Console) -> dict[str, Any]:
@@ -145,7 +148,7 @@ class Knn(_Common):
         result = run_knn(
             self.run_folder,
             self.data,
-            self.speed,
+            SpeedConfig(device=self.device, precision=self.precision, loader=self.loader),
             k=self.k,
             temperature=self.temperature,
             batch_size=self.batch_size,
@@ -184,7 +187,7 @@ class Preview(_Common):
     def run(self, console: Console) -> dict[str, Any]:
         from dataset_tools.sources import open_source
         from dataset_tools.splits import choose_splits
-        from leoclr_fast.evaluate.knn_evaluation import limited
+        from dataset_tools.subsets import limited
         from leoclr_fast.methods import METHODS
         from leoclr_fast.preview import write_preview
 
@@ -294,8 +297,8 @@ def _print_overview() -> None:
 
 
 def _set_up_logging(console: Console) -> None:
-    """Notes and warnings as plain lines, above the live display on a terminal; the first rank only."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    """Notes and warnings as plain lines, above the live display on a terminal; other ranks than the first only warn."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)

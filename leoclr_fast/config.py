@@ -97,7 +97,9 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultConfig:
-    """Everything that changes the result. Two runs that agree here, on the same data, learn the same thing."""
+    """Everything that changes the result. Two runs that agree here, on the same data and on as many ranks (each has
+    its own batch-norm), learn the same thing.
+    """
 
     epochs: int = 200
     batch_size: int = 256
@@ -136,7 +138,9 @@ class ResultConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedConfig:
-    """Everything that changes only the speed: the loss curve stays the same up to rounding."""
+    """Everything that changes only the speed: the loss curve stays the same up to rounding. The one exception is the
+    synthetic loader, whose runs measure speed and cannot be continued on real images.
+    """
 
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
@@ -145,7 +149,12 @@ class SpeedConfig:
     channels_last: bool = True
     """Memory format of the encoders."""
     loss_impl: InfoNCEImpl = "auto"
+    """auto, eager or compiled; triton is still to come."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+    def __post_init__(self) -> None:
+        if self.loss_impl == "triton":
+            raise ValueError("loss_impl triton does not exist yet; choose auto, eager or compiled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +168,7 @@ class MonitorConfig:
     knn_temperature: float = 0.1
     """Weight of a neighbour: exp(cosine similarity / temperature)."""
     log_every_steps: int = 10
-    """Steps between two looks at the metrics; every step's loss is kept."""
+    """Steps between two looks at the metrics; the log holds the mean over them."""
     checkpoint_every_epochs: int = 1
     """A checkpoint is also written at the end."""
     checkpoint_every_steps: int | None = None

@@ -55,6 +55,33 @@ class Ranks:
         slices = [rank_slice(global_size, rank, self.world_size) for rank in range(self.world_size)]
         return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, slices, strict=True)])
 
+    def main_says(self, answer: bool, device: torch.device) -> bool:
+        """The first rank's answer, on every rank."""
+        if self.world_size == 1:
+            return answer
+        flag = torch.tensor([float(answer and self.is_main)], device=device)
+        dist.all_reduce(flag)
+        return bool(flag.item())
+
+    def require_equal(self, value: int, what: str, device: torch.device) -> None:
+        """Raises RuntimeError if the ranks do not have the same value, which would hang or corrupt them later."""
+        if self.world_size == 1:
+            return
+        values = self.all_gather_rows(torch.tensor([value], device=device), self.world_size).tolist()
+        if len(set(values)) > 1:
+            raise RuntimeError(
+                f"{what} differs between the ranks: {values} on ranks 0 to {self.world_size - 1}; all ranks must "
+                "see the same files"
+            )
+
+    def merged(self, own: dict[str, str]) -> dict[str, str]:
+        """The entries of all ranks' dicts."""
+        if self.world_size == 1:
+            return own
+        parts: list[dict[str, str]] = [{}] * self.world_size
+        dist.all_gather_object(parts, own)
+        return {key: value for part in parts for key, value in part.items()}
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
@@ -76,10 +103,9 @@ def process_group(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         yield Ranks(), chosen
         return
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size()), chosen
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(dist.get_rank(), dist.get_world_size()), chosen
+    # Not after an exception: closing may wait for ranks that wait for this one, and the error must be told first.
+    dist.destroy_process_group()
 
 
 def resolve_device(device: str, local_rank: int = 0) -> torch.device:
@@ -95,6 +121,8 @@ def resolve_device(device: str, local_rank: int = 0) -> torch.device:
         raise ValueError(f"device {device!r} is not supported; choose auto, cpu, cuda or cuda:N")
     if chosen.type == "cpu":
         return chosen
+    if chosen.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"--device {device} would put all ranks of this machine on one GPU; give --device cuda")
     index = local_rank if chosen.index is None else chosen.index
     if index >= num_gpus:
         raise ValueError(f"--device {device} means GPU {index}, but this machine has {num_gpus}; choose --device cpu")

@@ -46,7 +46,7 @@ class KeyBatchNorm2d(nn.BatchNorm2d):
     def _normalise_over_ranks(self, images: Tensor) -> Tensor:
         wide = images.double() if images.dtype == torch.float64 else images.float()
         dims = (0, 2, 3)
-        total = torch.cat((wide.sum(dims), wide.new_tensor([wide.numel() / wide.shape[1]])))
+        total = torch.cat((wide.sum(dims), wide.new_full((1,), wide.numel() / wide.shape[1])))
         self.ranks.all_reduce_sum([total])
         mean, count = total[:-1] / total[-1], total[-1]
         # A second pass over the deviations: sums of squares would cancel.

@@ -54,8 +54,9 @@ class RunFolder:
         """Make the folder. Raises ValueError if it holds other files, is no folder or cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # A run that died before it had a config leaves an empty `checkpoints` behind.
-            foreign = sorted({entry.name for entry in os.scandir(self.path)} - {".lock", "checkpoints"})
+            # A run that died before it had a config leaves an empty `checkpoints` and hidden files behind.
+            names = {entry.name for entry in os.scandir(self.path)} - {"checkpoints"}
+            foreign = sorted(name for name in names if not name.startswith("."))
             if foreign and not self.exists():
                 raise ValueError(
                     f"the output folder {self.path} holds other files ({', '.join(foreign[:3])}…) and no run; "
@@ -104,12 +105,19 @@ class RunFolder:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break
-            if record["step"] <= step:
+            if 0 < step >= record["step"]:
                 kept.append(line + "\n")
         write_atomically(self.metrics_file, "".join(kept).encode())
 
-    def read_summary(self) -> dict[str, Any]:
-        """What the last orderly end of the run wrote."""
+    def has_knn_of(self, step: int) -> bool:
+        """Whether the newest kNN record is of this step."""
+        records = self.read_metrics("knn")
+        return bool(records) and records[-1]["step"] == step
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What the last orderly end of the run wrote, if there was one."""
+        if not self.summary_file.exists():
+            return None
         summary: dict[str, Any] = json.loads(self.summary_file.read_text())
         return summary
 

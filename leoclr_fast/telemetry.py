@@ -28,8 +28,10 @@ class NonFiniteLossError(RuntimeError):
 class StepMetrics:
     """The metrics of each step, left on the device until somebody looks, so that no step waits for the host."""
 
-    def __init__(self, ranks: Ranks, first_step: int) -> None:
+    def __init__(self, ranks: Ranks, first_step: int, *, loss_is_scaled: bool = False) -> None:
+        """loss_is_scaled: a gradient that overflows is then normal, its step is skipped and the scale lowered."""
         self._ranks = ranks
+        self._loss_is_scaled = loss_is_scaled
         self._taken_until = first_step
         self._rows: list[Tensor] = []
 
@@ -38,14 +40,17 @@ class StepMetrics:
         self._rows.append(torch.stack([value.detach().double() for value in values]))
 
     def take(self) -> dict[str, float]:
-        """Means over the steps since the last look.
+        """Means over the steps since the last look; of the gradient norm, over the steps where it was finite.
 
-        Raises NonFiniteLossError, with the step, if one of their losses or gradients was not finite.
+        Raises NonFiniteLossError, with the step, if one of their losses was not finite, or a gradient that should be.
         """
         rows = torch.stack(self._rows)
         self._rows = []
         self._ranks.all_reduce_sum([rows])
         rows = rows.cpu()
+        if self._loss_is_scaled:
+            norm = rows[:, STEP_METRICS.index("gradient_norm")]
+            norm[~norm.isfinite()] = norm[norm.isfinite()].mean() if norm.isfinite().any() else 0.0
         bad = (~rows.isfinite().all(dim=1)).nonzero()
         if len(bad):
             step = self._taken_until + 1 + int(bad[0])

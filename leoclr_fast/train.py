@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,18 @@ from torch.nn.utils import get_total_norm
 
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
-from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint, load_newest_checkpoint, save_checkpoint
+from dataset_tools.subsets import limited
+from leoclr_fast.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    load_newest_checkpoint,
+    save_checkpoint,
+    step_of,
+)
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields
 from leoclr_fast.distributed import Ranks, process_group
-from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation, limited
+from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
 from leoclr_fast.export import save_backbone
 from leoclr_fast.methods import METHODS
 from leoclr_fast.precision import encoder_dtype, encoder_precision
@@ -58,6 +65,8 @@ def pretrain(
     without labels), knn_top1_untrained, data_wait_fraction.
     Raises ValueError for what the user can mend, NonFiniteLossError, OSError (a full disk).
     """
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"--max-steps {max_steps} is not allowed: give at least 1")
     with process_group(config.speed.device) as (ranks, device), ExitStack() as stack:
         source = open_source(data)
         splits = choose_splits(source, holdout_seed=config.result.holdout_seed)
@@ -78,7 +87,7 @@ def pretrain(
 
         training = TrainingState.fresh(config, ranks, device)
         _resume(training, config, folder, source.fingerprint, resume)
-        ranks.barrier()
+        ranks.require_equal(training.step, "the step to continue from", device)
         if ranks.is_main:
             folder.keep_metrics_until(training.step)
             folder.write_config(config)
@@ -101,9 +110,11 @@ def pretrain(
                 device=device,
             )
         )
+        if training.synthetic:
+            display.say("the images are synthetic noise, so no kNN accuracy is computed: this run measures speed")
         knn = stack.enter_context(
             knn_evaluation(
-                splits,
+                replace(splits, bank=None) if training.synthetic else splits,
                 views=config.result.views,
                 loader=loader_config,
                 batch_size=config.result.batch_size,
@@ -157,10 +168,11 @@ def _train(run: _Run) -> dict[str, Any]:
     statistics = [buffer for buffer in method.query_encoder.buffers() if buffer.is_floating_point()]
     if training.step == 0:
         _evaluate(run)
-    metrics, clock = StepMetrics(ranks, training.step), TrainingClock(training.step)
+    metrics = StepMetrics(ranks, training.step, loss_is_scaled=training.scaler.is_enabled())
+    clock = TrainingClock(training.step)
 
     with stop_signals(enabled=ranks.world_size == 1) as stop:
-        remaining_batches = islice(_batches_from(run.loader, training.step), run.last_step - training.step)
+        remaining_batches = islice(_batches_from(run.loader, training.step), max(0, run.last_step - training.step))
         for batch in clock.timed(remaining_batches):
             # ---- a single training step ---------------------------------------------------------------------
             lr = learning_rate(result.optimizer.schedule, result.lr, training.step, steps_per_epoch, result.epochs)
@@ -284,8 +296,10 @@ def _finish(run: _Run, clock: TrainingClock) -> dict[str, Any]:
     step, steps_per_epoch = run.training.step, run.loader.steps_per_epoch
     trained = step > clock.first_step
     if trained:
-        _evaluate(run)
         _save(run)
+    if run.ranks.main_says(not run.folder.has_knn_of(step), run.loader.device):
+        _evaluate(run)
+    unreadable = run.ranks.merged({run.loader.split.names[i]: why for i, why in run.loader.unreadable.items()})
     if not run.ranks.is_main:
         return {}
     complete = step >= run.config.result.epochs * steps_per_epoch
@@ -303,13 +317,15 @@ def _finish(run: _Run, clock: TrainingClock) -> dict[str, Any]:
         "knn_top1": accuracies[-1]["top1"] if accuracies else None,
         "knn_top1_untrained": accuracies[0]["top1"] if accuracies and accuracies[0]["step"] == 0 else None,
         "data_wait_fraction": clock.data_wait_fraction if trained else None,
-        "unreadable_images": {run.loader.split.names[i]: why for i, why in run.loader.unreadable.items()},
+        "unreadable_images": unreadable,
     }
-    if trained or not run.folder.summary_file.exists():
-        write_json(run.folder.summary_file, summary)
-        return summary
-    run.display.say(f"{run.folder.path} is already at step {step}; nothing was left to do")
-    return run.folder.read_summary()
+    if not trained:
+        run.display.say(f"{run.folder.path} is already at step {step}; nothing was left to do")
+        before = run.folder.read_summary()
+        if before is not None and (before["steps"], before["complete"]) == (step, complete):
+            return before
+    write_json(run.folder.summary_file, summary)
+    return summary
 
 
 def _resume(training: TrainingState, config: RunConfig, folder: RunFolder, data_fingerprint: str, resume: str) -> None:
@@ -320,10 +336,6 @@ def _resume(training: TrainingState, config: RunConfig, folder: RunFolder, data_
                 f"{folder.path} already holds a run and --resume never forbids to continue it; give another --out"
             )
         return
-    if resume != "auto":
-        path = Path(resume)
-        training.load_state_dict(load_checkpoint(path), config.result, data_fingerprint, path)
-        return
     if folder.exists():
         saved = folder.read_config()
         differences = differing_fields(as_plain(saved.result), as_plain(config.result))
@@ -332,6 +344,16 @@ def _resume(training: TrainingState, config: RunConfig, folder: RunFolder, data_
                 f"{folder.path} holds another run: {'; '.join(differences)}. Give the same options as there to "
                 "continue it, or another --out for a new run."
             )
+    if resume != "auto":
+        path = Path(resume)
+        training.load_state_dict(load_checkpoint(path), config.result, data_fingerprint, path)
+        later = [other for other in list_checkpoints(folder.checkpoints) if step_of(other) > training.step]
+        if later:
+            raise ValueError(
+                f"{folder.path} holds later checkpoints than {path} ({', '.join(other.name for other in later)}); give "
+                "another --out to go on from there, and nothing is lost"
+            )
+        return
     newest = load_newest_checkpoint(folder.checkpoints)
     if newest is not None:
         path, state = newest

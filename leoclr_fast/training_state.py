@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from leoclr_fast.config_file import as_plain, differing_fields
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.methods import MomentumContrast, build_method
 from leoclr_fast.precision import encoder_dtype
+
+log = logging.getLogger(__name__)
 
 _FORMAT = 1
 
@@ -25,6 +28,8 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     step: int
     """Finished steps, over all epochs. Sample order, crops and augmentation follow from it and the seed."""
+    synthetic: bool
+    """Whether the images are the synthetic loader's noise."""
 
     @classmethod
     def fresh(cls, config: RunConfig, ranks: Ranks, device: torch.device) -> TrainingState:
@@ -40,7 +45,8 @@ class TrainingState:
             weight_decay=result.optimizer.weight_decay,
         )
         scaler = torch.amp.GradScaler(device.type, enabled=speed.precision == "fp16")
-        return cls(method=method, optimizer=optimizer, scaler=scaler, step=0)
+        synthetic = speed.loader.name == "synthetic"
+        return cls(method=method, optimizer=optimizer, scaler=scaler, step=0, synthetic=synthetic)
 
     def state_dict(self, config: ResultConfig, data_fingerprint: str) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -52,6 +58,8 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "result_config": as_plain(config),
             "data_fingerprint": data_fingerprint,
+            "synthetic": self.synthetic,
+            "world_size": self.method.ranks.world_size,
         }
 
     def load_state_dict(
@@ -74,7 +82,19 @@ class TrainingState:
                 f"{origin} was made on other data: names or labels differ from those of --data. Give the same data, or "
                 "another --out for a new run."
             )
+        if state["synthetic"] != self.synthetic:
+            raise ValueError(
+                f"{origin} is of a run on {'synthetic' if state['synthetic'] else 'real'} images; start anew"
+            )
+        if state["world_size"] != self.method.ranks.world_size:
+            log.warning(
+                "%s was written by %d ranks, now there are %d: batch-norm sees other groups of images from here on",
+                origin,
+                state["world_size"],
+                self.method.ranks.world_size,
+            )
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless the run was in fp16 before
+            self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]

@@ -12,7 +12,7 @@ the blends that come before it run first, then hue, then the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
@@ -59,7 +59,8 @@ class AugmentParameters:
         return cls(torch.from_numpy(np.concatenate((factors, order.astype(np.float64), flags), axis=1)))
 
     def to(self, device: torch.device) -> AugmentParameters:
-        return AugmentParameters(self.table.to(device, non_blocking=True))
+        table = self.table.pin_memory() if device.type == "cuda" else self.table  # else the copy would wait
+        return AugmentParameters(table.to(device, non_blocking=True))
 
     @property
     def factors(self) -> Tensor:
@@ -109,6 +110,8 @@ def augmented_views(
     views: the recipe that the batch's crops were cut by.
     """
     parameters = draw_augmentation(views, config, seed, batch.epoch, batch.indices).to(batch.crops.device)
+    if all(view.photometry != "mocov2" for view in views):  # operations that no view wants need not run
+        config = replace(config, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
     view_major = batch.crops.transpose(0, 1).flatten(0, 1)  # each view is then one contiguous block
     return augment(view_major, parameters, config, dtype=dtype).chunk(len(views))
 

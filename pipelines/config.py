@@ -78,7 +78,7 @@ class LoaderConfig:
     name: str = "auto"
     """auto, resident, torchvision or synthetic."""
     workers: int | None = None
-    """Worker threads (resident) or processes (torchvision); by default one for each available core."""
+    """Worker threads (resident) or processes (torchvision); by default the machine's cores, shared by its ranks."""
     prefetch_batches: int = 2
     """Batches that each worker process prepares ahead."""
     resident_limit_gib: float = 8.0

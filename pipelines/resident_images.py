@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from dataset_tools.sources import Split
+from pipelines.cores import available_cores
 from pipelines.crop_resize import PackedImages
 from pipelines.decode import UnreadableImageError, decode_rgb, image_size, next_index, none_readable
 
@@ -52,11 +52,6 @@ def load_resident_images(split: Split, device: torch.device, workers: int | None
     if device not in copies:
         copies[device] = _decode_all(split, device, workers)
     return copies[device]
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 _LOADED: WeakKeyDictionary[Split, dict[torch.device, ResidentImages]] = WeakKeyDictionary()

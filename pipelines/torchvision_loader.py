@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dataset_tools.sources import Split
 from pipelines.batch import CropBatch
 from pipelines.config import ViewConfig
+from pipelines.cores import available_cores
 from pipelines.crops import Boxes
 from pipelines.decode import UnreadableImageError, decode_rgb, next_index
 from pipelines.loader import Loader, max_unreadable
-from pipelines.order import Order
-from pipelines.resident_images import available_cores
+from pipelines.order import Order, TrainOrder
 from pipelines.views import ViewRecipe, draw_boxes
 
 
@@ -39,7 +39,7 @@ class TorchvisionLoader(Loader):
             num_workers=workers,
             collate_fn=_already_a_batch,
             prefetch_factor=self.config.prefetch_batches if workers else None,
-            persistent_workers=workers > 0,
+            persistent_workers=workers > 0 and isinstance(self.order, TrainOrder),  # evaluations are rare
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else every pass would draw from torch's global one
         )

@@ -21,7 +21,8 @@ def extract_features(backbone: nn.Module, loader: Loader, precision: str, ranks:
     """
     was_training = backbone.training
     backbone.eval()
-    features, labels = [], []
+    features, labels = torch.empty(0), torch.empty(len(loader.split), dtype=torch.int64)
+    done = 0
     try:
         for batch in loader.batches(epoch=0):
             (images,) = augmented_views(
@@ -31,8 +32,12 @@ def extract_features(backbone: nn.Module, loader: Loader, precision: str, ranks:
                 outputs = backbone(images)
             outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
             global_size = len(loader.order.global_indices(0, batch.step))
-            features.append(ranks.all_gather_rows(F.normalize(outputs, dim=1), global_size))
-            labels.append(ranks.all_gather_rows(batch.labels.to(loader.device), global_size).cpu())
+            if done == 0:
+                features = outputs.new_empty(len(loader.split), outputs.shape[1])
+            rows = slice(done, done + global_size)
+            features[rows] = ranks.all_gather_rows(F.normalize(outputs, dim=1), global_size)
+            labels[rows] = ranks.all_gather_rows(batch.labels.to(loader.device), global_size).cpu()
+            done += global_size
     finally:
         backbone.train(was_training)
-    return torch.cat(features), torch.cat(labels)
+    return features, labels

@@ -47,11 +47,17 @@ def knn_accuracy(
 def knn_scores(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_classes: int, k: int, temperature: float
 ) -> Tensor:
-    """Score of each class: the sum over the k nearest of exp(cosine similarity / temperature).
+    """Score of each class: the sum over the k nearest of exp((cosine similarity - 1) / temperature).
+
+    The constant factor exp(-1 / temperature) changes no ranking and keeps small temperatures from overflowing.
 
     bank [N, D] and queries [M, D]: unit rows on one device; bank_labels: int64 [N]. Returns [M, num_classes].
-    Raises ValueError if the bank has fewer than k images.
+    Raises ValueError if the bank has fewer than k images, k < 1 or temperature <= 0.
     """
+    if k < 1 or not temperature > 0:
+        raise ValueError(
+            f"kNN with k = {k} and temperature {temperature:g} is not allowed: give k >= 1, temperature > 0"
+        )
     if k > len(bank):
         raise ValueError(f"kNN with k = {k} needs at least as many images, but the bank has {len(bank)}; lower k")
     labels = bank_labels.to(bank.device)
@@ -59,5 +65,5 @@ def knn_scores(
     rows = max(1, _CHUNK_SIMILARITIES // len(bank))
     for chunk, chunk_scores in zip(queries.split(rows), scores.split(rows), strict=True):
         similarity, neighbour = (chunk @ bank.mT).topk(k, dim=1)
-        chunk_scores.scatter_add_(1, labels[neighbour], (similarity / temperature).exp())
+        chunk_scores.scatter_add_(1, labels[neighbour], ((similarity - 1) / temperature).exp())
     return scores

@@ -11,7 +11,7 @@ from torch import nn
 
 from dataset_tools.sources import Split
 from dataset_tools.splits import EvaluationSplits
-from dataset_tools.subsets import class_balanced_subset
+from dataset_tools.subsets import limited
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.knn import KnnAccuracy, knn_accuracy
@@ -73,7 +73,8 @@ def knn_evaluation(
     bank, queries = limited(splits.bank, max_images), limited(splits.queries, max_images)
     if k > len(bank):
         raise ValueError(
-            f"kNN with k = {k} needs at least as many labelled images, but the bank has {len(bank)}; lower k"
+            f"kNN with k = {k} needs at least as many labelled images, but the bank has {len(bank)}; "
+            "lower --k, or --monitor.knn-k in pretrain"
         )
     with ExitStack() as stack:
 
@@ -93,10 +94,3 @@ def knn_evaluation(
             precision=precision,
             ranks=ranks,
         )
-
-
-def limited(split: Split, max_images: int | None) -> Split:
-    """The split, or a class-balanced choice of `max_images` of it."""
-    if max_images is None or max_images >= len(split):
-        return split
-    return split.subset(class_balanced_subset(split.labels, max_images, seed=0))

@@ -39,13 +39,15 @@ def run_knn(
         backbone, weights = load_backbone(folder, config)
         backbone.to(device, encoder_dtype(speed.precision)).to(memory_format=torch.channels_last)
         splits = choose_splits(open_source(data), holdout_seed=config.result.holdout_seed)
+        k = config.monitor.knn_k if k is None else k
+        temperature = config.monitor.knn_temperature if temperature is None else temperature
         with knn_evaluation(
             splits,
             views=config.result.views,
             loader=speed.loader,
             batch_size=batch_size,
-            k=config.monitor.knn_k if k is None else k,
-            temperature=config.monitor.knn_temperature if temperature is None else temperature,
+            k=k,
+            temperature=temperature,
             precision=speed.precision,
             device=device,
             ranks=ranks,

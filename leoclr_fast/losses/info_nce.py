@@ -5,6 +5,10 @@ Legend: B queries, D dimensions, K negatives, P positives of each query.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal
@@ -13,6 +17,8 @@ import torch
 from torch import Tensor
 
 from leoclr_fast.losses.info_nce_eager import info_nce_eager
+
+log = logging.getLogger(__name__)
 
 InfoNCEImpl = Literal["auto", "eager", "compiled", "triton"]
 
@@ -31,12 +37,23 @@ def info_nce(
     """
     _check_shapes(query, keys, queue, temperature)
     if impl == "auto":
-        impl = "compiled" if query.is_cuda else "eager"
+        impl = "compiled" if query.is_cuda and _can_compile() else "eager"
     if impl == "eager":
         return info_nce_eager(query, tuple(keys), queue, temperature)
     if impl == "compiled":
         return _compiled()(query, tuple(keys), queue, temperature)
     raise ValueError(f"InfoNCE implementation {impl!r} is not available; choose auto, eager or compiled")
+
+
+@cache
+def _can_compile() -> bool:
+    """Whether torch.compile can work on a GPU here; says why not, once."""
+    compilers = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
+    missing = "a C compiler (gcc or clang)" if not any(shutil.which(name) for name in compilers if name) else ""
+    missing = missing or ("" if importlib.util.find_spec("triton") else "the package triton")
+    if missing:
+        log.warning("the loss is not compiled because %s is missing; the eager one runs instead", missing)
+    return not missing
 
 
 @cache

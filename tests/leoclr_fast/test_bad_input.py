@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import leoclr_fast.checkpoint
+import leoclr_fast.train
 from leoclr_fast.checkpoint import DamagedCheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from leoclr_fast.cli import _main
 from leoclr_fast.run_folder import RunFolder
@@ -224,6 +225,57 @@ def test_other_data_is_refused(finished_run: Path, tiny_data: Path, tmp_path: Pa
         pretrain(tiny_config(), tmp_path / "data", finished_run)
 
 
+def test_resuming_by_path_never_damages_a_run(finished_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Not another run in --out, and not the later checkpoints of the same one; a fresh folder is welcome."""
+    older, newest = list_checkpoints(finished_run / "checkpoints")
+    other = tmp_path / "other"
+    pretrain(tiny_config(result__seed=5), tiny_data, other, max_steps=2)
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="seed: 5 there, 0 here"):
+        pretrain(tiny_config(), tiny_data, other, resume=str(newest))
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+    with pytest.raises(ValueError, match=r"holds later checkpoints than .*step-00000003 \(step-00000005\)"):
+        pretrain(tiny_config(), tiny_data, finished_run, resume=str(older))
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        pretrain(tiny_config(), tiny_data, tmp_path / "third", resume=str(finished_run))
+    pretrain(tiny_config(), tiny_data, tmp_path / "branch", resume=str(older), max_steps=5)
+    branch, original = (RunFolder(folder).read_metrics("step") for folder in (tmp_path / "branch", finished_run))
+    assert [record["loss"] for record in branch] == [record["loss"] for record in original[3:]]
+
+
+def test_a_run_without_its_last_evaluation_gets_it(
+    finished_run: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last evaluation fails: the weights are already saved, and the same command evaluates them."""
+
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(leoclr_fast.train, "_evaluate", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pretrain(tiny_config(monitor__knn_every_epochs=0), tiny_data, finished_run)
+    assert list_checkpoints(finished_run / "checkpoints")[-1].name == "step-00000012"
+    summary = pretrain(tiny_config(), tiny_data, finished_run)
+    assert (summary["complete"], summary["steps"]) == (True, 12)
+    assert RunFolder(finished_run).read_metrics("knn")[-1]["step"] == 12
+
+
+def test_fewer_max_steps_than_are_done_changes_nothing(finished_run: Path, tiny_data: Path) -> None:
+    summary = pretrain(tiny_config(), tiny_data, finished_run, max_steps=3)
+    assert summary["steps"] == 5
+    assert len(RunFolder(finished_run).read_metrics("step")) == 5
+
+
+def test_synthetic_images_give_no_accuracy_and_no_real_run(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(speed__loader__name="synthetic")
+    summary = pretrain(config, tiny_data, tmp_path / "run", max_steps=3)
+    assert summary["knn_top1"] is None
+    assert summary["images_per_s"] > 0
+    with pytest.raises(ValueError, match="is of a run on synthetic images"):
+        pretrain(tiny_config(), tiny_data, tmp_path / "run")
+
+
 def test_resume_never_protects_a_run(finished_run: Path, tiny_data: Path) -> None:
     with pytest.raises(ValueError, match="already holds a run"):
         pretrain(tiny_config(), tiny_data, finished_run, resume="never")
@@ -338,6 +390,23 @@ class _propagating:  # noqa: N801 - used as a function
 
     def __exit__(self, *_: object) -> None:
         self.logger.propagate = self.before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_an_fp32_run_may_continue_in_it(
+    precision: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Near float32's losses; a step that overflows in fp16 is skipped while the loss scale settles, not an error."""
+    single = tiny_config(speed__precision="fp32")
+    half = tiny_config(speed__precision=precision)
+    pretrain(single, tiny_data, tmp_path / "single", max_steps=1)
+    pretrain(half, tiny_data, tmp_path / "half", max_steps=3)
+    first = [RunFolder(tmp_path / run).read_metrics("step")[0]["loss"] for run in ("single", "half")]
+    assert first[1] == pytest.approx(first[0], rel=0.05)
+    pretrain(half, tiny_data, tmp_path / "single", max_steps=3)
+    losses = [record["loss"] for record in RunFolder(tmp_path / "single").read_metrics("step")]
+    assert len(losses) == 3
+    assert all(0 < loss < 20 for loss in losses)
 
 
 def test_precision_of_float64_differs_from_float32_only_by_rounding(tiny_data: Path, tmp_path: Path) -> None:

@@ -46,9 +46,25 @@ def test_knn_by_hand() -> None:
     bank = torch.eye(3, dtype=torch.float64)
     query = F.normalize(torch.tensor([[0.6, 0.8, 0.0]], dtype=torch.float64), dim=1)
     scores = knn_scores(bank, torch.tensor([0, 1, 0]), query, num_classes=2, k=3, temperature=0.5)
-    assert scores[0].tolist() == pytest.approx([math.exp(1.2) + 1.0, math.exp(1.6)])
+    assert scores[0].tolist() == pytest.approx([(math.exp(1.2) + 1.0) / math.exp(2), math.exp(1.6) / math.exp(2)])
     with pytest.raises(ValueError, match="k = 4 needs at least as many images, but the bank has 3"):
         knn_scores(bank, torch.tensor([0, 1, 0]), query, num_classes=2, k=4, temperature=0.5)
+
+
+def test_a_tiny_temperature_is_the_nearest_neighbour() -> None:
+    """exp(1 / 0.001) is not a float32; the ranking must not notice."""
+    bank, bank_labels = clusters(300, 1)
+    queries, _ = clusters(200, 2)
+    arguments = {"num_classes": 7, "k": 20}
+    sharp = knn_scores(bank.float(), bank_labels, queries.float(), temperature=0.005, **arguments).argmax(1)
+    exact = knn_scores(bank, bank_labels, queries, temperature=0.005, **arguments).argmax(1)
+    assert sharp.tolist() == exact.tolist()
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(0, 0.1), (3, 0.0), (3, -1.0)])
+def test_meaningless_knn_values_are_refused(k: int, temperature: float) -> None:
+    with pytest.raises(ValueError, match="give k >= 1, temperature > 0"):
+        knn_scores(torch.eye(3), torch.arange(3), torch.eye(3), num_classes=3, k=k, temperature=temperature)
 
 
 def test_cosine_per_epoch_is_mocos() -> None:

@@ -45,7 +45,7 @@ def test_cifar10_learns(
     assert summary["knn_top1"] > summary["knn_top1_untrained"]
     assert summary["knn_top1"] > 15  # chance is 10
     losses = [record["loss"] for record in RunFolder(tmp_path / "run").read_metrics("step")]
-    assert losses[-1] < max(losses)
+    assert losses[-1] < max(losses) - 0.05  # means over ten steps; the peak is where the queue has filled
     knn, _ = succeeded(capsys, "knn", tmp_path / "run", "--data", data, "--max-images", 1000, "--device", "cpu")
     assert knn["top1"] == pytest.approx(summary["knn_top1"])
     assert (knn["bank_images"], knn["query_images"]) == (1000, 1000)

@@ -14,8 +14,9 @@ from PIL import Image
 
 from dataset_tools.sources import Split, open_source
 from pipelines import resident_images
+from pipelines.cores import available_cores
 from pipelines.decode import decode_rgb, image_size
-from pipelines.resident_images import available_cores, estimate_decoded_bytes, load_resident_images
+from pipelines.resident_images import estimate_decoded_bytes, load_resident_images
 
 CPU = torch.device("cpu")
 
