@@ -72,7 +72,8 @@ class KnnGain:
             [*program, *arguments, data, "--out", str(run), "--json"], capture_output=True, text=True, check=False
         )
         seconds = time.perf_counter() - start
-        output = (done.stdout + done.stderr).replace(data, label).replace(str(run.parent) + "/", "")
+        output = (done.stdout + done.stderr).replace(data, label).replace(f"{run.parent}/", "")
+        output = output.replace(str(Path.home()), "~")
         log += [f"$ {shown}", output]
         print(f"{shown}: {seconds:.0f} s", flush=True)
         if done.returncode:
