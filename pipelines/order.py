@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,18 +20,53 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOrder:
-    """A fresh permutation of all images every epoch, cut into global batches; the incomplete last one is dropped."""
+class Order(ABC):
+    """Global batches of image indices, the same for any number of ranks, and each rank's slice of them."""
 
     num_images: int
     batch_size: int
     """Images per global batch, over all ranks."""
-    seed: int
     rank: int = 0
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        _check_batch_size(self.batch_size, self.world_size)
+        if self.batch_size < 1:
+            raise ValueError(f"batch size {self.batch_size} is not allowed: give a global --batch-size of at least 1")
+        if self.batch_size < self.world_size:
+            raise ValueError(
+                f"a global batch of {self.batch_size} cannot be shared by {self.world_size} ranks: each needs at least "
+                f"one image; raise --batch-size to {self.world_size} or more, or start fewer ranks"
+            )
+
+    @property
+    @abstractmethod
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch."""
+
+    @abstractmethod
+    def global_indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
+        """Indices of the whole batch: int64 [at most batch_size]."""
+
+    def indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
+        """Indices of this rank's slice of the batch: int64 [local batch]; may be empty where a batch is not full."""
+        batch = self.global_indices(epoch, step)
+        return batch[rank_slice(len(batch), self.rank, self.world_size)]
+
+    @property
+    def max_local_batch_size(self) -> int:
+        """Images of this rank in a full batch."""
+        part = rank_slice(self.batch_size, self.rank, self.world_size)
+        return part.stop - part.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOrder(Order):
+    """A fresh permutation of all images every epoch, cut into global batches; the incomplete last one is dropped."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        Order.__post_init__(self)
         if self.num_images < self.batch_size:
             raise ValueError(
                 f"the data has {self.num_images} images, fewer than one batch of {self.batch_size}; "
@@ -41,67 +77,22 @@ class TrainOrder:
     def steps_per_epoch(self) -> int:
         return self.num_images // self.batch_size
 
-    @property
-    def max_local_batch_size(self) -> int:
-        """Images of this rank per step."""
-        part = rank_slice(self.batch_size, self.rank, self.world_size)
-        return part.stop - part.start
-
     def global_indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
-        """Indices of the whole batch: int64 [batch_size]; the same for any number of ranks."""
         start = step * self.batch_size
         return _epoch_permutation(self.seed, epoch, self.num_images)[start : start + self.batch_size]
 
-    def indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
-        """Indices of this rank's slice of the batch: int64 [local batch]."""
-        return self.global_indices(epoch, step)[rank_slice(self.batch_size, self.rank, self.world_size)]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SequentialOrder:
+class SequentialOrder(Order):
     """Every image once, in the order of the data; the last batch may be smaller. For evaluation."""
-
-    num_images: int
-    batch_size: int
-    """Images per global batch, over all ranks."""
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        _check_batch_size(self.batch_size, self.world_size)
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_images // self.batch_size)
 
-    @property
-    def max_local_batch_size(self) -> int:
-        """Images of this rank in a full batch."""
-        part = rank_slice(self.batch_size, self.rank, self.world_size)
-        return part.stop - part.start
-
     def global_indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
-        """Indices of the whole batch: int64 [at most batch_size]; ``epoch`` changes nothing."""
         start = step * self.batch_size
         return np.arange(start, min(start + self.batch_size, self.num_images), dtype=np.int64)
-
-    def indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
-        """Indices of this rank's slice of the batch: int64 [local batch], possibly empty on the last step."""
-        batch = self.global_indices(epoch, step)
-        return batch[rank_slice(len(batch), self.rank, self.world_size)]
-
-
-Order = TrainOrder | SequentialOrder
-
-
-def _check_batch_size(batch_size: int, world_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} is not allowed: give a global --batch-size of at least 1")
-    if batch_size < world_size:
-        raise ValueError(
-            f"a global batch of {batch_size} cannot be shared by {world_size} ranks: each needs at least one image; "
-            f"raise --batch-size to {world_size} or more, or start fewer ranks"
-        )
 
 
 @lru_cache(maxsize=2)

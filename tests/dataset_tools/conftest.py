@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -54,16 +53,3 @@ def write_tar(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder that LEOCLR_TEST_DATA names, with the real archives."""
-    named = os.environ.get("LEOCLR_TEST_DATA")
-    if not named:
-        pytest.skip("LEOCLR_TEST_DATA does not name the folder of real data")
-    folder = Path(named)
-    for name in ("cifar10-jpeg.tar.xz", "imagenet-sample-400.tar"):
-        if not (folder / name).is_file():
-            pytest.skip(f"LEOCLR_TEST_DATA={named} has no {name}")
-    return folder

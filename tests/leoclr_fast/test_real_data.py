@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +19,17 @@ FLAGS = [
 ]
 
 
-def real_file(name: str) -> Path:
-    folder = os.environ.get("LEOCLR_TEST_DATA")
-    if not folder or not (Path(folder) / name).is_file():
-        pytest.skip(f"LEOCLR_TEST_DATA does not name a folder with {name}")
-    return Path(folder) / name
-
-
 @pytest.mark.parametrize("recipe", ["leoclr_cifar10", "mocov2_cifar10"])
 def test_cifar10_learns(
     recipe: str,
+    real_data: Path,
     capsys: pytest.CaptureFixture[str],
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A small network, 1,000 images, four epochs: the loss falls once the queue is full of real keys, kNN rises."""
-    data = real_file("cifar10-jpeg.tar.xz")
+    data = real_data / "cifar10-jpeg.tar.xz"
     monkeypatch.setenv("LEOCLR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     arguments = ["pretrain", recipe, "--data", data, "--out", tmp_path / "run", *FLAGS, "--method.queue-size=512"]
     summary, output = succeeded(capsys, *arguments)
@@ -51,9 +44,9 @@ def test_cifar10_learns(
     assert (knn["bank_images"], knn["query_images"]) == (1000, 1000)
 
 
-def test_preview_of_imagenet(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_preview_of_imagenet(real_data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "views.png"
-    arguments = ["--data", real_file("imagenet-sample-400.tar"), "--out", out, "--rows", 2]
+    arguments = ["--data", real_data / "imagenet-sample-400.tar", "--out", out, "--rows", 2]
     document, _ = succeeded(capsys, "preview", *arguments)
     assert document["rows"] == 2
     sheet = np.asarray(Image.open(out)).astype(np.int64)

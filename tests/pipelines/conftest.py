@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -64,15 +63,3 @@ def package_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureF
     yield caplog
     logger.handlers, logger.propagate = handlers, propagate
     logger.setLevel(level)
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder that LEOCLR_TEST_DATA names."""
-    named = os.environ.get("LEOCLR_TEST_DATA")
-    if not named:
-        pytest.skip("LEOCLR_TEST_DATA does not name the folder of real data")
-    folder = Path(named)
-    if not (folder / "imagenet-sample-400.tar").is_file():
-        pytest.skip(f"LEOCLR_TEST_DATA={named} has no imagenet-sample-400.tar")
-    return folder
