@@ -1,4 +1,6 @@
-"""Cut boxes out of images of any size and resize them as PIL does, bit for bit: bilinear, antialiased, on any device.
+"""Cut boxes out of images of any size and resize them as PIL does, bit for bit: bilinear, antialiased.
+
+One code path for all devices; so far it has run on CPUs only.
 
 PIL resizes in two passes, horizontal then vertical (from Pillow 13 on the other way round where a box shrinks more in
 height), and rounds to uint8 in between; each pass is a product with a banded matrix of fixed-point weights. Here both
