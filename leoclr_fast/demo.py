@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from leoclr_fast.config import RunConfig
 from leoclr_fast.methods import METHODS
 from leoclr_fast.preview import write_preview
 from leoclr_fast.train import pretrain
-
-log = logging.getLogger(__name__)
 
 
 def run_demo(

@@ -292,12 +292,14 @@ def _save(run: _Run) -> None:
 
 
 def _finish(run: _Run, clock: TrainingClock) -> dict[str, Any]:
-    """Evaluate, save, and write what is left of an orderly end; returns the summary."""
+    """Save, evaluate, and write what is left of an orderly end; returns the summary (empty on other ranks)."""
     step, steps_per_epoch = run.training.step, run.loader.steps_per_epoch
     trained = step > clock.first_step
     if trained:
         _save(run)
-    if run.ranks.main_says(not run.folder.has_knn_of(step), run.loader.device):
+    # Only the first rank reads the log: it may still be writing to it when another one comes here.
+    knn_is_missing = run.ranks.is_main and not run.folder.has_knn_of(step)
+    if run.ranks.main_says(knn_is_missing, run.loader.device):
         _evaluate(run)
     unreadable = run.ranks.merged({run.loader.split.names[i]: why for i, why in run.loader.unreadable.items()})
     if not run.ranks.is_main:

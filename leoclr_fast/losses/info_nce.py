@@ -32,7 +32,7 @@ def info_nce(
     the queue receive no gradient. Returns a scalar, float32 for half precision inputs.
 
     impl: `eager` and `compiled` are the same mathematics, the second through torch.compile; `auto` takes
-    `compiled` on a GPU and `eager` elsewhere.
+    `compiled` on a GPU where a C compiler and Triton are found (else it says what is missing), and `eager` elsewhere.
     Raises ValueError for shapes that do not fit, an unknown `impl` or one that does not exist yet.
     """
     _check_shapes(query, keys, queue, temperature)
