@@ -32,6 +32,11 @@ def class_balanced_subset(labels: ArrayLike, count: int, seed: int) -> NDArray[n
     return np.sort(order[:count])
 
 
+def shuffled_order(count: int, seed: int) -> NDArray[np.int64]:
+    """A permutation of [0, count), int64; the same for ever for a seed (any integer, taken modulo 2^64)."""
+    return np.argsort(_hash(seed, count, stream=2), kind="stable").astype(np.int64, copy=False)
+
+
 def limited(split: Split, max_images: int | None) -> Split:
     """`split`, or a class-balanced choice of `max_images` of it (seed 0). Raises ValueError if that is below 1."""
     if max_images is not None and max_images < 1:

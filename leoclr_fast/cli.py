@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 
 from leoclr_fast.config import MonitorConfig, ResultConfig, RunConfig, SpeedConfig
 from leoclr_fast.recipes import RECIPES, get_recipe
-from leoclr_fast.stop_signals import StoppedBySignalError
+from dataset_tools.stop_signals import StoppedBySignalError
 from pipelines.config import LoaderConfig
 
 _Flattened = tyro.conf.arg(name="")

@@ -36,7 +36,7 @@ from leoclr_fast.methods import METHODS
 from leoclr_fast.precision import encoder_dtype, encoder_precision
 from leoclr_fast.run_folder import RunFolder, write_json
 from leoclr_fast.schedules import learning_rate
-from leoclr_fast.stop_signals import StoppedBySignalError, stop_signals
+from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.telemetry import MetricsLog, NonFiniteLossError, ProgressDisplay, StepMetrics, TrainingClock
 from leoclr_fast.training_state import TrainingState
 from pipelines.augment import augmented_views

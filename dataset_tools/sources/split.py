@@ -18,6 +18,11 @@ SPLIT_ORDER = ("train", "val", "test", "unlabeled")
 UNLABELED = -1
 
 
+def split_rank(name: str) -> tuple[int, str]:
+    """What splits are sorted by: SPLIT_ORDER, then others by name."""
+    return (SPLIT_ORDER.index(name) if name in SPLIT_ORDER else len(SPLIT_ORDER)), name
+
+
 class Split(ABC):
     """N encoded images with labels and names, in a fixed order.
 

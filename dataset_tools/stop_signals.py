@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish that the training loop grants between two steps."""
+"""SIGINT and SIGTERM as a wish that a long loop grants between two of its steps."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""From any image source to a verified data set on disk, and what can be asked of that data set."""

@@ -1,0 +1,149 @@
+"""Where a conversion lives until it is whole: DEST.partial, with a lock and a journal; then it becomes DEST at once."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+JOURNAL_NAME = "journal.json"
+
+
+class Staging:
+    """The folder DEST.partial, held by this process.
+
+    `state` is what the journal holds of the last `save`: all that is needed to go on after any kind of death.
+    """
+
+    def __init__(self, destination: Path, folder: Path, plan: dict[str, Any], lock: int) -> None:
+        self.destination, self.folder, self.plan, self.lock = destination, folder, plan, lock
+        self.state: dict[str, Any] = self._read()
+
+    @property
+    def continued(self) -> bool:
+        """Whether an earlier process left something here."""
+        return bool(self.state)
+
+    def save(self) -> None:
+        """Make `state` what a later process continues from; the files it speaks of must be synced before."""
+        body = json.dumps({"plan": self.plan, "state": self.state})
+        checksum = hashlib.sha256(body.encode()).hexdigest()
+        partial = self.folder / (JOURNAL_NAME + ".new")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(f"{checksum}\n{body}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.folder / JOURNAL_NAME)
+        sync_folder(self.folder)
+
+    def publish(self, names: list[str]) -> None:
+        """Make the files called `names`, and nothing else, the folder DEST, in one step."""
+        whole = self.folder / "whole"
+        whole.mkdir(exist_ok=True)
+        for name in names:
+            if (self.folder / name).exists():  # else an earlier call has moved it
+                os.replace(self.folder / name, whole / final_name(name))
+        sync_folder(whole)
+        os.rename(whole, self.destination)
+        sync_folder(self.destination.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self) -> dict[str, Any]:
+        path = self.folder / JOURNAL_NAME
+        if not path.exists():
+            return {}
+        remedy = f"Delete {self.folder} to start anew."
+        try:
+            checksum, body = path.read_text(encoding="utf-8").split("\n")[:2]
+            if hashlib.sha256(body.encode()).hexdigest() != checksum:
+                raise ValueError("its checksum is wrong")
+            content = json.loads(body)
+            plan, state = content["plan"], content["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the journal {path} is damaged ({error}). {remedy}") from error
+        if plan != json.loads(json.dumps(self.plan)):
+            raise ValueError(
+                f"{self.folder} holds an unfinished conversion of another kind: {_difference(plan, self.plan)}. "
+                f"Give the same source and options to continue it. {remedy}"
+            )
+        return dict(state)
+
+
+@contextmanager
+def staged(destination: Path, plan: dict[str, Any]) -> Iterator[Staging]:
+    """Hold DEST.partial, made if it is not there. `plan` (JSON): what is being made; it must be that of an earlier try.
+
+    Raises FileExistsError if there is something at `destination`, RuntimeError if another process holds it,
+    ValueError for a damaged journal or another plan, OSError if the folder cannot be written.
+    """
+    folder = staging_folder(destination)
+    with _alone(folder) as lock:
+        if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+            raise FileExistsError(f"{destination} is there already. Give another destination, or delete it.")
+        yield Staging(destination, folder, plan, lock)
+
+
+def staging_folder(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".partial")
+
+
+def final_name(name: str) -> str:
+    """Of a working file: a .beton with larger pages carries their size behind its name."""
+    return name[: name.index(".beton") + len(".beton")] if ".beton." in name else name
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """While this process holds the lock of a staging folder; an empty one is removed at the end."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write to {folder.parent}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise RuntimeError(f"another process is converting into {folder}; wait for it, or stop it") from error
+        try:
+            if os.stat(folder / "lock").st_ino != os.fstat(lock).st_ino:
+                raise FileNotFoundError
+        except FileNotFoundError as error:
+            raise RuntimeError(f"another process has just finished with {folder}; try again") from error
+        yield lock
+    finally:
+        os.close(lock)
+        with suppress(OSError):
+            if not any(entry.name != "lock" for entry in os.scandir(folder)):
+                (folder / "lock").unlink()
+                folder.rmdir()
+
+
+def _difference(theirs: Any, ours: Any, name: str = "") -> str:
+    """What differs between two plans, for a message."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        found = [
+            _difference(theirs.get(key), ours.get(key), str(key))
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        return "; ".join(found)
+    return f"{name} is {theirs!r} there and {ours!r} here"

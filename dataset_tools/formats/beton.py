@@ -1,0 +1,212 @@
+"""FFCV's .beton, version 2, with the fields `image` (RGBImageField) and `label` (IntField).
+
+    header · field descriptors · metadata [N] · zeros up to a page · pages of images · allocation table
+
+Laid out as FFCV 1.0's DatasetWriter does it (ffcv/types.py, ffcv/writer.py), but JPEG bytes need not be encoded anew,
+and samples lie in order. The stock ffcv.loader.Loader reads it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_tools.formats.records import blocks
+from dataset_tools.formats.sample_writer import ReadBytes, SampleWriter
+
+VERSION = 2
+MIN_PAGE_BYTES = 1 << 21
+MAX_PAGE_BYTES = 1 << 31
+MAX_SIDE = (1 << 16) - 1
+"""Width and height are stored in 16 bits."""
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", (16,)), ("arguments", "<u1", (1024,))], align=True)
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+METADATA = np.dtype([("f0", IMAGE), ("f1", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+FIELDS = ((2, b"image"), (1, b"label"))
+"""(FFCV's type number, name)."""
+METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+
+COPY_BYTES = 16 << 20
+
+
+def page_bytes_for(largest: int) -> int:
+    """The page size for samples of up to `largest` bytes: a power of two, at least 2 MiB."""
+    return max(MIN_PAGE_BYTES, 1 << max(0, largest - 1).bit_length())
+
+
+def data_start(num_reserved: int, page_bytes: int) -> int:
+    """Where the first page of images begins, with metadata reserved for `num_reserved` samples."""
+    return -(-(METADATA_START + num_reserved * METADATA.itemsize) // page_bytes) * page_bytes
+
+
+def place(sizes: NDArray[np.int64], end: int, page_bytes: int) -> tuple[NDArray[np.int64], int]:
+    """Where samples of `sizes` bytes go when `end` is the first free byte: offsets int64 [M], and the new end.
+
+    One behind the other; one that would cross the end of its page begins the next one.
+    """
+    offsets = np.empty(len(sizes), dtype=np.int64)
+    for index, size in enumerate(sizes.tolist()):
+        if end % page_bytes + size > page_bytes:
+            end += -end % page_bytes
+        offsets[index] = end
+        end += size
+    return offsets, end
+
+
+class BetonWriter(SampleWriter):
+    """Writes one .beton. A sample larger than a page makes `finish` lay the file out anew, with larger pages."""
+
+    def __init__(self, path: Path, *, num_reserved: int, page_bytes: int, state: dict[str, Any] | None = None) -> None:
+        """`num_reserved`: how many samples there will be at most. `state`: what `sync` returned, to continue.
+
+        Raises ValueError if the file does not hold what `state` says.
+        """
+        self.path, self.num_reserved, self.page_bytes = path, num_reserved, page_bytes
+        self._file = open(path, "r+b" if state else "w+b", buffering=0)  # noqa: SIM115
+        self._end = int(state["end"]) if state else data_start(num_reserved, page_bytes)
+        if state and os.fstat(self._file.fileno()).st_size < self._end:
+            raise ValueError(f"{path} is shorter than the journal says")
+        os.ftruncate(self._file.fileno(), self._end)
+
+    def write(self, rows: NDArray[np.void], read: ReadBytes) -> None:
+        sources = rows["offset"].copy()
+        rows["offset"], self._end = place(rows["num_bytes"], self._end, self.page_bytes)
+        rows["shard"] = 0
+        for source, target, size in _runs(sources, rows["offset"], rows["num_bytes"]):
+            for start in range(0, size, COPY_BYTES):
+                piece = read(source + start, min(COPY_BYTES, size - start))
+                write_at(self._file.fileno(), piece, target + start)
+
+    def sync(self) -> dict[str, Any]:
+        os.fsync(self._file.fileno())
+        return {"end": self._end}
+
+    def finish(self, rows: NDArray[np.void]) -> list[Path]:
+        largest = max((int(block["num_bytes"].max()) for block, _ in blocks(rows)), default=0)
+        needed = page_bytes_for(largest)
+        if needed > MAX_PAGE_BYTES:
+            raise ValueError(f"a sample of {largest:,} bytes fits into no page of FFCV, whose largest is 2 GiB")
+        # Offsets follow from the sizes. An earlier `finish` may have left those of larger pages in the rows.
+        end = data_start(self.num_reserved, self.page_bytes)
+        for block, start in blocks(rows):
+            rows["offset"][start : start + len(block)], end = place(block["num_bytes"], end, self.page_bytes)
+        if needed > self.page_bytes:
+            return self._finish_with_larger_pages(rows, needed)
+        self._write_tables(rows)
+        return [self.path]
+
+    def _finish_with_larger_pages(self, rows: NDArray[np.void], page_bytes: int) -> list[Path]:
+        """A copy with larger pages; this writer's own file stays as it is, for another try."""
+        path = self.path.with_name(f"{self.path.name}.{page_bytes}")
+        writer = BetonWriter(path, num_reserved=self.num_reserved, page_bytes=page_bytes)
+        try:
+            for block, start in blocks(rows):
+                writer.write(block, lambda offset, size: read_at(self._file.fileno(), size, offset))
+                rows["offset"][start : start + len(block)] = block["offset"]
+            writer._write_tables(rows)
+        finally:
+            writer.close()
+        return [path]
+
+    def _write_tables(self, rows: NDArray[np.void]) -> None:
+        descriptor = self._file.fileno()
+        header, fields = beton_head(len(rows), self.page_bytes, self._end + -self._end % self.page_bytes)
+        write_at(descriptor, header.tobytes() + fields.tobytes(), 0)
+        end = int(header["alloc_table_ptr"])
+        for block, start in blocks(rows):
+            metadata, allocations = beton_tables(block, start)
+            write_at(descriptor, metadata.tobytes(), METADATA_START + start * METADATA.itemsize)
+            write_at(descriptor, allocations.tobytes(), end)
+            end += allocations.nbytes
+        os.ftruncate(descriptor, end)
+        os.fsync(descriptor)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def descriptors(self) -> list[int]:
+        return [self._file.fileno()]
+
+
+def beton_head(num_samples: int, page_bytes: int, allocations_at: int) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """The header (HEADER, no dimension) and the field descriptors (FIELD [2])."""
+    header = np.zeros((), dtype=HEADER)
+    header["version"], header["num_fields"], header["num_samples"] = VERSION, len(FIELDS), num_samples
+    header["page_size"], header["alloc_table_ptr"] = page_bytes, allocations_at
+    fields = np.zeros(len(FIELDS), dtype=FIELD)
+    for entry, (type_id, name) in zip(fields, FIELDS, strict=True):
+        entry["type_id"] = type_id
+        entry["name"][: len(name)] = np.frombuffer(name, dtype=np.uint8)
+    return header, fields
+
+
+def read_beton_head(path: Path) -> np.void:
+    """The header (HEADER). Raises ValueError if the file is none of ours."""
+    with open(path, "rb") as file:
+        head = file.read(METADATA_START)
+    if len(head) == METADATA_START:
+        header = np.frombuffer(head, dtype=HEADER, count=1)[0]
+        count, page_bytes, allocations_at = (int(header[n]) for n in ("num_samples", "page_size", "alloc_table_ptr"))
+        expected, fields = beton_head(count, page_bytes, allocations_at)
+        if head == expected.tobytes() + fields.tobytes():
+            return header
+    raise ValueError(f"{path} is no .beton, version {VERSION}, with the fields image and label")
+
+
+def beton_tables(rows: NDArray[np.void], first_id: int) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """The metadata (METADATA [M]) and the allocation table (ALLOCATION [M]) of samples, the first being `first_id`."""
+    metadata = np.zeros(len(rows), dtype=METADATA)
+    metadata["f0"]["mode"], metadata["f1"] = rows["encoding"], rows["label"]
+    metadata["f0"]["width"], metadata["f0"]["height"] = rows["width"], rows["height"]
+    metadata["f0"]["data_ptr"] = rows["offset"]
+    allocations = np.zeros(len(rows), dtype=ALLOCATION)
+    allocations["sample_id"] = np.arange(first_id, first_id + len(rows))
+    allocations["ptr"], allocations["size"] = rows["offset"], rows["num_bytes"]
+    return metadata, allocations
+
+
+def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
+    """All of `data`, at `offset`. Raises OSError, as for a full disk."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes from `offset` on. Raises OSError if the file ends before."""
+    data = os.pread(descriptor, size, offset)
+    while 0 < len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    if len(data) != size:
+        raise OSError(f"the file ends {size - len(data)} bytes too early")
+    return data
+
+
+def _runs(
+    sources: NDArray[np.int64], targets: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> Iterator[tuple[int, int, int]]:
+    """(source, target, size) of stretches that can be copied in one piece."""
+    if not len(sizes):
+        return
+    broken = (sources[1:] != sources[:-1] + sizes[:-1]) | (targets[1:] != targets[:-1] + sizes[:-1])
+    starts = np.concatenate(([0], np.flatnonzero(broken) + 1))
+    totals = np.add.reduceat(sizes, starts)
+    yield from zip(sources[starts].tolist(), targets[starts].tolist(), totals.tolist(), strict=True)

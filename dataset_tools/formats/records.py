@@ -1,0 +1,170 @@
+"""What is known of each sample of a converted split: one row while it is written, one columnar file afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_tools.packed_names import PackedNames
+
+HASH_BYTES = 16
+"""Of a SHA-256; a sample is known by its first half."""
+
+ROW = np.dtype(
+    [
+        ("source_index", "<i8"),
+        ("position", "<i8"),
+        ("offset", "<i8"),
+        ("num_bytes", "<i8"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("label", "<i4"),
+        ("shard", "<i4"),
+        ("encoding", "u1"),
+        ("handling", "u1"),
+        ("hash", "u1", (HASH_BYTES,)),
+    ]
+)
+"""One sample. `source_index`: its index in the split it came from; `position`: its place in the order of the whole
+split, rejected images counted; `offset`, `num_bytes`: where its encoded image lies in file number `shard`; `width`,
+`height` in pixels; `label`: rank of its class, or -1; `encoding`, `handling`: see below; `hash`: of these bytes.
+"""
+
+JPG, RAW, PNG = 0, 1, 2
+"""Values of `encoding`; JPG and RAW (uint8 [H, W, 3]) are also FFCV's image modes."""
+EXTENSIONS = {JPG: "jpg", RAW: "raw", PNG: "png"}
+PASSED_THROUGH, REENCODED = 0, 1
+"""Values of `handling`."""
+
+BLOCK_ROWS = 1 << 16
+_TYPE_NAMES = {"<i8": "I64", "<i4": "I32", "|u1": "U8"}
+_TYPES = {name: np.dtype(code) for code, name in _TYPE_NAMES.items()}
+
+
+def blocks(rows: NDArray[np.void]) -> Iterator[tuple[NDArray[np.void], int]]:
+    """`rows` (ROW [N]), a block at a time, in memory, with the number of its first row: a mapped file of any length can
+    be walked in little memory.
+    """
+    for start in range(0, len(rows), BLOCK_ROWS):
+        yield np.array(rows[start : start + BLOCK_ROWS]), start
+
+
+class SampleRecords:
+    """The columns of ROW for N samples, and their `names`: memory-mapped, so that opening costs nothing.
+
+    The file is a safetensors file (a JSON header, then the columns one behind the other), which its library reads,
+    too. `names` are those of the source, `name_ends` and `name_bytes` in the file.
+    """
+
+    def __init__(self, path: Path, columns: dict[str, NDArray[Any]]) -> None:
+        self.path = path
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["label"])
+
+    def __getitem__(self, column: str) -> NDArray[Any]:
+        """A column of ROW, [N] or, for `hash`, [N, 16]."""
+        return self.columns[column]
+
+    def names(self) -> PackedNames:
+        """The names, in memory."""
+        return PackedNames.from_buffers(self.columns["name_bytes"].tobytes(), np.array(self.columns["name_ends"]))
+
+    def rows(self, start: int = 0, stop: int | None = None) -> NDArray[np.void]:
+        """Samples [start, stop) as rows, in memory."""
+        chosen = {name: self.columns[name][start:stop] for name in ROW.names or ()}
+        rows = np.empty(len(chosen["label"]), dtype=ROW)
+        for name, column in chosen.items():
+            rows[name] = column
+        return rows
+
+    @classmethod
+    def open(cls, path: Path) -> SampleRecords:
+        """Raises FileNotFoundError, or ValueError if the file is cut short or damaged."""
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            try:
+                if not 2 <= header_bytes <= size - 8:
+                    raise ValueError("its header does not fit in it")
+                layout = json.loads(file.read(header_bytes))
+                layout.pop("__metadata__", None)
+                columns = {
+                    name: _mapped(path, size, 8 + header_bytes, entry["dtype"], entry["shape"], entry["data_offsets"])
+                    for name, entry in layout.items()
+                }
+                _check(columns)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"the record file {path} is damaged: {error}") from error
+        return cls(path, columns)
+
+
+NamesOf = Callable[[NDArray[np.void], int], PackedNames]
+"""(a block of rows, the number of its first one) → their names."""
+
+
+def write_records(path: Path, rows: NDArray[np.void], names_of: NamesOf) -> None:
+    """Writes the columns of `rows` (ROW [N]; may be a mapped file) and their names; synced to the disk."""
+    count = len(rows)
+    total = sum(len(names_of(block, start).blob) for block, start in blocks(rows))
+    shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+    for name in ROW.names or ():
+        base, inner = ROW[name].base, ROW[name].shape
+        shapes[name] = base, (count, *inner)
+    shapes["name_ends"] = np.dtype("<i8"), (count + 1,)
+    shapes["name_bytes"] = np.dtype("u1"), (total,)
+    # Wide types first: every column is then aligned.
+    shapes = dict(sorted(shapes.items(), key=lambda item: -item[1][0].itemsize))
+    layout, begin = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        stop = begin + dtype.itemsize * int(np.prod(shape))
+        layout[name] = {"dtype": _TYPE_NAMES[dtype.str], "shape": shape, "data_offsets": [begin, stop]}
+        begin = stop
+    header = json.dumps(layout).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in shapes:
+            if name == "name_ends":
+                end = 0
+                file.write(bytes(8))
+                for block, start in blocks(rows):
+                    ends = end + names_of(block, start).offsets[1:]
+                    file.write(ends.astype("<i8").tobytes())
+                    end = int(ends[-1])
+            elif name == "name_bytes":
+                for block, start in blocks(rows):
+                    file.write(names_of(block, start).blob)
+            else:
+                for block, _ in blocks(rows):
+                    file.write(np.ascontiguousarray(block[name]).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _mapped(path: Path, size: int, base: int, type_name: str, shape: list[int], extent: list[int]) -> NDArray[Any]:
+    dtype, (begin, stop) = _TYPES[type_name], extent
+    if dtype.itemsize * int(np.prod(shape)) != stop - begin or begin < 0 or base + stop > size:
+        raise ValueError("a column does not fit in it")
+    if begin == stop:
+        return np.empty(shape, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=base + begin, shape=tuple(shape))
+
+
+def _check(columns: dict[str, NDArray[Any]]) -> None:
+    names = {*(ROW.names or ()), "name_ends", "name_bytes"}
+    if columns.keys() != names:
+        raise ValueError(f"its columns are {', '.join(sorted(columns))} and not {', '.join(sorted(names))}")
+    count = len(columns["label"])
+    for name in ROW.names or ():
+        if columns[name].dtype != ROW[name].base or columns[name].shape != (count, *ROW[name].shape):
+            raise ValueError(f"its column {name} is {columns[name].dtype} {columns[name].shape}")
+    if columns["name_ends"].shape != (count + 1,):
+        raise ValueError(f"it names {len(columns['name_ends']) - 1} of {count} samples")

@@ -1,0 +1,82 @@
+"""A data set that `convert` made: its images by index, wherever they lie."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dataset_tools.formats.manifest import Manifest
+from dataset_tools.formats.records import RAW, SampleRecords
+from dataset_tools.packed_names import PackedNames
+from dataset_tools.sources.byte_file import ByteFile
+from dataset_tools.sources.split import ImageSource, Split, split_rank
+
+
+class ConvertedSplit(Split):
+    """Samples of a .beton or of numbered tars. Memory: the name and 16 bytes for each."""
+
+    def __init__(
+        self, name: str, records: SampleRecords, files: tuple[ByteFile, ...], classes: tuple[str, ...]
+    ) -> None:
+        self.name, self.classes = name, classes
+        self.records, self.files = records, files
+        self.names: PackedNames = records.names()
+        self.labels = np.array(records["label"], dtype=np.int64)
+
+    def read(self, index: int) -> bytes:
+        """Raw pixels come as a PNG."""
+        data = self.read_stored(index)
+        if self.records["encoding"][index] != RAW:
+            return data
+        size = int(self.records["width"][index]), int(self.records["height"][index])
+        encoded = BytesIO()
+        Image.frombytes("RGB", size, data).save(encoded, "PNG", compress_level=1)
+        return encoded.getvalue()
+
+    def read_stored(self, index: int) -> bytes:
+        """The bytes as they lie on disk: JPEG, PNG or uint8 [H, W, 3]."""
+        records, index = self.records, range(len(self))[index]
+        file = self.files[int(records["shard"][index])]
+        return file.read(int(records["offset"][index]), int(records["num_bytes"][index]), sample=self.names[index])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopened, (self.name, self.records.path, self.files, self.classes)
+
+
+def open_converted(folder: Path) -> ImageSource:
+    """A folder with a manifest.json. Nothing but the manifest and the names is read.
+
+    Raises ValueError if manifest or records are damaged or do not fit, FileNotFoundError if files are missing.
+    """
+    manifest = Manifest.load(folder)
+    splits: dict[str, Split] = {}
+    for name in sorted(manifest.splits, key=split_rank):
+        entry = manifest.splits[name]
+        for file in (entry.records, *entry.files):
+            path = folder / file.name
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{folder} lacks {file.name}, which its manifest lists; copy or convert it again"
+                )
+            if path.stat().st_size != file.bytes:
+                raise ValueError(
+                    f"{path} has {path.stat().st_size:,} bytes and not {file.bytes:,}, as the manifest says; copy or "
+                    "convert it again"
+                )
+        records = SampleRecords.open(folder / entry.records.name)
+        files = tuple(ByteFile(folder / file) for file in entry.image_files)
+        labels, shards = records["label"], records["shard"]
+        if len(records) != entry.samples or len(records) == 0:
+            raise ValueError(f"{records.path} knows {len(records)} samples, the manifest {entry.samples}")
+        if labels.min() < -1 or labels.max() >= len(manifest.classes) or shards.min() < 0 or shards.max() >= len(files):
+            raise ValueError(f"{records.path} is damaged: it has labels or file numbers that do not exist")
+        splits[name] = ConvertedSplit(name, records, files, manifest.classes)
+    kind = "FFCV" if manifest.format == "ffcv" else "WebDataset"
+    return ImageSource(path=folder, kind=kind, splits=splits, classes=manifest.classes)
+
+
+def _reopened(name: str, records: Path, files: tuple[ByteFile, ...], classes: tuple[str, ...]) -> ConvertedSplit:
+    return ConvertedSplit(name, SampleRecords.open(records), files, classes)
