@@ -6,50 +6,27 @@ one JSON document. What a command does lives elsewhere.
 
 from __future__ import annotations
 
-import difflib
-import json
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.logging import RichHandler
 
+from dataset_tools.cli import COMMANDS as DATASET_COMMANDS
+from dataset_tools.command_line import Command, CommonFlags, parse_flags, print_commands, run_command_line, say, unknown
 from leoclr_fast.config import MonitorConfig, ResultConfig, RunConfig, SpeedConfig
 from leoclr_fast.recipes import RECIPES, get_recipe
-from dataset_tools.stop_signals import StoppedBySignalError
 from pipelines.config import LoaderConfig
 
 _Flattened = tyro.conf.arg(name="")
 _PAPER = "LeOCLR: Leveraging Original Images for Contrastive Learning of Visual Representations (TMLR 2024)"
 
 
-class Command(Protocol):
-    """A parsed command line."""
-
-    @property
-    def json(self) -> bool:
-        """Whether to print the result as JSON."""
-
-    def run(self, console: Console) -> dict[str, Any]:
-        """Do it; the result is what `--json` prints."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Common:
-    json: bool = False
-    """Print one JSON document as the last line of stdout."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pretrain(_Common):
+class Pretrain(CommonFlags):
     """Pretrain a backbone: leoclr-fast pretrain RECIPE --data PATH --out RUN."""
 
     data: Path
@@ -74,12 +51,12 @@ class Pretrain(_Common):
         config = RunConfig(recipe=self.recipe, result=self.result, speed=self.speed, monitor=self.monitor)
         summary = pretrain(config, self.data, self.out, resume=self.resume, max_steps=self.max_steps, console=console)
         if summary:
-            console.print(_sentence(summary), highlight=False, soft_wrap=True, markup=False)
+            say(console, _sentence(summary))
         return summary
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo(_Common):
+class Demo(CommonFlags):
     """The main job on drawn images, in minutes: data, pretraining, kNN before and after."""
 
     out: Path = Path("runs/demo")
@@ -110,17 +87,13 @@ class Demo(_Common):
         )
         config = replace(recipe, result=result, speed=replace(recipe.speed, device=self.device))
         summary = run_demo(config, self.out, max_steps=self.max_steps, console=console)
-        console.print(_sentence(summary), highlight=False, soft_wrap=True, markup=False)
-        console.print(
-            f"views: {summary['preview']}   run: {summary['run']}   data: {summary['data']}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(console, _sentence(summary))
+        say(console, f"views: {summary['preview']}   run: {summary['run']}   data: {summary['data']}")
         return summary
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knn(_Common):
+class Knn(CommonFlags):
     """Weighted kNN accuracy of a run's frozen backbone."""
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
@@ -155,21 +128,19 @@ class Knn(_Common):
             max_images=self.max_images,
         )
         if result:
-            console.print(
+            say(
+                console,
                 f"kNN top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % (k = {result['k']}, temperature "
                 f"{result['temperature']:g}; {result['bank_images']:,} images in the bank, "
                 f"{result['query_images']:,} queries)"
                 if result["top1"] is not None
                 else result["note"],
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
             )
         return result
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preview(_Common):
+class Preview(CommonFlags):
     """A contact sheet: each image with its crop boxes, and all its views as training sees them."""
 
     data: Path
@@ -197,42 +168,23 @@ class Preview(_Common):
         split = limited(choose_splits(open_source(self.data)).pretrain, self.max_images)
         views = METHODS[result.method.name].views
         rows = write_preview(self.out, split, views, result.views, seed=self.seed, rows=self.rows)
-        console.print(f"{rows} images and their views: {self.out}", highlight=False, soft_wrap=True)
+        say(console, f"{rows} images and their views: {self.out}")
         return {"out": str(self.out), "rows": rows, "views": [view.name for view in views]}
 
 
-COMMANDS: dict[str, type[Any]] = {"demo": Demo, "pretrain": Pretrain, "knn": Knn, "preview": Preview}
+COMMANDS: dict[str, type[Any]] = {
+    "demo": Demo,
+    **DATASET_COMMANDS,
+    "pretrain": Pretrain,
+    "knn": Knn,
+    "preview": Preview,
+}
 _SHORTHANDS = {"--loader": "--loader.name"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line (`sys.argv` by default) and exit: 0 done, 1 failed, 2 misused, 130 stopped by a signal."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(_main(arguments))
-
-
-def _main(arguments: list[str]) -> int:
-    console = Console(soft_wrap=True)
-    debug = "--debug" in arguments
-    _set_up_logging(console)
-    try:
-        command = _parse(arguments)
-        if command is None:
-            return 0
-        document = command.run(console)
-        if command.json and document:
-            print(json.dumps(document), flush=True)
-        return 0
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug:
-            raise
-        print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
-        return 130 if isinstance(error, StoppedBySignalError) else 1
+    sys.exit(run_command_line(_parse, arguments))
 
 
 def _parse(arguments: list[str]) -> Command | None:
@@ -241,11 +193,11 @@ def _parse(arguments: list[str]) -> Command | None:
         return None
     name, *rest = arguments
     if name not in COMMANDS:
-        raise ValueError(_unknown("command", name, COMMANDS))
+        raise ValueError(unknown("command", name, COMMANDS))
     rest = [_without_shorthand(argument) for argument in rest]
     prog = f"leoclr-fast {name}"
     if name != "pretrain":
-        return _tyro(COMMANDS[name], rest, prog)
+        return parse_flags(COMMANDS[name], rest, prog)
     recipe_name = "leoclr_imagenet_200ep"
     if rest and not rest[0].startswith("-"):
         recipe_name = rest.pop(0)
@@ -261,14 +213,7 @@ def _parse(arguments: list[str]) -> Command | None:
         speed=recipe.speed,
         monitor=recipe.monitor,
     )
-    return _tyro(Pretrain, rest, prog, default=defaults, description=_recipe_help(recipe_name))
-
-
-Parsed = TypeVar("Parsed")
-
-
-def _tyro(kind: type[Parsed], arguments: list[str], prog: str, **options: Any) -> Parsed:
-    return tyro.cli(kind, args=arguments, prog=prog, **options)
+    return parse_flags(Pretrain, rest, prog, default=defaults, description=_recipe_help(recipe_name))
 
 
 def _without_shorthand(argument: str) -> str:
@@ -281,35 +226,12 @@ def _recipe_help(name: str) -> str:
     return f"{Pretrain.__doc__}\n\nRecipe {name}: {docstring}\n\nAll recipes: {', '.join(RECIPES)}."
 
 
-def _unknown(kind: str, name: str, known: dict[str, Any]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-    return f"there is no {kind} {name!r}.{hint} Allowed: {', '.join(known)}."
-
-
 def _print_overview() -> None:
     print(f"leoclr-fast: pretrain LeOCLR, and MoCo-v2 beside it.\n{_PAPER}\n")
-    for name, command in COMMANDS.items():
-        print(f"  {name:10} {(command.__doc__ or '').strip()}")
+    print_commands(COMMANDS)
     print("\nleoclr-fast COMMAND --help lists the flags of a command. Recipes of pretrain:")
     for name, recipe in RECIPES.items():
         print(f"  {name:24} {(recipe.__doc__ or '').strip().splitlines()[0]}")
-
-
-def _set_up_logging(console: Console) -> None:
-    """Notes and warnings as plain lines, above the live display on a terminal; other ranks than the first only warn."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    handler: logging.Handler
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
-    else:
-        handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for package in ("leoclr_fast", "pipelines", "dataset_tools"):
-        logger = logging.getLogger(package)
-        logger.handlers = [handler]
-        logger.setLevel(level)
-        logger.propagate = False
 
 
 def _sentence(summary: dict[str, Any]) -> str:
@@ -322,11 +244,3 @@ def _sentence(summary: dict[str, Any]) -> str:
             f"kNN top-1 {summary['knn_top1']:.2f} %" + (f" (untrained {before:.2f} %)" if before is not None else "")
         )
     return ", ".join(parts)
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, ValueError | RuntimeError):
-        return str(error)
-    if isinstance(error, OSError):
-        return str(error) if error.strerror is None or error.filename else error.strerror
-    return f"{type(error).__name__}: {error} (a fault of ours; --debug shows where)"

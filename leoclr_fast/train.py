@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
+from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from dataset_tools.subsets import limited
 from leoclr_fast.checkpoint import (
     list_checkpoints,
@@ -36,7 +37,6 @@ from leoclr_fast.methods import METHODS
 from leoclr_fast.precision import encoder_dtype, encoder_precision
 from leoclr_fast.run_folder import RunFolder, write_json
 from leoclr_fast.schedules import learning_rate
-from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.telemetry import MetricsLog, NonFiniteLossError, ProgressDisplay, StepMetrics, TrainingClock
 from leoclr_fast.training_state import TrainingState
 from pipelines.augment import augmented_views

@@ -1,0 +1,99 @@
+"""Lists of images, one name a line: class-balanced percentages of a split, and the lists that papers publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_tools.sources.split import Split
+from dataset_tools.subsets import class_balanced_subset
+
+
+def percent_of(split: Split, percent: float, seed: int) -> NDArray[np.int64]:
+    """A class-balanced choice of `percent` (above 0, at most 100) of a split: sorted indices.
+
+    For one seed they are nested: 1 % is part of 2 %, and so on. Raises ValueError for the percentage.
+    """
+    if not 0 < percent <= 100:
+        raise ValueError(f"--percent {percent:g} is not allowed: give a number above 0 and at most 100")
+    return class_balanced_subset(split.labels, max(1, round(len(split) * percent / 100)), seed)
+
+
+def write_subset_list(path: Path, split: Split, indices: NDArray[np.int64]) -> dict[str, Any]:
+    """Writes the names at `indices`. Returns `out`, `samples`, `min_per_class`, `max_per_class`, and the file's
+    `sha256`.
+    """
+    text = "".join(_escaped(split.names[index]) + "\n" for index in indices.tolist()).encode()
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(text)
+    os.replace(partial, path)
+    per_class = np.bincount(split.labels[indices][split.labels[indices] >= 0], minlength=len(split.classes))
+    return {
+        "out": str(path),
+        "samples": len(indices),
+        "min_per_class": int(per_class.min()) if len(per_class) else 0,
+        "max_per_class": int(per_class.max()) if len(per_class) else 0,
+        "sha256": hashlib.sha256(text).hexdigest(),
+    }
+
+
+def read_subset_list(path: Path, split: Split) -> NDArray[np.int64]:
+    """The indices of the images that a list names, sorted. A name is one of the split's, or the end of just one.
+
+    So published lists ("n01440764_10026.JPEG", a line) fit. Raises ValueError if a name fits none or several images,
+    or stands there twice, FileNotFoundError if there is no list.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no list {path}")
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    wanted = [_unescaped(line.rstrip("\r")) for line in lines if line.strip()]
+    if not wanted:
+        raise ValueError(f"the list {path} is empty")
+    if len(set(wanted)) != len(wanted):
+        twice = next(name for name in wanted if wanted.count(name) > 1)
+        raise ValueError(f"the list {path} names {twice!r} more than once")
+    depths = sorted({name.count("/") for name in wanted})
+    found: dict[str, int] = {}
+    missing = set(wanted)
+    for index, name in enumerate(split.names):
+        for end in _ends(name, depths):
+            if end not in missing and end not in found:
+                continue
+            if end in found and found[end] != index:
+                raise ValueError(f"{end!r} of the list {path} could be {split.names[found[end]]!r} or {name!r}")
+            found[end] = index
+            missing.discard(end)
+    if missing:
+        some = ", ".join(repr(name) for name in sorted(missing)[:5])
+        raise ValueError(f"{len(missing):,} of the {len(wanted):,} images of the list {path} are not there: {some}")
+    indices = np.array(sorted(found.values()), dtype=np.int64)
+    if len(np.unique(indices)) != len(wanted):
+        raise ValueError(f"the list {path} names an image more than once, in different words")
+    return indices
+
+
+def _ends(name: str, depths: list[int]) -> list[str]:
+    parts = name.split("/")
+    ends = ["/".join(parts[-depth - 1 :]) for depth in depths if depth < len(parts)]
+    return list(dict.fromkeys([*ends, name]))
+
+
+def _escaped(name: str) -> str:
+    """A name as one line: as it is, or as JSON where it has what a line of UTF-8 cannot hold."""
+    plain = name.isprintable() and not name.startswith('"') and name == name.strip()
+    return name if plain else json.dumps(name)
+
+
+def _unescaped(line: str) -> str:
+    if not line.startswith('"'):
+        return line
+    try:
+        return str(json.loads(line))
+    except ValueError as error:
+        raise ValueError(f"{line!r} is no name: it begins with a quotation mark, but is no JSON string") from error
