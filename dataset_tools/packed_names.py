@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from io import BytesIO
 from typing import overload
 
 import numpy as np
@@ -23,17 +24,16 @@ class PackedNames(Sequence[str]):
     offsets: NDArray[np.int64]
 
     def __init__(self, names: Iterable[str] = ()) -> None:
-        blob, offsets = bytearray(), array("q", [0])
+        blob, offsets = BytesIO(), array("q", [0])
         for name in names:
-            blob += name.encode("utf-8", "surrogateescape")
-            offsets.append(len(blob))
-        self.blob = bytes(blob)
-        self.offsets = np.array(offsets, dtype=np.int64)
+            offsets.append(offsets[-1] + blob.write(name.encode("utf-8", "surrogateescape")))
+        self.blob = blob.getvalue()  # unlike bytes(bytearray), not a copy
+        self.offsets = np.frombuffer(offsets, dtype=np.int64)
 
     @classmethod
     def from_buffers(cls, blob: bytes, offsets: NDArray[np.int64]) -> PackedNames:
         """The inverse of `.blob`, `.offsets`."""
-        if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(blob) or (np.diff(offsets) < 0).any():
+        if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(blob) or (offsets[1:] < offsets[:-1]).any():
             raise ValueError(f"offsets do not describe a blob of {len(blob)} bytes")
         packed = cls.__new__(cls)
         packed.blob, packed.offsets = blob, offsets
@@ -41,12 +41,18 @@ class PackedNames(Sequence[str]):
 
     def select(self, indices: NDArray[np.int64]) -> PackedNames:
         """The names at `indices` (int64 [M], in [0, N)), in that order."""
-        blob, starts, stops = bytearray(), self.offsets[indices], self.offsets[indices + 1]
-        for start, stop in zip(starts, stops, strict=True):
-            blob += self.blob[start:stop]
+        chunks = [slice(begin, begin + (1 << 12)) for begin in range(0, len(indices), 1 << 12)]  # for little memory
         offsets = np.zeros(len(indices) + 1, dtype=np.int64)
-        np.cumsum(stops - starts, out=offsets[1:])
-        return PackedNames.from_buffers(bytes(blob), offsets)
+        end = 0
+        for chunk in chunks:
+            sizes = self.offsets[indices[chunk] + 1] - self.offsets[indices[chunk]]
+            offsets[1:][chunk] = end + np.cumsum(sizes)
+            end += int(sizes.sum())
+        blob = BytesIO(bytes(end))  # of its final size from the start, since growing it may copy it
+        for chunk in chunks:
+            starts, stops = self.offsets[indices[chunk]].tolist(), self.offsets[indices[chunk] + 1].tolist()
+            blob.write(b"".join([self.blob[start:stop] for start, stop in zip(starts, stops, strict=True)]))
+        return PackedNames.from_buffers(blob.getvalue(), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -57,9 +63,17 @@ class PackedNames(Sequence[str]):
     def __getitem__(self, index: slice) -> PackedNames: ...
     def __getitem__(self, index: int | slice) -> str | PackedNames:
         if isinstance(index, slice):
-            return self.select(np.arange(len(self), dtype=np.int64)[index])
+            return self._slice(range(len(self))[index])
         position = range(len(self))[index]
         return self.blob[self.offsets[position] : self.offsets[position + 1]].decode("utf-8", "surrogateescape")
+
+    def _slice(self, positions: range) -> PackedNames:
+        if positions.step != 1:
+            return self.select(np.array(positions, dtype=np.int64))
+        if len(positions) == len(self):
+            return self
+        offsets = self.offsets[positions.start : max(positions.start, positions.stop) + 1]
+        return PackedNames.from_buffers(self.blob[offsets[0] : offsets[-1]], offsets - offsets[0])
 
     def __iter__(self) -> Iterator[str]:
         start = 0

@@ -68,7 +68,7 @@ def lay_out(folders: Mapping[str, int], where: str) -> Layout:
     for split, names in class_names.items():
         if strangers := sorted(names.difference(classes)):
             raise ValueError(
-                f"{where}: {split} has {len(strangers)} class(es) that train lacks: {_some(strangers)}. All "
+                f"{where}: {split} has {len(strangers)} class(es) that train lacks: {first_few(strangers)}. All "
                 "splits share one class list: rename these folders or move them out."
             )
     rank = {name: label for label, name in enumerate(classes)} | {"": UNLABELED}
@@ -89,7 +89,7 @@ def _split_roots(folders: Mapping[str, int], where: str) -> dict[str, str]:
     if not named or (others and not any("/" in folder and folder.split("/")[0] in named for folder in folders)):
         return {"train": ""}
     if others:
-        logger.warning("%s: left out, being beside %s: %s", where, _some(named), _some(others))
+        logger.warning("%s: left out, being beside %s: %s", where, first_few(named), first_few(others))
     roots: dict[str, str] = {}
     for top in named:
         if (split := SPLIT_NAMES[top]) in roots:
@@ -111,6 +111,6 @@ def _with_class_names(split: str, root: str, inside: Mapping[str, int], where: s
     return [(name, folder) for name, folder in named if name]
 
 
-def _some(names: Collection[str]) -> str:
-    """The first few, for a message."""
+def first_few(names: Collection[str]) -> str:
+    """Ten of the names at most, for a message."""
     return ", ".join(list(names)[:10]) + (f" … ({len(names)} in all)" if len(names) > 10 else "")

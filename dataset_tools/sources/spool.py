@@ -1,4 +1,4 @@
-"""The cache folder: compressed tars are unpacked into it once; indices of large tars are kept there."""
+"""The cache folder: what is compressed is unpacked into it once; indices of large tars are kept there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import lzma
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -59,16 +59,16 @@ def plain_tar(archive: Path) -> tuple[Path, TarIndex]:
     """
     with open(archive, "rb") as file:
         magic = compression(file.read(16))
-    entry = cache_folder() / _key(archive)
+    entry = cache_entry([archive], ".tar")
     kept_index = entry.with_name(entry.name + ".npz")
     if magic is None:
         if (index := _load(kept_index)) is None:
             index = TarIndex.build(archive)
             if len(index.names) >= INDEX_KEPT_FROM:
-                with suppress(OSError), _alone(entry):
+                with suppress(OSError), alone(entry):
                     index.save(kept_index)
         return archive, index
-    with _alone(entry):
+    with alone(entry):
         if not entry.exists():
             partial = entry.with_name(entry.name + ".partial")
             try:
@@ -83,11 +83,16 @@ def plain_tar(archive: Path) -> tuple[Path, TarIndex]:
     return entry, index
 
 
-def _key(archive: Path) -> str:
-    status = archive.stat()
-    identity = f"{archive.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{archive.name.split('.')[0]}-{digest[:16]}.tar"
+def cache_entry(files: Sequence[Path], suffix: str, version: str = "") -> Path:
+    """Where the cache folder keeps what is made of `files` (one at least): a name that changes with the path,
+    size or modification time of any of them, and with `version`, which is that of the format.
+    """
+    identity = [version] if version else []
+    for file in files:
+        status = file.stat()
+        identity.append(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}")
+    digest = hashlib.sha256("\0".join(identity).encode("utf-8", "surrogateescape")).hexdigest()
+    return cache_folder() / f"{files[0].name.split('.')[0]}-{digest[:16]}{suffix}"
 
 
 def _load(kept_index: Path) -> TarIndex | None:
@@ -101,7 +106,7 @@ def _load(kept_index: Path) -> TarIndex | None:
 
 
 @contextmanager
-def _alone(entry: Path) -> Iterator[None]:
+def alone(entry: Path) -> Iterator[None]:
     """While this process holds the lock of a cache entry."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -118,18 +123,28 @@ def _alone(entry: Path) -> Iterator[None]:
 
 def _unpack(archive: Path, magic: bytes, target: Path) -> None:
     logger.info("unpacking %s once, into %s", archive, target.parent)
-    with open(target, "wb") as output, DECOMPRESSORS[magic](archive, "rb") as packed:
-        for chunk in _chunks(packed):
-            if shutil.disk_usage(target.parent).free < SPARE_BYTES + len(chunk):
-                raise OSError(
-                    errno.ENOSPC,
-                    f"no room to unpack {archive}: {target.parent} has less than {SPARE_BYTES >> 20} MiB "
-                    f"left after {output.tell() / 2**30:.1f} GiB; free some, or set LEOCLR_CACHE to a "
-                    "folder on a larger disk",
-                )
+    with DECOMPRESSORS[magic](archive, "rb") as packed:
+        write_chunks(_chunks(packed), target, f"unpack {archive}")
+
+
+def write_chunks(chunks: Iterable[bytes], target: Path, purpose: str) -> None:
+    """Writes `chunks`, one after the other. Raises OSError if less than SPARE_BYTES would be left."""
+    with open(target, "wb") as output:
+        for chunk in chunks:
+            check_room(target.parent, len(chunk), purpose, written_bytes=output.tell())
             output.write(chunk)
         output.flush()
         os.fsync(output.fileno())
+
+
+def check_room(folder: Path, needed_bytes: int, purpose: str, written_bytes: int = 0) -> None:
+    """Raises OSError, saying what for (`purpose`), if `folder` has no room for that and SPARE_BYTES."""
+    if shutil.disk_usage(folder).free < SPARE_BYTES + needed_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"no room to {purpose}: {folder} has less than {(SPARE_BYTES + needed_bytes) >> 20} MiB left after "
+            f"{written_bytes / 2**30:.1f} GiB; free some, or set LEOCLR_CACHE to a folder on a larger disk",
+        )
 
 
 def _chunks(packed: IO[bytes]) -> Iterator[bytes]:

@@ -1,8 +1,9 @@
-"""A tar of images, plain or compressed: [top/][split/]CLASS/**/name.ext."""
+"""A tar of images, plain or compressed: [top/][split/]CLASS/**/name.ext, or a tar of one tar for each class."""
 
 from __future__ import annotations
 
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,57 +11,53 @@ from numpy.typing import NDArray
 
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.byte_file import ByteFile
+from dataset_tools.sources.extent_split import ExtentSplit
 from dataset_tools.sources.layout import SPLIT_NAMES, lay_out
 from dataset_tools.sources.split import ImageSource, Split
 from dataset_tools.sources.spool import compression, plain_tar
-from dataset_tools.sources.tar_index import END_OF_ARCHIVE, DamagedArchiveError
-
-
-class TarSplit(Split):
-    """Images inside one uncompressed tar. Memory: the path and 32 bytes for each."""
-
-    def __init__(
-        self,
-        name: str,
-        tar: ByteFile,
-        names: PackedNames,
-        extents: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        classes: tuple[str, ...],
-    ) -> None:
-        """`extents` int64 [N, 2]: offset and size, in bytes, of each image in the tar."""
-        self.name, self.tar, self.names, self.extents = name, tar, names, extents
-        self.labels, self.classes = labels, classes
-
-    def read(self, index: int) -> bytes:
-        offset, size = map(int, self.extents[index])
-        return self.tar.read(offset, size, sample=self.names[index])
+from dataset_tools.sources.tar_index import END_OF_ARCHIVE, DamagedArchiveError, TarIndex, is_tar_of_tars
 
 
 def open_tar(archive: Path) -> ImageSource:
     """All images of a tar (plain, gz, bz2 or xz), in the order that the same files in a folder would have.
 
     One top-level folder around everything is looked through. Links and files that are no image are skipped,
-    so a class without images is unknown here. Raises ValueError if the file is no such tar, is damaged, holds
-    a name twice or an absolute or `..` path, or for its layout (`layout.lay_out`).
+    so a class without images is unknown here. A tar of plain tars (ILSVRC2012_img_train.tar) is read where it
+    is, as if it were train/ with a folder for each inner tar. Raises ValueError if the file is no such tar, is
+    damaged, holds a name twice or an absolute or `..` path, or for its layout (`layout.lay_out`).
     """
-    _check_kind(archive)
-    try:
-        tar, index = plain_tar(archive)
-    except DamagedArchiveError as error:
-        raise ValueError(f"the archive {archive} cannot be used: {error}") from error
+    tar, index = read_index(archive)
     ranges = index.folders()
     top = _common_top(list(ranges))
     layout = lay_out({folder[len(top) :]: stop - start for folder, (start, stop) in ranges.items()}, f"{archive}")
-    file, splits = ByteFile(tar), dict[str, Split]()
+    chosen: dict[str, slice | NDArray[np.int64]] = {}
+    labels: dict[str, NDArray[np.int64]] = {}
     for split, folders in layout.splits.items():
         spans = [ranges[f"{top}{folder}".rstrip("/")] for folder, _ in folders]
-        chosen = np.concatenate([np.arange(start, stop) for start, stop in spans])
-        labels = np.repeat([label for _, label in folders], [stop - start for start, stop in spans]).astype(np.int64)
-        names = PackedNames(index.names[position][len(top) :] for position in chosen)
-        extents = np.stack([index.offsets[chosen], index.sizes[chosen]], axis=1)
-        splits[split] = TarSplit(split, file, names, extents, labels, layout.classes)
-    return ImageSource(path=archive, kind="tar", splits=splits, classes=layout.classes)
+        chosen[split] = _positions(spans)
+        sizes = [stop - start for start, stop in spans]
+        labels[split] = np.repeat(np.array([label for _, label in folders], dtype=np.int64), sizes)
+    names, extents = index.names, index.extents
+    del index  # its names take as much memory as those of the splits, and go before the extents come
+    split_names = {split: _chosen_names(names, positions, top) for split, positions in chosen.items()}
+    del names
+    file, splits = ByteFile(tar), dict[str, Split]()
+    for split, positions in chosen.items():
+        splits[split] = ExtentSplit(split, file, split_names[split], extents[positions], labels[split], layout.classes)
+    kind = "tar of tars" if is_tar_of_tars(tar) else "tar"
+    return ImageSource(path=archive, kind=kind, splits=splits, classes=layout.classes)
+
+
+def read_index(archive: Path) -> tuple[Path, TarIndex]:
+    """The plain tar (a copy in the cache folder where `archive` is compressed) and where its images are.
+
+    Raises ValueError, naming `archive`, if it is no tar or is damaged.
+    """
+    _check_kind(archive)
+    try:
+        return plain_tar(archive)
+    except DamagedArchiveError as error:
+        raise ValueError(f"the archive {archive} cannot be used: {error}") from error
 
 
 def _check_kind(archive: Path) -> None:
@@ -73,8 +70,8 @@ def _check_kind(archive: Path) -> None:
     except tarfile.TarError as error:
         what = "is empty" if not head else "is no tar"
         raise ValueError(
-            f"the file {archive} {what}. A file must be a tar, plain or packed with gzip, bzip2 or xz; "
-            "unpack other archives (zip, zstd) into a folder and give that."
+            f"the file {archive} {what}. A file must be a tar, plain or packed with gzip, bzip2 or xz, or "
+            "Parquet; unpack other archives (zip, zstd) into a folder and give that."
         ) from error
 
 
@@ -84,3 +81,18 @@ def _common_top(folders: list[str]) -> str:
     if len(tops) != 1 or not all("/" in folder for folder in folders) or tops & SPLIT_NAMES.keys():
         return ""
     return f"{tops.pop()}/"
+
+
+def _positions(spans: list[tuple[int, int]]) -> slice | NDArray[np.int64]:
+    """The ranges [start, stop), one after the other: a slice, which copies less, where they are adjacent."""
+    if all(stop == start for (_, stop), (start, _) in pairwise(spans)):
+        return slice(spans[0][0], spans[-1][1])
+    return np.concatenate([np.arange(start, stop) for start, stop in spans])
+
+
+def _chosen_names(names: PackedNames, positions: slice | NDArray[np.int64], top: str) -> PackedNames:
+    """The names at `positions`, without `top` in front."""
+    if top:
+        numbers = range(len(names))[positions] if isinstance(positions, slice) else positions
+        return PackedNames(names[number][len(top) :] for number in numbers)
+    return names[positions] if isinstance(positions, slice) else names.select(positions)

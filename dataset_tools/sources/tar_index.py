@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import tarfile
 from array import array
-from collections import defaultdict
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,37 +31,30 @@ class TarIndex:
 
     names: PackedNames
     """Paths, without "./" at the front."""
-    offsets: NDArray[np.int64]
-    """int64 [N]: where the bytes of an image begin in the tar."""
-    sizes: NDArray[np.int64]
-    """int64 [N]: how many bytes they are."""
+    extents: NDArray[np.int64]
+    """int64 [N, 2]: where the bytes of an image begin in the tar, and how many they are."""
 
     @classmethod
     def build(cls, tar: Path) -> TarIndex:
         """Reads all headers (GNU and PAX long names and sizes, too), about 40,000 a second.
 
-        Raises DamagedArchiveError if the tar is cut short or damaged, holds a name twice, or an absolute or
-        `..` path.
+        The images of a tar of tars (see `is_tar_of_tars`) are named "train/STEM OF THE INNER TAR/name".
+        Raises DamagedArchiveError if the tar, or one inside, is cut short or damaged, holds a name twice, or
+        an absolute or `..` path.
         """
-        offsets, sizes = array("q"), array("q")
-        in_folder: dict[str, array[int]] = defaultdict(lambda: array("q"))
-
-        def names() -> Iterator[str]:
-            for name, offset, size in _images(tar):
-                in_folder[os.path.dirname(name)].append(len(offsets))
-                offsets.append(offset)
-                sizes.append(size)
-                yield name
-
-        try:
-            packed = PackedNames(names())
-        except tarfile.TarError as error:
-            raise DamagedArchiveError(f"it is damaged or cut short: {error}") from error
-        order = array("q")
-        for _, positions in sorted(in_folder.items()):
-            order.extend(sorted(positions, key=packed.__getitem__))
-        chosen = np.array(order, dtype=np.int64)
-        index = cls(packed.select(chosen), np.array(offsets)[chosen], np.array(sizes)[chosen])
+        names, extents, folder_rank = _read(tar)
+        order = np.argsort(folder_rank, kind="stable")
+        stop = 0
+        for count in np.bincount(folder_rank):
+            start, stop = stop, stop + int(count)
+            in_folder = order[start:stop].tolist()
+            if any(later < earlier for earlier, later in pairwise(map(names.__getitem__, in_folder))):
+                order[start:stop] = sorted(in_folder, key=names.__getitem__)
+        del folder_rank
+        if (order[1:] < order[:-1]).any():
+            extents = extents[order]  # one after the other, so that only one of them is there twice
+            names = names.select(order)
+        index = cls(names, extents)
         index._refuse_duplicates()
         return index
 
@@ -73,17 +68,26 @@ class TarIndex:
     def folders(self) -> dict[str, tuple[int, int]]:
         """Each folder that holds images → the range [start, stop) of them, in order."""
         ranges: dict[str, tuple[int, int]] = {}
-        for position, name in enumerate(self.names):
-            folder = os.path.dirname(name)
-            ranges[folder] = (ranges.get(folder, (position, 0))[0], position + 1)
+        start = 0
+        while start < len(self.names):
+            folder = os.path.dirname(self.names[start])
+            start, ranges[folder] = (stop := self._end_of(folder, start)), (start, stop)
         return ranges
+
+    def _end_of(self, folder: str, start: int) -> int:
+        """The first position after `start` that is in another folder: some 20 names are looked at, not all."""
+        step = 1
+        while start + step < len(self.names) and os.path.dirname(self.names[start + step]) == folder:
+            step *= 2
+        within = range(start + step // 2, min(start + step, len(self.names)))
+        return within.start + bisect_left(within, True, key=lambda at: os.path.dirname(self.names[at]) != folder)
 
     def save(self, path: Path) -> None:
         """As an .npz without pickles; atomic."""
         partial = path.with_name(path.name + ".partial")
         with open(partial, "wb") as file:
             blob = np.frombuffer(self.names.blob, dtype=np.uint8)
-            np.savez(file, blob=blob, ends=self.names.offsets, offsets=self.offsets, sizes=self.sizes)
+            np.savez(file, blob=blob, ends=self.names.offsets, extents=self.extents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -93,30 +97,102 @@ class TarIndex:
         """The inverse of `save`. Raises OSError, EOFError, ValueError, KeyError or zipfile.BadZipFile."""
         with np.load(path, allow_pickle=False) as saved:
             names = PackedNames.from_buffers(saved["blob"].tobytes(), saved["ends"])
-            index = cls(names, saved["offsets"], saved["sizes"])
-        if not len(names) == len(index.offsets) == len(index.sizes):
+            index = cls(names, saved["extents"])
+        if index.extents.shape != (len(names), 2):
             raise ValueError(f"{path} is inconsistent")
         return index
 
 
+def is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
+def is_tar_of_tars(tar: Path) -> bool:
+    """Whether all regular files of a tar are tars by their names, as in ILSVRC2012_img_train.tar.
+
+    Reads headers up to the first that is none. Raises DamagedArchiveError like `TarIndex.build`.
+    """
+    parts = None
+    with open(tar, "rb") as file:
+        for parts, _ in _members(file, 0, tar.stat().st_size):
+            if not is_tar(parts[-1]):
+                return False
+    return parts is not None
+
+
+def _read(tar: Path) -> tuple[PackedNames, NDArray[np.int64], NDArray[np.int32]]:
+    """Names, extents int64 [N, 2] and rank of the folder int32 [N] of all images, in the order of the archive."""
+    extents, folder_of, folders = array("q"), array("i"), dict[str, int]()
+
+    def names() -> Iterator[str]:
+        for name, offset, size in _nested_images(tar) if is_tar_of_tars(tar) else _images(tar):
+            folder_of.append(folders.setdefault(os.path.dirname(name), len(folders)))
+            extents.extend((offset, size))
+            yield name
+
+    packed = PackedNames(names())
+    rank = np.empty(len(folders), dtype=np.int32)
+    rank[[folders[folder] for folder in sorted(folders)]] = np.arange(len(folders))
+    return packed, np.frombuffer(extents, dtype=np.int64).reshape(-1, 2), rank[np.frombuffer(folder_of, dtype=np.int32)]
+
+
 def _images(tar: Path) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of each image, in the order of the archive."""
-    with tarfile.open(tar, "r:", encoding="utf-8", errors="surrogateescape") as archive:
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # else it keeps 1 kB for each
-            parts = [part for part in member.name.split("/") if part not in ("", ".")]
-            if member.name.startswith("/") or ".." in parts:
-                raise DamagedArchiveError(f"its member {member.name!r} has an absolute or `..` path, which is refused.")
-            if not member.isreg() or any(map(is_hidden, parts)) or not is_image(member.name):
-                continue
-            if member.issparse():
-                raise DamagedArchiveError(
-                    f"its member {member.name!r} is a sparse file; create the tar without --sparse."
-                )
-            yield "/".join(parts), member.offset_data, member.size
-        end = archive.offset
-    with open(tar, "rb") as file:  # tarfile also ends, silently, at a damaged header
-        file.seek(end)
-        if (block := file.read(tarfile.BLOCKSIZE)) != END_OF_ARCHIVE:
-            what = "a damaged header" if block else "the end of the file without the end-of-archive mark"
-            raise DamagedArchiveError(f"it is damaged or cut short: {what} at byte {end}")
+    with open(tar, "rb") as file:
+        for parts, member in _members(file, 0, tar.stat().st_size):
+            if is_image(parts[-1]):
+                yield "/".join(parts), member.offset_data, member.size
+
+
+def _nested_images(tar: Path) -> Iterator[tuple[str, int, int]]:
+    """The same for a tar of tars; the offsets count from the beginning of the outer one."""
+    stems: set[str] = set()
+    with open(tar, "rb") as file:
+        for outer, inner in _members(file, 0, tar.stat().st_size):
+            stem = outer[-1][: -len(".tar")]
+            if stem in stems:
+                raise DamagedArchiveError(f"it holds {outer[-1]!r} more than once; keep one of them.")
+            stems.add(stem)
+            images = 0
+            try:
+                for parts, member in _members(file, inner.offset_data, inner.offset_data + inner.size):
+                    if is_image(parts[-1]):
+                        yield f"train/{stem}/{'/'.join(parts)}", member.offset_data, member.size
+                        images += 1
+            except DamagedArchiveError as error:
+                raise DamagedArchiveError(f"in its member {inner.name!r}: {error}") from error
+            if not images:
+                raise DamagedArchiveError(f"its member {inner.name!r} holds no image.")
+
+
+def _members(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[list[str], tarfile.TarInfo]]:
+    """The regular, visible files of the tar that lies at bytes [start, stop) of `file`: the parts of the name
+    (one at least), and the rest. Raises DamagedArchiveError.
+    """
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # else it keeps 1 kB for each
+                parts = [part for part in member.name.split("/") if part not in ("", ".")]
+                if member.name.startswith("/") or ".." in parts:
+                    raise DamagedArchiveError(
+                        f"its member {member.name!r} has an absolute or `..` path, which is refused."
+                    )
+                if member.offset_data + (member.size if member.isreg() else 0) > stop:
+                    raise DamagedArchiveError(f"it is damaged or cut short: {member.name!r} goes on behind the end")
+                if not member.isreg() or not parts or any(map(is_hidden, parts)):
+                    continue
+                if member.issparse() and (is_image(parts[-1]) or is_tar(parts[-1])):
+                    raise DamagedArchiveError(
+                        f"its member {member.name!r} is a sparse file; create the tar without --sparse."
+                    )
+                yield parts, member
+            end = archive.offset
+    except tarfile.TarError as error:
+        raise DamagedArchiveError(f"it is damaged or cut short: {error}") from error
+    file.seek(end)  # tarfile also ends, silently, at a damaged header
+    block = file.read(min(tarfile.BLOCKSIZE, max(0, stop - end)))
+    if block != END_OF_ARCHIVE:
+        what = "a damaged header" if block else "the end of the file without the end-of-archive mark"
+        raise DamagedArchiveError(f"it is damaged or cut short: {what} at byte {end}")

@@ -199,7 +199,7 @@ def test_processes_that_start_at_once_unpack_once(write_tar, cache_folder: Path)
 def test_what_a_killed_process_left_is_overwritten(write_tar, cache_folder: Path) -> None:
     packed = write_tar(FILES, name="x.tar.gz", mode="w:gz")
     cache_folder.mkdir()
-    key = spool._key(packed)
+    key = spool.cache_entry([packed], ".tar").name
     (cache_folder / f"{key}.partial").write_bytes(b"half")
     (cache_folder / f"{key}.npz.partial").write_bytes(b"half")
     assert len(open_source(packed).splits["train"]) == 6
