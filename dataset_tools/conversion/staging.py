@@ -44,12 +44,17 @@ class Staging:
         sync_folder(self.folder)
 
     def publish(self, names: list[str]) -> None:
-        """Make the files called `names`, and nothing else, the folder DEST, in one step."""
+        """Make the files called `names`, and nothing else, the folder DEST, in one step.
+
+        Raises ValueError if one is missing.
+        """
         whole = self.folder / "whole"
         whole.mkdir(exist_ok=True)
         for name in names:
-            if (self.folder / name).exists():  # else an earlier call has moved it
+            if (self.folder / name).exists():
                 os.replace(self.folder / name, whole / final_name(name))
+            elif not (whole / final_name(name)).exists():  # else an earlier call has moved it
+                raise ValueError(f"{self.folder / name} is missing. Delete {self.folder} to start anew.")
         sync_folder(whole)
         os.rename(whole, self.destination)
         sync_folder(self.destination.parent)
@@ -128,13 +133,15 @@ def _alone(folder: Path) -> Iterator[int]:
                 raise FileNotFoundError
         except FileNotFoundError as error:
             raise RuntimeError(f"another process has just finished with {folder}; try again") from error
-        yield lock
+        try:
+            yield lock
+        finally:  # while it is ours: another process may have come by, and must not lose its folder
+            with suppress(OSError):
+                if not any(entry.name != "lock" for entry in os.scandir(folder)):
+                    (folder / "lock").unlink()
+                    folder.rmdir()
     finally:
         os.close(lock)
-        with suppress(OSError):
-            if not any(entry.name != "lock" for entry in os.scandir(folder)):
-                (folder / "lock").unlink()
-                folder.rmdir()
 
 
 def _difference(theirs: Any, ours: Any, name: str = "") -> str:
