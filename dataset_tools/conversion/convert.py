@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
@@ -157,8 +157,9 @@ class _Conversion:
             for split in splits
             if "finished" not in states.get(split.name, {})
         ]
-        with open(self.staging.folder / QUARANTINE_NAME, "ab") as self._quarantine:
-            self._quarantine.truncate(self.staging.state["quarantine_bytes"])
+        if not unfinished:  # quarantine.jsonl may be in its last place already
+            return 0
+        with self._open_quarantine() as self._quarantine:
             self._check_space(unfinished)
             images = sum(self._convert_split(conversion) for conversion in unfinished)
         self.progress.finish()
@@ -178,8 +179,28 @@ class _Conversion:
         )
         manifest.save(self.staging.folder)
         names = [name for entry in finished.values() for name in entry["working_files"]]
+        known = [file for split in manifest.splits.values() for file in (split.records, *split.files)]
+        for path, file in zip(map(self.staging.find, names), known, strict=True):
+            if path.stat().st_size != file.bytes:
+                raise ValueError(
+                    f"{path} has {path.stat().st_size:,} bytes and not {file.bytes:,}, as when it was finished. "
+                    f"Delete {self.staging.folder} to start anew."
+                )
         self.staging.publish([*names, QUARANTINE_NAME, MANIFEST_NAME])
         return manifest
+
+    def _open_quarantine(self) -> BinaryIO:
+        """quarantine.jsonl, cut back to what the journal knows."""
+        path, known = self.staging.folder / QUARANTINE_NAME, self.staging.state["quarantine_bytes"]
+        if known and (not path.exists() or path.stat().st_size < known):
+            raise ValueError(
+                f"the unfinished conversion cannot be continued: {path} is missing or shorter than the journal says. "
+                f"Delete {self.staging.folder} to start anew."
+            )
+        file = open(path, "r+b" if known else "w+b")  # noqa: SIM115
+        file.truncate(known)
+        file.seek(known)
+        return file
 
     def _convert_split(self, conversion: SplitConversion) -> int:
         begin = conversion.state["done"]
@@ -282,8 +303,13 @@ class _Conversion:
             left = conversion.stop - conversion.state["done"]
             spread = np.linspace(conversion.start, conversion.stop - 1, min(SPACE_SAMPLES, left)).astype(np.int64)
             tasks = [(int(position), int(position) + 1) for position in np.unique(spread)]
+            sizes = list[int]()
             with self._pool(conversion) as pool:
-                sizes = [len(done.payload) for done in pool.map(tasks) if done is not None]
+                for done in pool.map(tasks):
+                    if self.stop.requested:  # the conversion stops at its first step
+                        return
+                    if done is not None:
+                        sizes.append(len(done.payload))
             if sizes:
                 needed += int(left * (np.mean(sizes) + SAMPLE_OVERHEAD_BYTES[self.options.format]))
         free = shutil.disk_usage(self.staging.folder).free
@@ -333,8 +359,8 @@ def _chosen_splits(source: ImageSource, options: ConvertOptions) -> list[Split]:
 
 
 @contextmanager
-def disk_errors(staging: Staging) -> Iterator[None]:
-    """A full disk, in words."""
+def disk_errors(staging: Staging, then: str = "the same command continues") -> Iterator[None]:
+    """A full disk, in words; `then`: what comes after room was made."""
     try:
         yield
     except OSError as error:
@@ -342,6 +368,5 @@ def disk_errors(staging: Staging) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"the disk of {staging.folder} is full ({error.strerror}). Nothing that was written is lost: free some "
-            "space, and the same command continues",
+            f"the disk of {staging.folder} is full ({error.strerror}). Free some space, and {then}",
         ) from error

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from dataset_tools.formats.records import BLOCK_ROWS, ROW, SampleRecords, write_
 from dataset_tools.formats.tar_shards import shard_name
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.split import split_rank
-from dataset_tools.stop_signals import StopSignals, stop_signals
+from dataset_tools.stop_signals import StoppedBySignalError, StopSignals, stop_signals
+
+AGAIN = "give the same command again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,8 @@ def merge(
     num_workers = workers or len(os.sched_getaffinity(0))
     manifests = [part.manifest for part in opened]
     plan = {"merge": sorted(hashlib.sha256(repr(manifest).encode()).hexdigest() for manifest in manifests)}
-    with staged(target, plan) as staging, stop_signals(enabled=True) as stop, disk_errors(staging):
+    with staged(target, plan) as staging, stop_signals(enabled=True) as stop, disk_errors(staging, AGAIN):
+        staging.save()  # the plan: what a death leaves in `whole` must not meet the files of another merge
         _check_space(opened, staging)
         _check_files(opened, num_workers, stop)
         merged, names = {}, list[str]()
@@ -113,15 +117,15 @@ def _merge_split(
     """The manifest of a joined split, and the names of its files in the staging folder."""
     entries = [part.manifest.splits[name] for part in parts]
     records = [SampleRecords.open(part.folder / entry.records.name) for part, entry in zip(parts, entries, strict=True)]
-    rows = np.memmap(staging.folder / f"{name}.rows", ROW, mode="w+", shape=(sum(map(len, records)),))
+    rows = _new_rows(staging.folder / f"{name}.rows", sum(map(len, records)))
     positions = sum(entry.positions for entry in entries)
     page_bytes = None
     if parts[0].manifest.format == "ffcv":
-        beton = _merge_betons(name, parts, entries, records, rows, positions, staging)
+        beton = _merge_betons(name, parts, entries, records, rows, positions, staging, stop)
         files, page_bytes = hash_files([beton], num_workers, stop), int(read_beton_head(beton)["page_size"])
         working_files = [beton.name]
     else:
-        files = _copy_shards(name, parts, entries, records, rows, staging)
+        files = _copy_shards(name, parts, entries, records, rows, staging, stop)
         working_files = [file.name for file in files]
     names = PackedNames(each for part in records for each in part.names())
     path = staging.folder / f"{name}.records.safetensors"
@@ -142,6 +146,13 @@ def _merge_split(
     return manifest, [path.name, *working_files]
 
 
+def _new_rows(path: Path, count: int) -> NDArray[np.void]:
+    """ROW [count], mapped. The file has its room on the disk: a page without would kill the process (SIGBUS)."""
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, count * ROW.itemsize)
+    return np.memmap(path, ROW, mode="r+", shape=(count,))
+
+
 def _merge_betons(
     name: str,
     parts: list[_Part],
@@ -150,6 +161,7 @@ def _merge_betons(
     rows: NDArray[np.void],
     positions: int,
     staging: Staging,
+    stop: StopSignals,
 ) -> Path:
     page_bytes = max(entry.page_bytes or 0 for entry in entries)
     writer = BetonWriter(staging.folder / f"{name}.beton", num_reserved=positions, page_bytes=page_bytes)
@@ -159,12 +171,22 @@ def _merge_betons(
             with open(part.folder / entry.image_files[0], "rb", buffering=0) as file:
                 for start in range(0, len(samples), BLOCK_ROWS):
                     block = samples.rows(start, start + BLOCK_ROWS)
-                    writer.write(block, lambda offset, size, file=file: read_at(file.fileno(), size, offset))  # type: ignore[misc]
+                    writer.write(block, lambda offset, size, file=file: _read(file, size, offset, stop))  # type: ignore[misc]
                     rows[first : first + len(block)] = block
                     first += len(block)
         return writer.finish(rows)[0]
     finally:
         writer.close()
+
+
+def _read(file: FileIO, size: int, offset: int, stop: StopSignals) -> bytes:
+    _stop_if_asked(stop)
+    return read_at(file.fileno(), size, offset)
+
+
+def _stop_if_asked(stop: StopSignals) -> None:
+    if stop.requested:
+        raise StoppedBySignalError(f"stopped by {stop.name}; {AGAIN}")
 
 
 def _copy_shards(
@@ -174,6 +196,7 @@ def _copy_shards(
     records: list[SampleRecords],
     rows: NDArray[np.void],
     staging: Staging,
+    stop: StopSignals,
 ) -> list[FileEntry]:
     """The tars as they are, numbered through."""
     files: list[FileEntry] = []
@@ -187,6 +210,7 @@ def _copy_shards(
         known = {file.name: file for file in entry.files}
         for old in entry.image_files:
             for suffix in (".tar", ".idx"):
+                _stop_if_asked(stop)
                 source = known[Path(old).with_suffix(suffix).name]
                 target = Path(shard_name(name, shard)).with_suffix(suffix).name
                 shutil.copyfile(part.folder / source.name, staging.folder / target)

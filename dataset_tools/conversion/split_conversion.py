@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.treatment import Policy, UnusableImageError, treat
-from dataset_tools.formats.beton import BetonWriter
+from dataset_tools.formats.beton import BetonWriter, write_at
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, ROW
 from dataset_tools.formats.sample_writer import SampleWriter
 from dataset_tools.formats.tar_shards import ShardWriter
@@ -27,7 +27,8 @@ from dataset_tools.subsets import shuffled_order
 Positions: TypeAlias = tuple[int, int]
 """A task: positions [start, stop) of the order of the whole split."""
 DEAD_SOURCE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV, errno.ENXIO)
-"""Errors of a disk or a server, not of an image: the conversion stops, to be continued."""
+DEAD_MACHINE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors of a disk, a server or this machine, not of an image: the conversion stops, to be continued."""
 CHUNK_IMAGES = 64
 
 
@@ -80,7 +81,7 @@ def _read(split: Split, index: int) -> bytes:
     try:
         return split.read(index)
     except OSError as error:
-        if error.errno in DEAD_SOURCE:
+        if error.errno in (*DEAD_SOURCE, *DEAD_MACHINE):
             raise
         raise UnusableImageError(str(error.strerror or error)) from error
 
@@ -127,7 +128,6 @@ class SplitConversion:
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"the unfinished conversion cannot be continued: {error}. {remedy}") from error
         os.ftruncate(self._rows.fileno(), num_rows * ROW.itemsize)
-        self._rows.seek(0, os.SEEK_END)
 
     @property
     def writer(self) -> SampleWriter:
@@ -144,7 +144,7 @@ class SplitConversion:
         assert positions[0] == self.state["done"]
         rows, counts = images.rows.copy(), self.state["counts"]
         self.writer.write(rows, lambda offset, size: payload[offset : offset + size])
-        self._rows.write(rows.tobytes())
+        write_at(self._rows.fileno(), rows.tobytes(), self.state["rows"] * ROW.itemsize)
         passed = int((rows["handling"] == PASSED_THROUGH).sum())
         counts["passed_through"] += passed
         counts["reencoded"] += len(rows) - passed

@@ -50,15 +50,19 @@ class Staging:
         """
         whole = self.folder / "whole"
         whole.mkdir(exist_ok=True)
-        for name in names:
-            if (self.folder / name).exists():
-                os.replace(self.folder / name, whole / final_name(name))
-            elif not (whole / final_name(name)).exists():  # else an earlier call has moved it
-                raise ValueError(f"{self.folder / name} is missing. Delete {self.folder} to start anew.")
+        for path, name in [(self.find(name), name) for name in names]:
+            os.replace(path, whole / final_name(name))
         sync_folder(whole)
         os.rename(whole, self.destination)
         sync_folder(self.destination.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def find(self, name: str) -> Path:
+        """A working file, which an earlier `publish` may have moved. Raises ValueError if it is missing."""
+        for path in (self.folder / name, self.folder / "whole" / final_name(name)):
+            if path.exists():
+                return path
+        raise ValueError(f"{self.folder / name} is missing. Delete {self.folder} to start anew.")
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / JOURNAL_NAME

@@ -48,9 +48,14 @@ class ShardWriter(SampleWriter):
     """Writes SPLIT-000000.tar, SPLIT-000001.tar … into a folder, each of at most `shard_bytes` (but of one sample)."""
 
     def __init__(self, folder: Path, split: str, *, shard_bytes: int, state: dict[str, Any] | None = None) -> None:
-        """`state`: what `sync` returned, to continue. Raises ValueError if the tars do not hold what it says."""
+        """`state`: what `sync` returned, to continue. Raises FileNotFoundError or ValueError if the tars do not hold
+        what it says.
+        """
         self.folder, self.split, self.shard_bytes = folder, split, shard_bytes
-        self._shard, self._end = (int(state["shard"]), int(state["end"])) if state else (0, 0)
+        self._sizes, self._end = (list(state["sizes"]), int(state["end"])) if state else ([], 0)
+        for number, size in enumerate(self._sizes):
+            if self._path(number).stat().st_size != size:
+                raise ValueError(f"{self._path(number)} has another size than the journal says")
         path = self._path(self._shard)
         self._file = open(path, "r+b" if state else "w+b", buffering=0)  # noqa: SIM115
         if os.fstat(self._file.fileno()).st_size < self._end:
@@ -78,7 +83,7 @@ class ShardWriter(SampleWriter):
 
     def sync(self) -> dict[str, Any]:
         os.fsync(self._file.fileno())
-        return {"shard": self._shard, "end": self._end}
+        return {"sizes": list(self._sizes), "end": self._end}
 
     def finish(self, rows: NDArray[np.void]) -> list[Path]:
         self._close_shard()
@@ -100,6 +105,11 @@ class ShardWriter(SampleWriter):
     def descriptors(self) -> list[int]:
         return [self._file.fileno()]
 
+    @property
+    def _shard(self) -> int:
+        """The number of the tar that is being written: all before it are complete."""
+        return len(self._sizes)
+
     def _path(self, number: int) -> Path:
         return self.folder / shard_name(self.split, number)
 
@@ -118,7 +128,8 @@ class ShardWriter(SampleWriter):
     def _next_shard(self) -> None:
         self._close_shard()
         self._file.close()
-        self._shard, self._end = self._shard + 1, 0
+        self._sizes.append(self._end + END_BYTES)
+        self._end = 0
         self._file = open(self._path(self._shard), "w+b", buffering=0)  # noqa: SIM115
 
 
