@@ -120,6 +120,9 @@ class _Verification:
             logger.warning("%s is not in the manifest", name)
         if self.original is not None and (unknown := sorted(self.manifest.splits.keys() - self.original.keys())):
             yield f"the source has no split {', '.join(unknown)}"
+        if self.original is not None and self.manifest.options.get("split", "") is None:  # all were converted
+            for name in sorted(self.original.keys() - self.manifest.splits.keys()):
+                yield f"{name}: the source has {len(self.original[name]):,} images, here are none"
 
     def _gone(self, entry: SplitManifest) -> Iterator[FileEntry]:
         for file in (entry.records, *entry.files):

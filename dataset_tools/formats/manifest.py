@@ -133,8 +133,7 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Writes manifest.json, synced to the disk."""
         with open(folder / MANIFEST_NAME, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1, ensure_ascii=True)
-            file.write("\n")
+            file.write(_text(asdict(self)))
             file.flush()
             os.fsync(file.fileno())
 
@@ -145,7 +144,10 @@ class Manifest:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is no converted data set: it has no {MANIFEST_NAME}.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_bytes().decode()
+            content = json.loads(text)
+            content.pop("checksum", None)
+            written = _text(content)
             version = content["version"]
             if isinstance(version, int) and version > VERSION:
                 raise ValueError(
@@ -156,6 +158,8 @@ class Manifest:
             manifest = _build(cls, content | {"splits": splits, "classes": tuple(content["classes"]), "part": part})
             if manifest.format not in FORMATS or not splits:
                 raise ValueError(f"format {manifest.format!r}, {len(splits)} splits")
+            if text != written:
+                raise ValueError("it was changed after it was written: its checksum is wrong")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} cannot be used: {error}") from error
         return manifest
@@ -164,6 +168,12 @@ class Manifest:
 def is_converted(folder: Path) -> bool:
     """Whether a folder is a converted data set, whole or damaged."""
     return (folder / MANIFEST_NAME).is_file()
+
+
+def _text(content: dict[str, Any]) -> str:
+    """JSON with a checksum of the rest as its last entry, so that no damage goes unseen."""
+    checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps(content | {"checksum": checksum}, indent=1) + "\n"
 
 
 def _build(kind: type[Any], content: dict[str, Any]) -> Any:

@@ -74,8 +74,11 @@ class SampleRecords:
         return self.columns[column]
 
     def names(self) -> PackedNames:
-        """The names, in memory."""
-        return PackedNames.from_buffers(self.columns["name_bytes"].tobytes(), np.array(self.columns["name_ends"]))
+        """The names, in memory. Raises ValueError if they are damaged."""
+        try:
+            return PackedNames.from_buffers(self.columns["name_bytes"].tobytes(), np.array(self.columns["name_ends"]))
+        except ValueError as error:
+            raise ValueError(f"the record file {self.path} is damaged: its name {error}") from error
 
     def rows(self, start: int = 0, stop: int | None = None) -> NDArray[np.void]:
         """Samples [start, stop) as rows, in memory."""
