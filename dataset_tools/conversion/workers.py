@@ -247,7 +247,9 @@ class _payload:  # noqa: N801 - used as a function
 
     def __enter__(self) -> memoryview:
         if self._job.payload is not None:
-            self._map = mmap.mmap(self._job.payload, self._job.payload_bytes, prot=mmap.PROT_READ)
+            # All pages at once: a fault for each would cost as much as writing them to disk.
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self._map = mmap.mmap(self._job.payload, self._job.payload_bytes, flags=flags, prot=mmap.PROT_READ)
             self._view = memoryview(self._map)
         return self._view
 
