@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 QUARANTINE_NAME = "quarantine.jsonl"
 JOURNAL_EVERY_S = 5.0
-SPACE_SAMPLES = 64
+SPACE_SAMPLES = 32
 SAMPLE_OVERHEAD_BYTES = {"ffcv": 300, "webdataset": 2400}
 """Upper bounds, beside the image: row, record, name, tables; tar headers and padding, index line."""
 

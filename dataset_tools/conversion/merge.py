@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from dataset_tools.conversion.convert import QUARANTINE_NAME, disk_errors, summarize
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.staging import Staging, staged
-from dataset_tools.formats.beton import BetonWriter, read_at, read_beton_head
+from dataset_tools.file_io import read_at
+from dataset_tools.formats.beton import BetonWriter, read_beton_head
 from dataset_tools.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SplitManifest
 from dataset_tools.formats.records import BLOCK_ROWS, ROW, SampleRecords, write_records
 from dataset_tools.formats.tar_shards import shard_name
@@ -140,7 +141,7 @@ def _merge_split(
         reasons=dict(sorted(reasons.items())),
         quarantined=sum(entry.quarantined for entry in entries),
         page_bytes=page_bytes,
-        records=FileEntry.of(path, path.name),
+        records=hash_files([path], 1, stop)[0],
         files=tuple(files),
     )
     return manifest, [path.name, *working_files]
@@ -214,7 +215,7 @@ def _copy_shards(
                 source = known[Path(old).with_suffix(suffix).name]
                 target = Path(shard_name(name, shard)).with_suffix(suffix).name
                 shutil.copyfile(part.folder / source.name, staging.folder / target)
-                files.append(FileEntry(name=target, bytes=source.bytes, sha256=source.sha256))
+                files.append(replace(source, name=target))
             shard += 1
     return files
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.treatment import Policy, UnusableImageError, treat
-from dataset_tools.formats.beton import BetonWriter, write_at
+from dataset_tools.file_io import write_at
+from dataset_tools.formats.beton import BetonWriter
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, ROW
 from dataset_tools.formats.sample_writer import SampleWriter
 from dataset_tools.formats.tar_shards import ShardWriter
@@ -29,7 +30,7 @@ Positions: TypeAlias = tuple[int, int]
 DEAD_SOURCE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV, errno.ENXIO)
 DEAD_MACHINE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of a disk, a server or this machine, not of an image: the conversion stops, to be continued."""
-CHUNK_IMAGES = 64
+CHUNK_IMAGES = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,8 @@ def _reencode(image: Image.Image, policy: Policy, reason: str) -> Treated:
 def _fitted(image: Image.Image, policy: Policy) -> Image.Image:
     """In RGB, within the limits (Lanczos), without the metadata of the file."""
     try:
-        image = image.convert("RGB")
+        if image.mode != "RGB":
+            image = image.convert("RGB")
         size = policy.target_size(image.width, image.height)
         if size != image.size:
             image = image.resize(size, Image.Resampling.LANCZOS)

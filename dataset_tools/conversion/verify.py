@@ -16,13 +16,13 @@ from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.progress import Progress
 from dataset_tools.conversion.treatment import UnusableImageError, decode
 from dataset_tools.conversion.workers import WorkerPool
+from dataset_tools.file_io import read_at
 from dataset_tools.formats.beton import (
     ALLOCATION,
     METADATA,
     METADATA_START,
     beton_head,
     beton_tables,
-    read_at,
 )
 from dataset_tools.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SplitManifest
 from dataset_tools.formats.records import BLOCK_ROWS, HASH_BYTES, PASSED_THROUGH, SampleRecords

@@ -6,7 +6,9 @@ import logging
 import mmap
 import multiprocessing
 import os
+import resource
 import signal
+import threading
 import time
 import traceback
 from collections import deque
@@ -17,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, Generic, TypeVar
+
+from dataset_tools.file_io import write_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,9 @@ TASKS_AT_HAND = 2
 """A worker has the next task when it is done with one."""
 TASKS_AHEAD = 4
 """For each worker: more are not begun before the first one in order is done."""
+SPARE_DESCRIPTORS = 256
+"""For everything that is open beside pipes and payloads, and for the pieces of a task that is done again."""
+PARENT_EVERY_S = 1.0
 ANSWER_S = 30.0
 """Between the two messages of an answer."""
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
@@ -108,7 +115,7 @@ class WorkerPool(Generic[T, R]):
         """Each task once, in order. None at least every quarter of a second, to look at the clock and at signals."""
         source = iter(tasks)
         exhausted = False
-        window = TASKS_AHEAD * self._num_workers + 1
+        window = _room_for_payloads(TASKS_AHEAD * self._num_workers + 1, self._num_workers)
         while True:
             while not exhausted and len(self._order) < window:
                 try:
@@ -125,8 +132,8 @@ class WorkerPool(Generic[T, R]):
             if not self._order[0].done:
                 yield None
             while self._order and self._order[0].done:
+                self._hand_out()  # before the payload leaves the order, so that no new worker inherits it
                 job = self._order.popleft()
-                self._hand_out()
                 with _payload(job) as view:
                     yield Done(job.task, job.result, view)  # type: ignore[arg-type]
                 self._collect(0.0)
@@ -212,7 +219,7 @@ class WorkerPool(Generic[T, R]):
         inherited = [worker.connection.fileno() for worker in self._workers]
         inherited += [ours.fileno(), *self._descriptors()]
         inherited += [job.payload for job in self._order if job.payload is not None]
-        process = self._context.Process(target=_serve, args=(self._work, theirs, inherited), daemon=True)
+        process = self._context.Process(target=_serve, args=(self._work, theirs, inherited, os.getpid()), daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -263,12 +270,24 @@ class _payload:  # noqa: N801 - used as a function
             self._job.payload = None
 
 
-def _serve(work: Work[Any, Any], connection: Connection, inherited: list[int]) -> None:
+def _room_for_payloads(wanted: int, num_workers: int) -> int:
+    """How many payloads may wait, each being a descriptor. Where more are `wanted`, the soft limit is raised."""
+    others = SPARE_DESCRIPTORS + 3 * num_workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted + others:
+        soft = wanted + others if hard == resource.RLIM_INFINITY else min(wanted + others, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return max(1, min(wanted, soft - others))
+    return wanted
+
+
+def _serve(work: Work[Any, Any], connection: Connection, inherited: list[int], parent: int) -> None:
     """What a worker does until its task-giver is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the task-giver decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for descriptor in inherited:
         os.close(descriptor)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         while True:
             task = connection.recv()
@@ -282,6 +301,13 @@ def _serve(work: Work[Any, Any], connection: Connection, inherited: list[int]) -
         os._exit(0)
 
 
+def _end_with(parent: int) -> None:
+    """A task may take hours (a hash of 100 GB); nobody waits for it once the task-giver is gone."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_EVERY_S)
+    os._exit(0)
+
+
 def _answer(connection: Connection, result: Any, payload: list[bytes]) -> None:
     payload_bytes = sum(map(len, payload))
     if not payload_bytes:
@@ -289,18 +315,8 @@ def _answer(connection: Connection, result: Any, payload: list[bytes]) -> None:
         return
     descriptor = os.memfd_create("leoclr-payload")
     try:
-        for start in range(0, len(payload), 512):
-            _write_all(descriptor, payload[start : start + 512])
+        write_pieces(descriptor, payload)
         connection.send((result, "", payload_bytes))
         send_handle(connection, descriptor, os.getppid())
     finally:
         os.close(descriptor)
-
-
-def _write_all(descriptor: int, pieces: list[bytes]) -> None:
-    left = sum(map(len, pieces))
-    written = os.writev(descriptor, pieces)
-    if written < left:  # a signal, or more than 2 GiB
-        rest = memoryview(b"".join(pieces))[written:]
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset_tools.file_io import read_at, write_at
 from dataset_tools.formats.records import blocks
 from dataset_tools.formats.sample_writer import ReadBytes, SampleWriter
 
@@ -180,24 +181,6 @@ def beton_tables(rows: NDArray[np.void], first_id: int) -> tuple[NDArray[np.void
     allocations["sample_id"] = np.arange(first_id, first_id + len(rows))
     allocations["ptr"], allocations["size"] = rows["offset"], rows["num_bytes"]
     return metadata, allocations
-
-
-def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
-    """All of `data`, at `offset`. Raises OSError, as for a full disk."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """`size` bytes from `offset` on. Raises OSError if the file ends before."""
-    data = os.pread(descriptor, size, offset)
-    while 0 < len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
-        data += more
-    if len(data) != size:
-        raise OSError(f"the file ends {size - len(data)} bytes too early")
-    return data
 
 
 def _runs(

@@ -16,7 +16,6 @@ VERSION = 1
 FORMATS = ("ffcv", "webdataset")
 FFCV_BATCH_SIZE, FFCV_BATCHES_AHEAD = 256, 3
 """What FFCV's decoding memory is stated for; the latter is its default."""
-HASH_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,21 +25,15 @@ class FileEntry:
     name: str
     bytes: int
     sha256: str
-    """Hexadecimal, as `sha256sum` prints it."""
+    """Hexadecimal, as `sha256sum` prints it. Of a .beton it is that of its blocks' SHA-256 (32 bytes each, one behind
+    the other), so that all cores can compute it.
+    """
+    block_bytes: int | None = None
+    """How long a block is, all but the last; None: `sha256` is that of the file itself."""
 
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name:
             raise ValueError(f"{self.name!r} is no name of a file of this folder")
-
-    @classmethod
-    def of(cls, path: Path, name: str) -> FileEntry:
-        """Reads the file, which is or will be called `name`."""
-        digest, size = hashlib.sha256(), 0
-        with open(path, "rb", buffering=0) as file:
-            while chunk := file.read(HASH_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-        return cls(name=name, bytes=size, sha256=digest.hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

