@@ -1,0 +1,104 @@
+"""Small images with known pixels, in every encoding, whole and damaged; and folders compared by their bytes."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dataset_tools.conversion.treatment import Treated, decode
+
+
+def picture(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
+    """Smooth, not symmetric, and of another colour in each corner."""
+    y, x = np.mgrid[:height, :width]
+    planes = [x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1), (x + y) * 255 // max(width + height - 2, 1)]
+    return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8)).convert(mode)
+
+
+def flat(color: tuple[int, int, int], width: int = 24, height: int = 20) -> Image.Image:
+    return Image.new("RGB", (width, height), color)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def truth(data: bytes) -> np.ndarray:
+    """What torchvision's ImageFolder hands out: uint8 [H, W, 3]."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def pixels(treated: Treated) -> np.ndarray:
+    """Of what would lie on disk: uint8 [H, W, 3]."""
+    return np.asarray(decode(treated.data, treated.encoding, treated.width, treated.height))
+
+
+def with_frame(jpeg: bytes, *, marker: int = 0xC0, precision: int = 8, size: tuple[int, int] | None = None) -> bytes:
+    """A baseline JPEG whose start of frame says something else; `size` is (width, height)."""
+    at = jpeg.index(b"\xff\xc0")
+    height, width = (size[1], size[0]) if size else struct.unpack_from(">HH", jpeg, at + 5)
+    frame = b"\xff" + bytes([marker]) + jpeg[at + 2 : at + 4] + bytes([precision]) + struct.pack(">HH", height, width)
+    return jpeg[:at] + frame + jpeg[at + 9 :]
+
+
+def with_adobe_transform(jpeg: bytes, transform: int) -> bytes:
+    """A JPEG with an Adobe marker, of another colour transform: 0 none, 1 YCbCr, 2 YCCK."""
+    at = jpeg.index(b"Adobe") + 11
+    return jpeg[:at] + bytes([transform]) + jpeg[at + 1 :]
+
+
+def before_tables(jpeg: bytes, inserted: bytes) -> bytes:
+    """A JPEG with bytes inserted between two markers: before the first quantization table."""
+    at = jpeg.index(b"\xff\xdb")
+    return jpeg[:at] + inserted + jpeg[at:]
+
+
+def rotated_by_exif(image: Image.Image, **options: Any) -> bytes:
+    """A JPEG that says: turn me by 90 degrees."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(image, exif=exif, **options)
+
+
+def black_png(width: int, height: int, *, with_pixels: bool = True) -> bytes:
+    """Of any size, made in little memory; without pixels it is a header and nothing behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b""
+    if with_pixels:
+        compress = zlib.compressobj(1)
+        rows = b"".join([compress.compress(bytes(3 * width + 1)) for _ in range(height)]) + compress.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def write_files(root: Path, files: Mapping[str, bytes]) -> Path:
+    """Path → bytes; a path that ends in "/" is an empty folder."""
+    for name, data in files.items():
+        path = root / name
+        if name.endswith("/"):
+            path.mkdir(parents=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    return root
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
