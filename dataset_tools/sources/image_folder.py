@@ -70,7 +70,7 @@ def scan(root: Path) -> dict[str, PackedNames]:
             for entry in entries:
                 if is_hidden(entry.name):
                     continue
-                if _is_folder(entry):
+                if is_folder(entry):
                     waiting.append((f"{folder}/{entry.name}" if folder else entry.name, above | {identity}))
                 elif is_image(entry.name):
                     images.append(entry.name)
@@ -78,7 +78,8 @@ def scan(root: Path) -> dict[str, PackedNames]:
     return found
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself

@@ -6,14 +6,18 @@ import os
 from pathlib import Path
 
 from dataset_tools.sources.cifar import open_cifar
+from dataset_tools.sources.ilsvrc import open_ilsvrc_folder, open_ilsvrc_tar
 from dataset_tools.sources.image_folder import open_image_folder
+from dataset_tools.sources.parquet import open_parquet
 from dataset_tools.sources.split import ImageSource
 from dataset_tools.sources.stl10 import open_stl10
 from dataset_tools.sources.tar_archive import open_tar
 
 ALLOWED = (
-    "a folder [train/|val/|test/|unlabeled/]CLASS/name.jpg, a tar of one (plain, .gz, .bz2, .xz), or a "
-    "folder with CIFAR-10, CIFAR-100 or STL-10 files"
+    "a folder [train/|val/|test/|unlabeled/]CLASS/name.jpg, a tar of one (plain, .gz, .bz2, .xz), ImageNet's tars "
+    "(a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and its labels, or one of them) or Kaggle's "
+    "ILSVRC/ tree, Parquet files with an image column (one, or a folder), or a folder with CIFAR-10, CIFAR-100 or "
+    "STL-10 files"
 )
 PUBLISHED_FOLDERS = (
     "cifar-10-batches-bin",
@@ -29,15 +33,16 @@ def open_source(path: str | os.PathLike[str]) -> ImageSource:
     """Opens any source of images.
 
     Raises FileNotFoundError if there is nothing at `path`, ValueError if it is nothing that can be read as
-    images, OSError if it cannot be read at all; the message says what to do.
+    images, OSError if it cannot be read at all, RuntimeError if a package is missing that would read it; the
+    message says what to do.
     """
     place = Path(path).expanduser()
     if not place.exists():
         raise FileNotFoundError(f"there is nothing at {place}. Give the path of {ALLOWED}.")
     if place.is_dir():
-        return _open_published(place) or open_image_folder(place)
+        return _open_published(place) or open_ilsvrc_folder(place) or open_parquet(place) or open_image_folder(place)
     if place.is_file():
-        return open_tar(place)
+        return open_parquet(place) or open_ilsvrc_tar(place) or open_tar(place)
     raise ValueError(f"{place} is neither a file nor a folder. Give the path of {ALLOWED}.")
 
 

@@ -94,7 +94,8 @@ def remap(
         raise ValueError(f"{path} is damaged: its class names are missing or not distinct: {stored_classes}")
     if labels.min() < 0 or labels.max() >= len(stored_classes):
         raise ValueError(f"{path} is damaged: labels from {labels.min()} to {labels.max()} for {len(classes)} classes")
-    rank = np.array([classes.index(name) for name in stored_classes], dtype=np.int64)
+    rank = np.empty(len(classes), dtype=np.int64)
+    rank[sorted(range(len(classes)), key=stored_classes.__getitem__)] = np.arange(len(classes))
     return rank[labels], classes
 
 

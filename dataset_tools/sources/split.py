@@ -73,7 +73,8 @@ class ImageSource:
 
     path: Path
     kind: str
-    """What was recognised: "image folder", "tar", "CIFAR-10", "CIFAR-100", "STL-10"."""
+    """What was recognised: "image folder", "tar", "tar of tars", "ILSVRC2012", "Parquet", "CIFAR-10", "CIFAR-100",
+    "STL-10"."""
     splits: dict[str, Split]
     """In the order train, val, test, unlabeled; only those that hold images."""
     classes: tuple[str, ...]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset_tools.packed_names import PackedNames
+from dataset_tools.sources.array_file import save_arrays
 from dataset_tools.sources.layout import is_hidden, is_image
 
 END_OF_ARCHIVE = bytes(tarfile.BLOCKSIZE)
@@ -84,13 +85,8 @@ class TarIndex:
 
     def save(self, path: Path) -> None:
         """As an .npz without pickles; atomic."""
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
-            blob = np.frombuffer(self.names.blob, dtype=np.uint8)
-            np.savez(file, blob=blob, ends=self.names.offsets, extents=self.extents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        blob = np.frombuffer(self.names.blob, dtype=np.uint8)
+        save_arrays(path, {"blob": blob, "ends": self.names.offsets, "extents": self.extents})
 
     @classmethod
     def load(cls, path: Path) -> TarIndex:
@@ -172,7 +168,7 @@ def _members(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[list[str],
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
-            while (member := archive.next()) is not None:
+            while (member := archive.next()) is not None and member.offset < stop:
                 archive.members = []  # type: ignore[attr-defined]  # else it keeps 1 kB for each
                 parts = [part for part in member.name.split("/") if part not in ("", ".")]
                 if member.name.startswith("/") or ".." in parts:
@@ -188,7 +184,7 @@ def _members(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[list[str],
                         f"its member {member.name!r} is a sparse file; create the tar without --sparse."
                     )
                 yield parts, member
-            end = archive.offset
+            end = archive.offset if member is None else member.offset
     except tarfile.TarError as error:
         raise DamagedArchiveError(f"it is damaged or cut short: {error}") from error
     file.seek(end)  # tarfile also ends, silently, at a damaged header

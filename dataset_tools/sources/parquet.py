@@ -1,0 +1,353 @@
+"""Parquet files with an image column, as data sets on the Hugging Face hub are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_tools.packed_names import PackedNames
+from dataset_tools.sources.array_file import save_arrays
+from dataset_tools.sources.byte_file import ByteFile
+from dataset_tools.sources.extent_split import ExtentSplit
+from dataset_tools.sources.layout import first_few, is_image
+from dataset_tools.sources.parquet_files import is_parquet, split_files
+from dataset_tools.sources.raw_pixels import remap
+from dataset_tools.sources.split import UNLABELED, ImageSource, Split
+from dataset_tools.sources.spool import alone, cache_entry, check_room, write_chunks
+
+logger = logging.getLogger(__name__)
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "picture", "photo")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+BATCH_BYTES = 8 << 20
+"""Of images, at most about so many are in memory at a time."""
+FORMAT = "parquet 1"
+"""Of what is kept in the cache folder; part of its name."""
+
+MAGICS = {
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG": ".png",
+    b"RIFF": ".webp",
+    b"BM": ".bmp",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+    b"P5": ".pgm",
+    b"P6": ".ppm",
+}
+"""First bytes of an image → extension for its name."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is where in one Parquet file."""
+
+    image: str
+    """As pyarrow selects it: "image.bytes", or "image" for a column of bytes."""
+    path: str | None
+    """The same for the file name of an image."""
+    label: str | None
+    is_text: bool
+    """Labels are names, not numbers."""
+    class_names: tuple[str, ...] | None
+    """Of the numbers, where the file says so."""
+
+
+def open_parquet(place: Path) -> ImageSource | None:
+    """A Parquet file, or a folder of them, in the stored order; None if `place` is neither.
+
+    The image column is a struct of bytes and path, or bytes: the one called as in IMAGE_COLUMNS, or the only
+    one. The label column is called as in LABEL_COLUMNS, and holds numbers, which the file may name (-1: no
+    label), or names; labels become ranks of the sorted names. The images are copied into the cache folder
+    once, so that any order is read fast. Samples are named by the stored paths, where all are there and
+    distinct, else by number: "train/000000123.jpg".
+
+    Raises ValueError for a damaged file, columns that are missing or ambiguous, images that are not stored in
+    the file, or classes that train lacks; RuntimeError if pyarrow is missing; OSError if there is no room.
+    """
+    if place.is_file() and not is_parquet(place):
+        return None
+    files = split_files(place)
+    if not files:
+        return None
+    entry = cache_entry([path for paths in files.values() for path in paths], ".images", version=FORMAT)
+    with alone(entry):
+        if (splits := _load(entry)) is None:
+            _unpack(place, files, entry)
+            splits = _load(entry)
+            assert splits is not None, f"{entry} cannot be read right after it was written"
+    if not splits:
+        raise ValueError(f"{place} holds Parquet files without rows, so no image.")
+    classes = next(iter(splits.values())).classes
+    return ImageSource(path=place, kind="Parquet", splits=splits, classes=classes)
+
+
+def _load(entry: Path) -> dict[str, Split] | None:
+    """The splits that `_unpack` has kept; None if they are not there, or damaged."""
+    try:
+        with np.load(_index_of(entry), allow_pickle=False) as saved:
+            classes = tuple(_unpacked_names(saved, "classes"))
+            splits: dict[str, Split] = {}
+            for split in map(str, saved["splits"]):
+                names, extents = _unpacked_names(saved, f"{split}_names"), saved[f"{split}_extents"]
+                splits[split] = ExtentSplit(split, ByteFile(entry), names, extents, saved[f"{split}_labels"], classes)
+            if int(saved["bytes"]) == entry.stat().st_size:
+                return splits
+            logger.warning("%s has not its size, and is made again", entry)
+    except FileNotFoundError:
+        pass
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+        logger.warning("the index of %s cannot be read (%s), and both are made again", entry, error)
+    return None
+
+
+def _unpacked_names(saved: Any, key: str) -> PackedNames:
+    return PackedNames.from_buffers(saved[f"{key}_blob"].tobytes(), saved[f"{key}_ends"])
+
+
+def _packed_names(names: PackedNames, key: str) -> dict[str, NDArray[Any]]:
+    return {f"{key}_blob": np.frombuffer(names.blob, dtype=np.uint8), f"{key}_ends": names.offsets}
+
+
+def _index_of(entry: Path) -> Path:
+    return entry.with_name(entry.name + ".npz")
+
+
+def _unpack(place: Path, files: dict[str, list[Path]], entry: Path) -> None:
+    """Copies all images into the file `entry`, one after the other, and keeps names, labels and extents beside."""
+    columns = {path: find_columns(path) for paths in files.values() for path in paths}
+    labels, classes = _labels(place, files, columns)
+    purpose = f"unpack {place}"
+    check_room(entry.parent, sum(_image_bytes(path, found.image) for path, found in columns.items()), purpose)
+    logger.info("unpacking %s once, into %s", place, entry.parent)
+
+    sizes, kinds = array("q"), array("b")
+    partial = entry.with_name(entry.name + ".partial")
+    try:
+        chunks = (chunk for path, found in columns.items() for chunk in _chunks(path, found, sizes, kinds))
+        write_chunks(chunks, partial, purpose)
+        os.replace(partial, entry)
+    finally:
+        partial.unlink(missing_ok=True)
+
+    extents = np.empty((len(sizes), 2), dtype=np.int64)
+    extents[:, 1] = np.frombuffer(sizes, dtype=np.int64) if sizes else 0
+    np.cumsum(extents[:, 1], out=extents[:, 0])
+    extents[:, 0] -= extents[:, 1]
+    splits = [split for split in files if len(labels[split])]
+    saved: dict[str, NDArray[Any]] = {"splits": np.array(splits, dtype=np.str_), "bytes": np.array(sum(sizes))}
+    saved |= _packed_names(PackedNames(classes), "classes")
+    start = 0
+    for split in splits:
+        stop = start + len(labels[split])
+        names = _names(split, files[split], columns, kinds[start:stop])
+        saved |= _packed_names(names, f"{split}_names")
+        saved |= {f"{split}_extents": extents[start:stop], f"{split}_labels": labels[split]}
+        start = stop
+    assert start == len(sizes), f"{place}: {start} labels for {len(sizes)} images"
+    save_arrays(_index_of(entry), saved)
+
+
+def find_columns(path: Path) -> Columns:
+    """Raises ValueError if `path` is damaged, if there is no image column, or if there are several candidates."""
+    with _open(path) as file:
+        schema = file.schema_arrow
+    import pyarrow as pa  # _open has told what to do if it is missing
+
+    def is_binary(kind: Any) -> bool:
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    def is_text(kind: Any) -> bool:
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+    images: dict[str, tuple[str, str | None]] = {}
+    for field in schema:
+        if is_binary(field.type):
+            images[field.name] = field.name, None
+        elif pa.types.is_struct(field.type):
+            inside = {child.name: child.type for child in field.type}
+            if "bytes" in inside and is_binary(inside["bytes"]):
+                has_path = "path" in inside and is_text(inside["path"])
+                images[field.name] = f"{field.name}.bytes", f"{field.name}.path" if has_path else None
+    chosen = [name for name in images if name in IMAGE_COLUMNS] or list(images)
+    listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    if len(chosen) != 1:
+        what = f"several image columns, {first_few(chosen)}" if chosen else "no image column"
+        raise ValueError(
+            f"{path} has {what}; expected one of bytes, or a struct of bytes and path, called {IMAGE_COLUMNS[0]!r}. "
+            f"Rename or drop columns. Its columns: {listed}."
+        )
+    image, image_path = images[chosen[0]]
+
+    label_names = [field.name for field in schema if field.name in LABEL_COLUMNS]
+    if len(label_names) > 1:
+        raise ValueError(f"{path} has several label columns, {first_few(label_names)}; rename or drop all but one.")
+    if not label_names:
+        return Columns(image, image_path, None, False, None)
+    field = schema.field(label_names[0])
+    if not pa.types.is_integer(field.type) and not is_text(field.type):
+        raise ValueError(
+            f"{path}: its label column {field.name!r} holds {field.type}; expected one integer, or one text, an image."
+        )
+    return Columns(image, image_path, field.name, is_text(field.type), _class_names(path, schema, field.name))
+
+
+def _class_names(path: Path, schema: Any, label: str) -> tuple[str, ...] | None:
+    """What the Hugging Face metadata of a file call the numbers in column `label`."""
+    try:
+        stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = stored.get("info", {}).get("features", {})
+        names = features.get(label, {}).get("names")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its Hugging Face metadata cannot be read: {error}") from error
+    return tuple(map(str, names)) if names else None
+
+
+def _labels(
+    place: Path, files: dict[str, list[Path]], columns: dict[Path, Columns]
+) -> tuple[dict[str, NDArray[np.int64]], tuple[str, ...]]:
+    """Labels of each split, int64 [N], ranks in the sorted classes or -1, and these classes."""
+    described = {(found.is_text, found.class_names) for found in columns.values() if found.label}
+    if len(described) > 1:
+        raise ValueError(f"the Parquet files of {place} differ in their class names, or in the type of their labels.")
+    is_text, declared = described.pop() if described else (False, None)
+    numbers: dict[str, int] = {}  # text → number, in the order met
+    stored = {
+        split: np.concatenate([_stored_labels(path, columns[path], numbers) for path in paths])
+        for split, paths in files.items()
+    }
+    everything = np.concatenate(list(stored.values()))
+    if (everything < UNLABELED).any():
+        raise ValueError(f"{place} is damaged: its least label is {everything.min()}; -1 is for images without one.")
+    if is_text:
+        class_names = list(numbers)
+    elif declared:
+        class_names = list(declared)
+    else:
+        present = np.unique(everything[everything >= 0])
+        class_names = [str(number) for number in present]
+        stored = {
+            split: np.where(labels >= 0, np.searchsorted(present, labels), UNLABELED)
+            for split, labels in stored.items()
+        }
+    labels: dict[str, NDArray[np.int64]] = {}
+    classes: tuple[str, ...] = tuple(sorted(class_names))
+    for split, given in stored.items():
+        labels[split] = np.full(len(given), UNLABELED, dtype=np.int64)
+        if (known := given >= 0).any():
+            labels[split][known], classes = remap(given[known], class_names, place)
+    if "train" in labels and not declared:
+        in_train = np.unique(labels["train"])
+        for split in labels:
+            if len(strangers := np.setdiff1d(labels[split], [*in_train, UNLABELED])) and (in_train >= 0).any():
+                names = first_few([classes[label] for label in strangers])
+                raise ValueError(f"{place}: {split} has {len(strangers)} class(es) that train lacks: {names}.")
+    return labels, classes
+
+
+def _stored_labels(path: Path, columns: Columns, numbers: dict[str, int]) -> NDArray[np.int64]:
+    """The label column as int64 [N], -1 where there is none; texts count as `numbers` says, which grows."""
+    with _open(path) as file:
+        if columns.label is None:
+            return np.full(file.metadata.num_rows, UNLABELED, dtype=np.int64)
+        parts = [np.zeros(0, dtype=np.int64)]
+        for batch in file.iter_batches(batch_size=1 << 16, columns=[columns.label]):
+            if columns.is_text:
+                texts = batch.column(0).to_pylist()
+                found = [UNLABELED if text is None else numbers.setdefault(text, len(numbers)) for text in texts]
+                parts.append(np.array(found, dtype=np.int64))
+            else:
+                filled = batch.column(0).cast("int64").fill_null(UNLABELED)
+                parts.append(filled.to_numpy(zero_copy_only=False))
+    return np.concatenate(parts)
+
+
+def _chunks(path: Path, columns: Columns, sizes: array[int], kinds: array[int]) -> Iterator[bytes]:
+    """The images of a file, several at a time. Adds the size of each to `sizes`, and to `kinds` the position
+    in MAGICS, or -1.
+    """
+    with _open(path) as file:
+        rows = max(1, file.metadata.num_rows)
+        batch_size = max(1, min(1024, BATCH_BYTES * rows // max(1, _image_bytes(path, columns.image))))
+        row = 0
+        for batch in file.iter_batches(batch_size=batch_size, columns=[columns.image]):
+            images = _leaf(batch.column(0)).to_pylist()
+            if None in images:
+                raise ValueError(
+                    f"{path}: row {row + images.index(None)} has no image bytes. Store the images in the file "
+                    "(datasets: embed_external_files, or push_to_hub), not their paths."
+                )
+            for image in images:
+                sizes.append(len(image))
+                kinds.append(next((kind for kind, magic in enumerate(MAGICS) if image.startswith(magic)), -1))
+            row += len(images)
+            yield b"".join(images)
+
+
+def _names(split: str, files: list[Path], columns: dict[Path, Columns], kinds: array[int]) -> PackedNames:
+    """The stored paths below "SPLIT/" if all can be names and are distinct, else numbers."""
+    if all(columns[path].path for path in files):
+        names = PackedNames(f"{split}/{stored}" for path in files for stored in _stored_paths(path, columns[path]))
+        digests = np.fromiter((_digest(name) for name in names), dtype=np.uint64, count=len(names))
+        if np.unique(digests[digests != 0]).size == len(names):
+            return names
+    extensions = [*MAGICS.values(), ".bin"]  # the last one for -1
+    return PackedNames(f"{split}/{index:09}{extensions[kind]}" for index, kind in enumerate(kinds))
+
+
+def _stored_paths(path: Path, columns: Columns) -> Iterator[str]:
+    """ "" where there is none."""
+    with _open(path) as file:
+        for batch in file.iter_batches(batch_size=1 << 12, columns=[columns.path]):
+            yield from (stored or "" for stored in _leaf(batch.column(0)).to_pylist())
+
+
+def _leaf(column: Any) -> Any:
+    """The one column that was selected, be it inside a struct or not."""
+    return column.flatten()[0] if str(column.type).startswith("struct") else column
+
+
+def _digest(name: str) -> int:
+    """64 bits that tell names apart, or 0 for one that is no safe relative path of an image."""
+    parts = name.split("/")
+    if not is_image(name) or "" in parts or "." in parts or ".." in parts:
+        return 0
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _image_bytes(path: Path, column: str) -> int:
+    """How many bytes the image column of a file has, unpacked."""
+    with _open(path) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile; what goes wrong with it becomes a ValueError that names the file."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise RuntimeError(f"reading {path} needs pyarrow: pip install 'leoclr-fast[parquet]'") from error
+    try:
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path} is damaged or cut short ({error}); download it again.") from error

@@ -1,0 +1,111 @@
+"""Which Parquet files belong to which split, by their names, as on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from dataset_tools.sources.image_folder import is_folder
+from dataset_tools.sources.layout import SPLIT_NAMES, first_few, is_hidden, is_image
+from dataset_tools.sources.split import SPLIT_ORDER
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".parquet"
+MAGIC = b"PAR1"
+DEPTH = 3
+"""Folders deep that files are looked for: CONFIG/SPLIT/0000.parquet."""
+SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})$")
+
+
+def is_parquet(file: Path) -> bool:
+    """By its first bytes, or by its name, so that a damaged one is not taken for something else."""
+    with open(file, "rb") as opened:
+        return opened.read(len(MAGIC)) == MAGIC or is_parquet_name(file.name)
+
+
+def is_parquet_name(name: str) -> bool:
+    return name.lower().endswith(SUFFIX) and not is_hidden(name)
+
+
+def split_files(place: Path) -> dict[str, list[Path]]:
+    """The Parquet files at `place` (one file, or a folder), for each split in the order of their names; {} if
+    there is none, or if there are images, too.
+
+    A split is named by the beginning of the file name (train-00000-of-00005, validation.parquet), or by the
+    folder; where nothing is named, all is train. Raises ValueError if there are several data sets in folders
+    of their own, a split is named in two ways, or a shard (-00001-of-00005) is missing.
+    """
+    if place.is_file():
+        return {SPLIT_NAMES[_split_word(place.name) or "train"]: [place]}
+    files = _find(place)
+    if not files:
+        return {}
+    named: dict[str | None, list[str]] = defaultdict(list)
+    words: dict[str, set[str]] = defaultdict(set)
+    folders: set[str] = set()
+    for file in files:
+        folder, name = os.path.split(file)
+        parent, last = os.path.split(folder)
+        word = _split_word(name) or (last if last in SPLIT_NAMES else None)
+        split = SPLIT_NAMES[word] if word else None
+        named[split].append(file)
+        if split and word:
+            words[split].add(word)
+        folders.add(parent if last in SPLIT_NAMES else folder)
+    if len(folders) > 1:
+        raise ValueError(
+            f"{place} holds several Parquet data sets; give one of the folders: "
+            f"{first_few([str(place / folder) for folder in sorted(folders)])}."
+        )
+    for split, spellings in words.items():
+        if len(spellings) > 1:
+            raise ValueError(f"{place}: {first_few(sorted(spellings))} mean the same split, {split}: keep one.")
+    others = named.pop(None, [])
+    if not named:
+        named["train"] = others
+    elif others:
+        logger.warning("%s: left out, being of no split: %s", place, first_few(others))
+    _refuse_missing_shards(place, [file for paths in named.values() for file in paths])
+    return {split: [place / file for file in sorted(named[split])] for split in SPLIT_ORDER if split in named}
+
+
+def _find(place: Path) -> list[str]:
+    """Paths, relative to `place`; [] as soon as an image is met."""
+    found: list[str] = []
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        with os.scandir(place / folder) as entries:
+            for entry in entries:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if is_hidden(entry.name):
+                    continue
+                if is_folder(entry):
+                    if path.count("/") < DEPTH - 1:
+                        waiting.append(path)
+                elif is_image(entry.name):
+                    return []
+                elif is_parquet_name(entry.name):
+                    found.append(path)
+    return sorted(found)
+
+
+def _split_word(file_name: str) -> str | None:
+    """The first word of a file name that names a split: "valid" in "tiny-valid-00000.parquet"."""
+    return next((word for word in re.split(r"[-_.]", file_name) if word in SPLIT_NAMES), None)
+
+
+def _refuse_missing_shards(place: Path, files: list[str]) -> None:
+    present: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for file in files:
+        stem = file[: -len(SUFFIX)]
+        if match := SHARD.search(stem):
+            present[stem[: match.start()], int(match[2])].add(int(match[1]))
+    for (stem, count), numbers in present.items():
+        if missing := sorted(set(range(count)) - numbers):
+            shards = [f"{stem}-{number:05}-of-{count:05}{SUFFIX}" for number in missing]
+            raise ValueError(f"{place} lacks {len(missing)} of {count} files: {first_few(shards)}; download them.")
