@@ -15,7 +15,8 @@ def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Writes an .npz, which appears whole or not at all; `numpy.load` reads it. No array may hold objects."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
-        np.savez(file, **arrays)
+        named: dict[str, Any] = dict(arrays)
+        np.savez(file, **named)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
