@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dataset_tools.conversion.treatment import Policy
 from dataset_tools.formats.beton import page_bytes_for
-from dataset_tools.formats.manifest import FFCV_BATCH_SIZE, FFCV_BATCHES_AHEAD
+from dataset_tools.formats.manifest import FFCV_BATCH_SIZE, FFCV_BATCHES_AHEAD, FORMATS
 from dataset_tools.formats.tar_shards import parse_bytes
 
 DECODE_LIMIT_BYTES = 4 << 30
@@ -16,6 +16,14 @@ DEFAULT_MAX_SIDE = math.isqrt((DECODE_LIMIT_BYTES - 1) // ((FFCV_BATCHES_AHEAD +
 """Pixels: with no side above this, FFCV's stock decoders stay under 4 GiB."""
 UNLIMITED_PAGE_BYTES = 1 << 23
 """Where the images have no limit: FFCV's own page size, and larger ones if a sample needs it."""
+
+_ALLOWED: dict[str, tuple[str | None, ...]] = {
+    "format": FORMATS,
+    "mode": ("auto", "passthrough", "reencode"),
+    "check": ("header", "decode"),
+    "order": ("source", "shuffled", None),
+}
+"""The command line asks for these by their types; others may not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +56,9 @@ class ConvertOptions:
     """I/N: convert only the I-th of N parts of each split (1/N … N/N); `merge` joins them."""
 
     def __post_init__(self) -> None:
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name} {getattr(self, name)} is not allowed: give {_either(allowed)}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality {self.quality} is not allowed: give 1 to 100")
         if self.short_side is not None and self.short_side < 1:
@@ -119,3 +130,8 @@ class ConvertOptions:
         if self.format != "webdataset":
             del identity["shard_size"]
         return identity
+
+
+def _either(values: tuple[str | None, ...]) -> str:
+    *some, last = [value for value in values if value]
+    return f"{', '.join(some)} or {last}"

@@ -1,0 +1,364 @@
+"""What each option does to the result, what it does not, and what is not allowed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import DECODE_LIMIT_BYTES, DEFAULT_MAX_SIDE, ConvertOptions
+from dataset_tools.formats.beton import page_bytes_for
+from dataset_tools.formats.manifest import Manifest
+from dataset_tools.formats.tar_shards import parse_bytes
+from dataset_tools.sources import open_source
+from dataset_tools.sources.converted import open_converted
+from dataset_tools.subsets import shuffled_order
+from tests.dataset_tools.conversion.pictures import encoded, flat, folder_bytes, noise, picture, truth, write_files
+
+FORMATS = ("ffcv", "webdataset")
+NUM_IMAGES = 200
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 images, train and val, some to be re-encoded, some damaged."""
+    files = {}
+    for number in range(NUM_IMAGES):
+        name = f"{'val' if number % 5 == 0 else 'train'}/class{number % 3}/{number:03}"
+        image = flat((number, 255 - number, 7), 20 + number % 11, 20 + number % 7)
+        if number % 41 == 3:
+            files[f"{name}.jpg"] = b"damaged"
+        elif number % 10 == 7:
+            files[f"{name}.png"] = encoded(image, "PNG")
+        elif number % 10 == 8:
+            files[f"{name}.jpg"] = encoded(image.convert("CMYK"))
+        else:
+            files[f"{name}.jpg"] = encoded(image)
+    return write_files(tmp_path_factory.mktemp("options"), files)
+
+
+class TestSameBytes:
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("order", ["source", "shuffled"])
+    def test_for_any_number_of_workers(self, source: Path, tmp_path: Path, format: str, order: str) -> None:
+        options = ConvertOptions(format=format, order=order, shard_size="64KiB")
+        made = []
+        for workers in (1, 2, 3):
+            convert(source, tmp_path / str(workers), options, workers=workers)
+            made.append(folder_bytes(tmp_path / str(workers)))
+        assert made[0] == made[1] == made[2]
+        suffixes = {Path(name).suffix for name in made[0]}
+        images = {".beton"} if format == "ffcv" else {".tar", ".idx"}
+        assert suffixes == {".json", ".jsonl", ".safetensors"} | images
+
+    def test_wherever_the_source_and_the_result_lie(self, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").symlink_to(source, target_is_directory=True)
+        convert(source, tmp_path / "one", ConvertOptions(format="ffcv"), workers=1)
+        convert(tmp_path / "elsewhere", tmp_path / "deep" / "two", ConvertOptions(format="ffcv"), workers=1)
+        assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "deep" / "two")
+
+    def test_of_defaults_given_in_words(self, source: Path, tmp_path: Path) -> None:
+        convert(source, tmp_path / "one", ConvertOptions(format="ffcv"), workers=1)
+        explicit = ConvertOptions(format="ffcv", order="source", max_side=1057, seed=5, shard_size="1GiB", quality=90)
+        convert(source, tmp_path / "two", explicit, workers=1)
+        assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+
+
+class TestOrder:
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_shuffled_is_a_permutation_that_the_seed_chooses(self, source: Path, tmp_path: Path, format: str) -> None:
+        orders = {}
+        for seed in (0, 1):
+            options = ConvertOptions(format=format, order="shuffled", seed=seed)
+            convert(source, tmp_path / str(seed), options, workers=2)
+            for name, split in open_converted(tmp_path / str(seed)).splits.items():
+                orders[seed, name] = split.records["source_index"].tolist()
+                original = open_source(source).splits[name]
+                positions = split.records["position"]
+                expected = shuffled_order(len(original), seed)
+                np.testing.assert_array_equal(orders[seed, name], expected[positions])
+                assert (np.diff(positions) > 0).all()
+                assert [original.names[index] for index in orders[seed, name]] == list(split.names)
+        for name in ("train", "val"):
+            assert orders[0, name] != orders[1, name]
+            assert sorted(orders[0, name]) == sorted(orders[1, name])
+            assert orders[0, name] != sorted(orders[0, name])
+
+    def test_the_default_is_shuffled_for_webdataset_only(self) -> None:
+        assert ConvertOptions(format="webdataset").settled_order == "shuffled"
+        assert ConvertOptions(format="ffcv").settled_order == "source"
+        assert ConvertOptions(format="webdataset", order="source").settled_order == "source"
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_source_order(self, source: Path, tmp_path: Path, format: str) -> None:
+        convert(source, tmp_path / "made", ConvertOptions(format=format, order="source"), workers=2)
+        for split in open_converted(tmp_path / "made").splits.values():
+            assert list(split.names) == sorted(split.names)
+            assert (np.diff(split.records["source_index"]) > 0).all()
+
+
+def test_split(source: Path, tmp_path: Path) -> None:
+    summary = convert(source, tmp_path / "made", ConvertOptions(format="ffcv", split="val"), workers=1)
+    assert list(summary["splits"]) == list(Manifest.load(tmp_path / "made").splits) == ["val"]
+    assert Manifest.load(tmp_path / "made").classes == ("class0", "class1", "class2")
+    with pytest.raises(ValueError, match=r"there is no split 'test' in .*; it has train, val"):
+        convert(source, tmp_path / "other", ConvertOptions(format="ffcv", split="test"), workers=1)
+
+
+def test_shard_size(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "made", ConvertOptions(format="webdataset", shard_size="64KiB"), workers=1)
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "made").glob("train-*.tar"))]
+    assert len(sizes) > 3
+    assert max(sizes) <= 64 << 10
+    assert min(sizes[:-1]) > 56 << 10, "all but the last are full"
+
+
+def test_a_sample_larger_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None:
+    files = {f"a/{number}.jpg": encoded(flat((number, 0, 0))) for number in range(4)}
+    files["a/2.jpg"] = encoded(noise(300, 300), quality=95)
+    root = write_files(tmp_path / "source", files)
+    options = ConvertOptions(format="webdataset", order="source", shard_size="64KiB")
+    convert(root, tmp_path / "made", options, workers=1)
+    split = open_converted(tmp_path / "made").splits["train"]
+    assert split.records["shard"].tolist() == [0, 0, 1, 2]
+    assert (tmp_path / "made" / "train-000001.tar").stat().st_size > 64 << 10
+    assert split.read(2) == files["a/2.jpg"]
+
+
+class TestLimits:
+    def test_the_default_keeps_ffcvs_decoders_under_4_gib(self) -> None:
+        assert DEFAULT_MAX_SIDE == 1057
+        assert 5 * 256 * 1057 * 1057 * 3 < DECODE_LIMIT_BYTES == 4 * 2**30
+        assert DECODE_LIMIT_BYTES <= 5 * 256 * 1058 * 1058 * 3
+
+    def test_defaults(self) -> None:
+        assert ConvertOptions(format="ffcv").settled_max_side == 1057
+        assert ConvertOptions(format="ffcv", max_side=0).settled_max_side is None
+        assert ConvertOptions(format="ffcv", short_side=256).settled_max_side is None
+        assert ConvertOptions(format="ffcv", short_side=256, max_side=900).settled_max_side == 900
+        assert ConvertOptions(format="ffcv", mode="passthrough").settled_max_side is None
+        assert ConvertOptions(format="webdataset").settled_max_side is None
+
+    def test_in_the_manifest(self, tmp_path: Path) -> None:
+        root = write_files(tmp_path / "source", {"a/1.jpg": encoded(picture(1200, 30)), "a/2.jpg": encoded(picture())})
+        summary = convert(root, tmp_path / "made", ConvertOptions(format="ffcv"), workers=1)
+        split = Manifest.load(tmp_path / "made").splits["train"]
+        assert (split.max_width, split.max_height) == (1057, 30)
+        assert split.ffcv_decode_bytes == 5 * 256 * 1057 * 30 * 3
+        assert summary["splits"]["train"]["ffcv_decode_gib"] == round(5 * 256 * 1057 * 30 * 3 / 2**30, 2)
+        assert summary["reencoded_because"] == {"larger than the limit": 1}
+
+    def test_short_side_256_leaves_no_side_under_224(self) -> None:
+        policy = ConvertOptions(format="ffcv", short_side=256).policy
+        sides = sorted({*range(1, 40), 100, 223, 224, 225, 255, 256, 257, 300, 499, 500, 1024, 1057, 4096, 9999, 65535})
+        for width, height in product(sides, sides):
+            scaled = policy.target_size(width, height)
+            assert min(scaled) == min(256, width, height)
+            if min(width, height) <= 256:
+                assert scaled == (width, height)
+            else:
+                assert abs(scaled[0] * height - scaled[1] * width) <= max(width, height), "the ratio, but for rounding"
+
+    @pytest.mark.parametrize("limit", [1, 2, 31, 256, 1057])
+    def test_max_side(self, limit: int) -> None:
+        policy = ConvertOptions(format="webdataset", max_side=limit).policy
+        for width, height in product([1, 2, 3, 30, 31, 32, 255, 256, 257, 1056, 1057, 1058, 30_000], repeat=2):
+            scaled = policy.target_size(width, height)
+            assert max(scaled) == min(limit, max(width, height))
+            assert min(scaled) >= 1
+            assert (scaled == (width, height)) == (max(width, height) <= limit)
+
+    def test_both(self) -> None:
+        policy = ConvertOptions(format="ffcv", short_side=256, max_side=400).policy
+        assert policy.target_size(1000, 500) == (400, 200)
+        assert policy.target_size(500, 400) == (320, 256)
+        assert policy.target_size(300, 1200) == (100, 400)
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_whole_conversion(self, tmp_path: Path, format: str) -> None:
+        sizes = [(300, 200), (80, 640), (64, 64), (20, 30), (65, 500)]
+        files = {f"a/{number}.jpg": encoded(picture(*size)) for number, size in enumerate(sizes)}
+        files |= {f"b/{number}.png": encoded(picture(*size), "PNG") for number, size in enumerate(sizes)}
+        root = write_files(tmp_path / "source", files)
+        options = ConvertOptions(format=format, order="source", short_side=64)
+        summary = convert(root, tmp_path / "made", options, workers=1)
+        split = open_converted(tmp_path / "made").splits["train"]
+        expected = [(96, 64), (64, 512), (64, 64), (20, 30), (64, 492)] * 2
+        found = zip(split.records["width"].tolist(), split.records["height"].tolist(), strict=True)
+        assert list(found) == expected
+        for index, (width, height) in enumerate(expected):
+            assert truth(split.read(index)).shape == (height, width, 3)
+        assert summary["splits"]["train"]["max_width"] == 96
+        assert summary["splits"]["train"]["max_height"] == 512
+
+
+class TestPages:
+    def test_page_sizes(self) -> None:
+        for largest, page in (
+            (0, 2 << 20),
+            (1, 2 << 20),
+            (2 << 20, 2 << 20),
+            ((2 << 20) + 1, 4 << 20),
+            (3 * 1057**2, 4 << 20),
+            ((1 << 30) + 1, 2 << 30),
+        ):
+            assert page_bytes_for(largest) == page
+
+    def test_the_largest_raw_image_fits(self) -> None:
+        for side in (1, 100, 836, 837, 1057, 5000):
+            page = ConvertOptions(format="ffcv", max_side=side).page_bytes
+            assert page is not None
+            assert 3 * side * side <= page
+            assert page == 2 << 20 or 3 * side * side > page // 2
+            assert math.log2(page).is_integer()
+        assert ConvertOptions(format="ffcv", max_side=0).page_bytes == 8 << 20
+        assert ConvertOptions(format="webdataset").page_bytes is None
+
+
+class TestIdentity:
+    """What is written into the manifest, and must agree for a conversion to be continued."""
+
+    def test_holds_all_that_the_bytes_depend_on(self) -> None:
+        assert ConvertOptions(format="ffcv").identity() == {
+            "format": "ffcv",
+            "split": None,
+            "mode": "auto",
+            "check": "header",
+            "order": "source",
+            "short_side": None,
+            "max_side": 1057,
+            "quality": 90,
+            "part": None,
+        }
+        assert ConvertOptions(format="webdataset", seed=3).identity() == {
+            "format": "webdataset",
+            "split": None,
+            "mode": "auto",
+            "check": "header",
+            "order": "shuffled",
+            "seed": 3,
+            "short_side": None,
+            "max_side": None,
+            "quality": 90,
+            "shard_size": 256 << 20,
+            "part": None,
+        }
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"format": "ffcv"},
+            {"split": "train"},
+            {"mode": "reencode"},
+            {"check": "decode"},
+            {"order": "source"},
+            {"seed": 1},
+            {"short_side": 256},
+            {"max_side": 256},
+            {"quality": 91},
+            {"shard_size": "1MB"},
+            {"part": "1/2"},
+        ],
+    )
+    def test_differs_with_each(self, change: dict[str, object]) -> None:
+        base = ConvertOptions(format="webdataset")
+        assert replace(base, **change).identity() != base.identity()
+
+    def test_a_destination_made_with_other_options_is_refused(self, source: Path, tmp_path: Path) -> None:
+        convert(source, tmp_path / "made", ConvertOptions(format="ffcv", split="val"), workers=1)
+        before = folder_bytes(tmp_path / "made")
+        again = convert(source, tmp_path / "made", ConvertOptions(format="ffcv", split="val"), workers=3)
+        assert again["images_per_s"] is None
+        assert again["samples"] == Manifest.load(tmp_path / "made").splits["val"].samples
+        with pytest.raises(FileExistsError, match="a converted data set already, of another source or with other opt"):
+            convert(source, tmp_path / "made", ConvertOptions(format="ffcv", split="val", quality=80), workers=1)
+        assert folder_bytes(tmp_path / "made") == before
+
+    def test_a_destination_that_holds_something_else_is_refused(self, source: Path, tmp_path: Path) -> None:
+        write_files(tmp_path / "made", {"thesis.txt": b"years of work"})
+        with pytest.raises(FileExistsError, match=r"made is there already. Give another destination, or delete it"):
+            convert(source, tmp_path / "made", ConvertOptions(format="ffcv"), workers=1)
+        assert folder_bytes(tmp_path / "made") == {"thesis.txt": b"years of work"}
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(FileExistsError, match=r"file is there already"):
+            convert(source, tmp_path / "file", ConvertOptions(format="ffcv"), workers=1)
+
+    def test_an_empty_destination_is_used(self, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "made").mkdir()
+        convert(source, tmp_path / "made", ConvertOptions(format="ffcv", split="val"), workers=1)
+        assert (tmp_path / "made" / "val.beton").is_file()
+        assert not (tmp_path / "made.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quality": 0}, "--quality 0 is not allowed: give 1 to 100"),
+        ({"quality": 101}, "--quality 101 is not allowed: give 1 to 100"),
+        ({"short_side": 0}, "--short-side 0 is not allowed: give at least 1 pixel"),
+        ({"short_side": -5}, "--short-side -5 is not allowed: give at least 1 pixel"),
+        ({"max_side": -1}, "--max-side -1 is not allowed: give at least 1 pixel, or 0 for no limit"),
+        ({"mode": "passthrough", "short_side": 9}, "--mode passthrough changes no image, so --short-side and --max-s"),
+        ({"mode": "passthrough", "max_side": 9}, "leave them out, or use --mode auto, which re-encodes only what is"),
+        ({"shard_size": "65535"}, "--shard-size 65535 is not allowed: give at least 64KiB"),
+        ({"shard_size": "much"}, "'much' is no size; write for example 256MiB, 1GB or a number of bytes"),
+        ({"shard_size": "-1MB"}, "'-1MB' is no size"),
+        ({"part": "3"}, "--part 3 is not allowed: give I/N with 1 <= I <= N, for example 3/8"),
+        ({"part": "0/2"}, "--part 0/2 is not allowed"),
+        ({"part": "3/2"}, "--part 3/2 is not allowed"),
+        ({"part": "a/b"}, "--part a/b is not allowed"),
+        ({"part": "1/"}, "--part 1/ is not allowed"),
+        ({"part": "-1/2"}, "--part -1/2 is not allowed"),
+        ({"part": "1/2/3"}, "--part 1/2/3 is not allowed"),
+        ({"part": ""}, "--part  is not allowed"),
+        ({"format": "tfrecord"}, "--format tfrecord is not allowed: give ffcv or webdataset"),
+        ({"mode": "fast"}, "--mode fast is not allowed: give auto, passthrough or reencode"),
+        ({"check": "all"}, "--check all is not allowed: give header or decode"),
+        ({"order": "random"}, "--order random is not allowed: give source or shuffled"),
+    ],
+)
+def test_what_is_not_allowed(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConvertOptions(**{"format": "ffcv", **options})
+
+
+def test_passthrough_with_no_limit_is_allowed() -> None:
+    assert ConvertOptions(format="ffcv", mode="passthrough", max_side=0).settled_max_side is None
+
+
+def test_workers_and_parts_that_are_not_allowed(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--workers 0 is not allowed: give at least 1"):
+        convert(source, tmp_path / "made", ConvertOptions(format="ffcv"), workers=0)
+    with pytest.raises(ValueError, match="val has 40 images, too few for 41 parts"):
+        convert(source, tmp_path / "made", ConvertOptions(format="ffcv", part="1/41"), workers=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("65536", 65536),
+        ("64KiB", 65536),
+        ("64 kib", 65536),
+        ("256MiB", 256 << 20),
+        ("1GB", 10**9),
+        ("1.5GiB", 3 << 29),
+        ("2g", 2 * 10**9),
+        ("1TiB", 1 << 40),
+        ("100 B", 100),
+        (" 7mb ", 7 * 10**6),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "1XB", "1 2", "0x10", "1e9", "1,5GB", "∞", "1MiBB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size; write for example 256MiB"):
+        parse_bytes(text)

@@ -1,0 +1,462 @@
+"""What is converted is read by the libraries it is made for, FFCV's stock Loader, webdataset and DALI; and by ours."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.conversion.verify import verify
+from dataset_tools.formats.beton import ALLOCATION, FIELD, HEADER, METADATA, METADATA_START
+from dataset_tools.formats.manifest import Manifest
+from dataset_tools.formats.records import JPG, RAW
+from dataset_tools.sources import ImageSource, Split, open_source
+from dataset_tools.sources.converted import open_converted
+from tests.dataset_tools.conversion.foreign import ForeignReaders, ffcv_layout, read_with_dali, read_with_ffcv
+from tests.dataset_tools.conversion.pictures import encoded, flat, noise, truth, write_files
+
+needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed")
+needs_dali = pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="no DALI")
+ORDERS = ("SEQUENTIAL", "RANDOM", "QUASI_RANDOM")
+NUM_TRAIN, NUM_VAL, NUM_UNLABELED = 90, 20, 11
+LARGE = 1800, 1600
+"""Raw, that is 8.6 MB: more than the page that a conversion without a limit begins with."""
+
+
+def color(number: int) -> tuple[int, int, int]:
+    """Colours that stay apart by 40 after JPEG."""
+    return 40 * (number % 6) + 5, 40 * (number // 6 % 6) + 5, 40 * (number // 36 % 6) + 5
+
+
+def number_of(pixels: np.ndarray) -> np.ndarray:
+    """The inverse of `color`, for images [N, H, W, 3] of one colour: [N]."""
+    digits = np.rint((pixels.mean(axis=(1, 2)) - 5) / 40).astype(int)
+    return digits @ np.array([1, 6, 36])
+
+
+def some_images(first: int, count: int, folder: str, num_classes: int) -> dict[str, bytes]:
+    """Images of the colours `first` …, every third one a PNG, of many sizes, in `num_classes` folders (0: in one)."""
+    files = {}
+    for index in range(count):
+        image = flat(color(first + index), 16 + 3 * (index % 7), 40 - index % 13)
+        name = f"class{index % num_classes}/{index:03}" if num_classes else f"{index:03}"
+        if index % 3 == 0:
+            files[f"{folder}/{name}.png"] = encoded(image, "PNG")
+        else:
+            files[f"{folder}/{name}.jpg"] = encoded(image, quality=95, subsampling=0, progressive=index % 2 == 0)
+    return files
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train, val and unlabeled; JPEG and PNG."""
+    files = some_images(0, NUM_TRAIN, "train", 4)
+    files |= some_images(NUM_TRAIN, NUM_VAL, "val", 4)
+    files |= some_images(NUM_TRAIN + NUM_VAL, NUM_UNLABELED, "unlabeled", 0)
+    return write_files(tmp_path_factory.mktemp("mixed"), files)
+
+
+@pytest.fixture(scope="module")
+def mixed_ffcv(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("ffcv") / "made"
+    convert(mixed, target, ConvertOptions(format="ffcv"), workers=2)
+    return target
+
+
+@pytest.fixture(scope="module")
+def mixed_webdataset(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In shards of 64 KiB."""
+    target = tmp_path_factory.mktemp("webdataset") / "made"
+    convert(mixed, target, ConvertOptions(format="webdataset", shard_size="64KiB"), workers=2)
+    return target
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two samples of more than 8 MiB, one raw and one JPEG, among small ones; without a limit of size."""
+    files = some_images(0, 20, "train", 2)
+    files["train/class0/large.png"] = encoded(flat(color(20), *LARGE), "PNG", compress_level=1)
+    files["train/class1/noise.jpg"] = encoded(noise(1900, 1900), quality=100, subsampling=0)
+    files["train/class1/zz.png"] = encoded(flat(color(21)), "PNG")
+    root = write_files(tmp_path_factory.mktemp("large"), files)
+    convert(root / "train", root / "made", ConvertOptions(format="ffcv", max_side=0), workers=1)
+    return root / "made"
+
+
+def shards(folder: Path, split: str) -> list[Path]:
+    return sorted(folder.glob(f"{split}-*.tar"))
+
+
+def assert_same_samples(source: ImageSource, folder: Path) -> None:
+    """Names, labels, classes, and either the very bytes or the very pixels."""
+    made = open_converted(folder)
+    assert made.classes == source.classes
+    assert list(made.splits) == list(source.splits)
+    for name, split in made.splits.items():
+        original = source.splits[name]
+        by_name = {each: index for index, each in enumerate(original.names)}
+        assert sorted(split.names) == sorted(by_name)
+        for index, each in enumerate(split.names):
+            origin = by_name[each]
+            assert split.labels[index] == original.labels[origin]
+            assert split.records["source_index"][index] == origin
+            if split.records["handling"][index] == 0:
+                assert split.read(index) == original.read(origin)
+            else:
+                np.testing.assert_array_equal(truth(split.read(index)), truth(original.read(origin)))
+
+
+@pytest.mark.parametrize("made", ["mixed_ffcv", "mixed_webdataset"])
+def test_our_own_reader(made: str, mixed: Path, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(made)
+    assert_same_samples(open_source(mixed), folder)
+    assert verify(folder, source=mixed, deep=True, workers=1)["problems"] == []
+    manifest = Manifest.load(folder)
+    assert {name: split.samples for name, split in manifest.splits.items()} == {
+        "train": NUM_TRAIN,
+        "val": NUM_VAL,
+        "unlabeled": NUM_UNLABELED,
+    }
+    lossless = "raw" if manifest.format == "ffcv" else "png"
+    assert manifest.splits["train"].encodings == {"jpg": NUM_TRAIN * 2 // 3, lossless: NUM_TRAIN // 3}
+    assert open_converted(folder).splits["unlabeled"].labels.tolist() == [-1] * NUM_UNLABELED
+
+
+class TestBetonLayout:
+    """The file, byte for byte, without FFCV."""
+
+    @pytest.mark.parametrize("made", ["mixed_ffcv", "large"])
+    def test_header_pages_and_tables(self, made: str, request: pytest.FixtureRequest) -> None:
+        folder = request.getfixturevalue(made)
+        for name, entry in Manifest.load(folder).splits.items():
+            data = (folder / f"{name}.beton").read_bytes()
+            records = open_converted(folder).splits[name].records
+            count = entry.samples
+            header = np.frombuffer(data, HEADER, 1)[0]
+            page = int(header["page_size"])
+            table_at = int(header["alloc_table_ptr"])
+            assert (header["version"], header["num_fields"], header["num_samples"]) == (2, 2, count)
+            assert page == entry.page_bytes
+            assert page >= 2 << 20
+            assert page & (page - 1) == 0
+            assert len(data) == table_at + count * ALLOCATION.itemsize
+            assert table_at % page == 0
+
+            fields = np.frombuffer(data, FIELD, 2, HEADER.itemsize)
+            assert fields["type_id"].tolist() == [2, 1]
+            assert [bytes(field).rstrip(b"\0") for field in fields["name"]] == [b"image", b"label"]
+            assert not fields["arguments"].any()
+
+            metadata = np.frombuffer(data, METADATA, count, METADATA_START)
+            table = np.frombuffer(data, ALLOCATION, count, table_at)
+            begins, sizes = table["ptr"].astype(np.int64), table["size"].astype(np.int64)
+            assert table["sample_id"].tolist() == list(range(count))
+            np.testing.assert_array_equal(begins, metadata["f0"]["data_ptr"])
+            assert (begins[1:] >= begins[:-1] + sizes[:-1]).all()
+            assert (begins // page == (begins + sizes - 1) // page).all()
+            first_page = -(-(METADATA_START + metadata.nbytes) // page) * page
+            assert begins[0] == first_page
+            np.testing.assert_array_equal(metadata["f1"], records["label"])
+            np.testing.assert_array_equal(metadata["f0"]["width"], records["width"])
+            np.testing.assert_array_equal(metadata["f0"]["height"], records["height"])
+            assert set(metadata["f0"]["mode"]) <= {JPG, RAW}
+
+            ends = np.concatenate(([METADATA_START + metadata.nbytes], begins + sizes))
+            for end, begin in zip(ends, [*begins, table_at], strict=True):
+                assert not any(data[end:begin]), "between samples are zeros"
+
+    def test_pages_grow_with_the_samples(self, large: Path, mixed_ffcv: Path) -> None:
+        assert Manifest.load(mixed_ffcv).splits["train"].page_bytes == 4 << 20  # 1057 x 1057 raw pixels
+        split = Manifest.load(large).splits["train"]
+        assert split.max_bytes > 8 << 20
+        assert split.page_bytes == 16 << 20
+        assert [path.name for path in sorted(large.iterdir())] == [
+            "manifest.json",
+            "quarantine.jsonl",
+            "train.beton",
+            "train.records.safetensors",
+        ]
+
+    def test_an_unneeded_large_page_is_not_made(self, tmp_path: Path) -> None:
+        root = write_files(tmp_path / "source", {"a/1.jpg": encoded(flat((9, 9, 9)))})
+        for options, page in (({"max_side": 0}, 8 << 20), ({"max_side": 100}, 2 << 20), ({"max_side": 2000}, 16 << 20)):
+            target = tmp_path / f"made {page}"
+            convert(root, target, ConvertOptions(format="ffcv", **options), workers=1)
+            assert Manifest.load(target).splits["train"].page_bytes == page
+
+
+@pytest.fixture(scope="module")
+def foreign() -> Iterator[ForeignReaders]:
+    readers = ForeignReaders()
+    yield readers
+    readers.close()
+
+
+@pytest.fixture(scope="module")
+def ffcv_answers(foreign: ForeignReaders, mixed_ffcv: Path, large: Path) -> dict[Any, dict[str, Any]]:
+    """All that FFCV is asked about the drawn images."""
+    requests: dict[Any, dict[str, Any]] = {}
+    for os_cache in (True, False):
+        for order in ORDERS:
+            requests["train", os_cache, order] = read_with_ffcv(
+                mixed_ffcv / "train.beton",
+                os_cache=os_cache,
+                order=order,
+                decoder="random" if order == "RANDOM" else "center",
+            )
+        requests["large", os_cache] = read_with_ffcv(large / "train.beton", os_cache=os_cache, order="SEQUENTIAL")
+    requests["unlabeled"] = read_with_ffcv(mixed_ffcv / "unlabeled.beton", os_cache=False, order="QUASI_RANDOM")
+    requests["layout"] = ffcv_layout(mixed_ffcv / "train.beton")
+    return {case: foreign.ask(request) for case, request in requests.items()}
+
+
+@needs_ffcv
+class TestFfcv:
+    @pytest.mark.parametrize("os_cache", [True, False])
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_each_sample_once_with_its_label(
+        self, ffcv_answers: dict[Any, dict[str, Any]], mixed_ffcv: Path, os_cache: bool, order: str
+    ) -> None:
+        answer = ffcv_answers["train", os_cache, order]
+        split = open_converted(mixed_ffcv).splits["train"]
+        assert answer["images"].shape == (NUM_TRAIN, 16, 16, 3)
+        numbers = number_of(answer["images"])
+        assert sorted(numbers) == list(range(NUM_TRAIN))
+        label_of = {int(name.split("/")[-1][:3]): label for name, label in zip(split.names, split.labels, strict=True)}
+        assert answer["labels"].tolist() == [label_of[number] for number in numbers]
+        in_file = [int(name.split("/")[-1][:3]) for name in split.names]
+        assert (numbers.tolist() == in_file) == (order == "SEQUENTIAL")
+
+    @pytest.mark.parametrize("os_cache", [True, False])
+    def test_pixels(self, ffcv_answers: dict[Any, dict[str, Any]], mixed_ffcv: Path, os_cache: bool) -> None:
+        """Raw images to the bit, JPEGs of one colour nearly so."""
+        answer = ffcv_answers["train", os_cache, "SEQUENTIAL"]
+        split = open_converted(mixed_ffcv).splits["train"]
+        tolerance = {RAW: 0, JPG: 2}
+        for index, name in enumerate(split.names):
+            expected = np.broadcast_to(np.array(color(int(name.split("/")[-1][:3]))), (16, 16, 3))
+            difference = np.abs(answer["images"][index].astype(int) - expected).max()
+            assert difference <= tolerance[int(split.records["encoding"][index])], name
+
+    @pytest.mark.parametrize("os_cache", [True, False])
+    def test_samples_larger_than_a_page(
+        self, ffcv_answers: dict[Any, dict[str, Any]], large: Path, os_cache: bool
+    ) -> None:
+        answer, names = ffcv_answers["large", os_cache], list(open_converted(large).splits["train"].names)
+        assert answer["labels"].tolist() == [0] * 11 + [1] * 12
+        assert names[10] == "class0/large.png"
+        assert (answer["images"][10] == color(20)).all()
+        assert names[-2:] == ["class1/noise.jpg", "class1/zz.png"]
+        assert (answer["images"][-1] == color(21)).all()
+        assert 100 < answer["images"][-2].mean() < 155
+
+    def test_without_labels(self, ffcv_answers: dict[Any, dict[str, Any]]) -> None:
+        answer = ffcv_answers["unlabeled"]
+        assert answer["labels"].tolist() == [-1] * NUM_UNLABELED
+        assert sorted(number_of(answer["images"])) == [NUM_TRAIN + NUM_VAL + index for index in range(NUM_UNLABELED)]
+
+    def test_types_are_those_of_ffcv(self, ffcv_answers: dict[Any, dict[str, Any]], mixed_ffcv: Path) -> None:
+        found = ffcv_answers["layout"]
+        assert found["header"] == HEADER
+        assert found["field"] == FIELD
+        assert found["metadata"] == METADATA
+        assert found["allocation"] == ALLOCATION
+        ours = {"header": HEADER, "field": FIELD, "metadata": METADATA, "allocation": ALLOCATION}
+        for name, dtype in ours.items():
+            assert found[name].itemsize == dtype.itemsize
+            assert dict(found[name].fields) == dict(dtype.fields)
+        assert found["version"] == 2
+        assert (found["names"], found["handlers"]) == (["image", "label"], ["RGBImageField", "IntField"])
+        assert (found["num_samples"], found["page_size"]) == (NUM_TRAIN, 4 << 20)
+        records = open_converted(mixed_ffcv).splits["train"].records
+        np.testing.assert_array_equal(found["found_metadata"]["f1"], records["label"])
+        np.testing.assert_array_equal(found["found_allocations"]["size"], records["num_bytes"])
+        np.testing.assert_array_equal(found["found_allocations"]["ptr"], records["offset"])
+
+
+def samples_of_tars(folder: Path, split: str) -> Iterator[dict[str, Any]]:
+    """By the webdataset library: raw bytes."""
+    webdataset = pytest.importorskip("webdataset")
+    paths = [str(path) for path in shards(folder, split)]
+    yield from webdataset.WebDataset(paths, shardshuffle=False)
+
+
+class TestWebDataset:
+    @pytest.mark.parametrize("name", ["train", "val", "unlabeled"])
+    def test_each_sample_with_key_bytes_and_label(self, mixed: Path, mixed_webdataset: Path, name: str) -> None:
+        original = open_source(mixed).splits[name]
+        split = open_converted(mixed_webdataset).splits[name]
+        samples = list(samples_of_tars(mixed_webdataset, name))
+        assert [sample["__key__"] for sample in samples] == [f"{position:09}" for position in range(len(original))]
+        by_name = {each: index for index, each in enumerate(original.names)}
+        for sample, in_records in zip(samples, split.names, strict=True):
+            origin = by_name[in_records]
+            components = {key for key in sample if not key.startswith("__")}
+            extension = in_records.rpartition(".")[2]
+            assert components == ({extension} if name == "unlabeled" else {extension, "cls"})
+            assert sample[extension] == original.read(origin)  # all are passed through
+            if name != "unlabeled":
+                assert sample["cls"] == str(original.labels[origin]).encode()
+        if name == "train":
+            assert [by_name[each] for each in split.names] != list(range(len(original))), "shuffled"
+
+    def test_decoded(self, mixed_webdataset: Path) -> None:
+        webdataset = pytest.importorskip("webdataset")
+        paths = [str(path) for path in shards(mixed_webdataset, "train")]
+        dataset = webdataset.WebDataset(paths, shardshuffle=False).decode("rgb8").to_tuple("jpg;png", "cls")
+        images, labels = zip(*dataset, strict=True)
+        split = open_converted(mixed_webdataset).splits["train"]
+        assert list(labels) == split.labels.tolist()
+        numbers = [int(number_of(image[None])[0]) for image in images]
+        assert numbers == [int(name.split("/")[-1][:3]) for name in split.names]
+
+    def test_shards(self, mixed_webdataset: Path) -> None:
+        paths = shards(mixed_webdataset, "train")
+        assert len(paths) > 2
+        members: list[str] = []
+        for number, path in enumerate(paths):
+            assert path.name == f"train-{number:06}.tar"
+            assert path.stat().st_size <= 64 << 10
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    members.append(member.name)
+                    assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o644)
+                    assert (member.uname, member.gname, member.isreg()) == ("", "", True)
+            assert path.read_bytes()[-1024:] == bytes(1024)
+        assert members[::2] == sorted(members[::2])
+        assert [name[:9] for name in members[::2]] == [name[:9] for name in members[1::2]]
+
+    def test_index_is_that_of_wds2idx(self, mixed_webdataset: Path, tmp_path: Path) -> None:
+        index_creator = pytest.importorskip("wds2idx").IndexCreator
+        for split in ("train", "val", "unlabeled"):
+            for path in shards(mixed_webdataset, split):
+                theirs = tmp_path / "theirs.idx"
+                with index_creator(str(path), str(theirs), verbose=False) as creator:
+                    creator.create_index()
+                assert path.with_suffix(".idx").read_text() == theirs.read_text()
+
+
+@pytest.fixture(scope="module")
+def dali_answers(foreign: ForeignReaders, mixed_webdataset: Path) -> dict[str, dict[str, Any]]:
+    requests = {
+        "train": read_with_dali(shards(mixed_webdataset, "train"), extensions=("jpg;png", "cls")),
+        "unlabeled": read_with_dali(shards(mixed_webdataset, "unlabeled"), extensions=("jpg;png",)),
+    }
+    return {case: foreign.ask(request) for case, request in requests.items()}
+
+
+@needs_dali
+class TestDali:
+    @pytest.mark.parametrize("name", ["train", "unlabeled"])
+    def test_bytes_and_labels(self, dali_answers: dict[str, Any], mixed_webdataset: Path, name: str) -> None:
+        split, answer = open_converted(mixed_webdataset).splits[name], dali_answers[name]
+        assert answer["count"] == len(split)
+        assert answer["jpg;png"] == [split.read_stored(index) for index in range(len(split))]
+        if name == "train":
+            assert answer["cls"] == [str(label).encode() for label in split.labels]
+
+
+@pytest.fixture(scope="module")
+def photographs(real_data: Path) -> Path:
+    return real_data / "imagenet-sample-400.tar"
+
+
+@pytest.fixture(scope="module")
+def made_photographs(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    for format in ("ffcv", "webdataset"):
+        options = ConvertOptions(format=format, max_side=0, shard_size="8MiB")
+        summary = convert(photographs, folder / format, options, workers=2)
+        assert (summary["samples"], summary["passed_through"], summary["quarantined"]) == (400, 400, 0)
+    return folder
+
+
+@pytest.mark.real_data
+class TestPhotographs:
+    """400 photographs of ImageNet, as they are; and 2,000 images of CIFAR-10."""
+
+    def test_our_own_reader(self, photographs: Path, made_photographs: Path) -> None:
+        for format in ("ffcv", "webdataset"):
+            assert_same_samples(open_source(photographs), made_photographs / format)
+
+    def test_webdataset(self, photographs: Path, made_photographs: Path) -> None:
+        original = open_source(photographs).splits["train"]
+        split = open_converted(made_photographs / "webdataset").splits["train"]
+        origins = split.records["source_index"]
+        samples = list(samples_of_tars(made_photographs / "webdataset", "train"))
+        assert [sample["jpg"] for sample in samples] == [original.read(int(index)) for index in origins]
+        assert [int(sample["cls"]) for sample in samples] == original.labels[origins].tolist()
+        assert sorted(origins) == list(range(400))
+
+    @needs_ffcv
+    def test_ffcv(self, foreign: ForeignReaders, photographs: Path, made_photographs: Path) -> None:
+        """FFCV's crops of the middle are those that OpenCV makes of Pillow's pixels, which are a little more exact."""
+        path = made_photographs / "ffcv" / "train.beton"
+        found = {
+            (os_cache, order): foreign.ask(read_with_ffcv(path, os_cache=os_cache, order=order, side=32))
+            for os_cache in (True, False)
+            for order in ORDERS
+        }
+        original = open_source(photographs).splits["train"]
+        first = found[True, "SEQUENTIAL"]
+        assert first["labels"].tolist() == original.labels.tolist()
+        cv2 = pytest.importorskip("cv2")
+        for index in range(0, 400, 9):
+            image = truth(original.read(index))
+            side = min(image.shape[:2])
+            top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+            middle = np.ascontiguousarray(image[top : top + side, left : left + side])
+            expected = cv2.resize(middle, (32, 32), interpolation=cv2.INTER_AREA)
+            assert np.abs(first["images"][index].astype(int) - expected).mean() < 3.0
+        everything = sorted(map(as_bytes, first["images"], first["labels"]))
+        for case, answer in found.items():
+            assert sorted(map(as_bytes, answer["images"], answer["labels"])) == everything, case
+
+    @needs_dali
+    def test_dali(self, foreign: ForeignReaders, made_photographs: Path) -> None:
+        split = open_converted(made_photographs / "webdataset").splits["train"]
+        tars = shards(made_photographs / "webdataset", "train")
+        answer = foreign.ask(read_with_dali(tars, extensions=("jpg", "cls")))
+        assert answer["jpg"] == [split.read(index) for index in range(400)]
+        assert [int(label) for label in answer["cls"]] == split.labels.tolist()
+
+    def test_cifar(self, real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+        folder = tmp_path_factory.mktemp("cifar")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LEOCLR_CACHE", str(folder / "cache"))
+            splits = open_source(real_data / "cifar10-jpeg.tar.xz").splits
+            root = write_part(splits["train"], 180, folder / "source") and write_part(
+                splits["test"], 20, folder / "source"
+            )
+        for format in ("ffcv", "webdataset"):
+            options = ConvertOptions(format=format, mode="passthrough", check="decode")
+            summary = convert(root, folder / format, options, workers=2)
+            assert (summary["samples"], summary["passed_through"]) == (2000, 2000)
+            assert_same_samples(open_source(root), folder / format)
+        labels = [int(sample["cls"]) for sample in samples_of_tars(folder / "webdataset", "train")]
+        assert np.bincount(labels).tolist() == [180] * 10
+
+
+def as_bytes(image: np.ndarray, label: np.ndarray) -> bytes:
+    return image.tobytes() + bytes(label)
+
+
+def write_part(split: Split, per_class: int, root: Path) -> Path:
+    """The first images of each class, as files."""
+    chosen = np.concatenate([np.flatnonzero(split.labels == label)[:per_class] for label in range(len(split.classes))])
+    return write_files(root, {split.names[index]: split.read(index) for index in chosen})
+
+
+def test_the_colours_can_be_told_apart() -> None:
+    for number in range(NUM_TRAIN + NUM_VAL + NUM_UNLABELED):
+        for data in (encoded(flat(color(number)), quality=95, subsampling=0), encoded(flat(color(number)), "PNG")):
+            assert number_of(truth(data)[None]).tolist() == [number]
+    assert Image.fromarray(truth(encoded(flat((1, 2, 3)), "PNG"))).getcolors() == [(480, (1, 2, 3))]
