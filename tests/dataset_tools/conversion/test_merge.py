@@ -1,0 +1,305 @@
+"""Parts of a conversion, joined, are what the conversion in one go makes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.merge import merge
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.conversion.verify import verify
+from dataset_tools.formats.manifest import Manifest
+from dataset_tools.formats.records import ROW
+from dataset_tools.sources import open_source
+from dataset_tools.sources.converted import open_converted
+from tests.dataset_tools.conversion.pictures import encoded, flat, folder_bytes, write_files
+
+NUM_PARTS = 3
+OPTIONS = {
+    "ffcv": ConvertOptions(format="ffcv"),
+    "ffcv shuffled": ConvertOptions(format="ffcv", order="shuffled", seed=4),
+    "webdataset": ConvertOptions(format="webdataset", shard_size="64KiB"),
+    "webdataset in order": ConvertOptions(format="webdataset", shard_size="64KiB", order="source"),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 images of train and 40 of val; some in each part are damaged, and some to be re-encoded."""
+    files = {}
+    for number in range(140):
+        name = f"{'train' if number < 100 else 'val'}/class{number % 2}/{number:03}"
+        image = flat((number, 255 - number, 7), 20 + number % 11, 20 + number % 7)
+        if number % 9 == 4:
+            files[f"{name}.jpg"] = b"damaged"
+        elif number % 9 == 5:
+            files[f"{name}.png"] = encoded(image, "PNG")
+        elif number % 9 == 6:
+            files[f"{name}.jpg"] = encoded(image, keep_rgb=True)
+        else:
+            files[f"{name}.jpg"] = encoded(image)
+    return write_files(tmp_path_factory.mktemp("merge"), files)
+
+
+@pytest.fixture(scope="module")
+def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each of OPTIONS: the whole, and its parts."""
+    folder = tmp_path_factory.mktemp("made")
+    for name, options in OPTIONS.items():
+        convert(source, folder / name / "whole", options, workers=1)
+        for number in range(1, NUM_PARTS + 1):
+            part = replace(options, part=f"{number}/{NUM_PARTS}")
+            convert(source, folder / name / f"part{number}", part, workers=1)
+    return folder
+
+
+def parts(folder: Path) -> list[Path]:
+    return [folder / f"part{number}" for number in range(1, NUM_PARTS + 1)]
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target))
+
+
+class TestParts:
+    @pytest.mark.parametrize("name", OPTIONS)
+    def test_parts_are_consecutive_and_of_nearly_one_size(self, source: Path, made: Path, name: str) -> None:
+        for split, original in open_source(source).splits.items():
+            whole = open_converted(made / name / "whole").splits[split].records
+            found = []
+            sizes = []
+            for number, part in enumerate(parts(made / name), start=1):
+                manifest = Manifest.load(part)
+                assert manifest.part == (number, NUM_PARTS)
+                assert manifest.options["part"] == f"{number}/{NUM_PARTS}"
+                assert manifest.splits[split].quarantined > 0
+                sizes.append(manifest.splits[split].positions)
+                found += open_converted(part).splits[split].records["source_index"].tolist()
+            assert found == whole["source_index"].tolist()
+            assert sum(sizes) == len(original)
+            assert max(sizes) - min(sizes) <= 1
+
+    def test_a_part_is_verified_by_itself(self, source: Path, made: Path) -> None:
+        for name in OPTIONS:
+            assert verify(made / name / "part2", source=source, deep=True, workers=1)["problems"] == []
+
+
+class TestJoined:
+    @pytest.mark.parametrize("name", ["ffcv", "ffcv shuffled"])
+    def test_a_beton_and_all_beside_it_are_those_of_the_whole(self, made: Path, tmp_path: Path, name: str) -> None:
+        summary = merge(parts(made / name), tmp_path / "joined", workers=2)
+        assert folder_bytes(tmp_path / "joined") == folder_bytes(made / name / "whole")
+        whole = Manifest.load(made / name / "whole")
+        assert summary["samples"] == sum(split.samples for split in whole.splits.values())
+        assert summary["quarantined"] == sum(split.quarantined for split in whole.splits.values()) == 16
+        assert not (tmp_path / "joined.partial").exists()
+
+    @pytest.mark.parametrize("name", ["webdataset", "webdataset in order"])
+    def test_tars_hold_the_samples_of_the_whole(self, source: Path, made: Path, tmp_path: Path, name: str) -> None:
+        merge(parts(made / name), tmp_path / "joined", workers=1)
+        joined, whole = open_converted(tmp_path / "joined"), open_converted(made / name / "whole")
+        assert list(joined.splits) == list(whole.splits) == ["train", "val"]
+        assert joined.classes == whole.classes
+        for split, expected in whole.splits.items():
+            found = joined.splits[split]
+            assert list(found.names) == list(expected.names)
+            np.testing.assert_array_equal(found.labels, expected.labels)
+            for column in set(ROW.names) - {"offset", "shard"}:
+                np.testing.assert_array_equal(found.records[column], expected.records[column])
+            assert [found.read(index) for index in range(len(found))] == [
+                expected.read(index) for index in range(len(expected))
+            ]
+        first, second = Manifest.load(tmp_path / "joined"), Manifest.load(made / name / "whole")
+        assert (first.source, first.options, first.part) == (second.source, second.options, None)
+        for split in ("train", "val"):
+            ours, theirs = first.splits[split], second.splits[split]
+            for what in ("samples", "positions", "passed_through", "reencoded", "reasons", "quarantined", "encodings"):
+                assert getattr(ours, what) == getattr(theirs, what)
+            numbers = [file.name for file in ours.files if file.name.endswith(".tar")]
+            assert numbers == [f"{split}-{number:06}.tar" for number in range(len(numbers))]
+            assert len(numbers) >= NUM_PARTS
+        quarantine = "quarantine.jsonl"
+        assert (tmp_path / "joined" / quarantine).read_text() == (made / name / "whole" / quarantine).read_text()
+        assert verify(tmp_path / "joined", source=source, deep=True, workers=1)["problems"] == []
+
+    def test_the_order_in_which_parts_are_given_does_not_matter(self, made: Path, tmp_path: Path) -> None:
+        for number, order in enumerate(permutations(parts(made / "ffcv"))):
+            merge(order, tmp_path / str(number), workers=1)
+            assert folder_bytes(tmp_path / str(number)) == folder_bytes(made / "ffcv" / "whole")
+
+    def test_convert_takes_the_result_for_its_own(self, source: Path, made: Path, tmp_path: Path) -> None:
+        merge(parts(made / "ffcv"), tmp_path / "joined", workers=1)
+        before = folder_bytes(tmp_path / "joined")
+        assert convert(source, tmp_path / "joined", OPTIONS["ffcv"], workers=1)["images_per_s"] is None
+        assert folder_bytes(tmp_path / "joined") == before
+
+    def test_one_part_of_one(self, source: Path, made: Path, tmp_path: Path) -> None:
+        convert(source, tmp_path / "part", replace(OPTIONS["ffcv"], part="1/1"), workers=1)
+        merge([tmp_path / "part"], tmp_path / "joined", workers=1)
+        assert folder_bytes(tmp_path / "joined") == folder_bytes(made / "ffcv" / "whole")
+
+    def test_a_part_with_larger_pages(self, tmp_path: Path) -> None:
+        """Only the middle part has the image that makes pages of 16 MiB; then the whole has them, too."""
+        files = {f"a/{number:02}.jpg": encoded(flat((number, 0, 0))) for number in range(9)}
+        files["a/04.jpg"] = encoded(flat((4, 0, 0), 1800, 1600), "BMP")
+        (root := tmp_path / "source").mkdir()
+        write_files(root, {name.replace("04.jpg", "04.bmp"): data for name, data in files.items()})
+        options = ConvertOptions(format="ffcv", max_side=0)
+        convert(root, tmp_path / "whole", options, workers=1)
+        for number in (1, 2, 3):
+            convert(root, tmp_path / f"part{number}", replace(options, part=f"{number}/3"), workers=1)
+        pages = [Manifest.load(part).splits["train"].page_bytes for part in parts(tmp_path)]
+        assert pages == [8 << 20, 16 << 20, 8 << 20]
+        merge(parts(tmp_path), tmp_path / "joined", workers=1)
+        assert folder_bytes(tmp_path / "joined") == folder_bytes(tmp_path / "whole")
+
+
+class TestSplits:
+    @pytest.mark.parametrize("name", OPTIONS)
+    def test_train_and_val_made_apart(self, source: Path, made: Path, tmp_path: Path, name: str) -> None:
+        for split in ("train", "val"):
+            convert(source, tmp_path / split, replace(OPTIONS[name], split=split), workers=1)
+        merge([tmp_path / "val", tmp_path / "train"], tmp_path / "joined", workers=1)
+        found, expected = folder_bytes(tmp_path / "joined"), folder_bytes(made / name / "whole")
+        joined, whole = Manifest.load(tmp_path / "joined"), Manifest.load(made / name / "whole")
+        assert joined.splits == whole.splits
+        assert (joined.classes, joined.source, joined.versions) == (whole.classes, whole.source, whole.versions)
+        assert {each["split"] for each in joined.options["merged"]} == {"train", "val"}
+        del found["manifest.json"], expected["manifest.json"]
+        assert found == expected
+        assert verify(tmp_path / "joined", source=source, deep=True, workers=1)["problems"] == []
+
+    def test_parts_of_train_and_all_of_val(self, source: Path, made: Path, tmp_path: Path) -> None:
+        for number in (1, 2):
+            options = replace(OPTIONS["ffcv"], split="train", part=f"{number}/2")
+            convert(source, tmp_path / f"train{number}", options, workers=1)
+        convert(source, tmp_path / "val", replace(OPTIONS["ffcv"], split="val"), workers=1)
+        merge([tmp_path / "train2", tmp_path / "val", tmp_path / "train1"], tmp_path / "joined", workers=1)
+        joined, whole = Manifest.load(tmp_path / "joined"), Manifest.load(made / "ffcv" / "whole")
+        assert (joined.splits, joined.part) == (whole.splits, None)
+
+    def test_different_sources(self, tmp_path: Path) -> None:
+        """train of one folder and val of another, with the same classes."""
+        for split in ("train", "val"):
+            root = write_files(tmp_path / f"of {split}", {f"{split}/a/1.jpg": encoded(flat((1, 2, 3)))})
+            convert(root, tmp_path / split, ConvertOptions(format="ffcv"), workers=1)
+        merge([tmp_path / "train", tmp_path / "val"], tmp_path / "joined", workers=1)
+        joined = open_converted(tmp_path / "joined")
+        assert {name: list(split.names) for name, split in joined.splits.items()} == {
+            "train": ["train/a/1.jpg"],
+            "val": ["val/a/1.jpg"],
+        }
+        assert len(Manifest.load(tmp_path / "joined").source["merged"]) == 2
+
+
+class TestRefused:
+    """And no destination is made."""
+
+    @pytest.fixture
+    def refused(self, tmp_path: Path) -> Callable[[list[Path], str], None]:
+        def merge_and_match(given: list[Path], message: str) -> None:
+            with pytest.raises(ValueError, match=message):
+                merge(given, tmp_path / "joined", workers=1)
+            assert not (tmp_path / "joined").exists()
+
+        return merge_and_match
+
+    def test_nothing(self, refused) -> None:
+        refused([], "there is nothing to merge: give the folders of the parts, then the destination")
+
+    def test_a_missing_part(self, made: Path, refused) -> None:
+        for missing in range(NUM_PARTS):
+            given = parts(made / "ffcv")
+            del given[missing]
+            numbers = ", ".join(f"{number}/3" for number in (1, 2, 3) if number != missing + 1)
+            refused(given, rf"of train, which was converted in 3 part\(s\), these are given: {numbers}; give each part")
+
+    def test_a_part_given_twice(self, made: Path, refused) -> None:
+        given = [*parts(made / "ffcv"), made / "ffcv" / "part2"]
+        refused(given, "these are given: 1/3, 2/3, 2/3, 3/3; give each part once")
+
+    def test_the_whole_among_its_parts(self, made: Path, refused) -> None:
+        refused([made / "ffcv" / "whole", made / "ffcv" / "part1"], "give each part once")
+        refused([made / "ffcv" / "whole"] * 2, "these are given: 1/1, 1/1; give each part once")
+
+    def test_parts_of_different_counts(self, source: Path, made: Path, tmp_path: Path, refused) -> None:
+        convert(source, tmp_path / "half", replace(OPTIONS["ffcv"], part="2/2"), workers=1)
+        refused([made / "ffcv" / "part1", tmp_path / "half", made / "ffcv" / "part3"], "1/3, 2/2, 3/3; give each")
+
+    def test_different_options(self, source: Path, made: Path, tmp_path: Path, refused) -> None:
+        options = replace(OPTIONS["ffcv"], quality=80, part="3/3")
+        convert(source, tmp_path / "other", options, workers=1)
+        refused([*parts(made / "ffcv")[:2], tmp_path / "other"], r"differ in options: \{.*90.*\} and \{.*80.*\}")
+
+    def test_different_sources(self, source: Path, made: Path, tmp_path: Path, refused) -> None:
+        other = copy_of(source, tmp_path / "copy")
+        (other / "train" / "class0" / "000.jpg").rename(other / "train" / "class0" / "renamed.jpg")
+        convert(other, tmp_path / "other", replace(OPTIONS["ffcv"], part="3/3"), workers=1)
+        refused([*parts(made / "ffcv")[:2], tmp_path / "other"], "differ in source: ")
+
+    def test_different_classes(self, made: Path, tmp_path: Path, refused) -> None:
+        root = write_files(tmp_path / "source", {"test/other class/1.jpg": encoded(flat((1, 2, 3)))})
+        convert(root, tmp_path / "test", ConvertOptions(format="ffcv"), workers=1)
+        refused([made / "ffcv" / "whole", tmp_path / "test"], "whole and .*test have different class lists")
+
+    def test_different_formats(self, made: Path, refused) -> None:
+        given = [*parts(made / "ffcv")[:2], made / "webdataset" / "part3"]
+        refused(given, "part1 is ffcv and .*part3 webdataset")
+
+    def test_a_folder_that_is_none_of_ours(self, made: Path, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"is no converted data set: it has no manifest.json"):
+            merge([made / "ffcv" / "part1", tmp_path], tmp_path / "joined", workers=1)
+
+    @pytest.mark.parametrize(
+        ("name", "file"),
+        [
+            ("ffcv", "val.beton"),
+            ("ffcv", "train.records.safetensors"),
+            ("webdataset", "train-000000.tar"),
+            ("webdataset", "train-000000.idx"),
+        ],
+    )
+    def test_a_damaged_part(self, made: Path, tmp_path: Path, refused, name: str, file: str) -> None:
+        given = parts(made / name)
+        given[1] = copy_of(given[1], tmp_path / "damaged")
+        path = given[1] / file
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        refused(given, rf"damaged/{file} is damaged: it is not what its manifest says. Convert that part again")
+        path.write_bytes(data[:-1])
+        refused(given, rf"{file} is damaged")
+        path.unlink()
+        refused(given, rf"files of the parts are missing: .*damaged/{file}")
+
+    def test_a_destination_that_exists(self, made: Path, tmp_path: Path) -> None:
+        write_files(tmp_path / "joined", {"thesis.txt": b"years of work"})
+        with pytest.raises(FileExistsError, match=r"joined is there already. Give another destination, or delete it"):
+            merge(parts(made / "ffcv"), tmp_path / "joined", workers=1)
+        assert folder_bytes(tmp_path / "joined") == {"thesis.txt": b"years of work"}
+
+    def test_one_of_the_parts_as_destination(self, made: Path, tmp_path: Path) -> None:
+        given = [copy_of(part, tmp_path / part.name) for part in parts(made / "ffcv")]
+        before = folder_bytes(given[0])
+        with pytest.raises(FileExistsError, match="part1 is there already"):
+            merge(given, given[0], workers=1)
+        assert folder_bytes(given[0]) == before
+
+
+def test_quarantine_lists_are_joined_in_order(made: Path, tmp_path: Path) -> None:
+    merge(parts(made / "ffcv"), tmp_path / "joined", workers=1)
+    lines = [json.loads(line) for line in (tmp_path / "joined" / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in lines] == ["train"] * 11 + ["val"] * 5
+    assert [line["index"] for line in lines if line["split"] == "train"] == sorted(
+        line["index"] for line in lines if line["split"] == "train"
+    )
+    assert {line["reason"] for line in lines} == {"it is no image that Pillow knows"}
+    assert len({line["name"] for line in lines}) == 16
