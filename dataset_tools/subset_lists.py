@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,24 +52,27 @@ def read_subset_list(path: Path, split: Split) -> NDArray[np.int64]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no list {path}")
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     wanted = [_unescaped(line.rstrip("\r")) for line in lines if line.strip()]
     if not wanted:
         raise ValueError(f"the list {path} is empty")
     if len(set(wanted)) != len(wanted):
-        twice = next(name for name in wanted if wanted.count(name) > 1)
+        twice = Counter(wanted).most_common(1)[0][0]
         raise ValueError(f"the list {path} names {twice!r} more than once")
-    depths = sorted({name.count("/") for name in wanted})
-    found: dict[str, int] = {}
     missing = set(wanted)
-    for index, name in enumerate(split.names):
+    found = {name: index for index, name in enumerate(split.names) if name in missing}
+    missing -= found.keys()
+    ends: dict[str, int] = {}
+    depths = sorted({name.count("/") for name in missing})
+    for index, name in enumerate(split.names if depths else ()):
         for end in _ends(name, depths):
-            if end not in missing and end not in found:
+            if end not in missing:
                 continue
-            if end in found and found[end] != index:
-                raise ValueError(f"{end!r} of the list {path} could be {split.names[found[end]]!r} or {name!r}")
-            found[end] = index
-            missing.discard(end)
+            if end in ends:
+                raise ValueError(f"{end!r} of the list {path} could be {split.names[ends[end]]!r} or {name!r}")
+            ends[end] = index
+    found |= ends
+    missing -= ends.keys()
     if missing:
         some = ", ".join(repr(name) for name in sorted(missing)[:5])
         raise ValueError(f"{len(missing):,} of the {len(wanted):,} images of the list {path} are not there: {some}")
@@ -79,9 +83,9 @@ def read_subset_list(path: Path, split: Split) -> NDArray[np.int64]:
 
 
 def _ends(name: str, depths: list[int]) -> list[str]:
+    """What `name` ends in, with so many slashes."""
     parts = name.split("/")
-    ends = ["/".join(parts[-depth - 1 :]) for depth in depths if depth < len(parts)]
-    return list(dict.fromkeys([*ends, name]))
+    return ["/".join(parts[-depth - 1 :]) for depth in depths if depth < len(parts)]
 
 
 def _escaped(name: str) -> str:

@@ -1,0 +1,238 @@
+"""Lists of images: nested and class-balanced, the same for ever; and the published ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.packed_names import PackedNames
+from dataset_tools.sources import open_source
+from dataset_tools.sources.converted import open_converted
+from dataset_tools.sources.split import Split
+from dataset_tools.subset_lists import percent_of, read_subset_list, write_subset_list
+from tests.dataset_tools.conversion.pictures import encoded, flat, write_files
+
+PERCENTS = (1, 2, 5, 10, 20, 50, 100)
+TEN_PERCENT_SHA256 = "f3d5baf4c96f2a067d93a77a842d7742233247d8b34393c896def03a70561749"
+HARD_NAMES = [
+    "a/new\nline.jpg",
+    "a/carriage\rreturn.jpg",
+    "a/line\u2028separator.jpg",
+    "a/ leading and trailing ",
+    '"a"/quoted.jpg',
+    "a/back\\slash.jpg",
+    os.fsdecode(b"a/\xff\xfe.jpg"),
+    "a/日本 clässe.jpg",
+    "a/tab\there.jpg",
+    "a/nul\0l.jpg",
+    "#a/comment.jpg",
+    "\ufeffa/mark.jpg",
+]
+
+
+class NamedSplit(Split):
+    """Names and labels, and no images."""
+
+    def __init__(self, names: list[str], labels: list[int], classes: tuple[str, ...] = ()) -> None:
+        self.name, self.names, self.classes = "train", PackedNames(names), classes
+        self.labels = np.array(labels, dtype=np.int64)
+
+    def read(self, index: int) -> bytes:
+        raise NotImplementedError
+
+
+def imagenet_like(per_class: int = 130, num_classes: int = 10) -> NamedSplit:
+    classes = tuple(f"n{label:08}" for label in range(num_classes))
+    names = [f"train/{each}/{each}_{number}.JPEG" for each in classes for number in range(per_class)]
+    labels = [label for label in range(num_classes) for _ in range(per_class)]
+    return NamedSplit(names, labels, classes)
+
+
+def write_lines(path: Path, *lines: str, ending: str = "\n") -> Path:
+    path.write_bytes("".join(line + ending for line in lines).encode("utf-8", "surrogateescape"))
+    return path
+
+
+class TestPercent:
+    @pytest.mark.parametrize("seed", [0, 1, -5])
+    def test_nested_balanced_and_sorted(self, seed: int) -> None:
+        split = imagenet_like()
+        before: set[int] = set()
+        for percent in PERCENTS:
+            indices = percent_of(split, percent, seed)
+            assert indices.dtype == np.int64
+            assert len(indices) == round(1300 * percent / 100)
+            assert (np.diff(indices) > 0).all()
+            per_class = np.bincount(split.labels[indices], minlength=10)
+            assert per_class.max() - per_class.min() <= 1
+            assert before < set(indices.tolist())
+            before = set(indices.tolist())
+        assert len(before) == 1300
+
+    def test_uneven_classes(self) -> None:
+        split = NamedSplit([str(number) for number in range(111)], [0] * 100 + [1] * 10 + [2], ("a", "b", "c"))
+        assert np.bincount(split.labels[percent_of(split, 10, 0)]).tolist() == [5, 5, 1]
+        assert np.bincount(split.labels[percent_of(split, 50, 0)]).tolist() == [45, 10, 1]
+
+    def test_seeds_differ_and_one_stays_as_it_is(self) -> None:
+        split = imagenet_like()
+        first = percent_of(split, 1, 0)
+        np.testing.assert_array_equal(first, percent_of(imagenet_like(), 1, 0))
+        assert len(np.intersect1d(first, percent_of(split, 1, 1))) < len(first)
+        digest = hashlib.sha256(percent_of(split, 10, 0).astype("<i8").tobytes()).hexdigest()
+        assert digest == TEN_PERCENT_SHA256, "the choice of a seed must never change: results are published with it"
+
+    def test_at_least_one(self) -> None:
+        assert len(percent_of(imagenet_like(), 0.001, 0)) == 1
+
+    @pytest.mark.parametrize("percent", [0, -1, 100.5, float("nan"), float("inf")])
+    def test_what_is_not_allowed(self, percent: float) -> None:
+        with pytest.raises(ValueError, match=r"--percent .* is not allowed: give a number above 0 and at most 100"):
+            percent_of(imagenet_like(), percent, 0)
+
+    def test_without_labels(self) -> None:
+        split = NamedSplit([f"{number}.jpg" for number in range(200)], [-1] * 200)
+        assert len(percent_of(split, 5, 0)) == 10
+
+
+class TestWrite:
+    def test_file_and_summary(self, tmp_path: Path) -> None:
+        split = imagenet_like()
+        indices = percent_of(split, 2, 3)
+        path = tmp_path / "two percent.txt"
+        summary = write_subset_list(path, split, indices)
+        assert path.read_text() == "".join(split.names[index] + "\n" for index in indices)
+        assert summary == {
+            "out": str(path),
+            "samples": 26,
+            "min_per_class": 2,
+            "max_per_class": 3,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        assert [each.name for each in tmp_path.iterdir()] == ["two percent.txt"]
+        np.testing.assert_array_equal(read_subset_list(path, split), indices)
+
+    def test_replaces_a_list_at_once(self, tmp_path: Path) -> None:
+        split, path = imagenet_like(), tmp_path / "list.txt"
+        write_subset_list(path, split, percent_of(split, 50, 0))
+        write_subset_list(path, split, percent_of(split, 1, 0))
+        assert len(path.read_text().splitlines()) == 13
+
+    def test_classes_without_an_image(self, tmp_path: Path) -> None:
+        split = imagenet_like()
+        summary = write_subset_list(tmp_path / "list.txt", split, np.array([0, 1, 2]))
+        assert (summary["min_per_class"], summary["max_per_class"]) == (0, 3)
+
+    def test_unlabelled(self, tmp_path: Path) -> None:
+        split = NamedSplit(["1.jpg", "2.jpg"], [-1, -1])
+        summary = write_subset_list(tmp_path / "list.txt", split, np.array([1]))
+        assert (summary["samples"], summary["min_per_class"], summary["max_per_class"]) == (1, 0, 0)
+
+    def test_names_that_are_hard_to_write(self, tmp_path: Path) -> None:
+        split = NamedSplit(HARD_NAMES, [0] * len(HARD_NAMES), ("a",))
+        for chosen in (range(len(HARD_NAMES)), *([index] for index in range(len(HARD_NAMES)))):
+            indices = np.array(list(chosen))
+            write_subset_list(tmp_path / "list.txt", split, indices)
+            assert len((tmp_path / "list.txt").read_text().split("\n")) == len(indices) + 1
+            np.testing.assert_array_equal(read_subset_list(tmp_path / "list.txt", split), indices)
+
+
+class TestRead:
+    def test_basenames_as_papers_publish_them(self, tmp_path: Path) -> None:
+        split = imagenet_like()
+        path = write_lines(tmp_path / "1percent.txt", "n00000007_3.JPEG", "n00000000_129.JPEG", "n00000000_0.JPEG")
+        indices = read_subset_list(path, split)
+        assert [split.names[index] for index in indices] == [
+            "train/n00000000/n00000000_0.JPEG",
+            "train/n00000000/n00000000_129.JPEG",
+            "train/n00000007/n00000007_3.JPEG",
+        ]
+
+    def test_partial_and_whole_paths(self, tmp_path: Path) -> None:
+        split = imagenet_like()
+        path = write_lines(
+            tmp_path / "list.txt", "n00000001/n00000001_5.JPEG", "train/n00000002/n00000002_5.JPEG", "n00000003_5.JPEG"
+        )
+        assert read_subset_list(path, split).tolist() == [135, 265, 395]
+
+    def test_windows_line_ends_and_empty_lines(self, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "list.txt", "n00000001_5.JPEG", "", "n00000002_5.JPEG", ending="\r\n")
+        assert read_subset_list(path, imagenet_like()).tolist() == [135, 265]
+
+    def test_the_byte_order_mark_of_windows(self, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "list.txt", "\ufeffn00000001_5.JPEG", "n00000002_5.JPEG")
+        assert read_subset_list(path, imagenet_like()).tolist() == [135, 265]
+
+    def test_no_line_end_at_the_end(self, tmp_path: Path) -> None:
+        (tmp_path / "list.txt").write_text("n00000001_5.JPEG\nn00000002_5.JPEG")
+        assert read_subset_list(tmp_path / "list.txt", imagenet_like()).tolist() == [135, 265]
+
+    def test_part_of_a_name_is_no_name(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"1 of the 1 images of the list .*list.txt are not there: '_5.JPEG'"):
+            read_subset_list(write_lines(tmp_path / "list.txt", "_5.JPEG"), imagenet_like())
+
+    def test_missing_names(self, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "list.txt", "n00000001_5.JPEG", *(f"gone{number}.jpg" for number in range(7)))
+        with pytest.raises(ValueError, match=r"7 of the 8 images .*are not there: 'gone0.jpg', .*'gone4.jpg'$"):
+            read_subset_list(path, imagenet_like())
+
+    def test_an_ambiguous_name(self, tmp_path: Path) -> None:
+        split = NamedSplit(["a/1.jpg", "a/2.jpg", "b/1.jpg"], [0, 0, 1], ("a", "b"))
+        with pytest.raises(ValueError, match=r"'1.jpg' of the list .* could be 'a/1.jpg' or 'b/1.jpg'"):
+            read_subset_list(write_lines(tmp_path / "list.txt", "2.jpg", "1.jpg"), split)
+        assert read_subset_list(write_lines(tmp_path / "list.txt", "b/1.jpg"), split).tolist() == [2]
+
+    def test_a_whole_name_is_never_ambiguous(self, tmp_path: Path) -> None:
+        """Though it is the end of another one."""
+        split = NamedSplit(["1.jpg", "a/1.jpg", "b/a/1.jpg"], [0, 0, 0], ("a",))
+        for index, name in enumerate(split.names):
+            assert read_subset_list(write_lines(tmp_path / "list.txt", name), split).tolist() == [index]
+        assert read_subset_list(write_lines(tmp_path / "list.txt", *split.names), split).tolist() == [0, 1, 2]
+
+    def test_a_name_that_stands_there_twice(self, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "list.txt", "n00000001_5.JPEG", "n00000002_5.JPEG", "n00000001_5.JPEG")
+        with pytest.raises(ValueError, match=r"names 'n00000001_5\.JPEG' more than once"):
+            read_subset_list(path, imagenet_like())
+
+    def test_the_last_of_many_that_stands_there_twice(self, tmp_path: Path) -> None:
+        names = [f"{number}.jpg" for number in range(200_000)]
+        path = write_lines(tmp_path / "list.txt", *names, names[-1])
+        with pytest.raises(ValueError, match=r"names '199999\.jpg' more than once"):
+            read_subset_list(path, imagenet_like())
+
+    def test_an_image_in_different_words(self, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "list.txt", "n00000001_5.JPEG", "n00000001/n00000001_5.JPEG")
+        with pytest.raises(ValueError, match="names an image more than once, in different words"):
+            read_subset_list(path, imagenet_like())
+
+    def test_no_list_and_an_empty_one(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"there is no list .*list.txt"):
+            read_subset_list(tmp_path / "list.txt", imagenet_like())
+        with pytest.raises(ValueError, match=r"the list .*list.txt is empty"):
+            read_subset_list(write_lines(tmp_path / "list.txt", "", "  "), imagenet_like())
+
+    def test_a_quotation_mark_that_is_none(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="begins with a quotation mark, but is no JSON string"):
+            read_subset_list(write_lines(tmp_path / "list.txt", '"open'), imagenet_like())
+
+
+@pytest.mark.parametrize("format", ["ffcv", "webdataset"])
+def test_a_list_fits_the_source_and_what_was_made_of_it(tmp_path: Path, format: str) -> None:
+    names = [f"{label}/{number:02}.jpg" for label in "abc" for number in range(20)]
+    root = write_files(tmp_path / "source", {name: encoded(flat((7, 7, 7))) for name in names})
+    convert(root, tmp_path / "made", ConvertOptions(format=format), workers=1)
+    original, made = open_source(root).splits["train"], open_converted(tmp_path / "made").splits["train"]
+    path = tmp_path / "list.txt"
+    write_subset_list(path, original, percent_of(original, 10, 0))
+    chosen = made.subset(read_subset_list(path, made))
+    assert sorted(chosen.names) == path.read_text().splitlines()
+    assert np.bincount(chosen.labels).tolist() == [2, 2, 2]
+    again = pickle.loads(pickle.dumps(chosen))
+    assert [again.read(index) for index in range(6)] == [chosen.read(index) for index in range(6)]
