@@ -33,7 +33,6 @@ from dataset_tools.conversion.staging import Staging, staged, staging_folder
 from dataset_tools.conversion.workers import WorkerPool
 from dataset_tools.formats.beton import read_beton_head
 from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest, SplitManifest
-from dataset_tools.formats.records import SampleRecords, write_records
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources import ImageSource, Split, open_source
 from dataset_tools.stop_signals import StoppedBySignalError, StopSignals, stop_signals
@@ -242,7 +241,7 @@ class _Conversion:
     def _finish(self, conversion: SplitConversion) -> None:
         """Everything of a split but its place in DEST; may be done again after a death in its midst."""
         split = conversion.split
-        rows = conversion.rows()
+        rows = conversion.rows
         if not len(rows):
             raise ValueError(
                 f"none of the {conversion.num_positions} images of {split.name} can be used; "
@@ -252,13 +251,13 @@ class _Conversion:
         images = conversion.writer.finish(rows)
         names = split.names if isinstance(split.names, PackedNames) else PackedNames(split.names)
         records = self.staging.folder / f"{split.name}.records.safetensors"
-        write_records(records, rows, lambda block, _: names.select(block["source_index"]))
+        rows.write_records(records, lambda block, _: names.select(block["source_index"]))
         self.progress.say(f"{split.name}: hashing the files")
         files = [records, *images]
         hashed = hash_files(files, self.num_workers, self.stop, lambda: [self.staging.lock, self._quarantine.fileno()])
         entries = dict(zip(files, hashed, strict=True))
         manifest = SplitManifest.of(
-            SampleRecords.open(records),
+            rows,
             positions=conversion.num_positions,
             reasons=dict(sorted(conversion.state["reasons"].items())),
             quarantined=conversion.state["counts"]["quarantined"],

@@ -13,16 +13,14 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dataset_tools.conversion.convert import QUARANTINE_NAME, disk_errors, summarize
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.staging import Staging, staged
 from dataset_tools.file_io import read_at
 from dataset_tools.formats.beton import BetonWriter, read_beton_head
 from dataset_tools.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SplitManifest
-from dataset_tools.formats.records import BLOCK_ROWS, ROW, SampleRecords, write_records
+from dataset_tools.formats.records import BLOCK_ROWS, SampleRecords
+from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.tar_shards import shard_name
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.split import split_rank
@@ -118,7 +116,7 @@ def _merge_split(
     """The manifest of a joined split, and the names of its files in the staging folder."""
     entries = [part.manifest.splits[name] for part in parts]
     records = [SampleRecords.open(part.folder / entry.records.name) for part, entry in zip(parts, entries, strict=True)]
-    rows = _new_rows(staging.folder / f"{name}.rows", sum(map(len, records)))
+    rows = RowFile(staging.folder / f"{name}.rows")
     positions = sum(entry.positions for entry in entries)
     page_bytes = None
     if parts[0].manifest.format == "ffcv":
@@ -130,13 +128,13 @@ def _merge_split(
         working_files = [file.name for file in files]
     names = PackedNames(each for part in records for each in part.names())
     path = staging.folder / f"{name}.records.safetensors"
-    write_records(path, rows, lambda block, start: names[start : start + len(block)])
+    rows.write_records(path, lambda block, start: names[start : start + len(block)])
     reasons: dict[str, int] = {}
     for entry in entries:
         for reason, count in entry.reasons.items():
             reasons[reason] = reasons.get(reason, 0) + count
     manifest = SplitManifest.of(
-        SampleRecords.open(path),
+        rows,
         positions=positions,
         reasons=dict(sorted(reasons.items())),
         quarantined=sum(entry.quarantined for entry in entries),
@@ -147,19 +145,12 @@ def _merge_split(
     return manifest, [path.name, *working_files]
 
 
-def _new_rows(path: Path, count: int) -> NDArray[np.void]:
-    """ROW [count], mapped. The file has its room on the disk: a page without would kill the process (SIGBUS)."""
-    with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, count * ROW.itemsize)
-    return np.memmap(path, ROW, mode="r+", shape=(count,))
-
-
 def _merge_betons(
     name: str,
     parts: list[_Part],
     entries: list[SplitManifest],
     records: list[SampleRecords],
-    rows: NDArray[np.void],
+    rows: RowFile,
     positions: int,
     staging: Staging,
     stop: StopSignals,
@@ -167,14 +158,12 @@ def _merge_betons(
     page_bytes = max(entry.page_bytes or 0 for entry in entries)
     writer = BetonWriter(staging.folder / f"{name}.beton", num_reserved=positions, page_bytes=page_bytes)
     try:
-        first = 0
         for part, entry, samples in zip(parts, entries, records, strict=True):
             with open(part.folder / entry.image_files[0], "rb", buffering=0) as file:
                 for start in range(0, len(samples), BLOCK_ROWS):
                     block = samples.rows(start, start + BLOCK_ROWS)
                     writer.write(block, lambda offset, size, file=file: _read(file, size, offset, stop))  # type: ignore[misc]
-                    rows[first : first + len(block)] = block
-                    first += len(block)
+                    rows.append(block)
         return writer.finish(rows)[0]
     finally:
         writer.close()
@@ -195,19 +184,18 @@ def _copy_shards(
     parts: list[_Part],
     entries: list[SplitManifest],
     records: list[SampleRecords],
-    rows: NDArray[np.void],
+    rows: RowFile,
     staging: Staging,
     stop: StopSignals,
 ) -> list[FileEntry]:
     """The tars as they are, numbered through."""
     files: list[FileEntry] = []
-    first = shard = 0
+    shard = 0
     for part, entry, samples in zip(parts, entries, records, strict=True):
         for start in range(0, len(samples), BLOCK_ROWS):
             block = samples.rows(start, start + BLOCK_ROWS)
             block["shard"] += shard
-            rows[first : first + len(block)] = block
-            first += len(block)
+            rows.append(block)
         known = {file.name: file for file in entry.files}
         for old in entry.image_files:
             for suffix in (".tar", ".idx"):

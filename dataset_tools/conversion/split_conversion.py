@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,9 +16,9 @@ from numpy.typing import NDArray
 
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.treatment import Policy, UnusableImageError, treat
-from dataset_tools.file_io import write_at
 from dataset_tools.formats.beton import BetonWriter
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, ROW
+from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.sample_writer import SampleWriter
 from dataset_tools.formats.tar_shards import ShardWriter
 from dataset_tools.sources.split import Split
@@ -101,7 +100,6 @@ class SplitConversion:
         state.setdefault("rows", 0)
         state.setdefault("counts", {"passed_through": 0, "reencoded": 0, "quarantined": 0, "bytes": 0})
         state.setdefault("reasons", {})
-        self._rows_path = folder / f"{split.name}.rows"
         self._writer: SampleWriter | None = None
 
     @property
@@ -111,7 +109,6 @@ class SplitConversion:
     def open(self) -> None:
         """Cut the files back to what the journal knows."""
         saved = self.state.get("writer")
-        num_rows = self.state["rows"]
         remedy = f"Delete {self.folder} to start anew."
         try:
             if self.options.format == "ffcv":
@@ -123,29 +120,26 @@ class SplitConversion:
                 self._writer = ShardWriter(
                     self.folder, self.split.name, shard_bytes=self.options.shard_bytes, state=saved
                 )
-            self._rows = open(self._rows_path, "r+b" if saved else "w+b", buffering=0)  # noqa: SIM115
-            if os.fstat(self._rows.fileno()).st_size < num_rows * ROW.itemsize:
-                raise ValueError(f"{self._rows_path} is shorter than the journal says")
+            self._rows = RowFile(self.folder / f"{self.split.name}.rows", self.state["rows"])
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"the unfinished conversion cannot be continued: {error}. {remedy}") from error
-        os.ftruncate(self._rows.fileno(), num_rows * ROW.itemsize)
 
     @property
     def writer(self) -> SampleWriter:
         assert self._writer is not None, "open() comes first"
         return self._writer
 
-    def tasks(self) -> list[Positions]:
+    def tasks(self) -> Iterator[Positions]:
         """What is left to do, in order."""
-        starts = range(self.state["done"], self.stop, CHUNK_IMAGES)
-        return [(start, min(start + CHUNK_IMAGES, self.stop)) for start in starts]
+        for start in range(self.state["done"], self.stop, CHUNK_IMAGES):
+            yield start, min(start + CHUNK_IMAGES, self.stop)
 
     def add(self, positions: Positions, images: TreatedImages, payload: memoryview) -> None:
         """Write what became of `positions`, which follow those before."""
         assert positions[0] == self.state["done"]
         rows, counts = images.rows.copy(), self.state["counts"]
         self.writer.write(rows, lambda offset, size: payload[offset : offset + size])
-        write_at(self._rows.fileno(), rows.tobytes(), self.state["rows"] * ROW.itemsize)
+        self._rows.append(rows)
         passed = int((rows["handling"] == PASSED_THROUGH).sum())
         counts["passed_through"] += passed
         counts["reencoded"] += len(rows) - passed
@@ -153,19 +147,18 @@ class SplitConversion:
         counts["bytes"] += len(payload)
         for reason, number in images.reasons.items():
             self.state["reasons"][reason] = self.state["reasons"].get(reason, 0) + number
-        self.state["rows"] += len(rows)
+        self.state["rows"] = len(self._rows)
         self.state["done"] = positions[1]
 
     def checkpoint(self) -> None:
         """Bring everything to the disk and `state` up to date."""
         self.state["writer"] = self.writer.sync()
-        os.fsync(self._rows.fileno())
+        self._rows.sync()
 
-    def rows(self) -> NDArray[np.void]:
-        """ROW [N], mapped; what is written into it is written into the file."""
-        if not self.state["rows"]:
-            return np.zeros(0, dtype=ROW)
-        return np.memmap(self._rows_path, dtype=ROW, mode="r+", shape=(self.state["rows"],))
+    @property
+    def rows(self) -> RowFile:
+        """Of all samples that were written."""
+        return self._rows
 
     def quarantine_lines(self, images: TreatedImages) -> bytes:
         """What is rejected of a task, as lines of quarantine.jsonl."""

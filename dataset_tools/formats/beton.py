@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset_tools.file_io import read_at, write_at
-from dataset_tools.formats.records import blocks
+from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.sample_writer import ReadBytes, SampleWriter
 
 VERSION = 2
@@ -99,39 +99,40 @@ class BetonWriter(SampleWriter):
         os.fsync(self._file.fileno())
         return {"end": self._end}
 
-    def finish(self, rows: NDArray[np.void]) -> list[Path]:
-        largest = max((int(block["num_bytes"].max()) for block, _ in blocks(rows)), default=0)
+    def finish(self, rows: RowFile) -> list[Path]:
+        largest = max((int(block["num_bytes"].max()) for block, _ in rows.blocks()), default=0)
         needed = page_bytes_for(largest)
         if needed > MAX_PAGE_BYTES:
             raise ValueError(f"a sample of {largest:,} bytes fits into no page of FFCV, whose largest is 2 GiB")
         # Offsets follow from the sizes. An earlier `finish` may have left those of larger pages in the rows.
         end = data_start(self.num_reserved, self.page_bytes)
-        for block, start in blocks(rows):
-            rows["offset"][start : start + len(block)], end = place(block["num_bytes"], end, self.page_bytes)
+        for block, start in rows.blocks():
+            block["offset"], end = place(block["num_bytes"], end, self.page_bytes)
+            rows.replace(start, block)
         if needed > self.page_bytes:
             return self._finish_with_larger_pages(rows, needed)
         self._write_tables(rows)
         return [self.path]
 
-    def _finish_with_larger_pages(self, rows: NDArray[np.void], page_bytes: int) -> list[Path]:
+    def _finish_with_larger_pages(self, rows: RowFile, page_bytes: int) -> list[Path]:
         """A copy with larger pages; this writer's own file stays as it is, for another try."""
         path = self.path.with_name(f"{self.path.name}.{page_bytes}")
         writer = BetonWriter(path, num_reserved=self.num_reserved, page_bytes=page_bytes)
         try:
-            for block, start in blocks(rows):
+            for block, start in rows.blocks():
                 writer.write(block, lambda offset, size: read_at(self._file.fileno(), size, offset))
-                rows["offset"][start : start + len(block)] = block["offset"]
+                rows.replace(start, block)
             writer._write_tables(rows)
         finally:
             writer.close()
         return [path]
 
-    def _write_tables(self, rows: NDArray[np.void]) -> None:
+    def _write_tables(self, rows: RowFile) -> None:
         descriptor = self._file.fileno()
         header, fields = beton_head(len(rows), self.page_bytes, self._end + -self._end % self.page_bytes)
         write_at(descriptor, header.tobytes() + fields.tobytes(), 0)
         end = int(header["alloc_table_ptr"])
-        for block, start in blocks(rows):
+        for block, start in rows.blocks():
             metadata, allocations = beton_tables(block, start)
             write_at(descriptor, metadata.tobytes(), METADATA_START + start * METADATA.itemsize)
             write_at(descriptor, allocations.tobytes(), end)

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dataset_tools.formats.records import BLOCK_ROWS, EXTENSIONS, REENCODED, SampleRecords
+from dataset_tools.formats.records import EXTENSIONS, REENCODED
+from dataset_tools.formats.row_file import RowFile
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 1
@@ -62,13 +63,12 @@ class SplitManifest:
     """The images: one .beton, or the tars in order, each followed by its .idx."""
 
     @classmethod
-    def of(cls, samples: SampleRecords, **given: Any) -> SplitManifest:
-        """What the records of the `samples` say, and what is `given` beside."""
+    def of(cls, rows: RowFile, **given: Any) -> SplitManifest:
+        """What the `rows` say, and what is `given` beside."""
         encodings: dict[str, int] = {}
         largest = {"width": 0, "height": 0, "num_bytes": 0}
         total_bytes = reencoded = 0
-        for start in range(0, len(samples), BLOCK_ROWS):
-            block = samples.rows(start, start + BLOCK_ROWS)
+        for block, _ in rows.blocks():
             largest = {name: max(value, int(block[name].max())) for name, value in largest.items()}
             total_bytes += int(block["num_bytes"].sum())
             reencoded += int((block["handling"] == REENCODED).sum())
@@ -76,8 +76,8 @@ class SplitManifest:
                 if count := int((block["encoding"] == encoding).sum()):
                     encodings[extension] = encodings.get(extension, 0) + count
         return cls(
-            samples=len(samples),
-            passed_through=len(samples) - reencoded,
+            samples=len(rows),
+            passed_through=len(rows) - reencoded,
             reencoded=reencoded,
             encodings=dict(sorted(encodings.items())),
             max_width=largest["width"],

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +41,9 @@ PASSED_THROUGH, REENCODED = 0, 1
 """Values of `handling`."""
 
 BLOCK_ROWS = 1 << 16
-_TYPE_NAMES = {"<i8": "I64", "<i4": "I32", "|u1": "U8"}
-_TYPES = {name: np.dtype(code) for code, name in _TYPE_NAMES.items()}
-
-
-def blocks(rows: NDArray[np.void]) -> Iterator[tuple[NDArray[np.void], int]]:
-    """`rows` (ROW [N]), a block at a time, in memory, with the number of its first row: a mapped file of any length can
-    be walked in little memory.
-    """
-    for start in range(0, len(rows), BLOCK_ROWS):
-        yield np.array(rows[start : start + BLOCK_ROWS]), start
+TYPE_NAMES = {"<i8": "I64", "<i4": "I32", "|u1": "U8"}
+"""numpy's names of the types of columns → those of a safetensors file."""
+_TYPES = {name: np.dtype(code) for code, name in TYPE_NAMES.items()}
 
 
 class SampleRecords:
@@ -107,49 +98,6 @@ class SampleRecords:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"the record file {path} is damaged: {error}") from error
         return cls(path, columns)
-
-
-NamesOf = Callable[[NDArray[np.void], int], PackedNames]
-"""(a block of rows, the number of its first one) → their names."""
-
-
-def write_records(path: Path, rows: NDArray[np.void], names_of: NamesOf) -> None:
-    """Writes the columns of `rows` (ROW [N]; may be a mapped file) and their names; synced to the disk."""
-    count = len(rows)
-    total = sum(len(names_of(block, start).blob) for block, start in blocks(rows))
-    shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
-    for name in ROW.names or ():
-        base, inner = ROW[name].base, ROW[name].shape
-        shapes[name] = base, (count, *inner)
-    shapes["name_ends"] = np.dtype("<i8"), (count + 1,)
-    shapes["name_bytes"] = np.dtype("u1"), (total,)
-    # Wide types first: every column is then aligned.
-    shapes = dict(sorted(shapes.items(), key=lambda item: -item[1][0].itemsize))
-    layout, begin = {}, 0
-    for name, (dtype, shape) in shapes.items():
-        stop = begin + dtype.itemsize * int(np.prod(shape))
-        layout[name] = {"dtype": _TYPE_NAMES[dtype.str], "shape": shape, "data_offsets": [begin, stop]}
-        begin = stop
-    header = json.dumps(layout).encode()
-    header += b" " * (-len(header) % 8)
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name in shapes:
-            if name == "name_ends":
-                end = 0
-                file.write(bytes(8))
-                for block, start in blocks(rows):
-                    ends = end + names_of(block, start).offsets[1:]
-                    file.write(ends.astype("<i8").tobytes())
-                    end = int(ends[-1])
-            elif name == "name_bytes":
-                for block, start in blocks(rows):
-                    file.write(names_of(block, start).blob)
-            else:
-                for block, _ in blocks(rows):
-                    file.write(np.ascontiguousarray(block[name]).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _mapped(path: Path, size: int, base: int, type_name: str, shape: list[int], extent: list[int]) -> NDArray[Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset_tools.formats.row_file import RowFile
+
 ReadBytes = Callable[[int, int], memoryview | bytes]
 """(offset, size) → these bytes of whatever the samples are copied from."""
 
@@ -28,8 +30,8 @@ class SampleWriter(ABC):
         """Bring everything to the disk; what is returned (JSON) makes a new writer continue from here."""
 
     @abstractmethod
-    def finish(self, rows: NDArray[np.void]) -> list[Path]:
-        """Complete the files; all samples are `rows` (ROW [N], mapped, writable). Returns the files in order.
+    def finish(self, rows: RowFile) -> list[Path]:
+        """Complete the files; all samples are `rows`, whose offsets may change. Returns the files in order.
 
         May be called again, after a `sync`, if it was interrupted.
         """

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset_tools.file_io import write_pieces
-from dataset_tools.formats.records import EXTENSIONS, blocks
+from dataset_tools.formats.records import EXTENSIONS
+from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.sample_writer import ReadBytes, SampleWriter
 from dataset_tools.sources.split import UNLABELED
 
@@ -100,7 +101,7 @@ class ShardWriter(SampleWriter):
         os.fsync(self._file.fileno())
         return {"sizes": list(self._sizes), "end": self._end}
 
-    def finish(self, rows: NDArray[np.void]) -> list[Path]:
+    def finish(self, rows: RowFile) -> list[Path]:
         self._close_shard()
         files: list[Path] = []
         for number, lines in _index_lines(rows):
@@ -156,10 +157,10 @@ def index_line(row: np.void) -> str:
     return line + "\n"
 
 
-def _index_lines(rows: NDArray[np.void]) -> Iterator[tuple[int, list[str]]]:
+def _index_lines(rows: RowFile) -> Iterator[tuple[int, list[str]]]:
     """(number, lines) of each shard, in order."""
     current, lines = 0, list[str]()
-    for block, _ in blocks(rows):
+    for block, _ in rows.blocks():
         for row in block:
             if row["shard"] != current:
                 yield current, lines

@@ -1,0 +1,106 @@
+"""The rows of a split while it is being written: a file, walked a block at a time, so that memory does not grow."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_tools.file_io import read_at, write_at
+from dataset_tools.formats.records import BLOCK_ROWS, ROW, TYPE_NAMES
+from dataset_tools.packed_names import PackedNames
+
+NamesOf = Callable[[NDArray[np.void], int], PackedNames]
+"""(a block of rows, the number of its first one) → their names."""
+
+
+class RowFile:
+    """N rows (ROW). A kernel's page cache holds them, not this process."""
+
+    def __init__(self, path: Path, count: int = 0) -> None:
+        """The first `count` rows of what an earlier process wrote; with 0, a new file.
+
+        Raises FileNotFoundError, or ValueError if it holds fewer.
+        """
+        self.path, self._count = path, count
+        self._file = open(path, "r+b" if count else "w+b", buffering=0)  # noqa: SIM115
+        if os.fstat(self._file.fileno()).st_size < count * ROW.itemsize:
+            self._file.close()
+            raise ValueError(f"{path} is shorter than the journal says")
+        os.ftruncate(self._file.fileno(), count * ROW.itemsize)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, rows: NDArray[np.void]) -> None:
+        self.replace(self._count, rows)
+        self._count += len(rows)
+
+    def replace(self, start: int, rows: NDArray[np.void]) -> None:
+        """Write `rows` over those from number `start` on."""
+        write_at(self.fileno(), rows.tobytes(), start * ROW.itemsize)
+
+    def blocks(self) -> Iterator[tuple[NDArray[np.void], int]]:
+        """All rows, a block at a time, each a copy, with the number of its first row."""
+        for start in range(0, self._count, BLOCK_ROWS):
+            count = min(BLOCK_ROWS, self._count - start)
+            data = read_at(self.fileno(), count * ROW.itemsize, start * ROW.itemsize)
+            yield np.frombuffer(bytearray(data), dtype=ROW), start
+
+    def write_records(self, path: Path, names_of: NamesOf) -> None:
+        """Writes the file that `SampleRecords` opens: these rows as columns, and their names; synced to the disk."""
+        columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+            name: (ROW[name].base, (len(self), *ROW[name].shape)) for name in ROW.names or ()
+        }
+        num_bytes = sum(len(names_of(block, start).blob) for block, start in self.blocks())
+        columns |= {"name_ends": (np.dtype("<i8"), (len(self) + 1,)), "name_bytes": (np.dtype("u1"), (num_bytes,))}
+        # Wide types first: every column is then aligned.
+        columns = dict(sorted(columns.items(), key=lambda item: -item[1][0].itemsize))
+        with open(path, "wb") as file:
+            file.write(_safetensors_header(columns))
+            for name in columns:
+                file.writelines(self._column(name, names_of))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _column(self, name: str, names_of: NamesOf) -> Iterator[bytes]:
+        """The bytes of a column, a block at a time."""
+        end = 0
+        if name == "name_ends":
+            yield end.to_bytes(8, "little")
+        for block, start in self.blocks():
+            if name == "name_ends":
+                ends = end + names_of(block, start).offsets[1:]
+                end = int(ends[-1])
+                yield ends.astype("<i8").tobytes()
+            elif name == "name_bytes":
+                yield names_of(block, start).blob
+            else:
+                yield np.ascontiguousarray(block[name]).tobytes()
+
+    def sync(self) -> None:
+        """Bring all to the disk."""
+        os.fsync(self.fileno())
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _safetensors_header(columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> bytes:
+    """What stands before columns of these types and shapes, which follow one behind the other."""
+    layout, begin = {}, 0
+    for name, (dtype, shape) in columns.items():
+        stop = begin + dtype.itemsize * int(np.prod(shape))
+        layout[name] = {"dtype": TYPE_NAMES[dtype.str], "shape": shape, "data_offsets": [begin, stop]}
+        begin = stop
+    header = json.dumps(layout).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
