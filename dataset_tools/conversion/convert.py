@@ -30,7 +30,7 @@ from dataset_tools.conversion.split_conversion import (
     treat_images,
 )
 from dataset_tools.conversion.staging import Staging, staged, staging_folder
-from dataset_tools.conversion.workers import WorkerPool
+from dataset_tools.conversion.workers import WorkerPool, settled_workers
 from dataset_tools.formats.beton import read_beton_head
 from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest, SplitManifest
 from dataset_tools.packed_names import PackedNames
@@ -67,8 +67,7 @@ def convert(
     StoppedBySignalError after SIGINT or SIGTERM.
     """
     began = time.monotonic()
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers {workers} is not allowed: give at least 1")
+    num_workers = settled_workers(workers)
     target = Path(os.path.abspath(Path(destination).expanduser()))
     source = open_source(source_path)
     plan = _plan(source, options)
@@ -81,7 +80,7 @@ def convert(
         run = _Conversion(
             options=options,
             staging=staging,
-            num_workers=workers or len(os.sched_getaffinity(0)),
+            num_workers=num_workers,
             strict=strict,
             progress=progress or Progress(),
             stop=stop,

@@ -16,6 +16,7 @@ from typing import Any
 from dataset_tools.conversion.convert import QUARANTINE_NAME, disk_errors, summarize
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.staging import Staging, staged
+from dataset_tools.conversion.workers import settled_workers
 from dataset_tools.file_io import read_at
 from dataset_tools.formats.beton import BetonWriter, read_beton_head
 from dataset_tools.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SplitManifest
@@ -47,10 +48,10 @@ def merge(
     at the destination, OSError for a full disk.
     """
     began = time.monotonic()
+    num_workers = settled_workers(workers)
     opened = [_Part(Path(part).expanduser(), Manifest.load(Path(part).expanduser())) for part in parts]
     splits = _splits(opened)
     target = Path(os.path.abspath(Path(destination).expanduser()))
-    num_workers = workers or len(os.sched_getaffinity(0))
     manifests = [part.manifest for part in opened]
     plan = {"merge": sorted(hashlib.sha256(repr(manifest).encode()).hexdigest() for manifest in manifests)}
     with staged(target, plan) as staging, stop_signals(enabled=True) as stop, disk_errors(staging, AGAIN):

@@ -15,7 +15,7 @@ import numpy as np
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.progress import Progress
 from dataset_tools.conversion.treatment import UnusableImageError, decode
-from dataset_tools.conversion.workers import WorkerPool
+from dataset_tools.conversion.workers import WorkerPool, settled_workers
 from dataset_tools.file_io import read_at
 from dataset_tools.formats.beton import (
     ALLOCATION,
@@ -57,12 +57,11 @@ def verify(
     Returns `ok`, `problems` (at most 1000, each a sentence that names the file or the sample), `num_problems`,
     `samples`. Raises FileNotFoundError or ValueError if there is no manifest to begin with, or no such source.
     """
+    num_workers = settled_workers(workers)
     place = Path(folder).expanduser()
     manifest = Manifest.load(place)
     original = open_source(source).splits if source is not None else None
-    checks = _Verification(
-        place, manifest, original, deep, workers or len(os.sched_getaffinity(0)), progress or Progress()
-    )
+    checks = _Verification(place, manifest, original, deep, num_workers, progress or Progress())
     with stop_signals(enabled=True) as checks.stop:
         problems = list(islice(found := checks.problems(), MAX_PROBLEMS))
         num_problems = len(problems) + sum(1 for _ in found)

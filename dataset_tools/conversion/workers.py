@@ -43,6 +43,15 @@ CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.
 """Signals by which code that a damaged image led astray dies. Others come from outside."""
 
 
+def settled_workers(workers: int | None) -> int:
+    """`workers`, or the cores that this process may use. Raises ValueError for less than one."""
+    if workers is None:
+        return len(os.sched_getaffinity(0))
+    if workers < 1:
+        raise ValueError(f"--workers {workers} is not allowed: give at least 1")
+    return workers
+
+
 class WorkerDiedError(RuntimeError):
     """A worker died twice on the same task, and not by the task's own fault."""
 
