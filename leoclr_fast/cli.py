@@ -184,7 +184,12 @@ _SHORTHANDS = {"--loader": "--loader.name"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line (`sys.argv` by default) and exit: 0 done, 1 failed, 2 misused, 130 stopped by a signal."""
-    sys.exit(run_command_line(_parse, arguments))
+    sys.exit(run_command(arguments))
+
+
+def run_command(arguments: Sequence[str] | None = None) -> int:
+    """As `main`, but returns the exit code."""
+    return run_command_line(_parse, arguments)
 
 
 def _parse(arguments: list[str]) -> Command | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dataset_tools.formats.manifest import is_converted
 from dataset_tools.sources.cifar import open_cifar
+from dataset_tools.sources.converted import open_converted
 from dataset_tools.sources.ilsvrc import open_ilsvrc_folder, open_ilsvrc_tar
 from dataset_tools.sources.image_folder import open_image_folder
 from dataset_tools.sources.parquet import open_parquet
@@ -14,10 +16,10 @@ from dataset_tools.sources.stl10 import open_stl10
 from dataset_tools.sources.tar_archive import open_tar
 
 ALLOWED = (
-    "a folder [train/|val/|test/|unlabeled/]CLASS/name.jpg, a tar of one (plain, .gz, .bz2, .xz), ImageNet's tars "
-    "(a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and its labels, or one of them) or Kaggle's "
-    "ILSVRC/ tree, Parquet files with an image column (one, or a folder), or a folder with CIFAR-10, CIFAR-100 or "
-    "STL-10 files"
+    "a folder [train/|val/|test/|unlabeled/]CLASS/name.jpg, a tar of one (plain, .gz, .bz2, .xz), what convert made, "
+    "ImageNet's tars (a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and its labels, or one of them) "
+    "or Kaggle's ILSVRC/ tree, Parquet files with an image column (one, or a folder), or a folder with CIFAR-10, "
+    "CIFAR-100 or STL-10 files"
 )
 PUBLISHED_FOLDERS = (
     "cifar-10-batches-bin",
@@ -40,10 +42,23 @@ def open_source(path: str | os.PathLike[str]) -> ImageSource:
     if not place.exists():
         raise FileNotFoundError(f"there is nothing at {place}. Give the path of {ALLOWED}.")
     if place.is_dir():
+        if is_converted(place):
+            return open_converted(place)
+        _refuse_unfinished(place)
         return _open_published(place) or open_ilsvrc_folder(place) or open_parquet(place) or open_image_folder(place)
     if place.is_file():
+        if is_converted(place.parent):
+            raise ValueError(f"{place} is a file of the converted data set {place.parent}: give that folder.")
         return open_parquet(place) or open_ilsvrc_tar(place) or open_tar(place)
     raise ValueError(f"{place} is neither a file nor a folder. Give the path of {ALLOWED}.")
+
+
+def _refuse_unfinished(place: Path) -> None:
+    if place.name.endswith(".partial") and (place / "journal.json").is_file():
+        raise ValueError(
+            f"{place} is an unfinished conversion. Give the convert command that began it again: it continues, and the "
+            "data set is then called " + place.name.removesuffix(".partial")
+        )
 
 
 def _open_published(place: Path) -> ImageSource | None:

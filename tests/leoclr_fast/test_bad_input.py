@@ -15,7 +15,7 @@ import torch
 import leoclr_fast.checkpoint
 import leoclr_fast.train
 from leoclr_fast.checkpoint import DamagedCheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
-from leoclr_fast.cli import _main
+from leoclr_fast.cli import run_command
 from leoclr_fast.run_folder import RunFolder
 from leoclr_fast.telemetry import NonFiniteLossError
 from leoclr_fast.train import pretrain
@@ -34,7 +34,7 @@ TINY_FLAGS = [
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Run a command line that must fail; returns the one line it says."""
-    code = _main([str(argument) for argument in arguments])
+    code = run_command([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert code == 1, captured
     assert "Traceback" not in captured.err
@@ -82,7 +82,7 @@ def test_corrupt_image_among_good_ones(capsys: pytest.CaptureFixture[str], tiny_
     shutil.copytree(tiny_data, tmp_path / "data")
     victim = sorted((tmp_path / "data" / "train").rglob("*.png"))[7]
     victim.write_bytes(victim.read_bytes()[:60])
-    code = _main([str(a) for a in pretrain_line(tmp_path / "data", tmp_path / "run", "--json")])
+    code = run_command([str(a) for a in pretrain_line(tmp_path / "data", tmp_path / "run", "--json")])
     output = capsys.readouterr().out
     assert code == 0
     summary = json.loads(output.splitlines()[-1])
@@ -124,7 +124,7 @@ def test_impossible_values(
 def test_impossible_nested_value(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
     """What a nested part of the configuration refuses is shown by the command line parser, as misuse."""
     line = pretrain_line(tiny_data, tmp_path / "run", "--method.temperature=0")
-    assert _main([str(argument) for argument in line]) == 2
+    assert run_command([str(argument) for argument in line]) == 2
     assert "temperature 0.0 is not allowed" in capsys.readouterr().err
 
 
@@ -133,7 +133,7 @@ def test_unknown_names_offer_the_nearest(capsys: pytest.CaptureFixture[str], tin
     assert "Did you mean leoclr_cifar10" in message
     assert "Did you mean pretrain" in refused(capsys, "pretrian")
     assert "needs a recipe first" in refused(capsys, "pretrain", "--data", tiny_data)
-    assert _main(["pretrain", "leoclr_demo", "--data", str(tiny_data), "--out", "x", "--epoks", "3"]) == 2
+    assert run_command(["pretrain", "leoclr_demo", "--data", str(tiny_data), "--out", "x", "--epoks", "3"]) == 2
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_preview_misuse(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        _main([*map(str, pretrain_line(tmp_path / "nowhere", tmp_path / "run")), "--debug"])
+        run_command([*map(str, pretrain_line(tmp_path / "nowhere", tmp_path / "run")), "--debug"])
 
 
 def test_a_checkpoint_cannot_run_code(finished_run: Path, tmp_path: Path) -> None:

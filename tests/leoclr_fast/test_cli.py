@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from leoclr_fast.backbone import build_backbone
-from leoclr_fast.cli import _main
+from leoclr_fast.cli import run_command
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
 from leoclr_fast.export import load_backbone
@@ -26,7 +26,7 @@ from tests.leoclr_fast.test_bad_input import pretrain_line, refused
 
 def succeeded(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, Any], str]:
     """Run a command line with --json; returns the document on the last line and all of stdout."""
-    code = _main([*map(str, arguments), "--json"])
+    code = run_command([*map(str, arguments), "--json"])
     captured = capsys.readouterr()
     assert code == 0, captured
     return json.loads(captured.out.splitlines()[-1]), captured.out
@@ -213,10 +213,10 @@ def test_preview_shows_the_boxes_and_all_views(
 
 
 def test_help_lists_commands_recipes_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _main([]) == 0
+    assert run_command([]) == 0
     overview = capsys.readouterr().out
     assert all(name in overview for name in (*RECIPES, "demo", "pretrain", "knn", "preview"))
-    assert _main(["pretrain", "mocov2_stl10", "--help"]) == 0
+    assert run_command(["pretrain", "mocov2_stl10", "--help"]) == 0
     text = capsys.readouterr().out
     for flag in ("--data", "--out", "--resume", "--epochs", "--batch-size", "--max-images", "--max-steps", "--seed"):
         assert flag in text
