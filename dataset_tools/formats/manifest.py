@@ -33,7 +33,7 @@ class FileEntry:
     """How long a block is, all but the last; None: `sha256` is that of the file itself."""
 
     def __post_init__(self) -> None:
-        if Path(self.name).name != self.name:
+        if Path(self.name).name != self.name or self.name in ("", ".."):
             raise ValueError(f"{self.name!r} is no name of a file of this folder")
 
 

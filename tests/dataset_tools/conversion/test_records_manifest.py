@@ -1,0 +1,291 @@
+"""The two files that describe a converted data set: records.safetensors and manifest.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.formats.manifest import FileEntry, Manifest, SplitManifest, is_converted
+from dataset_tools.formats.records import BLOCK_ROWS, ROW, SampleRecords
+from dataset_tools.formats.row_file import RowFile
+from dataset_tools.packed_names import PackedNames
+from dataset_tools.sources import open_source
+from tests.dataset_tools.conversion.pictures import encoded, flat, write_files
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = [f"train/{label}/{number}.jpg" for label in "abc" for number in range(20)]
+    names += ["val/b/ünï\ncode.jpg", os.fsdecode(b"val/c/\xff.jpg")]
+    files = {name: encoded(flat((index, 0, 99), 20 + index % 5)) for index, name in enumerate(names)}
+    return write_files(tmp_path_factory.mktemp("records"), files)
+
+
+@pytest.fixture(scope="module", params=["ffcv", "webdataset"])
+def made(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("made") / request.param
+    convert(source, target, ConvertOptions(format=request.param, shard_size="64KiB"), workers=1)
+    return target
+
+
+def some_rows(count: int) -> np.ndarray:
+    rows = np.zeros(count, dtype=ROW)
+    random = np.random.default_rng(count)
+    for name in ROW.names:
+        base, shape = ROW[name].base, ROW[name].shape
+        rows[name] = random.integers(0, np.iinfo(base).max, (count, *shape), dtype=base)
+    return rows
+
+
+def write(folder: Path, rows: np.ndarray, names: PackedNames) -> Path:
+    """The record file of `rows`."""
+    row_file = RowFile(folder / "rows")
+    row_file.append(rows)
+    row_file.write_records(folder / "records.safetensors", lambda block, start: names[start : start + len(block)])
+    row_file.close()
+    return folder / "records.safetensors"
+
+
+class TestRows:
+    def test_appended_replaced_and_walked(self, tmp_path: Path) -> None:
+        rows = some_rows(2 * BLOCK_ROWS + 5)
+        file = RowFile(tmp_path / "rows")
+        file.append(rows[:10])
+        file.append(rows[10:])
+        assert len(file) == len(rows)
+        found = list(file.blocks())
+        assert [(start, len(block)) for block, start in found] == [
+            (0, BLOCK_ROWS),
+            (BLOCK_ROWS, BLOCK_ROWS),
+            (2 * BLOCK_ROWS, 5),
+        ]
+        np.testing.assert_array_equal(np.concatenate([block for block, _ in found]), rows)
+        found[0][0]["label"] = -1  # a copy
+        file.replace(7, rows[:2])
+        rows[7:9] = rows[:2].copy()
+        np.testing.assert_array_equal(np.concatenate([block for block, _ in file.blocks()]), rows)
+
+    def test_opened_again_it_is_cut_back(self, tmp_path: Path) -> None:
+        rows = some_rows(9)
+        file = RowFile(tmp_path / "rows")
+        file.append(rows)
+        file.close()
+        again = RowFile(tmp_path / "rows", 6)
+        again.append(rows[:1])
+        np.testing.assert_array_equal(next(again.blocks())[0], np.concatenate([rows[:6], rows[:1]]))
+        assert (tmp_path / "rows").stat().st_size == 7 * ROW.itemsize
+        again.close()
+        with pytest.raises(ValueError, match="rows is shorter than the journal says"):
+            RowFile(tmp_path / "rows", 8)
+        assert len(RowFile(tmp_path / "rows")) == 0
+
+
+class TestRecords:
+    @pytest.mark.parametrize("split", ["train", "val"])
+    def test_the_safetensors_library_reads_them(self, made: Path, split: str) -> None:
+        load_file = pytest.importorskip("safetensors.numpy").load_file
+        path = made / f"{split}.records.safetensors"
+        theirs, ours = load_file(path), SampleRecords.open(path)
+        assert theirs.keys() == ours.columns.keys() == {*ROW.names, "name_ends", "name_bytes"}
+        for name, column in theirs.items():
+            assert column.dtype == ours[name].dtype
+            np.testing.assert_array_equal(column, ours[name])
+        assert theirs["hash"].shape == (len(ours), 16)
+        assert PackedNames.from_buffers(theirs["name_bytes"].tobytes(), theirs["name_ends"]) == ours.names()
+
+    def test_columns_say_what_is_so(self, made: Path, source: Path) -> None:
+        manifest = Manifest.load(made)
+        for name, split in open_source(source).splits.items():
+            records = SampleRecords.open(made / f"{name}.records.safetensors")
+            files = [(made / file).read_bytes() for file in manifest.splits[name].image_files]
+            assert len(records) == len(split)
+            for index, each in enumerate(records.names()):
+                row = records.rows(index, index + 1)[0]
+                assert each == split.names[row["source_index"]]
+                assert row["label"] == split.labels[row["source_index"]]
+                data = files[row["shard"]][row["offset"] : row["offset"] + row["num_bytes"]]
+                assert data == split.read(int(row["source_index"]))
+                assert row["hash"].tobytes() == hashlib.sha256(data).digest()[:16]
+                assert (row["encoding"], row["handling"], row["height"]) == (0, 0, 20)
+            assert records["position"].tolist() == list(range(len(split)))
+
+    @pytest.mark.parametrize("count", [1, 2, 7, 1000])
+    def test_round_trip(self, tmp_path: Path, count: int) -> None:
+        rows = some_rows(count)
+        names = PackedNames(f"{number}/ä{'x' * (number % 5)}" for number in range(count))
+        path = write(tmp_path, rows, names)
+        records = SampleRecords.open(path)
+        assert len(records) == count
+        np.testing.assert_array_equal(records.rows(), rows)
+        np.testing.assert_array_equal(records.rows(1, 5), rows[1:5])
+        assert records.names() == names
+        header = int.from_bytes(path.read_bytes()[:8], "little")
+        assert header % 8 == 0, "so that all columns are aligned"
+
+    def test_more_than_a_block(self, tmp_path: Path) -> None:
+        count = BLOCK_ROWS + 3
+        rows = some_rows(count)
+        names = PackedNames(str(number) for number in range(count))
+        path = write(tmp_path, rows, names)
+        records = SampleRecords.open(path)
+        np.testing.assert_array_equal(records.rows(), rows)
+        assert records.names() == names
+
+
+def entry(name: str = "train.beton") -> FileEntry:
+    return FileEntry(name=name, bytes=5, sha256="0" * 64)
+
+
+def manifest(**changes: Any) -> Manifest:
+    split = SplitManifest(
+        samples=3,
+        positions=4,
+        passed_through=2,
+        reencoded=1,
+        reasons={"CMYK": 1},
+        quarantined=1,
+        encodings={"jpg": 3},
+        max_width=500,
+        max_height=400,
+        max_bytes=999,
+        total_bytes=2000,
+        page_bytes=2 << 20,
+        records=entry("train.records.safetensors"),
+        files=(entry(), replace(entry("train.idx"))),
+    )
+    return replace(
+        Manifest(
+            format="ffcv",
+            classes=("a", "ünï\ncode", os.fsdecode(b"\xff")),
+            splits={"train": split},
+            source={"kind": "image folder", "fingerprint": "f" * 64},
+            options={"format": "ffcv", "max_side": None},
+            versions={"pillow": "12.0"},
+        ),
+        **changes,
+    )
+
+
+def content_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def write_content(folder: Path, content: object) -> None:
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+class TestManifest:
+    @pytest.mark.parametrize("part", [None, (2, 3)])
+    def test_round_trip(self, tmp_path: Path, part: tuple[int, int] | None) -> None:
+        saved = manifest(part=part)
+        saved.save(tmp_path)
+        loaded = Manifest.load(tmp_path)
+        assert loaded == saved
+        assert is_converted(tmp_path)
+        before = (tmp_path / "manifest.json").read_bytes()
+        loaded.save(tmp_path)
+        assert (tmp_path / "manifest.json").read_bytes() == before
+        assert before.isascii()
+
+    def test_of_a_conversion(self, made: Path, source: Path) -> None:
+        loaded = Manifest.load(made)
+        original = open_source(source)
+        assert loaded.format == made.name
+        assert loaded.version == 1
+        assert loaded.classes == ("a", "b", "c")
+        assert loaded.source == {"kind": "image folder", "fingerprint": original.fingerprint}
+        assert loaded.options == ConvertOptions(format=made.name, shard_size="64KiB").identity()
+        assert {"pillow", "numpy", "python"} <= loaded.versions.keys()
+        train = loaded.splits["train"]
+        assert (train.samples, train.positions, train.passed_through) == (60, 60, 60)
+        assert (train.reencoded, train.reasons, train.quarantined) == (0, {}, 0)
+        assert (train.encodings, train.max_width, train.max_height) == ({"jpg": 60}, 24, 20)
+        sizes = [len(original.splits["train"].read(index)) for index in range(60)]
+        assert (train.max_bytes, train.total_bytes) == (max(sizes), sum(sizes))
+
+    def test_lists_every_file_with_its_sha256(self, made: Path) -> None:
+        listed = {"manifest.json", "quarantine.jsonl"}
+        for split in Manifest.load(made).splits.values():
+            for file in (split.records, *split.files):
+                data = (made / file.name).read_bytes()
+                assert file.bytes == len(data)
+                listed.add(file.name)
+                if file.block_bytes is None:
+                    assert file.sha256 == hashlib.sha256(data).hexdigest()
+                else:
+                    blocks = [data[at : at + file.block_bytes] for at in range(0, len(data), file.block_bytes)]
+                    digests = b"".join(hashlib.sha256(block).digest() for block in blocks)
+                    assert file.sha256 == hashlib.sha256(digests).hexdigest()
+        assert listed == {path.name for path in made.iterdir()}
+
+    def test_image_files(self) -> None:
+        assert manifest().splits["train"].image_files == ("train.beton",)
+        assert manifest().splits["train"].ffcv_decode_bytes == 5 * 256 * 500 * 400 * 3
+
+    def test_a_newer_version_is_refused(self, tmp_path: Path) -> None:
+        manifest(version=2).save(tmp_path)
+        message = r"manifest.json cannot be used: its version is 2, and this program knows versions up to 1; update leo"
+        with pytest.raises(ValueError, match=message):
+            Manifest.load(tmp_path)
+
+    def test_a_newer_version_is_told_before_its_new_keys(self, tmp_path: Path) -> None:
+        manifest(version=2).save(tmp_path)
+        write_content(tmp_path, content_of(tmp_path) | {"something": "new"})
+        with pytest.raises(ValueError, match="update leoclr-fast"):
+            Manifest.load(tmp_path)
+
+    def test_unknown_and_missing_keys_are_refused(self, tmp_path: Path) -> None:
+        manifest().save(tmp_path)
+        good = content_of(tmp_path)
+        write_content(tmp_path, good | {"mystery": 1})
+        with pytest.raises(ValueError, match="Manifest lacks, or should not have: mystery"):
+            Manifest.load(tmp_path)
+        write_content(tmp_path, {key: value for key, value in good.items() if key != "options"})
+        with pytest.raises(ValueError, match="Manifest lacks, or should not have: options"):
+            Manifest.load(tmp_path)
+        split = good["splits"]["train"]
+        write_content(tmp_path, good | {"splits": {"train": split | {"extra": 0}}})
+        with pytest.raises(ValueError, match="SplitManifest lacks, or should not have: extra"):
+            Manifest.load(tmp_path)
+        write_content(tmp_path, good | {"splits": {"train": split | {"records": {"name": "a"}}}})
+        with pytest.raises(ValueError, match="FileEntry lacks, or should not have: "):
+            Manifest.load(tmp_path)
+
+    @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b.tar", "", ".", "..", "a/"])
+    def test_names_outside_the_folder_are_refused(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(ValueError, match="is no name of a file of this folder"):
+            FileEntry(name=name, bytes=0, sha256="")
+        manifest().save(tmp_path)
+        content = content_of(tmp_path)
+        content["splits"]["train"]["files"][0]["name"] = name
+        write_content(tmp_path, content)
+        with pytest.raises(ValueError, match=r"manifest.json cannot be used: .* is no name of a file of this folder"):
+            Manifest.load(tmp_path)
+
+    def test_an_unknown_format_and_no_splits_are_refused(self, tmp_path: Path) -> None:
+        manifest(format="tfrecord").save(tmp_path)
+        with pytest.raises(ValueError, match="cannot be used: format 'tfrecord', 1 splits"):
+            Manifest.load(tmp_path)
+        manifest(splits={}).save(tmp_path)
+        with pytest.raises(ValueError, match="cannot be used: format 'ffcv', 0 splits"):
+            Manifest.load(tmp_path)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"version": 1}', '{"version": 1, "splits": []}'])
+    def test_what_is_no_manifest_is_refused(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=r"manifest.json cannot be used: "):
+            Manifest.load(tmp_path)
+
+    def test_no_manifest(self, tmp_path: Path) -> None:
+        assert not is_converted(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"is no converted data set: it has no manifest.json"):
+            Manifest.load(tmp_path)
