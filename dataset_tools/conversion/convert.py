@@ -5,19 +5,19 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import platform
 import shutil
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
-from PIL import Image
+from PIL import Image, features
 
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
@@ -124,8 +124,13 @@ def summarize(destination: Path, manifest: Manifest, *, images: int, seconds: fl
 
 
 def package_versions() -> dict[str, str]:
-    """Of what re-encodes images, and of what wrote the files."""
-    return {"pillow": PIL.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    """Of what the bytes of re-encoded images depend on."""
+    try:
+        ours = version("leoclr-fast")
+    except PackageNotFoundError:  # a checkout that is not installed
+        ours = "unknown"
+    turbo = features.version("libjpeg_turbo") or "none"
+    return {"leoclr-fast": ours, "pillow": PIL.__version__, "libjpeg-turbo": turbo}
 
 
 class _Conversion:
