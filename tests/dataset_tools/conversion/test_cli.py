@@ -1,0 +1,356 @@
+"""`python -m dataset_tools`: what it prints, what it returns, and that it needs no torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataset_tools.cli import main
+from dataset_tools.command_line import PACKAGES
+from dataset_tools.formats.manifest import Manifest
+from tests.dataset_tools.conversion.pictures import black_png, encoded, flat, folder_bytes, write_files
+
+REPOSITORY = Path(__file__).parents[3]
+NUM_TRAIN, NUM_VAL = 24, 6
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """A command line gives the packages' loggers handlers of its own."""
+    before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in map(logging.getLogger, PACKAGES)]
+    yield
+    for logger, handlers, level, propagate in before:
+        logger.handlers, logger.level, logger.propagate = handlers, level, propagate
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images of train, of which one is damaged, one CMYK and one a PNG; 6 of val."""
+    files = {}
+    for number in range(NUM_TRAIN + NUM_VAL):
+        split = "train" if number < NUM_TRAIN else "val"
+        files[f"{split}/class{number % 3}/{number:02}.jpg"] = encoded(flat((number, 0, 50), 60, 40))
+    files["train/class0/00.jpg"] = b"damaged"
+    files["train/class1/01.jpg"] = encoded(flat((1, 0, 50), 60, 40).convert("CMYK"))
+    del files["train/class2/02.jpg"]
+    files["train/class2/02.png"] = encoded(flat((2, 0, 50), 60, 40), "PNG")
+    return write_files(tmp_path_factory.mktemp("command"), files)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line."""
+    with pytest.raises(SystemExit) as exited:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert isinstance(exited.value.code, int)
+    return exited.value.code, captured.out, captured.err
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[dict[str, Any], str]:
+    """The JSON on the last line, and all of stdout."""
+    found, out, err = run(capsys, *arguments, "--json")
+    assert (found, err) == (code, ""), out
+    return json.loads(out.splitlines()[-1]), out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of an error."""
+    code, _, err = run(capsys, *arguments)
+    assert code == 1
+    assert "Traceback" not in err
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture
+def made(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> Path:
+    assert run(capsys, "convert", source, tmp_path / "made", "--format", "ffcv", "--workers", 1)[0] == 0
+    return tmp_path / "made"
+
+
+class TestConvert:
+    @pytest.mark.parametrize("format", ["ffcv", "webdataset"])
+    def test_summary(self, capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, format: str) -> None:
+        target = tmp_path / "made"
+        summary, out = document(capsys, "convert", source, target, "--format", format, "--workers", 1)
+        lossless = format == "ffcv"
+        reasons = {"CMYK": 1} | ({"PNG, kept lossless": 1} if lossless else {})
+        expected = {
+            "destination": str(target),
+            "format": format,
+            "samples": 29,
+            "passed_through": 29 - len(reasons),
+            "reencoded": len(reasons),
+            "reencoded_because": reasons,
+            "quarantined": 1,
+            "bytes": sum(path.stat().st_size for path in target.iterdir() if path.suffix in (".beton", ".tar", ".idx")),
+            "splits": {
+                "train": {"samples": 23, "quarantined": 1, "max_width": 60, "max_height": 40, "ffcv_decode_gib": 0.01},
+                "val": {"samples": 6, "quarantined": 0, "max_width": 60, "max_height": 40, "ffcv_decode_gib": 0.01},
+            },
+        }
+        assert {key: value for key, value in summary.items() if key not in ("images_per_s", "seconds")} == expected
+        assert summary["seconds"] > 0
+        assert summary["images_per_s"] > 0
+        assert "in quarantine 1" in out
+        assert "  re-encoded, CMYK: 1\n" in out
+        assert "FFCV's stock decoders take 5 x batch 256 x largest width x largest height x 3 bytes" in out
+
+    def test_flags_arrive(self, capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+        flags = (
+            "--format webdataset --split train --mode reencode --check decode --order source --seed 7 --short-side 30"
+        )
+        flags += " --max-side 44 --quality 77 --shard-size 64KiB --part 1/2 --workers 1"
+        summary, _ = document(capsys, "convert", source, tmp_path / "made", *flags.split())
+        assert (summary["samples"], summary["reencoded"], list(summary["splits"])) == (11, 11, ["train"])
+        assert (summary["splits"]["train"]["max_width"], summary["splits"]["train"]["max_height"]) == (44, 29)
+        assert Manifest.load(tmp_path / "made").options == {
+            "format": "webdataset",
+            "split": "train",
+            "mode": "reencode",
+            "check": "decode",
+            "order": "source",
+            "short_side": 30,
+            "max_side": 44,
+            "quality": 77,
+            "shard_size": 64 << 10,
+            "part": "1/2",
+        }
+
+    def test_memory_of_large_images(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        """Of the largest width and the largest height, which need not be those of one image."""
+        root = write_files(tmp_path / "source", {"a/1.png": black_png(1600, 10), "a/2.png": black_png(10, 1400)})
+        gib = 5 * 256 * 1600 * 1400 * 3 / 2**30
+        flags = ("--format", "ffcv", "--max-side", 0)
+        summary, out = document(capsys, "convert", root, tmp_path / "made", *flags)
+        assert summary["splits"]["train"]["ffcv_decode_gib"] == round(gib, 2) == 8.01
+        assert "8.01 GiB" in out
+        assert "warning: for train that is 8.0 GiB; --mode auto with --max-side limits it" in out
+        _, out = document(capsys, "convert", root, tmp_path / "limited", "--format", "ffcv")
+        assert "warning" not in out
+        assert "4.00 GiB" in out
+
+    def test_again_it_does_nothing(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path) -> None:
+        before = folder_bytes(made)
+        times = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
+        summary, out = document(capsys, "convert", source, made, "--format", "ffcv")
+        assert "made is whole already: nothing to do" in out
+        assert (summary["samples"], summary["quarantined"], summary["images_per_s"]) == (29, 1, None)
+        assert folder_bytes(made) == before
+        assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == times
+        assert [path.name for path in made.parent.iterdir() if "made" in path.name] == ["made"]
+
+    def test_errors(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path, tmp_path: Path) -> None:
+        other = ("--format", "ffcv", "--quality", 50)
+        assert "made is a converted data set already" in refused(capsys, "convert", source, made, *other)
+        message = refused(capsys, "convert", tmp_path / "nowhere", tmp_path / "new", "--format", "ffcv")
+        assert message.startswith(f"error: there is nothing at {tmp_path / 'nowhere'}")
+        message = refused(capsys, "convert", source, tmp_path / "new", "--format", "ffcv", "--strict", "--workers", 1)
+        assert "train/class0/00.jpg cannot be used: it is no image that Pillow knows. --strict stops here" in message
+        for flags, words in (
+            (("--quality", 0), "--quality 0 is not allowed"),
+            (("--part", "5/4"), "--part 5/4 is not allowed"),
+            (("--workers", 0), "--workers 0 is not allowed"),
+            (("--split", "test"), "there is no split 'test'"),
+            (("--mode", "passthrough", "--max-side", 5), "--mode passthrough changes no image"),
+        ):
+            assert words in refused(capsys, "convert", source, tmp_path / "newer", "--format", "ffcv", *flags)
+        assert not (tmp_path / "newer").exists()
+
+
+class TestVerify:
+    def test_whole(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path) -> None:
+        for flags in ((), ("--deep",), ("--source", source), ("--deep", "--source", source, "--workers", 2)):
+            result, out = document(capsys, "verify", made, *flags)
+            assert result == {"ok": True, "num_problems": 0, "problems": [], "samples": 29}
+            assert f"{made}: whole; 29 samples\n" in out
+
+    def test_damaged(self, capsys: pytest.CaptureFixture[str], made: Path) -> None:
+        (made / "val.beton").unlink()
+        result, out = document(capsys, "verify", made, code=1)
+        assert result == {"ok": False, "num_problems": 1, "problems": ["val.beton: it is missing"], "samples": 29}
+        assert "val.beton: it is missing\n" in out
+        assert f"{made}: NOT whole: 1 problem(s); 29 samples\n" in out
+
+    def test_of_another_source(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path) -> None:
+        other = Path(shutil.copytree(source, made.parent / "other"))
+        (other / "val" / "class0" / "24.jpg").write_bytes(encoded(flat((9, 9, 9), 60, 40)))
+        result, _ = document(capsys, "verify", made, "--source", other, code=1)
+        assert result["problems"] == ["val/class0/24.jpg: its bytes are not those of the source"]
+
+    def test_errors(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path) -> None:
+        assert "is no converted data set: it has no manifest.json" in refused(capsys, "verify", source)
+        assert "--workers -1 is not allowed" in refused(capsys, "verify", made, "--workers", -1)
+
+
+class TestInspect:
+    def test_from_the_manifest_alone(self, capsys: pytest.CaptureFixture[str], made: Path) -> None:
+        for path in made.iterdir():
+            if path.name != "manifest.json":
+                path.unlink()
+        result, out = document(capsys, "inspect", made)
+        manifest = Manifest.load(made)
+        assert result["classes"] == ["class0", "class1", "class2"]
+        assert result["splits"]["train"]["samples"] == 23
+        assert result["splits"]["train"]["ffcv_decode_bytes"] == 5 * 256 * 60 * 40 * 3
+        assert result["options"] == manifest.options
+        assert f"made of: image folder, fingerprint {manifest.source['fingerprint']}\n" in out
+        assert "max_side 1057" in out
+        assert "29 samples" in out
+
+
+class TestSubset:
+    def test_percent(self, capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+        out = tmp_path / "list.txt"
+        result, _ = document(capsys, "subset", source, "--percent", 25, "--seed", 3, "--out", out)
+        assert (result["samples"], result["min_per_class"], result["max_per_class"]) == (6, 2, 2)
+        assert (result["percent"], result["seed"], result["out"]) == (25.0, 3, str(out))
+        sha256sum = subprocess.run(["sha256sum", out], capture_output=True, text=True, check=True).stdout
+        assert sha256sum.split()[0] == result["sha256"]
+
+    def test_list(self, capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+        published = tmp_path / "published.txt"
+        published.write_text("29.jpg\n25.jpg\n")
+        flags = ("--list", published, "--split", "val", "--out", tmp_path / "list.txt")
+        result, _ = document(capsys, "subset", source, *flags)
+        assert (result["samples"], result["percent"]) == (2, None)
+        assert (tmp_path / "list.txt").read_text() == "val/class1/25.jpg\nval/class2/29.jpg\n"
+
+    def test_errors(self, capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+        out = ("--out", tmp_path / "list.txt")
+        assert "give either --percent P or --list FILE" in refused(capsys, "subset", source, *out)
+        both = ("--percent", 1, "--list", "x")
+        assert "give either --percent P or --list FILE" in refused(capsys, "subset", source, *both, *out)
+        assert "--percent 0 is not allowed" in refused(capsys, "subset", source, "--percent", 0, *out)
+        message = refused(capsys, "subset", source, "--percent", 1, "--split", "test", *out)
+        assert "there is no split 'test'" in message
+        assert "it has train, val" in message
+        assert not (tmp_path / "list.txt").exists()
+
+
+class TestMerge:
+    def test_parts(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path, tmp_path: Path) -> None:
+        parts = [tmp_path / f"part{number}" for number in (1, 2)]
+        for number, part in enumerate(parts, start=1):
+            document(capsys, "convert", source, part, "--format", "ffcv", "--part", f"{number}/2", "--workers", 1)
+        summary, _ = document(capsys, "merge", *parts, tmp_path / "joined")
+        assert (summary["samples"], summary["quarantined"], summary["destination"]) == (29, 1, str(tmp_path / "joined"))
+        assert folder_bytes(tmp_path / "joined") == folder_bytes(made)
+        assert "these are given: 1/2; give each part once" in refused(capsys, "merge", parts[0], tmp_path / "new")
+
+    def test_errors(self, capsys: pytest.CaptureFixture[str], made: Path) -> None:
+        for folders in ((), (made,)):
+            message = refused(capsys, "merge", *folders)
+            assert message == "error: merge needs the folders of the parts, and then the destination"
+
+
+class TestMisuse:
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "convert SOURCE DEST",
+            "convert SOURCE --format ffcv",
+            "convert SOURCE DEST --format tfrecord",
+            "convert SOURCE DEST --format ffcv --qualty 50",
+            "convert SOURCE DEST --format ffcv --quality high",
+            "verify",
+            "verify DEST --deeply",
+            "inspect",
+            "subset DATA --percent 1",
+        ],
+    )
+    def test_wrong_flags_exit_with_2(self, capsys: pytest.CaptureFixture[str], line: str) -> None:
+        code, _, err = run(capsys, *line.split())
+        assert code == 2
+        assert "Traceback" not in err
+        assert not Path("DEST").exists()
+
+    def test_unknown_commands_name_the_nearest(self, capsys: pytest.CaptureFixture[str]) -> None:
+        message = refused(capsys, "verfy")
+        assert "there is no command 'verfy'. Did you mean verify" in message
+        assert "Allowed: convert, verify, inspect, subset, merge." in message
+
+    @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+    def test_help(self, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+        code, out, _ = run(capsys, *arguments)
+        assert code == 0
+        for command in ("convert", "verify", "inspect", "subset", "merge"):
+            assert f"  {command} " in out
+
+    @pytest.mark.parametrize("command", ["convert", "verify", "inspect", "subset", "merge"])
+    def test_help_of_a_command(self, capsys: pytest.CaptureFixture[str], command: str) -> None:
+        code, out, _ = run(capsys, command, "--help")
+        assert code == 0
+        assert f"usage: python -m dataset_tools {command}" in out
+
+
+HEAVY = ("torch", "torchvision", "ffcv", "numba", "nvidia", "webdataset", "cv2")
+
+
+class TestProcess:
+    """As a user types it."""
+
+    def test_needs_no_torch(self, source: Path, tmp_path: Path) -> None:
+        """All commands, with torch made impossible to import, and nothing else imported that takes long."""
+        target, lists = str(tmp_path / "made"), str(tmp_path / "list.txt")
+        lines = [
+            ["convert", str(source), target, "--format", "webdataset", "--workers", "2"],
+            ["verify", target, "--deep", "--source", str(source)],
+            ["inspect", target, "--json"],
+            ["subset", str(source), "--percent", "50", "--out", lists],
+            ["merge", target, str(tmp_path / "joined")],
+        ]
+        script = (
+            "import json, sys\n"
+            "class NoTorch:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name.partition('.')[0] in ('torch', 'torchvision'):\n"
+            "            raise ModuleNotFoundError(name)\n"
+            "sys.meta_path.insert(0, NoTorch())\n"
+            "from dataset_tools.cli import main\n"
+            "for line in json.loads(sys.argv[1]):\n"
+            "    try:\n"
+            "        main(line)\n"
+            "    except SystemExit as exited:\n"
+            "        assert exited.code == 0, (line, exited.code)\n"
+            f"print([name for name in {HEAVY!r} if sys.modules.get(name)])\n"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", script, json.dumps(lines)],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            timeout=120,
+            check=False,
+        )
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.splitlines()[-1] == "[]"
+
+    def test_as_a_module(self, source: Path, tmp_path: Path) -> None:
+        line = [sys.executable, "-m", "dataset_tools", "convert", str(source), str(tmp_path / "made")]
+        flags = ["--format", "ffcv", "--json", "--workers", "1"]
+        found = subprocess.run([*line, *flags], capture_output=True, text=True, cwd=REPOSITORY, timeout=120, check=True)
+        assert json.loads(found.stdout.splitlines()[-1])["samples"] == 29
+        assert found.stderr == ""
+        assert subprocess.run(line, capture_output=True, cwd=REPOSITORY, timeout=120, check=False).returncode == 2
+
+    @pytest.mark.skipif(find_spec("torch") is None, reason="leoclr-fast needs torch")
+    def test_part_of_leoclr_fast(self, source: Path, tmp_path: Path) -> None:
+        line = [sys.executable, "-m", "leoclr_fast", "convert", str(source), str(tmp_path / "made"), "--format", "ffcv"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        found = subprocess.run(
+            [*line, "--json"], capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=120, check=True
+        )
+        assert json.loads(found.stdout.splitlines()[-1])["samples"] == 29
+        assert Manifest.load(tmp_path / "made").splits["val"].samples == NUM_VAL
