@@ -133,6 +133,10 @@ def package_versions() -> dict[str, str]:
     return {"leoclr-fast": ours, "pillow": PIL.__version__, "libjpeg-turbo": turbo}
 
 
+class NoRoomError(OSError):
+    """What is to be written does not fit on the disk, as is known before it is begun."""
+
+
 class _Conversion:
     """One call of `convert`, holding its staging folder."""
 
@@ -317,10 +321,10 @@ class _Conversion:
                 needed += int(left * (np.mean(sizes) + SAMPLE_OVERHEAD_BYTES[self.options.format]))
         free = shutil.disk_usage(self.staging.folder).free
         if needed > free:
-            raise OSError(
+            raise NoRoomError(
                 errno.ENOSPC,
-                f"what is left to write takes about {needed / 2**30:.1f} GiB, but {self.staging.folder.parent} has "
-                f"{free / 2**30:.1f} GiB free. Free some, or choose another destination",
+                f"what is left to write takes about {in_words(needed)}, but {self.staging.folder.parent} has "
+                f"{in_words(free)} free. Free some, or choose another destination",
             )
 
 
@@ -361,13 +365,17 @@ def _chosen_splits(source: ImageSource, options: ConvertOptions) -> list[Split]:
     return chosen
 
 
+def in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+
+
 @contextmanager
 def disk_errors(staging: Staging, then: str = "the same command continues") -> Iterator[None]:
     """A full disk, in words; `then`: what comes after room was made."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or "GiB" in str(error):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, NoRoomError):
             raise
         raise OSError(
             error.errno,

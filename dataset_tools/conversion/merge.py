@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from dataset_tools.conversion.convert import QUARANTINE_NAME, disk_errors, summarize
+from dataset_tools.conversion.convert import QUARANTINE_NAME, NoRoomError, disk_errors, in_words, summarize
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.staging import Staging, staged
 from dataset_tools.conversion.workers import settled_workers
@@ -243,8 +244,10 @@ def _check_space(parts: list[_Part], staging: Staging) -> None:
     )
     free = shutil.disk_usage(staging.folder).free
     if needed > free:
-        raise OSError(
-            f"the parts have {needed / 2**30:.1f} GiB, but {staging.folder.parent} has {free / 2**30:.1f} GiB free"
+        raise NoRoomError(
+            errno.ENOSPC,
+            f"the parts have {in_words(needed)}, but {staging.folder.parent} has {in_words(free)} free. Free some, or "
+            "choose another destination",
         )
 
 
