@@ -37,6 +37,8 @@ TASKS_AHEAD = 4
 SPARE_DESCRIPTORS = 256
 """For everything that is open beside pipes and payloads, and for the pieces of a task that is done again."""
 PARENT_EVERY_S = 1.0
+HELD_BYTES = 1 << 30
+"""Of payloads whose turn has not come: with more, only the task whose turn it is is handed out."""
 ANSWER_S = 30.0
 """Between the two messages of an answer."""
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
@@ -126,7 +128,7 @@ class WorkerPool(Generic[T, R]):
         exhausted = False
         window = _room_for_payloads(TASKS_AHEAD * self._num_workers + 1, self._num_workers)
         while True:
-            while not exhausted and len(self._order) < window:
+            while not exhausted and len(self._order) < window and not (self._order and self._holds_much()):
                 try:
                     job: _Job[T, R] = _Job(next(source))
                 except StopIteration:
@@ -153,7 +155,12 @@ class WorkerPool(Generic[T, R]):
         for at_hand in range(1, TASKS_AT_HAND + 1):
             for worker in self._workers:
                 if len(worker.jobs) < at_hand and self._waiting:
+                    if self._holds_much() and self._waiting[0] is not self._order[0]:
+                        return
                     self._give(worker, self._waiting.popleft())
+
+    def _holds_much(self) -> bool:
+        return sum(job.payload_bytes for job in self._order if job.done) > HELD_BYTES
 
     def _give(self, worker: _Worker[T, R], job: _Job[T, R]) -> None:
         if not worker.jobs:
