@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
-from PIL import Image, features
+from PIL import features
 
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
@@ -287,8 +286,6 @@ class _Conversion:
         self.staging.save()
 
     def _pool(self, conversion: SplitConversion) -> WorkerPool[Positions, TreatedImages]:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours: treatment.MAX_PIXELS
-
         def describe(positions: Positions) -> str:
             name = conversion.name_at(positions[0])
             more = positions[1] - positions[0] - 1

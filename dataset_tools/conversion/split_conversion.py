@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.treatment import Policy, UnusableImageError, treat
@@ -48,6 +50,7 @@ def treat_images(split: Split, order: NDArray[np.int64] | None, policy: Policy) 
     """The work of a worker: positions → (TreatedImages, their bytes)."""
 
     def work(positions: Positions) -> tuple[TreatedImages, list[bytes]]:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours: treatment.MAX_PIXELS
         rows, payload, offset = np.zeros(positions[1] - positions[0], dtype=ROW), list[bytes](), 0
         reasons, rejected = Counter[str](), list[tuple[int, str]]()
         for position in range(*positions):
