@@ -1,0 +1,398 @@
+"""Disks that are full, read-only or taken: nothing hangs, the message helps, and the same command continues."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.merge import merge
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.conversion.staging import staged
+from tests.dataset_tools.conversion.trouble import (
+    FORMATS,
+    SHARD_BYTES,
+    Command,
+    contents,
+    images_done,
+    journal_often,
+    jpeg,
+    mixed_files,
+    until,
+    write_tar,
+)
+
+KIB = 1024
+
+
+class Disk:
+    """A small disk of its own, in memory."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        path.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True)
+        if done.returncode:
+            path.rmdir()
+            pytest.skip(f"a disk cannot be mounted here: {done.stderr.decode(errors='replace').strip()}")
+
+    def remount(self, options: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", self.path], check=True)
+
+    def close(self) -> None:
+        for flags in ([], ["-l"]):
+            if subprocess.run(["umount", *flags, self.path], capture_output=True).returncode == 0:
+                break
+        self.path.rmdir()
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[Callable[[int], Disk]]:
+    """Mounts small disks (bytes → Disk)."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small disk needs root and `mount`")
+    mounted: list[Disk] = []
+
+    def mount(size: int) -> Disk:
+        mounted.append(Disk(tmp_path / f"disk {len(mounted)}", size))
+        return mounted[-1]
+
+    yield mount
+    for disk in mounted:
+        disk.close()
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """Starts command lines, and ends them."""
+    started: list[Command] = []
+
+    def start(*arguments: Any, prepare: Callable[[], None] = journal_often()) -> Command:  # noqa: B008
+        started.append(Command(list(arguments), tmp_path / f"log {len(started)}", prepare))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.end()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny images first, then large ones: what some of them say of the size of all is wrong."""
+    files = mixed_files(200, 40)
+    for number in range(400):
+        data = jpeg(400, 400, number % 5, quality=100)
+        files[f"train/large/{number:05}.jpg"] = data[:2] + b"\xff\xfe\x00\x0a%08d" % number + data[2:]
+    return write_tar(tmp_path_factory.mktemp("source") / "images.tar", files)
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for format in FORMATS:
+        found[format] = tmp_path_factory.mktemp("whole") / format
+        convert(source, found[format], options(format), workers=1)
+    return found
+
+
+def options(format: str, part: str | None = None) -> ConvertOptions:
+    return ConvertOptions(format=format, shard_size="128KiB", order="source", part=part)  # type: ignore[arg-type]
+
+
+def arguments(source: Path, destination: Path, format: str) -> list[Any]:
+    given = ["convert", source, destination, "--format", format, *SHARD_BYTES[format]]
+    return [*given, "--order", "source", "--workers", 2]
+
+
+def size_of(folder: Path) -> int:
+    """What it takes on the disk."""
+    return sum(512 * path.stat().st_blocks for path in folder.iterdir())
+
+
+def fooled() -> None:
+    """For `Command`: the disk seems to have room for everything."""
+    journal_often()()
+    shutil.disk_usage = lambda _: SimpleNamespace(free=1 << 60)  # type: ignore
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_without_room_nothing_is_written(
+    disks: Any, commands: Any, source: Path, expected: dict[str, Path], format: str
+) -> None:
+    size = size_of(expected[format])
+    disk = disks(size // 2)
+    command = commands(*arguments(source, disk.path / "made", format), prepare=journal_often(0))
+    assert command.wait(30) == 1
+    message = re.fullmatch(
+        rf"error: what is left to write takes about ([\d.]+) MiB, but {disk.path} has ([\d.]+) MiB free. Free some, or "
+        "choose another destination",
+        command.output.splitlines()[-1],
+    )
+    assert message is not None, command.output
+    assert float(message[1]) * 2**20 == pytest.approx(size, rel=0.5)
+    assert float(message[2]) * 2**20 == pytest.approx(size / 2, rel=0.1)
+    written = list((disk.path / "made.partial").rglob("*"))
+    assert sum(path.stat().st_size for path in written) == 0, written
+    disk.remount(f"size={4 * size}")
+    assert commands(*arguments(source, disk.path / "made", format)).wait() == 0
+    assert contents(disk.path / "made") == contents(expected[format])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_disk_that_fills_up(disks: Any, commands: Any, source: Path, expected: dict[str, Path], format: str) -> None:
+    size = size_of(expected[format])
+    disk = disks(size // 3)
+    given = arguments(source, disk.path / "made", format)
+    began = time.monotonic()
+    command = commands(*given, prepare=fooled)
+    assert command.wait(30) == 1
+    assert time.monotonic() - began < 20
+    staging = disk.path / "made.partial"
+    assert command.output.splitlines()[-1] == (
+        f"error: the disk of {staging} is full (No space left on device). Free some space, and the same command "
+        "continues"
+    )
+    assert images_done(disk.path / "made") > 100
+    again = commands(*given, prepare=fooled)  # nothing was freed
+    assert again.wait(30) == 1
+    assert "is full" in again.output
+    disk.remount(f"size={4 * size}")
+    last = commands(*given)
+    assert last.wait() == 0, last.output
+    assert "of them done before" in last.output
+    assert contents(disk.path / "made") == contents(expected[format])
+    assert os.listdir(disk.path) == ["made"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_disk_that_fills_up_near_the_end(
+    disks: Any, commands: Any, source: Path, expected: dict[str, Path], format: str
+) -> None:
+    """In rows, tables, journal, records, indices, manifest: wherever it happens to be."""
+    size = size_of(expected[format])
+    failed = 0
+    disk = disks(1 << 20)
+    for room in range(size - 96 * KIB, size + 288 * KIB, 32 * KIB):
+        disk.remount(f"size={room // 4096 * 4096}")
+        given = arguments(source, disk.path / "made", format)
+        command = commands(*given, prepare=fooled)
+        if command.wait(30) != 0:
+            assert command.code == 1, command.output
+            assert "is full (No space left on device). Free some space" in command.output.splitlines()[-1]
+            disk.remount(f"size={4 * size}")
+            last = commands(*given)
+            assert last.wait() == 0, last.output
+            failed += 1
+        assert contents(disk.path / "made") == contents(expected[format]), room
+        shutil.rmtree(disk.path / "made")
+    assert 4 <= failed < 12
+
+
+@pytest.mark.parametrize("what", ["journal", "rows", "records", "manifest", "quarantine"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_disk_is_full_at_one_file(
+    disks: Any, commands: Any, source: Path, expected: dict[str, Path], format: str, what: str
+) -> None:
+    """All but this file has room: the disk is filled just before it is written."""
+    disk = disks(4 * size_of(expected[format]))
+
+    def fill() -> None:
+        with open(disk.path / "filler", "wb", buffering=0) as file:
+            for block in (1 << 20, 4096):
+                try:
+                    while True:
+                        file.write(bytes(block))
+                except OSError:
+                    continue
+
+    def prepare() -> None:
+        fooled()
+        from dataset_tools.conversion import split_conversion, staging
+        from dataset_tools.formats.manifest import Manifest
+        from dataset_tools.formats.row_file import RowFile
+
+        def first_fill(owner: Any, name: str) -> None:
+            function, calls = getattr(owner, name), [0]
+
+            def wrapped(*given: Any, **named: Any) -> Any:
+                calls[0] += 1
+                if calls[0] == (3 if name in ("save", "checkpoint") and owner is not Manifest else 1):
+                    fill()
+                return function(*given, **named)
+
+            setattr(owner, name, wrapped)
+
+        if what == "journal":
+            first_fill(staging.Staging, "save")
+        elif what == "rows":
+            first_fill(split_conversion.SplitConversion, "add")
+        elif what == "records":
+            first_fill(RowFile, "write_records")
+        elif what == "manifest":
+            first_fill(Manifest, "save")
+        else:
+            first_fill(split_conversion.SplitConversion, "checkpoint")
+
+    given = arguments(source, disk.path / "made", format)
+    command = commands(*given, prepare=prepare)
+    assert command.wait(30) == 1, command.output
+    assert "is full (No space left on device). Free some space, and the same command continues" in command.output
+    (disk.path / "filler").unlink()
+    last = commands(*given)
+    assert last.wait() == 0, last.output
+    assert contents(disk.path / "made") == contents(expected[format])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_merge_whose_disk_fills_up(
+    disks: Any, commands: Any, source: Path, expected: dict[str, Path], tmp_path: Path, format: str
+) -> None:
+    parts = [tmp_path / "first", tmp_path / "second"]
+    for number, part in enumerate(parts, 1):
+        convert(source, part, options(format, f"{number}/2"), workers=2)
+    merge(parts, tmp_path / "whole")
+    size = size_of(tmp_path / "whole")
+    disk = disks(4096)
+    failed = 0
+    rooms = [4096, 8192, 12288, 32 * KIB, size // 2, *range(size - 64 * KIB, size + 192 * KIB, 32 * KIB)]
+    for room in rooms:
+        disk.remount(f"size={room // 4096 * 4096}")
+        command = commands("merge", *parts, disk.path / "made", prepare=fooled)
+        if command.wait(30) != 0:
+            assert command.code == 1, command.output  # and not killed by SIGBUS at a page that has no room
+            last_line = command.output.splitlines()[-1]
+            assert "is full (No space left on device). Free some space, and give the same command again" in last_line
+            disk.remount(f"size={4 * size}")
+            last = commands("merge", *parts, disk.path / "made")
+            assert last.wait() == 0, last.output
+            failed += 1
+        assert contents(disk.path / "made") == contents(tmp_path / "whole"), room
+        shutil.rmtree(disk.path / "made")
+    assert 6 <= failed < len(rooms)
+    disk.remount(f"size={size // 2}")
+    command = commands("merge", *parts, disk.path / "made")
+    assert command.wait(30) == 1
+    assert "the parts have " in command.output.splitlines()[-1]
+    assert os.listdir(disk.path) in ([], ["made.partial"])
+
+
+@pytest.mark.parametrize("what", ["convert", "merge"])
+def test_a_read_only_destination(disks: Any, source: Path, expected: dict[str, Path], what: str) -> None:
+    disk = disks(1 << 20)
+    disk.remount("ro")
+    with pytest.raises(OSError, match=r"cannot write to .*disk 0: Read-only file system") as caught:
+        run(what, source, expected["ffcv"], disk.path / "made")
+    assert caught.value.errno == errno.EROFS
+
+
+def run(what: str, source: Path, converted: Path, destination: Path) -> Any:
+    if what == "convert":
+        return convert(source, destination, options("ffcv"), workers=1)
+    return merge([converted], destination)
+
+
+@pytest.mark.parametrize("what", ["convert", "merge"])
+def test_what_is_at_the_destination(source: Path, expected: dict[str, Path], tmp_path: Path, what: str) -> None:
+    file, full, empty, deep = (tmp_path / name for name in ("file", "full", "empty", "not/there/yet/made"))
+    file.write_text("mine")
+    full.mkdir()
+    (full / "mine").write_text("mine")
+    empty.mkdir()
+    for taken in (file, full):
+        with pytest.raises(FileExistsError, match=f"{taken} is there already. Give another destination, or delete it"):
+            run(what, source, expected["ffcv"], taken)
+        assert not taken.with_name(taken.name + ".partial").exists()
+    assert file.read_text() == (full / "mine").read_text() == "mine"
+    with pytest.raises(OSError, match=r"cannot write to .*file"):
+        run(what, source, expected["ffcv"], file / "below")
+    for allowed in (empty, deep):
+        run(what, source, expected["ffcv"], allowed)
+        images = {name: sha for name, sha in contents(allowed).items() if name.endswith(".beton")}
+        assert images.items() <= contents(expected["ffcv"]).items()
+        assert len(images) == 2
+
+
+@pytest.mark.parametrize("what", ["convert", "merge"])
+def test_a_whole_result_at_the_destination(
+    source: Path, expected: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """The same conversion again has nothing to do; another one does not touch it."""
+    made = tmp_path / "made"
+    run(what, source, expected["ffcv"], made)
+    before = contents(made)
+    if what == "convert":
+        caplog.set_level("INFO")
+        assert run(what, source, expected["ffcv"], made)["samples"] == sum(
+            split["samples"] for split in convert(source, made, options("ffcv"))["splits"].values()
+        )
+        assert "is whole already: nothing to do" in caplog.text
+        with pytest.raises(FileExistsError, match="of another source or with other options"):
+            convert(source, made, ConvertOptions(format="ffcv", quality=80))
+    with pytest.raises(FileExistsError):
+        merge([expected["webdataset"]], made)
+    assert contents(made) == before
+
+
+@pytest.mark.parametrize("second", ["convert", "merge"])
+@pytest.mark.parametrize("first", ["convert", "merge"])
+def test_a_destination_in_use(
+    source: Path, expected: dict[str, Path], tmp_path: Path, commands: Any, first: str, second: str
+) -> None:
+    """The second comer is told at once, and the first one is not disturbed."""
+    made, ready, go = tmp_path / "made", tmp_path / "ready", tmp_path / "go"
+
+    def prepare() -> None:
+        """Wait where nothing but the lock is in the folder."""
+        from dataset_tools.conversion import convert as convert_module
+        from dataset_tools.conversion import merge as merge_module
+
+        def hold(*_: Any) -> None:
+            ready.touch()
+            until(go.exists, 60, "permission to go on")
+
+        convert_module._chosen_splits = lambda source, _: hold() or list(source.splits.values())  # type: ignore
+        merge_module._check_files = hold  # type: ignore
+
+    convert_arguments = arguments(source, made, "ffcv")
+    given = {"convert": convert_arguments, "merge": ["merge", expected["ffcv"], made]}
+    holder = commands(*given[first], prepare=prepare)
+    until(ready.exists, 30, "the first one")
+    began = time.monotonic()
+    for _ in range(2):
+        other = commands(*given[second])
+        assert other.wait(30) == 1
+        assert f"error: another process is converting into {made}.partial; wait for it, or stop it" in other.output
+    assert time.monotonic() - began < 20
+    go.touch()
+    assert holder.wait() == 0, holder.output
+    assert set(os.listdir(made)) == set(os.listdir(expected["ffcv"]))
+    assert not (tmp_path / "made.partial").exists()
+
+
+def test_a_lock_on_a_folder_that_was_removed_meanwhile(tmp_path: Path) -> None:
+    folder = tmp_path / "made.partial"
+    with staged(tmp_path / "made", {}) as staging:
+        assert folder.is_dir()
+        with pytest.raises(RuntimeError, match="another process is converting"), staged(tmp_path / "made", {}):
+            pass
+        assert (folder / "lock").exists()
+        staging.save()
+    assert (folder / "journal.json").exists()
+    lock = os.open(folder / "lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is free again
+    os.close(lock)
+    shutil.rmtree(folder)
+    with staged(tmp_path / "made", {}):
+        pass
+    assert not folder.exists()

@@ -1,0 +1,374 @@
+"""Death at any moment, and signals: the same command continues, and the result is the same to the byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.conversion.verify import verify
+from tests.dataset_tools.conversion.trouble import (
+    FORMATS,
+    SHARD_BYTES,
+    Command,
+    contents,
+    images_done,
+    journal_often,
+    journaled,
+    mixed_files,
+    until,
+    write_tar,
+)
+
+NUM_TRAIN, NUM_VAL = 3000, 400
+PAUSE_S = 0.001
+
+
+@dataclass
+class Case:
+    """A conversion, and what it must result in."""
+
+    source: Path
+    destination: Path
+    format: str
+    expected: dict[str, str]
+    commands: list[Command]
+    num_images: int = NUM_TRAIN + NUM_VAL
+
+    def start(
+        self, *, workers: int = 3, pause_s: float = PAUSE_S, prepare: Callable[[], None] | None = None
+    ) -> Command:
+        arguments = ["convert", self.source, self.destination, "--format", self.format, *SHARD_BYTES[self.format]]
+        log = self.destination.with_name(f"log {len(self.commands)}")
+        command = Command([*arguments, "--workers", workers], log, prepare or journal_often(pause_s=pause_s))
+        self.commands.append(command)
+        return command
+
+    def complete(self, **given: Any) -> Command:
+        """Runs it to its end, and compares the result."""
+        command = self.start(**given)
+        assert command.wait() == 0, command.output
+        self.check()
+        return command
+
+    def check(self) -> None:
+        assert contents(self.destination) == self.expected
+        assert not self.destination.with_name(f"{self.destination.name}.partial").exists()
+
+    def no_orphans(self) -> None:
+        for command in self.commands:
+            until(lambda command=command: not command.session(), 20, "the end of the workers")  # type: ignore[misc]
+
+
+def options(format: str) -> ConvertOptions:
+    return ConvertOptions(format=format, shard_size="128KiB")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tar(tmp_path_factory.mktemp("source") / "images.tar", mixed_files(NUM_TRAIN, NUM_VAL))
+
+
+@pytest.fixture(scope="module")
+def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tar(tmp_path_factory.mktemp("source") / "images.tar", mixed_files(200, 60))
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    return results(source, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def small_expected(small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    return results(small_source, tmp_path_factory)
+
+
+def results(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Of an undisturbed run, with one worker."""
+    found = {}
+    for format in FORMATS:
+        folder = tmp_path_factory.mktemp("whole") / format
+        summary = convert(source, folder, options(format), workers=1)
+        assert summary["quarantined"] > 15
+        assert summary["reencoded"] > 5
+        found[format] = contents(folder)
+    return found
+
+
+@pytest.fixture(params=FORMATS)
+def case(request: pytest.FixtureRequest, tmp_path: Path, source: Path, expected: Any) -> Iterator[Case]:
+    case = Case(source, tmp_path / "made", request.param, expected[request.param], [])
+    yield case
+    for command in case.commands:
+        command.end()
+
+
+@pytest.fixture(params=FORMATS)
+def small_case(
+    request: pytest.FixtureRequest, tmp_path: Path, small_source: Path, small_expected: Any
+) -> Iterator[Case]:
+    case = Case(small_source, tmp_path / "made", request.param, small_expected[request.param], [], 260)
+    yield case
+    for command in case.commands:
+        command.end()
+
+
+def kill_at_random(case: Case, num_kills: int, seed: int, longest_s: float = 0.5) -> None:
+    """Kills again and again; whenever a run has come to its end, compares and begins anew."""
+    chance = random.Random(f"{seed} {case.format}")
+    continued = kills = 0
+    while kills < num_kills:
+        known = images_done(case.destination)
+        command = case.start(workers=chance.choice((1, 2, 3)))
+        if chance.random() < 0.25:  # not before the end is near
+            until(lambda command=command: command.poll() is not None or "completing" in command.output, 30, "the end")
+            time.sleep(chance.uniform(0, 0.05))
+        else:
+            time.sleep(chance.uniform(0, longest_s))
+        victim = chance.choice(("group", "main", "worker"))
+        if victim == "worker" and (workers := command.workers()):
+            with suppress(ProcessLookupError):
+                os.kill(chance.choice(workers), signal.SIGKILL)
+                kills += 1
+            time.sleep(chance.uniform(0, longest_s))
+        if command.poll() is None:
+            command.kill(group=victim == "group")
+            kills += 1
+        else:
+            assert command.code == 0, command.output
+            case.check()
+            shutil.rmtree(case.destination)
+        if known and " images" in command.output:
+            assert "continuing what an earlier call left" in command.output
+            continued += bool(re.search(r"[1-9][\d,]* of them done before", command.output))
+    case.complete(workers=2, pause_s=0)
+    assert continued >= num_kills // 6
+    case.no_orphans()
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_kills_at_random_moments(case: Case, seed: int) -> None:
+    kill_at_random(case, 12, seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_kills_at_many_random_moments(case: Case, seed: int) -> None:
+    kill_at_random(case, 50, seed)
+
+
+@pytest.mark.long
+@pytest.mark.real_data
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("format", FORMATS)
+def test_kills_at_many_random_moments_of_real_images(
+    real_data: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, format: str
+) -> None:
+    """ImageNet's JPEGs, which are larger than the pieces that are written at once; several MiB of them are scaled."""
+    source = tmp_path / "real.tar"
+    with tarfile.open(real_data / "imagenet-sample-400.tar") as archive, tarfile.open(source, "w") as copy:
+        for member in archive:
+            if member.isfile():
+                data = archive.extractfile(member)
+                for place in ("train/{}", "train/again/{}", "val/{}"):
+                    assert data is not None
+                    data.seek(0)
+                    member.name = place.format(os.path.basename(member.name))
+                    copy.addfile(member, data)
+    folder = tmp_path_factory.mktemp("whole") / format
+    convert(source, folder, options(format), workers=1)
+    case = Case(source, tmp_path / "made", format, contents(folder), [], 1200)
+    try:
+        kill_at_random(case, 50, seed=4, longest_s=0.7)
+    finally:
+        for command in case.commands:
+            command.end()
+    assert verify(case.destination, source=source, deep=True)["ok"]
+
+
+def die_at(call: int, half: bool = True, count_into: Path | None = None) -> Callable[[], None]:
+    """For `Command`: the main process dies before its `call`-th change of a file or folder (or in its midst)."""
+
+    def prepare() -> None:
+        journal_often(0.0)()
+        here, calls = os.getpid(), [0]
+
+        def deadly(name: str) -> Callable[..., Any]:
+            function = getattr(os, name)
+
+            def wrapped(*arguments: Any, **named: Any) -> Any:
+                if os.getpid() == here:
+                    calls[0] += 1
+                    if count_into:
+                        count_into.write_text(str(calls[0]))
+                    if calls[0] == call:
+                        if half and name == "pwrite":
+                            function(arguments[0], arguments[1][: len(arguments[1]) // 2], arguments[2])
+                        os.kill(here, signal.SIGKILL)
+                return function(*arguments, **named)
+
+            return wrapped
+
+        for name in ("mkdir", "rmdir", "unlink", "replace", "rename", "fsync", "ftruncate", "pwrite"):
+            setattr(os, name, deadly(name))
+
+    return prepare
+
+
+def count_calls(case: Case) -> int:
+    counter = case.destination.with_name("calls")
+    case.complete(prepare=die_at(0, count_into=counter))
+    shutil.rmtree(case.destination)
+    return int(counter.read_text())
+
+
+def kill_at_each(case: Case, calls: list[int], chance: random.Random) -> None:
+    """A death at each of these calls, sometimes a second one when continuing; then the rest, and the comparison."""
+    for call in calls:
+        first = case.start(workers=2, prepare=die_at(call))
+        if first.wait() == 0:  # this time there were fewer calls
+            case.check()
+        else:
+            assert first.code == -signal.SIGKILL, first.output
+            if chance.random() < 0.4:
+                assert case.start(workers=1, prepare=die_at(chance.randint(1, 40))).wait() in (0, -signal.SIGKILL)
+            case.complete(workers=chance.choice((1, 3)), pause_s=0)
+        shutil.rmtree(case.destination)
+        for command in case.commands:
+            command.end()
+        case.commands.clear()
+
+
+def test_kills_between_the_calls_that_change_files(small_case: Case) -> None:
+    """The last ones, which publish the result, and some of the others."""
+    total = count_calls(small_case)
+    chance = random.Random(5)
+    assert total > 40
+    calls = [*chance.sample(range(1, total - 20), 8), *chance.sample(range(total - 20, total + 1), 12)]
+    kill_at_each(small_case, calls, chance)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_kills_at_every_call_that_changes_files(small_case: Case) -> None:
+    kill_at_each(small_case, list(range(1, count_calls(small_case) + 1)), random.Random(6))
+
+
+def test_a_restart_does_not_wait_for_workers_that_survive(case: Case) -> None:
+    """Only the main process is killed, while each worker is in the middle of a task of seconds."""
+    command = case.start(workers=3, pause_s=PAUSE_S)
+    until(lambda: images_done(case.destination) > 300, 30, "300 images in the journal")
+    workers = command.workers()
+    assert len(workers) == 3
+    command.kill(group=False)
+    done = images_done(case.destination)
+    second = case.complete(workers=2, pause_s=0)
+    assert "continuing what an earlier call left" in second.output
+    before = re.search(r"train: 3,000 images, ([\d,]+) of them done before", second.output)
+    assert before is not None
+    assert int(before[1].replace(",", "")) == done > 300
+    case.no_orphans()
+
+
+def test_workers_in_the_middle_of_a_long_task_end_with_the_main_process(case: Case) -> None:
+    command = case.start(workers=2, pause_s=30.0)
+    until(lambda: len(command.workers()) == 2, 30, "two workers")
+    command.kill(group=False)
+    until(lambda: not command.session(), 15, "the end of the workers, whose tasks take half an hour")
+
+
+def test_a_killed_worker_is_replaced(case: Case) -> None:
+    command = case.start(workers=2)
+    until(lambda: images_done(case.destination) > 200, 30, "200 images in the journal")
+    victim = command.workers()[0]
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    until(lambda: f"worker {victim} was killed by SIGKILL" in command.output, 10, "a warning")
+    assert time.monotonic() - killed < 10
+    assert command.wait() == 0
+    assert "done again" in command.output or "takes its place" in command.output
+    case.check()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("group", [False, True], ids=["main process", "group"])
+def test_a_signal_saves_and_stops(case: Case, name: str, group: bool) -> None:
+    command = case.start(workers=3)
+    until(lambda: images_done(case.destination) > 200, 30, "200 images in the journal")
+    (os.killpg if group else os.kill)(command.pid, getattr(signal, name))
+    assert command.wait(10) == 130, command.output
+    left = re.search(rf"error: stopped by {name} with ([\d,]+) images of train left; the same command", command.output)
+    assert left is not None, command.output
+    done = NUM_TRAIN - int(left[1].replace(",", ""))
+    assert journaled(case.destination)["train"]["done"] == done > 200
+    case.no_orphans()
+    assert f"train: 3,000 images, {done:,} of them done before" in case.complete(pause_s=0).output
+
+
+def test_a_signal_while_the_space_is_estimated(case: Case) -> None:
+    command = case.start(workers=1, pause_s=0.3)
+    until(command.workers, 30, "a worker")
+    os.kill(command.pid, signal.SIGINT)
+    assert command.wait(10) == 130, command.output
+    assert "with 3,000 images of train left" in command.output
+    case.complete(pause_s=0)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_second_signal_interrupts_at_once(case: Case, name: str) -> None:
+    """Even where the first one is not heeded yet."""
+
+    def prepare() -> None:
+        from dataset_tools.conversion import convert
+
+        journal_often()()
+        wait = time.sleep
+        convert._Conversion._save = lambda *_: print("saving", flush=True) or wait(50)  # type: ignore
+
+    command = case.start(prepare=prepare)
+    until(lambda: "saving" in command.output, 30, "a journal that takes its time")
+    os.kill(command.pid, getattr(signal, name))
+    time.sleep(0.3)
+    assert command.poll() is None
+    os.kill(command.pid, getattr(signal, name))
+    assert command.wait(10) == 130
+    assert command.output.endswith("interrupted\n")
+    case.no_orphans()
+    case.complete(pause_s=0)
+
+
+def test_the_real_command_line(source: Path, tmp_path: Path, expected: dict[str, dict[str, str]]) -> None:
+    """A process of its own, as a user starts it: SIGKILL, SIGINT to the group, then the rest."""
+    command = [sys.executable, "-m", "dataset_tools", "convert", source, tmp_path / "made", "--format", "webdataset"]
+    command += ["--shard-size", "128KiB", "--json", "--workers", "2"]
+    log = tmp_path / "log"
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        with open(log, "wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        until(lambda: "train: 3,000 images" in log.read_text(), 60, "the beginning")
+        os.killpg(process.pid, number)
+        assert process.wait(60) == code, log.read_text()
+    assert "the same command continues" in log.read_text()
+    done = subprocess.run(command, capture_output=True, timeout=120, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["samples"] > 2500
+    assert "continuing what an earlier call left" in done.stdout
+    assert contents(tmp_path / "made") == expected["webdataset"]

@@ -1,0 +1,319 @@
+"""WorkerPool: order, dying workers, descriptors. Tasks are plain numbers here."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataset_tools.conversion.workers import WorkerDiedError, WorkerPool
+
+Pieces = tuple[int, int]
+
+
+def results(pool: WorkerPool[Any, Any], tasks: Any) -> list[tuple[Any, Any, bytes]]:
+    return [(done.task, done.result, bytes(done.payload)) for done in pool.map(tasks) if done is not None]
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def children() -> list[str]:
+    return Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+
+
+def memory_files(pid: int | str = "self") -> list[str]:
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+        except OSError:
+            continue
+    return [name for name in found if "leoclr-payload" in name]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Any:
+    before = open_descriptors()
+    yield
+    assert children() == []
+    assert open_descriptors() == before
+    assert memory_files() == []
+
+
+def dies(by: signal.Signals, at: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """Work that doubles a number, or kills its own process."""
+
+    def work(task: Any) -> tuple[Any, list[bytes]]:
+        if at(task):
+            faulthandler.disable()  # pytest's
+            os.kill(os.getpid(), by)
+        return task, [repr(task).encode()]
+
+    return work
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+@pytest.mark.parametrize("num_tasks", [0, 1, 3, 200])
+def test_every_task_once_and_in_order(num_workers: int, num_tasks: int) -> None:
+    def work(task: int) -> tuple[int, list[bytes]]:
+        time.sleep(0.002 * (task * 7 % 5))  # later ones are done earlier
+        return task * task, [b"x" * (task % 3), b"", bytes([task])]
+
+    with WorkerPool(work, num_workers) as pool:
+        found = results(pool, range(num_tasks))
+        assert len(children()) <= min(num_workers, num_tasks)
+    assert found == [(task, task * task, b"x" * (task % 3) + bytes([task])) for task in range(num_tasks)]
+    assert pool.restarts == 0
+
+
+def test_payloads_of_every_size() -> None:
+    """None, one byte, more than 1024 pieces (the limit of one system call), more than 64 MiB."""
+    shapes = {0: [], 1: [b""], 2: [b"a"], 3: [bytes([i % 251]) * (i % 7) for i in range(2500)]}
+    shapes[4] = [os.urandom(1 << 20) * 3 for _ in range(23)]
+    with WorkerPool(lambda task: (None, shapes[task]), 2) as pool:
+        found = results(pool, range(5))
+    assert [payload == b"".join(shapes[task]) for task, _, payload in found] == [True] * 5
+    assert len(found[4][2]) == 69 << 20
+
+
+def test_few_tasks_are_ahead_and_few_payloads_wait() -> None:
+    """However slow the first one and the consumer are."""
+    begun = iter_count = 0
+
+    def tasks() -> Any:
+        nonlocal begun
+        for task in range(60):
+            begun += 1
+            yield task
+
+    def work(task: int) -> tuple[int, list[bytes]]:
+        time.sleep(0.5 if task == 0 else 0)
+        return task, [b"payload"]
+
+    with WorkerPool(work, 2) as pool:
+        for done in pool.map(tasks()):
+            if done is not None:
+                assert len(memory_files()) <= 4 * 2 + 2
+                assert begun - done.task <= 4 * 2 + 1
+                iter_count += 1
+    assert iter_count == 60
+
+
+def test_it_looks_up_often() -> None:
+    """For the clock and for signals: None at least every quarter of a second, here within a wide margin."""
+    with WorkerPool(lambda task: (time.sleep(2.0), []), 1) as pool:
+        times = [time.monotonic()]
+        for _ in pool.map([0]):
+            times.append(time.monotonic())
+    assert max(later - earlier for earlier, later in pairwise(times)) < 1.5
+    assert len(times) > 4
+
+
+def test_ended_early_nothing_is_left() -> None:
+    pool = WorkerPool(lambda task: (task, [b"payload"]), 3)
+    generator = pool.map(range(1000))
+    while (done := next(generator)) is None:
+        pass
+    assert (done.task, bytes(done.payload)) == (0, b"payload")
+    generator.close()
+    pool.close()
+    with suppress(KeyError), WorkerPool(lambda task: (task, [b"payload"]), 3) as pool:
+        for done in pool.map(range(1000)):
+            if done is not None and done.task == 20:
+                raise KeyError
+    assert done is not None
+    assert done.task == 20
+
+
+def test_an_exception_comes_with_its_traceback() -> None:
+    def divide(task: int) -> tuple[float, list[bytes]]:
+        return 1 / (task - 3), []
+
+    with (
+        WorkerPool(divide, 2, describe=lambda task: f"task number {task}") as pool,
+        pytest.raises(RuntimeError, match=r"(?s)task number 3: Traceback .*in divide.*ZeroDivisionError"),
+    ):
+        results(pool, range(10))
+
+
+def test_a_worker_that_dies_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Its task is cut in pieces, which take its place in the order."""
+    flag = tmp_path / "died"
+
+    def at(task: Pieces) -> bool:
+        first = task == (20, 30) and not flag.exists()
+        if first:
+            flag.touch()
+        return first
+
+    tasks = [(start, start + 10) for start in range(0, 100, 10)]
+    with (
+        caplog.at_level(logging.WARNING),
+        WorkerPool(
+            dies(signal.SIGKILL, at),
+            2,
+            pieces=lambda task: [(i, i + 1) for i in range(*task)],
+            describe="images {}".format,
+        ) as pool,
+    ):
+        found = [task for task, _, _ in results(pool, tasks)]
+    assert found == tasks[:2] + [(i, i + 1) for i in range(20, 30)] + tasks[3:]
+    assert pool.restarts == 1
+    assert len(caplog.messages) == 1
+    assert "was killed by SIGKILL at images (20, 30); they are done again" in caplog.text
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_is_killed_each_time(by: signal.Signals) -> None:
+    """By something from outside, such as the lack of memory: no image is to blame, so the work stops."""
+    began = time.monotonic()
+    with (
+        WorkerPool(
+            dies(by, lambda task: task[0] <= 23 < task[1]),
+            2,
+            pieces=lambda task: [(i, i + 1) for i in range(*task)],
+            crashed=lambda task, reason: reason,
+            describe=lambda task: f"image {task[0]}",
+        ) as pool,
+        pytest.raises(WorkerDiedError, match=rf"killed by {by.name} at image 23,.*same command continues"),
+    ):
+        results(pool, [(start, start + 10) for start in range(0, 100, 10)])
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("by", [signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL])
+def test_a_task_that_crashes_its_worker(by: signal.Signals) -> None:
+    tasks = [(start, start + 10) for start in range(0, 50, 10)]
+    with WorkerPool(
+        dies(by, lambda task: task[0] <= 23 < task[1]),
+        2,
+        pieces=lambda task: [(i, i + 1) for i in range(*task)],
+        crashed=lambda task, reason: ("crashed", task, reason),
+    ) as pool:
+        found = results(pool, tasks)
+    by_task = {task: (result, payload) for task, result, payload in found}
+    expected = tasks[:2] + [(i, i + 1) for i in range(20, 30)] + tasks[3:]
+    assert [task for task, _, _ in found] == expected
+    reason = f"decoding it killed the worker twice (killed by {by.name})"
+    assert by_task.pop((23, 24)) == (("crashed", (23, 24), reason), b"")
+    assert all(found == (task, repr(task).encode()) for task, found in by_task.items())
+    assert pool.restarts == 2
+
+
+def test_a_worker_that_stands_still(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flag = tmp_path / "stopped"
+
+    def work(task: int) -> tuple[int, list[bytes]]:
+        if task == 5 and not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return task, [b"payload"]
+
+    began = time.monotonic()
+    with WorkerPool(work, 2, stall_s=0.5) as pool:
+        assert [task for task, _, _ in results(pool, range(30))] == list(range(30))
+    assert "has not answered for 0 s and is killed" in caplog.text
+    assert pool.restarts == 1
+    assert time.monotonic() - began < 20
+
+
+def test_workers_that_die_at_random_from_outside() -> None:
+    """Idle, busy or answering; each of 400 tasks once and in order."""
+    killed = 0
+    with WorkerPool(lambda task: (task, [b"%d" % task] * 100), 3) as pool:
+        found = []
+        for done in pool.map(range(400)):
+            if done is not None:
+                found.append((done.task, bytes(done.payload)))
+                if done.task % 40 == 20 and (victims := children()):
+                    os.kill(int(victims[killed % len(victims)]), signal.SIGKILL)
+                    killed += 1
+    assert found == [(task, b"%d" % task * 100) for task in range(400)]
+    assert killed == 10
+    assert 5 <= pool.restarts <= 10
+
+
+def test_a_new_worker_keeps_no_payload(tmp_path: Path) -> None:
+    """What it inherits would stay in memory as long as it lives."""
+    flag = tmp_path / "died"
+
+    def work(task: int) -> tuple[int, list[bytes]]:
+        if task == 4:
+            time.sleep(0.5)  # until the others are done, and wait
+            if not flag.exists():
+                flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return len(memory_files()), [b"payload"]
+
+    with WorkerPool(work, 2) as pool:
+        found = results(pool, range(60))
+    assert pool.restarts == 1
+    assert {result for _, result, _ in found} == {0}
+
+
+def test_the_limit_of_descriptors_is_raised_or_kept() -> None:
+    """A machine of 200 cores may have 800 payloads waiting, and allow 256 descriptors or 1,024."""
+    script = (
+        "import os, resource, sys, time\n"
+        "from dataset_tools.conversion.workers import WorkerPool\n"
+        "soft, hard = map(int, sys.argv[1:])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
+        "def work(task):\n"
+        "    time.sleep(1.0 if task == 0 else 0.0)\n"
+        "    return task, [b'payload']\n"
+        "with WorkerPool(work, 20) as pool:\n"
+        "    pool_window = [done.task for done in pool.map(range(400)) if done is not None]\n"
+        "assert pool_window == list(range(400))\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
+    )
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for limits, expected in (((100, hard), 397), ((100, 330), 330), ((4096, hard), 4096)):
+        if hard != resource.RLIM_INFINITY and max(limits) > hard:
+            continue
+        command = [sys.executable, "-c", script, *map(str, limits)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) == expected
+
+
+def test_workers_end_with_their_task_giver() -> None:
+    """Killed while workers are in the middle of a task of minutes."""
+    script = (
+        "import os, signal, time\n"
+        "from dataset_tools.conversion.workers import WorkerPool\n"
+        "with WorkerPool(lambda task: (time.sleep(600), []), 3) as pool:\n"
+        "    for number, _ in enumerate(pool.map(range(9))):\n"
+        "        if number == 1:\n"
+        "            path = f'/proc/{os.getpid()}/task/{os.getpid()}/children'\n"
+        "            print(open(path).read(), flush=True)\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    workers = done.stdout.split()
+    assert len(workers) == 3
+    end = time.monotonic() + 15
+    while alive := [pid for pid in workers if os.path.exists(f"/proc/{pid}") and not _is_zombie(pid)]:
+        assert time.monotonic() < end, f"still alive: {alive}"
+        time.sleep(0.05)
+
+
+def _is_zombie(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
