@@ -114,6 +114,7 @@ class SplitConversion:
         saved = self.state.get("writer")
         remedy = f"Delete {self.folder} to start anew."
         try:
+            self._rows = RowFile(self.folder / f"{self.split.name}.rows", self.state["rows"])
             if self.options.format == "ffcv":
                 page_bytes = self.options.page_bytes
                 assert page_bytes is not None
@@ -123,7 +124,6 @@ class SplitConversion:
                 self._writer = ShardWriter(
                     self.folder, self.split.name, shard_bytes=self.options.shard_bytes, state=saved
                 )
-            self._rows = RowFile(self.folder / f"{self.split.name}.rows", self.state["rows"])
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"the unfinished conversion cannot be continued: {error}. {remedy}") from error
 
