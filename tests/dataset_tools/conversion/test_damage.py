@@ -1,0 +1,519 @@
+"""Damaged journals, files, sources and data sets: each is found, and named."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dataset_tools.cli import main
+from dataset_tools.conversion import split_conversion
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.merge import merge
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.conversion.verify import verify
+from dataset_tools.formats.manifest import Manifest
+from dataset_tools.formats.records import SampleRecords
+from dataset_tools.sources import open_source
+from dataset_tools.sources.converted import open_converted
+from dataset_tools.stop_signals import StoppedBySignalError
+from tests.dataset_tools.conversion.trouble import FORMATS, contents, jpeg, mixed_files, write_tar
+
+
+def options(format: str, **given: Any) -> ConvertOptions:
+    return ConvertOptions(format=format, shard_size="64KiB", **given)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tar(tmp_path_factory.mktemp("source") / "images.tar", mixed_files(300, 60))
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for format in FORMATS:
+        found[format] = tmp_path_factory.mktemp("whole") / format
+        convert(source, found[format], options(format), workers=2)
+    return found
+
+
+@pytest.fixture(params=FORMATS)
+def format(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def data(whole: dict[str, Path], format: str, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(whole[format], tmp_path / "data"))
+
+
+# The unfinished conversion
+
+
+@pytest.fixture
+def unfinished(source: Path, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """DEST.partial of a conversion that stopped in the val split, train being finished."""
+    with monkeypatch.context() as patch:
+        patch.setattr(split_conversion, "CHUNK_IMAGES", 8)
+        add = split_conversion.SplitConversion.add
+
+        def stopping(self: Any, *given: Any) -> None:
+            add(self, *given)
+            if self.split.name == "val" and self.state["done"] >= 32:
+                raise StoppedBySignalError("for the test")
+
+        patch.setattr(split_conversion.SplitConversion, "add", stopping)
+        with pytest.raises(StoppedBySignalError):
+            convert(source, tmp_path / "made", options(format), workers=1, journal_every_s=0)
+    folder = tmp_path / "made.partial"
+    state = json.loads((folder / "journal.json").read_text().split("\n")[1])["state"]
+    assert "finished" in state["splits"]["train"]
+    assert 0 < state["splits"]["val"]["done"] < 60
+    assert state["quarantine_bytes"] > 0
+    return folder
+
+
+def test_an_unfinished_conversion_continues(unfinished: Path, source: Path, whole: Any, format: str) -> None:
+    """Also where its files are longer than the journal says: they are cut back."""
+    for path in (*unfinished.glob("val*.beton"), *unfinished.glob("val*.tar"), *unfinished.glob("*.rows")):
+        if path.name != "train.rows":
+            with open(path, "ab") as file:
+                file.write(b"what was written after the journal" * 1000)
+    with open(unfinished / "quarantine.jsonl", "ab") as file:
+        file.write(b'{"half a li')
+    (unfinished / "journal.json.new").write_text("half a journal")
+    convert(source, unfinished.with_name("made"), options(format), workers=2)
+    assert contents(unfinished.with_name("made")) == contents(whole[format])
+    assert not unfinished.exists()
+
+
+def test_what_is_behind_the_journal_is_forgotten_each_time(
+    unfinished: Path, source: Path, whole: Any, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second death, after a journal was saved but before the lines of quarantine.jsonl came anew."""
+    with open(unfinished / "quarantine.jsonl", "ab") as file:
+        file.write(b"x" * 5000)
+    with monkeypatch.context() as patch:
+        patch.setattr(split_conversion.SplitConversion, "tasks", lambda _: [])
+        patch.setattr("dataset_tools.conversion.convert._Conversion._finish", dying_finish)
+        with pytest.raises(StoppedBySignalError):
+            convert(source, unfinished.with_name("made"), options(format), workers=1, journal_every_s=0)
+    state = json.loads((unfinished / "journal.json").read_text().split("\n")[1])["state"]
+    assert state["quarantine_bytes"] == (unfinished / "quarantine.jsonl").stat().st_size < 5000
+    convert(source, unfinished.with_name("made"), options(format), workers=2)
+    assert contents(unfinished.with_name("made")) == contents(whole[format])
+
+
+def dying_finish(*_: Any) -> None:
+    raise StoppedBySignalError("for the test")
+
+
+def flip(path: Path, at: int, bits: int = 0x10) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        old = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([old ^ bits]))
+
+
+@pytest.mark.parametrize("damage", ["flips", "truncated", "empty", "binary"])
+def test_a_damaged_journal(unfinished: Path, source: Path, format: str, damage: str) -> None:
+    path = unfinished / "journal.json"
+    text = path.read_bytes()
+    chance = random.Random(7)
+    if damage == "flips":
+        variants = []
+        for _ in range(60):
+            at = chance.randrange(len(text) - 1)  # the last byte is the end of the line
+            variants.append(text[:at] + bytes([text[at] ^ (1 << chance.randrange(8))]) + text[at + 1 :])
+    elif damage == "truncated":
+        variants = [text[: chance.randrange(1, len(text) - 1)] for _ in range(30)]
+    else:
+        variants = [b"" if damage == "empty" else bytes(range(256))]
+    before = contents(unfinished)
+    for variant in variants:
+        path.write_bytes(variant)
+        message = f"the journal {path} is damaged .*Delete {unfinished} to start anew"
+        with pytest.raises(ValueError, match=message):
+            convert(source, unfinished.with_name("made"), options(format), workers=1)
+    assert contents(unfinished).keys() - {"lock"} == before.keys() - {"lock"}
+
+
+@pytest.mark.parametrize("how", ["missing", "shorter"])
+def test_a_file_that_the_journal_knows(unfinished: Path, source: Path, format: str, how: str, whole: Any) -> None:
+    """Each of them, of the finished split and of the other: nothing is published without it."""
+    ignored = ("journal.json", "lock", "train.rows")
+    state = json.loads((unfinished / "journal.json").read_text().split("\n")[1])["state"]["splits"]["val"]["writer"]
+    later = {f"val-{number:06}.tar" for number in range(len(state.get("sizes", [])) + 1, 100)}
+    names = sorted({*os.listdir(unfinished)} - {*ignored, *later})
+    names = [name for name in names if "train-" not in name or "000001" in name]
+    assert "quarantine.jsonl" in names
+    copy = Path(shutil.copytree(unfinished, unfinished.with_name("copy")))
+    for name in names:
+        path = unfinished / name
+        if how == "missing":
+            path.unlink()
+        else:
+            os.truncate(path, path.stat().st_size // 2 if "val" not in name or ".tar" not in name else 512)
+        with pytest.raises(
+            ValueError, match=f"(missing|shorter|bytes and not|another size|No such file).*Delete {unfinished}"
+        ):
+            convert(source, unfinished.with_name("made"), options(format), workers=1)
+        assert not unfinished.with_name("made").exists()
+        shutil.rmtree(unfinished)
+        shutil.copytree(copy, unfinished)
+    convert(source, unfinished.with_name("made"), options(format), workers=1)
+    assert contents(unfinished.with_name("made")) == contents(whole[format])
+
+
+def test_an_unfinished_conversion_of_another_kind(unfinished: Path, source: Path, format: str, whole: Any) -> None:
+    """The message says which option differs, and both values; nothing is touched."""
+    made = unfinished.with_name("made")
+    before = contents(unfinished)
+    other = {"ffcv": "webdataset", "webdataset": "ffcv"}[format]
+    for given, message in (
+        (options(format, quality=71), "quality is 90 there and 71 here"),
+        (options(format, split="val"), "split is None there and 'val' here"),
+        (
+            options(format, mode="reencode", max_side=40),
+            r"max_side is (1057|None) there and 40 here; mode is 'auto' there",
+        ),
+        (options(other), f"format is '{format}' there and '{other}' here"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"holds an unfinished conversion of another kind: .*{message}.*to start anew"
+        ):
+            convert(source, made, given)
+    another = write_tar(source.with_name("other.tar"), mixed_files(12, 0))
+    with pytest.raises(ValueError, match=r"fingerprint is '[0-9a-f]{64}' there and '[0-9a-f]{64}' here"):
+        convert(another, made, options(format))
+    with pytest.raises(ValueError, match="another kind"):
+        merge([whole[format]], made)
+    assert contents(unfinished) == before
+
+
+def test_what_a_killed_merge_left_meets_no_other_files(
+    whole: dict[str, Path], format: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "val"):
+        convert(source, tmp_path / split, options(format, split=split), workers=2)
+    made = tmp_path / "made"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", dying_finish)  # everything is in its last place but the folder itself
+        with pytest.raises(StoppedBySignalError):
+            merge([tmp_path / "train", tmp_path / "val"], made)
+    for other in (lambda: merge([tmp_path / "val"], made), lambda: convert(source, made, options(format))):
+        with pytest.raises(ValueError, match=f"another kind: .*Delete {made}.partial to start anew"):
+            other()
+    merge([tmp_path / "val", tmp_path / "train"], made)
+    assert verify(made)["ok"]
+    assert set(os.listdir(made)) == set(os.listdir(whole[format]))
+
+
+# Sources that would write elsewhere
+
+
+@pytest.mark.parametrize("name", ["/etc/evil.jpg", "../evil.jpg", "a/../../evil.jpg", "a/../b/evil.jpg"])
+@pytest.mark.parametrize("pack", ["w", "w:gz"])
+def test_paths_that_lead_out_are_refused(tmp_path: Path, format: str, name: str, pack: str) -> None:
+    tar = tmp_path / "evil.tar"
+    with tarfile.open(tar, pack) as archive:  # type: ignore[call-overload]
+        for member in ("a/good.jpg", name):
+            info = tarfile.TarInfo(member)
+            info.size = len(data := jpeg(20, 20, 0))
+            archive.addfile(info, io.BytesIO(data))
+    outside = set(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"has an absolute or `..` path, which is refused"):
+        convert(tar, tmp_path / "dest" / "made", options(format))
+    assert set(tmp_path.iterdir()) - outside <= {tmp_path / "cache of the test"}
+    assert not list((tmp_path / "cache of the test").rglob("*.jpg"))
+    assert not Path("/etc/evil.jpg").exists()
+
+
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/b", "..", ""])
+def test_a_manifest_that_leads_out_is_refused(data: Path, name: str) -> None:
+    content = json.loads((data / "manifest.json").read_text())
+    content["splits"]["train"]["files"][0]["name"] = name
+    (data / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"manifest.json cannot be used"):
+        open_converted(data)
+
+
+# The converted data set
+
+
+def problems(folder: Path, **given: Any) -> list[str]:
+    result = verify(folder, workers=2, **given)
+    assert result["ok"] == (not result["problems"]) == (result["num_problems"] == 0)
+    return list(result["problems"])
+
+
+def exit_code(*arguments: Any) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+def places(folder: Path, name: str, chance: random.Random) -> list[int]:
+    """Of every region of a file: its head, its tail, and anywhere in between."""
+    size = (folder / name).stat().st_size
+    found = [0, size - 1, *(chance.randrange(size) for _ in range(2))]
+    if name.endswith(".beton"):
+        entry = Manifest.load(folder).splits[name.split(".")[0]]
+        rows = SampleRecords.open(folder / entry.records.name).rows()
+        count, page = len(rows), entry.page_bytes or 0
+        end = int(rows["offset"][-1] + rows["num_bytes"][-1])
+        assert end % page
+        head, table = 2104, size - 24 * count
+        found += [chance.randrange(8), chance.randrange(24, head)]  # header, fields
+        found += [head + chance.randrange(24 * count), chance.randrange(head + 24 * count, page)]  # metadata, padding
+        found += [chance.randrange(page, end), chance.randrange(end, table)]  # images, padding
+        found += [chance.randrange(table, size)]
+    if name.endswith(".tar"):
+        found += [chance.randrange(512), 512 + chance.randrange(100), size - chance.randrange(1, 1024)]
+    return sorted(set(found))
+
+
+def test_a_flipped_byte_is_found_in_every_file(data: Path, format: str, source: Path) -> None:
+    chance = random.Random(f"flips {format}")
+    assert problems(data, source=source, deep=True) == []
+    names = sorted(set(os.listdir(data)) - {"manifest.json", "quarantine.jsonl"})
+    if format == "webdataset":
+        names = sorted({*chance.sample(names, 8), "train.records.safetensors", "train-000000.tar", "train-000000.idx"})
+    flips = 0
+    for name in names:
+        for at in places(data, name, chance):
+            bits = 1 << chance.randrange(8)
+            flip(data / name, at, bits)
+            found = problems(data)
+            assert any(problem.startswith(f"{name}: its SHA-256 is") for problem in found), (name, at, found)
+            flip(data / name, at, bits)
+            flips += 1
+    assert problems(data) == []
+    assert flips > 20
+
+
+def test_a_flipped_byte_of_an_image_names_the_sample(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = open_converted(data).splits["train"]
+    chance = random.Random(3)
+    for index in chance.sample(range(len(split)), 6):
+        row = split.records.rows(index, index + 1)[0]  # type: ignore[attr-defined]
+        file = split.files[int(row["shard"])].path  # type: ignore[attr-defined]
+        at = int(row["offset"]) + chance.randrange(int(row["num_bytes"]))
+        flip(file, at)
+        assert f"{split.names[index]}: its bytes are not those that were written" in problems(data)
+        assert exit_code("verify", data, "--workers", 1) == 1
+        assert split.names[index] in capsys.readouterr().out
+        flip(file, at)
+    assert exit_code("verify", data) == 0
+
+
+def test_damage_to_what_lies_around_an_image_names_the_sample(data: Path, format: str) -> None:
+    split = open_converted(data).splits["train"]
+    row = split.records.rows(20, 21)[0]  # type: ignore[attr-defined]
+    file = split.files[int(row["shard"])].path  # type: ignore[attr-defined]
+    if format == "ffcv":
+        cases = {
+            2104 + 20 * 24 + 3: "train.beton: the metadata of sample 20 is not what the records say",
+            file.stat().st_size - 24 * (len(split) - 20) + 9: "train.beton: the allocation of sample 20 is not what",
+            0: "train.beton: its header is not what the manifest says",
+            100: "train.beton: its header is not what the manifest says",
+        }
+    else:
+        label = int(row["offset"] + row["num_bytes"] + -row["num_bytes"] % 512)
+        key = f"{int(row['position']):09}"
+        name = split.names[20]
+        cases = {
+            int(row["offset"]) - 500: f"{name}: the tar header before {key}.jpg is damaged",
+            label + 3: f"{name}: {key}.cls is damaged",
+            label + 512: f"{name}: {key}.cls is damaged",
+        }
+    for at, expected in cases.items():
+        flip(file, at)
+        assert any(problem.startswith(expected) for problem in problems(data)), problems(data)
+        flip(file, at)
+    if format == "webdataset":
+        index = file.with_suffix(".idx")
+        flip(index, index.stat().st_size // 2)
+        assert f"{index.name}: it is not the index of the samples in its tar" in problems(data)
+
+
+def test_files_that_are_cut_short_or_missing(data: Path, format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = sorted(set(os.listdir(data)) - {"manifest.json", "quarantine.jsonl"})
+    for name in names if format == "ffcv" else [*names[:3], *names[-3:]]:
+        kept = (data / name).read_bytes()
+        for size in (0, 1, len(kept) // 2, len(kept) - 1, len(kept) + 1):
+            (data / name).write_bytes((kept + b"\0")[:size])
+            expected = f"{name}: it has {size:,} bytes and not {len(kept):,}"
+            assert expected in problems(data)
+            with pytest.raises(ValueError, match=f"{name} has {size:,} bytes and not {len(kept):,}, as the manifest"):
+                open_converted(data)
+        (data / name).unlink()
+        assert f"{name}: it is missing" in problems(data)
+        assert exit_code("verify", data) == 1
+        assert f"{name}: it is missing" in capsys.readouterr().out
+        with pytest.raises(FileNotFoundError, match=f"lacks {name}, which its manifest lists"):
+            open_converted(data)
+        (data / name).write_bytes(kept)
+    assert problems(data) == []
+
+
+def test_every_byte_of_the_manifest(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any flip of any bit: none goes unseen, and none makes a mess."""
+    path = data / "manifest.json"
+    text = path.read_bytes()
+    chance = random.Random(11)
+    for at in range(len(text)):
+        path.write_bytes(text[:at] + bytes([text[at] ^ (1 << chance.randrange(8))]) + text[at + 1 :])
+        with pytest.raises(ValueError, match=f"{path} cannot be used: "):
+            Manifest.load(data)
+    for size in (0, 1, len(text) // 2, len(text) - 2):
+        path.write_bytes(text[:size])
+        with pytest.raises(ValueError, match="cannot be used"):
+            open_converted(data)
+    path.write_bytes(text.replace(b"\n", b"\r\n"))
+    with pytest.raises(ValueError, match="it was changed after it was written"):
+        verify(data)
+    assert exit_code("verify", data) == 1
+    assert "manifest.json cannot be used: it was changed after" in capsys.readouterr().err
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"is no converted data set: it has no manifest.json"):
+        open_converted(data)
+    path.write_bytes(text)
+    assert problems(data) == []
+
+
+def test_every_byte_of_the_header_of_the_records(data: Path, format: str) -> None:
+    """Of the names, too: the file is refused, or read; nothing else happens."""
+    path = data / "val.records.safetensors"
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    layout = json.loads(content[8:header])
+    names = header + layout["name_ends"]["data_offsets"][0]
+    chance = random.Random(13)
+    refused = 0
+    for at in [*range(header), *range(names, names + 16)]:
+        flip(path, at, 1 << chance.randrange(8))
+        try:
+            open_converted(data).splits["val"].names[0]
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            refused += 1
+        assert f"{path.name}: its SHA-256 is" in "".join(problems(data)) if at % 40 == 0 else True
+        path.write_bytes(content)
+    assert refused > 0.9 * header
+
+
+@pytest.mark.parametrize(("column", "value"), [("label", 99), ("label", -2), ("shard", -1), ("shard", 1000)])
+def test_records_that_cannot_be(data: Path, column: str, value: int) -> None:
+    path = data / "train.records.safetensors"
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    begin = header + json.loads(content[8:header])[column]["data_offsets"][0]
+    content[begin + 40 : begin + 44] = value.to_bytes(4, "little", signed=True)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} is damaged: it has labels or file numbers that do not exist"):
+        open_converted(data)
+    assert any(problem.startswith(path.name) for problem in problems(data))
+
+
+# The source
+
+
+def damaged_in_its_scan() -> bytes:
+    """A JPEG with a whole header and an end of image, which Pillow cannot decode."""
+    whole = jpeg(200, 150, 1, quality=95)
+    scan = whole.index(b"\xff\xda") + 14
+    data = whole[: scan + 40] + b"\xff\xd8\xff\xc0" + bytes(60) + whole[scan + 104 :]
+    with pytest.raises((OSError, SyntaxError)):
+        Image.open(io.BytesIO(data)).load()
+    return data
+
+
+def test_an_image_that_is_damaged_inside_its_scan(tmp_path: Path, format: str) -> None:
+    files = {f"train/a/{number}.jpg": jpeg(40, 30, number) for number in range(5)}
+    source = write_tar(tmp_path / "images.tar", files | {"train/a/damaged.jpg": damaged_in_its_scan()})
+    convert(source, tmp_path / "header", options(format, check="header"))
+    assert problems(tmp_path / "header", source=source) == []
+    found = problems(tmp_path / "header", deep=True)
+    assert len(found) == 1
+    assert found[0].startswith("train/a/damaged.jpg: it cannot be decoded: ")
+    summary = convert(source, tmp_path / "decode", options(format, check="decode"))
+    assert (summary["samples"], summary["quarantined"]) == (5, 1)
+    entry = json.loads((tmp_path / "decode" / "quarantine.jsonl").read_text())
+    assert (entry["name"], entry["split"]) == ("train/a/damaged.jpg", "train")
+    assert problems(tmp_path / "decode", source=source, deep=True) == []
+
+
+FILES = {
+    f"{split}/{name}/{number}.jpg": jpeg(30, 20, number)
+    for split in ("train", "val")
+    for name in "bc"
+    for number in range(4)
+}
+CHANGES: dict[str, tuple[Callable[[dict[str, bytes]], None], str]] = {
+    "bytes": (
+        lambda files: files.update({"train/b/2.jpg": jpeg(30, 20, 77)}),
+        "train/b/2.jpg: its bytes are not those of the source",
+    ),
+    "name": (
+        lambda files: files.update({"train/b/2x.jpg": files.pop("train/b/2.jpg")}),
+        "train/b/2.jpg: the source has another image, or none, at its index 2",
+    ),
+    "added": (
+        lambda files: files.update({"train/c/9.jpg": jpeg(30, 20, 9)}),
+        "train: the source has 9 images, here are 8 and 0 in quarantine",
+    ),
+    "removed": (
+        lambda files: files.pop("val/c/3.jpg"),
+        "val/c/3.jpg: the source has another image, or none, at its index 7",
+    ),
+    "class added": (
+        lambda files: files.update({"train/a/0.jpg": jpeg(30, 20, 9)}),
+        "val/b/0.jpg: its label is 0, in the source 1",
+    ),
+    "split added": (
+        lambda files: files.update({"test/b/0.jpg": jpeg(30, 20, 9)}),
+        "test: the source has 1 images, here are none",
+    ),
+    "split removed": (
+        lambda files: [files.pop(name) for name in list(files) if name.startswith("val/")],
+        "the source has no split val",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_has_changed(tmp_path: Path, format: str, change: str) -> None:
+    convert(write_tar(tmp_path / "images.tar", FILES), tmp_path / "data", options(format))
+    assert problems(tmp_path / "data", source=tmp_path / "images.tar") == []
+    files = dict(FILES)
+    apply, expected = CHANGES[change]
+    apply(files)
+    found = problems(tmp_path / "data", source=write_tar(tmp_path / "changed.tar", files))
+    assert expected in found, found
+    assert exit_code("verify", tmp_path / "data", "--source", tmp_path / "changed.tar") == 1
+
+
+def test_a_source_that_shrinks_meanwhile(tmp_path: Path, format: str) -> None:
+    """The images that are gone are in quarantine, the rest is converted."""
+    source = write_tar(tmp_path / "images.tar", FILES)
+    opened = open_source(source)
+    data = {name: split.read(0) for name, split in opened.splits.items()}
+    assert set(data) == {"train", "val"}
+    os.truncate(source, source.stat().st_size // 2)
+    with pytest.raises(ValueError, match="cut short"):
+        convert(source, tmp_path / "made", options(format))
+    with pytest.raises(OSError, match="the file was cut short after it was opened"):
+        opened.splits["val"].read(7)
