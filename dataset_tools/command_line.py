@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from typing import Any, Protocol, TypeVar
 
 import tyro
@@ -54,6 +55,8 @@ def run_command_line(parse: Parse, arguments: Sequence[str] | None = None) -> in
     Returns the exit code: 0 done, 1 failed, 2 misused, 130 stopped by a signal.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     console = Console(soft_wrap=True)
     debug = "--debug" in given
     _set_up_logging(console)

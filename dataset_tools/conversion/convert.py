@@ -69,6 +69,11 @@ def convert(
     num_workers = settled_workers(workers)
     target = Path(os.path.abspath(Path(destination).expanduser()))
     source = open_source(source_path)
+    if target.resolve().is_relative_to(source.path.resolve()):
+        raise ValueError(
+            f"{target} lies inside the source {source.path}, and would be part of it the next time. Give a destination "
+            "elsewhere."
+        )
     plan = _plan(source, options)
     if (whole := _already_there(target, plan)) is not None:
         logger.info("%s is whole already: nothing to do", target)

@@ -136,6 +136,8 @@ def _pass_png(data: bytes, name: str, policy: Policy) -> Treated | None:
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     if data[12:16] != b"IHDR" or data[24:26] not in (b"\x08\x00", b"\x08\x02"):
         return None
+    if not width or not height:
+        return None
     if b"tRNS" in data or b"IEND" not in data[-64:] or policy.target_size(width, height) != (width, height):
         return None
     _check_pixels(width, height)

@@ -345,6 +345,25 @@ class TestProcess:
         assert found.stderr == ""
         assert subprocess.run(line, capture_output=True, cwd=REPOSITORY, timeout=120, check=False).returncode == 2
 
+    def test_prints_names_that_are_not_utf_8(self, tmp_path: Path) -> None:
+        """Also to a terminal that takes nothing else."""
+        name = os.fsdecode(b"a/\xff.jpg")
+        root = write_files(tmp_path / "source", {name: encoded(flat((1, 2, 3)))})
+        line = [sys.executable, "-m", "dataset_tools"]
+        options = {"cwd": REPOSITORY, "timeout": 120, "env": os.environ | {"PYTHONIOENCODING": "utf-8:strict"}}
+        flags = ["--format", "webdataset", "--workers", "1"]
+        subprocess.run([*line, "convert", root, tmp_path / "made", *flags], check=True, capture_output=True, **options)
+        tar = tmp_path / "made" / "train-000000.tar"
+        data = bytearray(tar.read_bytes())
+        data[600] ^= 1
+        tar.write_bytes(data)
+        verify = [*line, "verify", tmp_path / "made", "--json"]
+        found = subprocess.run(verify, capture_output=True, text=True, check=False, **options)
+        assert (found.returncode, found.stderr) == (1, "")
+        assert "a/\\udcff.jpg: its bytes are not those that were written\n" in found.stdout
+        problems = json.loads(found.stdout.splitlines()[-1])["problems"]
+        assert problems[-1] == f"{name}: its bytes are not those that were written"
+
     @pytest.mark.skipif(find_spec("torch") is None, reason="leoclr-fast needs torch")
     def test_part_of_leoclr_fast(self, source: Path, tmp_path: Path) -> None:
         line = [sys.executable, "-m", "leoclr_fast", "convert", str(source), str(tmp_path / "made"), "--format", "ffcv"]

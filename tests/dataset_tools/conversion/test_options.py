@@ -288,6 +288,15 @@ class TestIdentity:
         with pytest.raises(FileExistsError, match=r"file is there already"):
             convert(source, tmp_path / "file", ConvertOptions(format="ffcv"), workers=1)
 
+    def test_a_destination_inside_the_source_is_refused(self, tmp_path: Path) -> None:
+        """It would be a class of its own the next time, and shift the labels."""
+        root = write_files(tmp_path / "source", {"b/1.jpg": encoded(flat((9, 9, 9)))})
+        (tmp_path / "link").symlink_to(root, target_is_directory=True)
+        for source, target in ((root, root / "a"), (root, tmp_path / "link" / "a" / "deep"), (root, root)):
+            with pytest.raises(ValueError, match=r"lies inside the source .*source, and would be part of it"):
+                convert(source, target, ConvertOptions(format="ffcv"), workers=1)
+        assert [path.name for path in root.rglob("*")] == ["b", "1.jpg"]
+
     def test_an_empty_destination_is_used(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "made").mkdir()
         convert(source, tmp_path / "made", ConvertOptions(format="ffcv", split="val"), workers=1)

@@ -103,6 +103,9 @@ REJECTED = {
     "JPEG of no height": (with_frame(GOOD_JPEG, size=(40, 0)), "it is no image that Pillow knows"),
     "JPEG bomb": (with_frame(GOOD_JPEG, size=(20_000, 20_000)), "decompression bomb"),
     "half a PNG": (encoded(noise(40, 30), "PNG")[:2000], "truncated"),
+    "PNG of no width": (black_png(0, 30), "it is no image that Pillow knows"),
+    "PNG of no height": (black_png(40, 0), "it is no image that Pillow knows"),
+    "PNG of 2^31 pixels a row": (black_png(1 << 31, 1, with_pixels=False), "decompression bomb"),
     "PNG bomb, header only": (black_png(20_000, 20_000, with_pixels=False), "decompression bomb"),
 }
 
