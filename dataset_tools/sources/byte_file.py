@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
@@ -19,20 +20,36 @@ class ByteFile:
 
     def read(self, offset: int, size: int, sample: str) -> bytes:
         """`size` bytes from `offset` on. Raises OSError, naming `sample`, if the file is gone or cut."""
+        data = bytearray(size)
+        self.read_into(offset, memoryview(data), sample)
+        return bytes(data)
+
+    def read_into(self, offset: int, target: memoryview, sample: str) -> None:
+        """Fills `target` with the bytes from `offset` on. Raises OSError as `read` does."""
+        done = 0
         try:
-            file = self._file or FileIO(self.path)
-            self._file = file
-            data = os.pread(file.fileno(), size, offset)
-            while 0 < len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
-                data += more
+            file = self._opened()
+            while done < len(target) and (more := os.preadv(file.fileno(), [target[done:]], offset + done)):
+                done += more
         except OSError as error:
             raise OSError(error.errno, f"cannot read sample {sample!r} of {self.path}: {error}") from error
-        if len(data) != size:
+        if done != len(target):
             raise OSError(
-                f"cannot read sample {sample!r}: {self.path} holds {len(data)} of its {size} bytes at offset "
+                f"cannot read sample {sample!r}: {self.path} holds {done} of its {len(target)} bytes at offset "
                 f"{offset}; the file was cut short after it was opened"
             )
-        return data
+
+    def will_need(self, offset: int, size: int) -> None:
+        """A hint: the system may fetch these bytes from the disk."""
+        with suppress(OSError):
+            file = self._opened()
+            os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+
+    def _opened(self) -> FileIO:
+        """The open file; who reads keeps it alive, since two threads may open it at the same moment."""
+        file = self._file or FileIO(self.path)
+        self._file = file
+        return file
 
     def __reduce__(self) -> tuple[type[ByteFile], tuple[Path]]:
         return ByteFile, (self.path,)

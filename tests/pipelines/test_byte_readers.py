@@ -1,0 +1,126 @@
+"""Encoded images by index: the same bytes and sizes from folders, tars and converted data sets."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.sources import Split, open_source
+from pipelines.byte_readers import ExtentReader, SplitReader, open_bytes
+
+KINDS = ["folder", "tar", "ffcv", "webdataset"]
+
+
+@pytest.fixture
+def open_kind(split: Split, tmp_path: Path) -> Callable[[str], Split]:
+    """The 23 images of `split` as a folder, a tar or a converted data set, in the same order."""
+
+    def open_as(kind: str) -> Split:
+        folder = tmp_path / "images"
+        if kind == "folder":
+            return split
+        if kind == "tar":
+            with tarfile.open(tmp_path / "images.tar", "w") as archive:
+                archive.add(folder, arcname="images")
+            return open_source(tmp_path / "images.tar").splits["train"]
+        options = ConvertOptions(format=kind, order="source", shard_size="64KiB")  # type: ignore[arg-type]
+        convert(folder, tmp_path / kind, options, workers=1)
+        return open_source(tmp_path / kind).splits["train"]
+
+    return open_as
+
+
+def true_sizes(split: Split, indices: np.ndarray) -> tuple[list[int], list[int]]:
+    images = [Image.open(io.BytesIO(split.read(int(index)))) for index in indices]
+    return [image.height for image in images], [image.width for image in images]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestEveryReader:
+    def test_bytes_and_sizes_in_any_order(self, kind: str, split: Split, open_kind: Callable[[str], Split]) -> None:
+        reader = open_bytes(open_kind(kind))
+        assert isinstance(reader, SplitReader if kind == "folder" else ExtentReader)
+        for indices in (np.arange(23), np.array([22, 0, 7, 7, 3]), np.array([5])):
+            reader.will_need(indices)
+            images = reader.read(indices)
+            assert len(images) == len(indices)
+            assert images.unreadable == {}
+            assert [images[row].tobytes() for row in range(len(images))] == [split.read(int(i)) for i in indices]
+            heights, widths, unreadable = reader.sizes(indices)
+            assert (heights.tolist(), widths.tolist()) == true_sizes(split, indices)
+            assert (heights.dtype, widths.dtype, unreadable) == (np.int64, np.int64, {})
+
+    def test_a_subset_of_a_subset(self, kind: str, split: Split, open_kind: Callable[[str], Split]) -> None:
+        part = open_kind(kind).subset([20, 4, 11, 9, 0]).subset([3, 1, 4])  # 9, 4, 0
+        reader = open_bytes(part)
+        indices = np.array([2, 0, 1])
+        images = reader.read(indices)
+        assert [images[row].tobytes() for row in range(3)] == [split.read(i) for i in (0, 9, 4)]
+        heights, widths, _ = reader.sizes(indices)
+        assert (heights.tolist(), widths.tolist()) == true_sizes(split, np.array([0, 9, 4]))
+
+    def test_many_threads(self, kind: str, split: Split, open_kind: Callable[[str], Split]) -> None:
+        reader = open_bytes(open_kind(kind))
+        orders = [np.roll(np.arange(23), shift) for shift in range(16)]
+        with ThreadPoolExecutor(8) as pool:
+            for indices, images in zip(orders, pool.map(reader.read, orders), strict=True):
+                assert [images[row].tobytes() for row in range(23)] == [split.read(int(i)) for i in indices]
+
+
+@pytest.mark.parametrize("kind", ["tar", "ffcv"])
+def test_a_file_that_is_cut_short_names_its_samples(kind: str, open_kind: Callable[[str], Split]) -> None:
+    split = open_kind(kind)
+    reader = open_bytes(split)
+    assert isinstance(reader, ExtentReader)
+    everything = reader.read(np.arange(23))
+    path = reader._files[0].path
+    end_of_first = int(reader._offsets.min() + everything.offsets[1])
+    os.truncate(path, end_of_first)
+    images = reader.read(np.array([3, 0]))
+    assert images[1].tobytes() == everything[0].tobytes()
+    assert list(images.unreadable) == [0]
+    assert split.names[3] in images.unreadable[0]
+    assert "cut short" in images.unreadable[0]
+
+
+def test_an_image_that_is_gone_or_no_image(split: Split, damage: Callable[..., None]) -> None:
+    damage(split, 2, how="missing")
+    damage(split, 5)
+    reader = open_bytes(split)
+    indices = np.array([1, 2, 5])
+    images = reader.read(indices)
+    assert list(images.unreadable) == [1]
+    assert "cannot read sample" in images.unreadable[1]
+    assert images[1].size == 0
+    assert images[2].tobytes() == b"no image"
+    for _ in range(2):  # looked up, and remembered
+        heights, widths, unreadable = reader.sizes(indices)
+        assert (heights[1:].tolist(), widths[1:].tolist()) == ([1, 1], [1, 1])
+        assert sorted(unreadable) == [1, 2]
+        assert "cannot identify image file" in unreadable[2]
+
+
+def test_raw_pixels_come_as_png(tmp_path: Path) -> None:
+    """FFCV's raw mode has no encoded bytes to hand out."""
+    pixels = np.arange(2 * 7 * 5 * 3, dtype=np.uint8).reshape(2, 7, 5, 3)
+    for index in range(2):
+        (tmp_path / "in/a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[index]).save(tmp_path / f"in/a/{index}.png")
+    convert(tmp_path / "in", tmp_path / "out", ConvertOptions(format="ffcv"), workers=1)
+    reader = open_bytes(open_source(tmp_path / "out").splits["train"])
+    assert isinstance(reader, SplitReader)
+    images = reader.read(np.array([1, 0]))
+    for row, index in enumerate((1, 0)):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(images[row].tobytes()))), pixels[index])
+    heights, widths, _ = reader.sizes(np.array([0]))
+    assert (heights.tolist(), widths.tolist()) == ([7], [5])
