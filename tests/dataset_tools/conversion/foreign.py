@@ -34,6 +34,11 @@ def read_with_dali(tars: list[Path], *, extensions: tuple[str, ...]) -> dict[str
     return {"with": "dali", "tars": [str(tar) for tar in tars], "extensions": extensions}
 
 
+def decode_with_dali(tars: list[Path], *, extension: str) -> dict[str, Any]:
+    """A request: as `read_with_dali`, but its answer has `images`, each uint8 [H, W, 3], decoded on the CPU."""
+    return {"with": "dali", "tars": [str(tar) for tar in tars], "extensions": (extension,), "decode": True}
+
+
 class ForeignReaders:
     """A process that answers requests, one after the other."""
 
@@ -116,16 +121,21 @@ def _dali(request: dict[str, Any]) -> dict[str, Any]:
             pad_last_batch=False,
             name="reader",
         )
+        if request.get("decode"):
+            return fn.decoders.image(components, device="cpu", adjust_orientation=False)
         return tuple(components) if isinstance(components, list | tuple) else components
 
     pipeline = read()
     pipeline.build()
     count = pipeline.reader_meta("reader")["epoch_size"]
-    found: dict[str, list[bytes]] = {extension: [] for extension in request["extensions"]}
+    found: dict[str, list[Any]] = {extension: [] for extension in request["extensions"]}
     while len(found[request["extensions"][0]]) < count:
         for values, batch in zip(found.values(), pipeline.run(), strict=True):
-            values += [np.array(sample).tobytes() for sample in batch]
-    return {extension: values[:count] for extension, values in found.items()} | {"count": count}
+            values += [np.array(sample) for sample in batch]
+    if request.get("decode"):
+        return {"images": found[request["extensions"][0]][:count]}
+    texts = {extension: [value.tobytes() for value in values[:count]] for extension, values in found.items()}
+    return texts | {"count": count}
 
 
 if __name__ == "__main__":

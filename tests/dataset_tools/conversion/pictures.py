@@ -102,3 +102,23 @@ def write_files(root: Path, files: Mapping[str, bytes]) -> Path:
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+GOOD_JPEG = encoded(picture(), quality=90)
+PASSED_JPEGS = {
+    "baseline": GOOD_JPEG,
+    "progressive": encoded(picture(), progressive=True),
+    "extended sequential": with_frame(GOOD_JPEG, marker=0xC1),
+    "gray": encoded(picture(mode="L")),
+    "4:4:4": encoded(picture(), subsampling=0),
+    "restart markers": encoded(picture(100, 100), restart_marker_rows=1),
+    "EXIF orientation": rotated_by_exif(picture()),
+    "ICC profile": encoded(picture(), icc_profile=bytes(70_000)),
+    "one pixel": encoded(picture(1, 1)),
+    "odd sides": encoded(picture(43, 31)),
+    "bytes behind the end": GOOD_JPEG + b"camera maker's own" * 3,
+    "fill bytes": before_tables(GOOD_JPEG, b"\xff\xff\xff"),
+    "comment": encoded(picture(), comment="\xff\xd9 is the end of an image".encode("latin-1")),
+    "MPO": encoded(picture(), "MPO", save_all=True, append_images=[picture(20, 20)]),
+}
+"""What every decoder reads alike, so that the bytes need no change."""

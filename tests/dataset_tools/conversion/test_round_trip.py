@@ -20,8 +20,14 @@ from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.records import JPG, RAW
 from dataset_tools.sources import ImageSource, Split, open_source
 from dataset_tools.sources.converted import open_converted
-from tests.dataset_tools.conversion.foreign import ForeignReaders, ffcv_layout, read_with_dali, read_with_ffcv
-from tests.dataset_tools.conversion.pictures import encoded, flat, noise, truth, write_files
+from tests.dataset_tools.conversion.foreign import (
+    ForeignReaders,
+    decode_with_dali,
+    ffcv_layout,
+    read_with_dali,
+    read_with_ffcv,
+)
+from tests.dataset_tools.conversion.pictures import PASSED_JPEGS, encoded, flat, noise, truth, write_files
 
 needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed")
 needs_dali = pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="no DALI")
@@ -364,6 +370,37 @@ class TestDali:
             assert answer["cls"] == [str(label).encode() for label in split.labels]
 
 
+class TestEveryKindOfJpegThatIsPassedThrough:
+    """The decoders of training see what Pillow sees, EXIF orientation and all."""
+
+    @pytest.fixture
+    def kinds(self, tmp_path: Path) -> Path:
+        files = {f"a/{number:02}.jpg": data for number, data in enumerate(PASSED_JPEGS.values())}
+        root = write_files(tmp_path / "source", files)
+        for format in ("ffcv", "webdataset"):
+            summary = convert(root, tmp_path / format, ConvertOptions(format=format, order="source"), workers=1)
+            assert summary["passed_through"] == len(files)
+        return tmp_path
+
+    @needs_ffcv
+    def test_ffcv(self, foreign: ForeignReaders, kinds: Path) -> None:
+        cv2 = pytest.importorskip("cv2")
+        images = foreign.ask(read_with_ffcv(kinds / "ffcv" / "train.beton", os_cache=True, order="SEQUENTIAL"))[
+            "images"
+        ]
+        for image, (kind, data) in zip(images, PASSED_JPEGS.items(), strict=True):
+            expected = cv2.resize(middle_of(truth(data)), (16, 16), interpolation=cv2.INTER_AREA)
+            assert np.abs(image.astype(int) - expected).mean() < 3.0, kind
+
+    @needs_dali
+    def test_dali(self, foreign: ForeignReaders, kinds: Path) -> None:
+        images = foreign.ask(decode_with_dali(shards(kinds / "webdataset", "train"), extension="jpg"))["images"]
+        for image, (kind, data) in zip(images, PASSED_JPEGS.items(), strict=True):
+            expected = truth(data)
+            assert image.shape == expected.shape, kind
+            assert np.abs(image.astype(int) - expected).mean() < 3.0, kind
+
+
 @pytest.fixture(scope="module")
 def photographs(real_data: Path) -> Path:
     return real_data / "imagenet-sample-400.tar"
@@ -411,10 +448,7 @@ class TestPhotographs:
         cv2 = pytest.importorskip("cv2")
         for index in range(0, 400, 9):
             image = truth(original.read(index))
-            side = min(image.shape[:2])
-            top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-            middle = np.ascontiguousarray(image[top : top + side, left : left + side])
-            expected = cv2.resize(middle, (32, 32), interpolation=cv2.INTER_AREA)
+            expected = cv2.resize(middle_of(image), (32, 32), interpolation=cv2.INTER_AREA)
             assert np.abs(first["images"][index].astype(int) - expected).mean() < 3.0
         everything = sorted(map(as_bytes, first["images"], first["labels"]))
         for case, answer in found.items():
@@ -443,6 +477,13 @@ class TestPhotographs:
             assert_same_samples(open_source(root), folder / format)
         labels = [int(sample["cls"]) for sample in samples_of_tars(folder / "webdataset", "train")]
         assert np.bincount(labels).tolist() == [180] * 10
+
+
+def middle_of(image: np.ndarray) -> np.ndarray:
+    """The largest square in the middle."""
+    side = min(image.shape[:2])
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    return np.ascontiguousarray(image[top : top + side, left : left + side])
 
 
 def as_bytes(image: np.ndarray, label: np.ndarray) -> bytes:

@@ -20,6 +20,8 @@ from dataset_tools.conversion.verify import verify
 from dataset_tools.formats.records import JPG, PASSED_THROUGH, PNG, RAW, REENCODED
 from dataset_tools.sources.converted import open_converted
 from tests.dataset_tools.conversion.pictures import (
+    GOOD_JPEG,
+    PASSED_JPEGS,
     before_tables,
     black_png,
     encoded,
@@ -39,23 +41,6 @@ FORMATS = ("ffcv", "webdataset")
 MEAN_ERROR_OF_JPEG = 5.0
 """Of 255, at quality 90; the most is that of a GIF, whose palette is no smooth picture."""
 
-GOOD_JPEG = encoded(picture(), quality=90)
-PASSED_JPEGS = {
-    "baseline": GOOD_JPEG,
-    "progressive": encoded(picture(), progressive=True),
-    "extended sequential": with_frame(GOOD_JPEG, marker=0xC1),
-    "gray": encoded(picture(mode="L")),
-    "4:4:4": encoded(picture(), subsampling=0),
-    "restart markers": encoded(picture(100, 100), restart_marker_rows=1),
-    "EXIF orientation": rotated_by_exif(picture()),
-    "ICC profile": encoded(picture(), icc_profile=bytes(70_000)),
-    "one pixel": encoded(picture(1, 1)),
-    "odd sides": encoded(picture(43, 31)),
-    "bytes behind the end": GOOD_JPEG + b"camera maker's own" * 3,
-    "fill bytes": before_tables(GOOD_JPEG, b"\xff\xff\xff"),
-    "comment": encoded(picture(), comment="\xff\xd9 is the end of an image".encode("latin-1")),
-    "MPO": encoded(picture(), "MPO", save_all=True, append_images=[picture(20, 20)]),
-}
 REENCODED_JPEGS = {
     "CMYK": (encoded(picture(mode="CMYK")), "CMYK"),
     "YCCK": (with_adobe_transform(encoded(picture(mode="CMYK")), 2), "CMYK"),
