@@ -20,7 +20,6 @@ from dataset_tools.file_io import write_pieces
 from dataset_tools.formats.records import EXTENSIONS
 from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.sample_writer import ReadBytes, SampleWriter
-from dataset_tools.sources.split import UNLABELED
 
 BLOCK = tarfile.BLOCKSIZE
 END_BYTES = 2 * BLOCK
@@ -55,7 +54,7 @@ def member_header(name: str, size: int) -> bytes:
 def sample_members(position: int, encoding: int, num_bytes: int, label: int) -> tuple[str, str | None, bytes]:
     """The names of a sample's members, image and label (None where there is none), and the label's text."""
     image = f"{position:09}.{EXTENSIONS[encoding]}"
-    if label == UNLABELED:
+    if label < 0:
         return image, None, b""
     return image, f"{position:09}.cls", str(label).encode()
 
