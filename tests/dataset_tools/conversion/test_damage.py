@@ -290,7 +290,7 @@ def test_a_flipped_byte_is_found_in_every_file(data: Path, format: str, source: 
     assert problems(data, source=source, deep=True) == []
     names = sorted(set(os.listdir(data)) - {"manifest.json", "quarantine.jsonl"})
     if format == "webdataset":
-        names = sorted({*chance.sample(names, 8), "train.records.safetensors", "train-000000.tar", "train-000000.idx"})
+        names = sorted({*chance.sample(names, 3), "train.records.safetensors", "train-000000.tar", "train-000000.idx"})
     flips = 0
     for name in names:
         for at in places(data, name, chance):
@@ -394,7 +394,7 @@ def test_every_byte_of_the_manifest(data: Path, capsys: pytest.CaptureFixture[st
     assert problems(data) == []
 
 
-def test_every_byte_of_the_header_of_the_records(data: Path, format: str) -> None:
+def test_flips_in_the_header_of_the_records(data: Path, format: str) -> None:
     """Of the names, too: the file is refused, or read; nothing else happens."""
     path = data / "val.records.safetensors"
     content = path.read_bytes()
@@ -403,16 +403,16 @@ def test_every_byte_of_the_header_of_the_records(data: Path, format: str) -> Non
     names = header + layout["name_ends"]["data_offsets"][0]
     chance = random.Random(13)
     refused = 0
-    for at in [*range(header), *range(names, names + 16)]:
+    for at in [*range(0, header, 3), *range(names, names + 16)]:
         flip(path, at, 1 << chance.randrange(8))
         try:
             open_converted(data).splits["val"].names[0]
         except ValueError as error:
             assert str(path) in str(error)  # noqa: PT017
             refused += 1
-        assert f"{path.name}: its SHA-256 is" in "".join(problems(data)) if at % 40 == 0 else True
+        assert f"{path.name}: its SHA-256 is" in "".join(problems(data)) if at % 100 == 0 else True
         path.write_bytes(content)
-    assert refused > 0.9 * header
+    assert refused > 0.9 * header / 3
 
 
 @pytest.mark.parametrize(("column", "value"), [("label", 99), ("label", -2), ("shard", -1), ("shard", 1000)])
