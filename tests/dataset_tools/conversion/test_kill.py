@@ -148,8 +148,7 @@ def kill_at_random(case: Case, num_kills: int, seed: int, longest_s: float = 0.5
                 os.kill(chance.choice(workers), signal.SIGKILL)
                 kills += 1
             time.sleep(chance.uniform(0, longest_s))
-        if command.poll() is None:
-            command.kill(group=victim == "group")
+        if command.kill(group=victim == "group") == -signal.SIGKILL:
             kills += 1
         else:
             assert command.code == 0, command.output
@@ -278,7 +277,7 @@ def test_a_restart_does_not_wait_for_workers_that_survive(case: Case) -> None:
     until(lambda: images_done(case.destination) > 300, 30, "300 images in the journal")
     workers = command.workers()
     assert len(workers) == 3
-    command.kill(group=False)
+    assert command.kill(group=False) == -signal.SIGKILL
     done = images_done(case.destination)
     second = case.complete(workers=2, pause_s=0)
     assert "continuing what an earlier call left" in second.output
@@ -291,7 +290,7 @@ def test_a_restart_does_not_wait_for_workers_that_survive(case: Case) -> None:
 def test_workers_in_the_middle_of_a_long_task_end_with_the_main_process(case: Case) -> None:
     command = case.start(workers=2, pause_s=30.0)
     until(lambda: len(command.workers()) == 2, 30, "two workers")
-    command.kill(group=False)
+    assert command.kill(group=False) == -signal.SIGKILL
     until(lambda: not command.session(), 15, "the end of the workers, whose tasks take half an hour")
 
 

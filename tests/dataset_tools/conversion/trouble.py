@@ -140,10 +140,11 @@ class Command:
                     found.append(int(entry.name))
         return found
 
-    def kill(self, group: bool) -> None:
-        """SIGKILL, to the whole group or to the main process alone."""
-        (os.killpg if group else os.kill)(self.pid, signal.SIGKILL)
-        assert self.wait() == -signal.SIGKILL
+    def kill(self, group: bool) -> int:
+        """SIGKILL, to the whole group or to the main process alone. Returns the exit code: 0 if it was too late."""
+        if self.poll() is None:
+            (os.killpg if group else os.kill)(self.pid, signal.SIGKILL)
+        return self.wait()
 
     def end(self) -> None:
         """Whatever happened: nothing of it goes on."""
