@@ -89,6 +89,7 @@ class Demo(CommonFlags):
         summary = run_demo(config, self.out, max_steps=self.max_steps, console=console)
         say(console, _sentence(summary))
         say(console, f"views: {summary['preview']}   run: {summary['run']}   data: {summary['data']}")
+        say(console, f"report: {summary['report']}")
         return summary
 
 
@@ -172,12 +173,54 @@ class Preview(CommonFlags):
         return {"out": str(self.out), "rows": rows, "views": [view.name for view in views]}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Report(CommonFlags):
+    """One HTML page about a run, or about several side by side: report RUN [RUN …] --out FILE.html."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]
+    """The --out of each pretrain; they may be running still."""
+    out: Path | None = None
+    """The page to write; report.html in the run folder if there is one RUN and this is not given."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from leoclr_fast.report.page import write_report
+        from leoclr_fast.run_folder import RunFolder
+
+        if not self.runs:
+            raise ValueError("report needs a run folder: leoclr-fast report RUN [RUN …] --out FILE.html")
+        if self.out is None and len(self.runs) > 1:
+            raise ValueError("a report of several runs needs a place of its own: give --out FILE.html")
+        out = RunFolder(self.runs[0]).report_file if self.out is None else self.out
+        document = write_report(list(self.runs), out)
+        say(console, f"report: {out} ({document['bytes'] / 1e3:,.0f} kB)")
+        return document
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch(CommonFlags):
+    """A run in the terminal, live, from its folder: also one of another process or machine."""
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+    """The --out of a pretrain."""
+    every_s: float = 2.0
+    """Seconds between two looks."""
+    once: bool = False
+    """Show it as it is now, and return."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from leoclr_fast.report.watch import watch
+
+        return watch(self.run_folder, console, every_s=self.every_s, once=self.once)
+
+
 COMMANDS: dict[str, type[Any]] = {
     "demo": Demo,
     **DATASET_COMMANDS,
     "pretrain": Pretrain,
     "knn": Knn,
     "preview": Preview,
+    "report": Report,
+    "watch": Watch,
 }
 _SHORTHANDS = {"--loader": "--loader.name"}
 
@@ -189,10 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_command(arguments: Sequence[str] | None = None) -> int:
     """As `main`, but returns the exit code."""
-    return run_command_line(_parse, arguments)
+    return run_command_line(parse_command, arguments)
 
 
-def _parse(arguments: list[str]) -> Command | None:
+def parse_command(arguments: list[str]) -> Command | None:
+    """A command line as a command, not yet run; None where help was printed instead. Raises ValueError."""
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_overview()
         return None

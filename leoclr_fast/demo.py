@@ -13,6 +13,7 @@ from dataset_tools.sources import open_source
 from leoclr_fast.config import RunConfig
 from leoclr_fast.methods import METHODS
 from leoclr_fast.preview import write_preview
+from leoclr_fast.run_folder import RunFolder
 from leoclr_fast.train import pretrain
 
 
@@ -21,7 +22,7 @@ def run_demo(
 ) -> dict[str, Any]:
     """Draw `out/data`, pretrain into `out/run`; running it again continues or finds everything done.
 
-    Returns the summary: knn_top1 and knn_top1_untrained (percent), seconds (all of it), run, data, preview.
+    Returns the summary: knn_top1 and knn_top1_untrained (percent), seconds (all of it), run, data, preview, report.
     """
     start = time.perf_counter()
     data, run, preview = out / "data", out / "run", out / "preview.png"
@@ -36,6 +37,7 @@ def run_demo(
         "run": str(run),
         "data": str(data),
         "preview": str(preview),
+        "report": str(RunFolder(run).report_file),
         "recipe": config.recipe,
         "complete": summary.get("complete"),
         "images_per_s": summary.get("images_per_s"),

@@ -58,3 +58,11 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def boot_id() -> str | None:
+    """Of the running kernel: two processes with the same one see each other's file locks. None where it has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None

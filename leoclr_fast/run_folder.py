@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,17 @@ from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
 from leoclr_fast.environment import environment
 
+LOCK_NAME = ".lock"
+HISTORY_KINDS = ("start", "end", "warning")
+"""Of the records of `metrics.jsonl` that no resumed run writes again."""
+_LOCK_TRIES, _LOCK_PAUSE_S = 5, 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The files of a run: `config.yaml`, `environment.json`, `metrics.jsonl`, `checkpoints/`, and after an orderly end
-    `summary.json` and `final.safetensors`.
+    """The files of a run: `config.yaml`, `environment.json`, `data.json` and `preview.png` (what it trains on),
+    `metrics.jsonl`, `checkpoints/`, `report.html`, after an orderly end `summary.json` and `final.safetensors`, and
+    `evaluations.jsonl` once it was evaluated.
     """
 
     path: Path
@@ -29,6 +36,26 @@ class RunFolder:
     @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def data_file(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def preview_file(self) -> Path:
+        return self.path / "preview.png"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def evaluations_file(self) -> Path:
+        return self.path / "evaluations.jsonl"
 
     @property
     def metrics_file(self) -> Path:
@@ -72,13 +99,17 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder against a second writer. Raises RuntimeError if another process holds it."""
-        with open(self.path / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RuntimeError(
-                    f"another process is writing to {self.path}; wait for it or choose another --out"
-                ) from error
+        with open(self.path / LOCK_NAME, "w") as lock:
+            for tries_left in reversed(range(_LOCK_TRIES)):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if not tries_left:
+                        raise RuntimeError(
+                            f"another process is writing to {self.path}; wait for it or choose another --out"
+                        ) from error
+                    time.sleep(_LOCK_PAUSE_S)  # a reader that looks whether the run is alive holds it for a moment
             yield
 
     def write_config(self, config: RunConfig) -> None:
@@ -93,10 +124,13 @@ class RunFolder:
         return from_yaml(RunConfig, self.config_file.read_text(), str(self.config_file))
 
     def write_environment(self, device: torch.device, world_size: int) -> None:
-        write_json(self.path / "environment.json", environment(device, world_size))
+        write_json(self.environment_file, environment(device, world_size))
 
     def keep_metrics_until(self, step: int) -> None:
-        """Drop what was logged after `step`: a resumed run logs it again. A half-written last line goes too."""
+        """Drop what was logged after `step`: a resumed run logs it again. A half-written last line goes too.
+
+        When the run started and ended, and what it warned of, stays: that did happen.
+        """
         if not self.metrics_file.exists():
             return
         kept = []
@@ -105,7 +139,7 @@ class RunFolder:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break
-            if 0 < step >= record["step"]:
+            if record["kind"] in HISTORY_KINDS or 0 < step >= record["step"]:
                 kept.append(line + "\n")
         write_atomically(self.metrics_file, "".join(kept).encode())
 
@@ -113,6 +147,12 @@ class RunFolder:
         """Whether the newest kNN record is of this step."""
         records = self.read_metrics("knn")
         return bool(records) and records[-1]["step"] == step
+
+    def add_evaluation(self, evaluator: str, result: dict[str, Any]) -> None:
+        """Append a result to `evaluations.jsonl`, for the report. Raises OSError."""
+        line = json.dumps({"evaluator": evaluator, "unix_s": round(time.time(), 3), **result}) + "\n"
+        with open(self.evaluations_file, "a") as file:
+            file.write(line)
 
     def read_summary(self) -> dict[str, Any] | None:
         """What the last orderly end of the run wrote, if there was one."""
@@ -122,7 +162,7 @@ class RunFolder:
         return summary
 
     def read_metrics(self, kind: str) -> list[dict[str, Any]]:
-        """The records of `metrics.jsonl` with this `kind`: step or knn."""
+        """The records of `metrics.jsonl` with this `kind`: step, knn, start, end or warning."""
         if not self.metrics_file.exists():
             return []
         records = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -119,14 +120,21 @@ class TrainingClock:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, flushed at once; `kind` is step or knn, `step` counts finished steps."""
+    """`metrics.jsonl`: one JSON object a line, flushed at once; any thread may write.
+
+    `kind` is step, knn, start, end or warning, `step` counts finished steps, `unix_s` is when it was written.
+    """
 
     def __init__(self, path: Path, enabled: bool) -> None:
         self._file = open(path, "a") if enabled else None  # noqa: SIM115 - closed by close()
+        self._lock = threading.Lock()
 
     def write(self, kind: str, **values: Any) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+        if self._file is None:
+            return
+        line = json.dumps({"kind": kind, **values, "unix_s": round(time.time(), 3)}) + "\n"
+        with self._lock:
+            self._file.write(line)
             self._file.flush()
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
 from leoclr_fast.export import save_backbone
 from leoclr_fast.methods import METHODS
 from leoclr_fast.precision import encoder_dtype, encoder_precision
+from leoclr_fast.run_diary import RunDiary
 from leoclr_fast.run_folder import RunFolder, write_json
 from leoclr_fast.schedules import learning_rate
 from leoclr_fast.telemetry import MetricsLog, NonFiniteLossError, ProgressDisplay, StepMetrics, TrainingClock
@@ -79,6 +80,7 @@ def pretrain(
             world_size=ranks.world_size,
         )
         total_steps = config.result.epochs * order.steps_per_epoch
+        last_step = total_steps if max_steps is None else min(total_steps, max_steps)
         folder = RunFolder(out)
         if ranks.is_main:
             folder.create()
@@ -92,17 +94,24 @@ def pretrain(
             folder.keep_metrics_until(training.step)
             folder.write_config(config)
             folder.write_environment(device, ranks.world_size)
+        metrics_log = MetricsLog(folder.metrics_file, enabled=ranks.is_main)
+        stack.callback(metrics_log.close)
+        diary = RunDiary(folder, metrics_log, training, total_steps, enabled=ranks.is_main)
+        stack.enter_context(diary.kept(last_step, order.steps_per_epoch, ranks.world_size))
 
         display = ProgressDisplay(console or Console(), total_steps, enabled=ranks.is_main)
         stack.callback(display.close)
         for line in (splits.note, _headline(config, len(split), order.steps_per_epoch, device, ranks)):
             if line:
                 display.say(line)
+        views = METHODS[config.result.method.name].views
+        if not training.synthetic:
+            diary.describe_data(source, split, splits.note, views, config.result.views, config.result.seed)
         loader_config = settle_loader(split, config.speed.loader)
         loader = stack.enter_context(
             make_loader(
                 split,
-                METHODS[config.result.method.name].views,
+                views,
                 config.result.views,
                 loader_config,
                 order,
@@ -126,8 +135,6 @@ def pretrain(
                 max_images=config.result.max_images,
             )
         )
-        metrics_log = MetricsLog(folder.metrics_file, enabled=ranks.is_main)
-        stack.callback(metrics_log.close)
         run = _Run(
             config=config,
             folder=folder,
@@ -137,8 +144,9 @@ def pretrain(
             ranks=ranks,
             display=display,
             metrics_log=metrics_log,
+            diary=diary,
             data_fingerprint=source.fingerprint,
-            last_step=total_steps if max_steps is None else min(total_steps, max_steps),
+            last_step=last_step,
         )
         return _train(run)
 
@@ -155,6 +163,7 @@ class _Run:
     ranks: Ranks
     display: ProgressDisplay
     metrics_log: MetricsLog
+    diary: RunDiary
     data_fingerprint: str
     last_step: int
 
@@ -242,6 +251,7 @@ def _between_steps(
             _evaluate(run)
         if save_due:
             _save(run)
+            run.diary.report()
 
 
 def _log_metrics(run: _Run, metrics: StepMetrics, clock: TrainingClock, epoch: int, lr: float) -> None:

@@ -1,0 +1,190 @@
+"""Curves as inline SVG, drawn by matplotlib, in colours that the page's style sheet decides."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from leoclr_fast.report.elements import Markup
+from leoclr_fast.report.metrics_file import Floats
+
+MAX_POINTS = 400
+NUM_COLOURS = 6
+
+_WIDTH, _HEIGHT = 440, 250  # of the view box; the page scales it
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 40
+_FONT_SIZE = 13
+_DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+
+# matplotlib writes colours into the SVG; these stand for the page's own and are replaced.
+_INK, _GRID, _BAND = "#000001", "#000002", "#000003"
+_SERIES = [f"#0000{16 + number:02x}" for number in range(NUM_COLOURS)]
+_VARIABLES = {_INK: "var(--ink-soft)", _GRID: "var(--grid)", _BAND: "var(--band)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES)
+}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.size": _FONT_SIZE,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 1,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.unicode_minus": True,
+    "axes.formatter.useoffset": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.7,
+    "path.simplify_threshold": 0.3,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """A line: y may hold NaNs, which are gaps. `low` and `high` draw a band around it."""
+
+    label: str
+    x: Floats
+    y: Floats
+    style: int
+    """Its number among the page's runs: chooses colour and dashes."""
+    reference: bool = False
+    markers: bool = False
+    low: Floats | None = None
+    high: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """Curves over one x."""
+
+    name: str
+    """A word, unique on the page."""
+    title: str
+    x_label: str
+    curves: list[Curve]
+    unit: str = ""
+    note: str = ""
+    filling_until: float | None = None
+    """x until which the queue fills: shaded."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(np.isfinite(curve.y).any() for curve in self.curves if not curve.reference)
+
+
+def thinned(x: Floats, y: Floats, max_points: int = MAX_POINTS) -> tuple[Floats, Floats]:
+    """At most about `max_points` of the points: of each stretch the lowest and the highest, one NaN where it has
+    any, and the first and last point of all. Points are chosen, never averaged."""
+    if len(x) <= max_points:
+        return x, y
+    edges = np.linspace(0, len(x), max_points // 2 + 1).astype(np.int64)
+    chosen = {0, len(x) - 1}
+    for begin, end in pairwise(edges.tolist()):
+        part = y[begin:end]
+        finite = np.flatnonzero(np.isfinite(part))
+        if len(finite):
+            chosen |= {begin + int(finite[part[finite].argmin()]), begin + int(finite[part[finite].argmax()])}
+        if len(finite) < len(part):
+            chosen.add(begin + int(np.flatnonzero(~np.isfinite(part))[0]))
+    kept = sorted(chosen)
+    return x[kept], y[kept]
+
+
+def svg_of(plot: Plot, max_points: int = MAX_POINTS) -> tuple[Markup, dict[str, Any]]:
+    """The SVG element, and what the page's script needs to read values off it: the axes' place and the points."""
+    style: Any = _STYLE | {"svg.hashsalt": plot.name}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72)
+        figure.patch.set_visible(False)
+        place = (_LEFT / _WIDTH, _BOTTOM / _HEIGHT)
+        size = (1 - (_LEFT + _RIGHT) / _WIDTH, 1 - (_TOP + _BOTTOM) / _HEIGHT)
+        axes = figure.add_axes((*place, *size))
+        axes.patch.set_visible(False)
+        axes.margins(x=0.01, y=0.06)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(plot.x_label)
+        points = [_draw(axes, curve, max_points) for curve in plot.curves]
+        axes.set_xlim(left=0)
+        if plot.filling_until is not None:
+            limits = axes.get_xlim()
+            axes.axvspan(limits[0], min(plot.filling_until, limits[1]), color=_BAND, linewidth=0, zorder=0)
+            axes.set_xlim(limits)
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+    geometry = {
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "box": [_LEFT, _TOP, _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM],
+        "x": [x0, x1],
+        "y": [y0, y1],
+        "xLabel": plot.x_label,
+        "unit": plot.unit,
+        "curves": points,
+    }
+    return _inlined(buffer.getvalue(), plot.name), geometry
+
+
+def dash_array(style: int) -> str:
+    """The dashes of a curve, as SVG writes them; empty for a solid line."""
+    dashes = _DASHES[(style // NUM_COLOURS) % len(_DASHES)]
+    return "" if isinstance(dashes, str) else " ".join(str(length) for length in dashes[1])
+
+
+def _draw(axes: Any, curve: Curve, max_points: int) -> dict[str, Any]:
+    x, y = thinned(curve.x, curve.y, max_points)
+    colour = _SERIES[curve.style % NUM_COLOURS]
+    if curve.reference:
+        if curve.low is not None and curve.high is not None:
+            axes.fill_between(curve.x, curve.low, curve.high, color=_INK, alpha=0.16, linewidth=0, zorder=1)
+        axes.plot(x, y, color=_INK, linewidth=1.3, linestyle=(0, (4, 3)), zorder=2)
+    else:
+        dashes = _DASHES[(curve.style // NUM_COLOURS) % len(_DASHES)]
+        marker = {"marker": "o", "markersize": 4.5} if curve.markers or np.isfinite(y).sum() < 3 else {}
+        axes.plot(x, y, color=colour, linewidth=1.8, linestyle=dashes, zorder=3, **marker)
+    return {
+        "label": curve.label,
+        "style": "reference" if curve.reference else str(curve.style % NUM_COLOURS),
+        "x": [compact(value) for value in x.tolist()],
+        "y": [compact(value) for value in y.tolist()],
+    }
+
+
+def compact(value: float) -> float | int | None:
+    """A number with seven digits, as short as JSON can write it; None for NaN and infinities."""
+    if not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.7g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+
+
+def _inlined(document: str, name: str) -> Markup:
+    """matplotlib's SVG file as an element of the page: no prolog, no namespaces, no metadata, own ids and colours."""
+    svg = document[document.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r"<svg[^>]*>", f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" aria-hidden="true" focusable="false">', svg, count=1
+    )
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;\"]+", "font-family: var(--sans)", svg)
+    return Markup(re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match[0]], svg))

@@ -1,0 +1,155 @@
+"""A run in the terminal, live, out of its folder: also of another rank, or of another machine that shares the disk."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from leoclr_fast.report.metrics_file import Floats
+from leoclr_fast.report.run_record import RunRecord, StateKind, duration, read_run, refresh
+from leoclr_fast.report.verdict import bound_sentence
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_OVER: tuple[StateKind, ...] = ("finished", "paused", "stopped", "failed", "killed")
+_STYLES = {"failed": "bold red", "killed": "bold red", "finished": "green", "running": "cyan"}
+_ROWS = (
+    ("loss", "loss", ".4f"),
+    ("positive similarity", "positive_similarity", ".4f"),
+    ("negative similarity", "negative_similarity", ".4f"),
+    ("gradient norm", "gradient_norm", ".4g"),
+    ("learning rate", "lr", ".4g"),
+)
+
+
+def watch(path: Path, console: Console, *, every_s: float = 2.0, once: bool = False) -> dict[str, Any]:
+    """Show a run until it is over, or for ever if it is not; `once` shows it as it is and returns.
+
+    Returns run, state, step, total_steps, loss, knn_top1, images_per_s, data_wait_fraction, seconds_left; what is not
+    known is None. Raises FileNotFoundError if there is no run in the folder, ValueError for `every_s`.
+    """
+    if not every_s > 0:
+        raise ValueError(f"--every-s {every_s:g} is not allowed: give a positive number of seconds")
+    run = read_run(path)
+    if once or not console.is_terminal:
+        _follow_plainly(run, console, every_s, once)
+    else:
+        with Live(view(run), console=console, auto_refresh=False, vertical_overflow="crop") as live:
+            while run.state.kind not in _OVER:
+                time.sleep(every_s)
+                refresh(run)
+                live.update(view(run), refresh=True)
+    return snapshot(run)
+
+
+def snapshot(run: RunRecord) -> dict[str, Any]:
+    """The newest values as one JSON document."""
+    values = {
+        "total_steps": run.total_steps,
+        "loss": run.metrics.last.get("loss", math.nan),
+        "knn_top1": run.knn_top1,
+        "images_per_s": run.images_per_s,
+        "data_wait_fraction": run.data_wait_fraction,
+        "seconds_left": seconds_left(run),
+    }
+    known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {"run": str(run.path), "state": run.state.kind, "step": run.metrics.last_step, **known}
+
+
+def seconds_left(run: RunRecord) -> float:
+    """Until the last epoch's end at the speed so far, evaluation not counted; NaN if not known."""
+    if run.state.kind not in ("running", "unsure") or not run.images_per_s > 0:
+        return math.nan
+    return max(0.0, run.total_steps - run.metrics.last_step) * run.batch_size / run.images_per_s
+
+
+def view(run: RunRecord) -> RenderableType:
+    """All of it: state, progress, a line for each metric, kNN, notes."""
+    state = run.state
+    head = Text.assemble((f"{run.recipe}  ", "bold"), (str(run.path), "dim"))
+    parts: list[RenderableType] = [head, Text(state.sentence, style=_STYLES.get(state.kind, "yellow"))]
+    if run.total_steps > 0:
+        step = run.metrics.last_step
+        left = seconds_left(run)
+        text = f" {100 * step / run.total_steps:.1f} %" + (f", {duration(left)} left" if math.isfinite(left) else "")
+        progress = Table.grid(padding=(0, 1))
+        progress.add_row(ProgressBar(total=run.total_steps, completed=step, width=40), Text(text))
+        parts.append(progress)
+    table = Table.grid(padding=(0, 2))
+    for name, number, line in _lines(run):
+        table.add_row(name, Text(number, style="bold", justify="right"), Text(line, style="cyan", no_wrap=True))
+    parts.append(table)
+    if bound := bound_sentence(run):
+        parts.append(Text(f"{bound[0].upper()}{bound[1:]}.", style="dim"))
+    full_at = run.queue_full_at_step
+    if full_at is not None and run.metrics.last_step < full_at:
+        parts.append(
+            Text(f"The queue fills until step {full_at:,}: a rising loss is normal until then.", style="yellow")
+        )
+    parts += [Text(line, style="yellow") for line in run.notes()]
+    parts += [
+        Text(f"step {each.get('step')}: {each.get('text')}", style="yellow") for each in run.metrics.warnings[-3:]
+    ]
+    return Group(*parts)
+
+
+def sparkline(values: Floats, width: int = 40) -> str:
+    """Values as a row of block characters, each the mean of a stretch; a blank where a stretch has no finite value."""
+    if not np.isfinite(values).any():
+        return ""
+    means = []
+    for part in np.array_split(values, min(width, len(values))):
+        finite = part[np.isfinite(part)]
+        means.append(float(finite.mean()) if len(finite) else math.nan)
+    low, high = np.nanmin(means), np.nanmax(means)
+    span = high - low
+    levels = len(_BLOCKS) - 1
+    return "".join(
+        " " if math.isnan(mean) else _BLOCKS[round((mean - low) / span * levels) if span > 0 else levels // 2]
+        for mean in means
+    )
+
+
+def _lines(run: RunRecord) -> list[tuple[str, str, str]]:
+    """Name, newest value and sparkline of each metric that has a value."""
+    rates = run.window_images / run.window_seconds
+    knn = np.array([_number(record.get("top1")) for record in run.metrics.knn])
+    series = [
+        *((name, run.metrics.column(key), form, "") for name, key, form in _ROWS),
+        ("images/s", rates, ",.1f", ""),
+        ("data wait", 100 * run.window_wait_fraction, ".1f", " %"),
+        ("kNN top-1", knn, ".2f", " %"),
+    ]
+    lines = []
+    for name, values, form, unit in series:
+        if len(values):
+            newest = f"{values[-1]:{form}}{unit}" if math.isfinite(values[-1]) else "not a number"
+            lines.append((name, newest, sparkline(values)))
+    return lines
+
+
+def _follow_plainly(run: RunRecord, console: Console, every_s: float, once: bool) -> None:
+    """For pipes and log files: the whole view once, then one line for each look that found something new."""
+    console.print(view(run), highlight=False)
+    shown = run.metrics.last_step
+    while not once and run.state.kind not in _OVER:
+        time.sleep(every_s)
+        refresh(run)
+        if run.metrics.last_step > shown:
+            shown = run.metrics.last_step
+            newest = "  ".join(f"{name} {number}" for name, number, _ in _lines(run))
+            console.print(f"step {shown:,}  {newest}", highlight=False, soft_wrap=True)
+    if not once:
+        console.print(run.state.sentence, highlight=False, soft_wrap=True)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
