@@ -186,12 +186,12 @@ class _Conversion:
             source=self.staging.plan["source"],
             options=self.staging.plan["options"],
             versions=self.staging.plan["versions"],
+            quarantine=hash_files([self.staging.find(QUARANTINE_NAME)], 1, self.stop)[0],
             part=self.options.part_numbers,
         )
         manifest.save(self.staging.folder)
         names = [name for entry in finished.values() for name in entry["working_files"]]
-        known = [file for split in manifest.splits.values() for file in (split.records, *split.files)]
-        for path, file in zip(map(self.staging.find, names), known, strict=True):
+        for path, file in zip(map(self.staging.find, [QUARANTINE_NAME, *names]), manifest.all_files, strict=True):
             if path.stat().st_size != file.bytes:
                 raise ValueError(
                     f"{path} has {path.stat().st_size:,} bytes and not {file.bytes:,}, as when it was finished. "

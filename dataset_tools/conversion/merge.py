@@ -72,6 +72,7 @@ def merge(
             source=_common([each.source for each in manifests]),
             options=_common([each.options | {"part": None} for each in manifests]),
             versions=_common([each.versions for each in manifests]),
+            quarantine=hash_files([staging.folder / QUARANTINE_NAME], 1, stop)[0],
         )
         manifest.save(staging.folder)
         staging.publish([*names, QUARANTINE_NAME, MANIFEST_NAME])
@@ -221,12 +222,7 @@ def _merge_quarantine(splits: dict[str, list[_Part]], path: Path) -> None:
 
 def _check_files(parts: list[_Part], num_workers: int, stop: StopSignals) -> None:
     """Raises ValueError if a part is not what its manifest says: a damaged part must not become a sound whole."""
-    expected = [
-        (part.folder / file.name, file)
-        for part in parts
-        for entry in part.manifest.splits.values()
-        for file in (entry.records, *entry.files)
-    ]
+    expected = [(part.folder / file.name, file) for part in parts for file in part.manifest.all_files]
     if missing := [str(path) for path, _ in expected if not path.is_file()]:
         raise ValueError(f"files of the parts are missing: {', '.join(missing[:5])}")
     found = hash_files([path for path, _ in expected], num_workers, stop)
@@ -236,12 +232,7 @@ def _check_files(parts: list[_Part], num_workers: int, stop: StopSignals) -> Non
 
 
 def _check_space(parts: list[_Part], staging: Staging) -> None:
-    needed = sum(
-        file.bytes
-        for part in parts
-        for entry in part.manifest.splits.values()
-        for file in (entry.records, *entry.files)
-    )
+    needed = sum(file.bytes for part in parts for file in part.manifest.all_files)
     free = shutil.disk_usage(staging.folder).free
     if needed > free:
         raise NoRoomError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ def verify(
     manifest = Manifest.load(place)
     original = open_source(source).splits if source is not None else None
     checks = _Verification(place, manifest, original, deep, num_workers, progress or Progress())
+    checks.progress.say(f"{place}: hashing the files")
     with stop_signals(enabled=True) as checks.stop:
         problems = list(islice(found := checks.problems(), MAX_PROBLEMS))
         num_problems = len(problems) + sum(1 for _ in found)
@@ -86,35 +87,33 @@ class _Verification:
     def problems(self) -> Iterator[str]:
         """A sentence for each."""
         yield from self._strangers()
+        yield from self._file_problems([self.manifest.quarantine])
         for name, entry in self.manifest.splits.items():
-            missing = list(self._missing(entry))
-            yield from missing
-            if entry.records.name in {file.name for file in self._gone(entry)}:
-                continue
-            damaged = list(self._damaged_files(entry))
-            yield from damaged
-            try:
-                records = SampleRecords.open(self.folder / entry.records.name)
-            except ValueError as error:
-                yield str(error)
-                continue
-            if f"{entry.records.name}" in "".join(damaged) or len(records) != entry.samples:
-                yield f"{entry.records.name}: the samples of {name} are not checked, since their records are damaged"
-                continue
-            if missing:
-                continue
-            if self.manifest.format == "ffcv":
-                yield from self._beton_problems(entry, records)
-            else:
-                yield from self._index_problems(entry, records)
-            yield from self._sample_problems(name, entry, records)
-            if self.original is not None:
-                yield from self._coverage_problems(name, entry, records)
+            yield from self._split_problems(name, entry)
+
+    def _split_problems(self, name: str, entry: SplitManifest) -> Iterator[str]:
+        if problems := list(self._file_problems([entry.records])):
+            yield from problems
+            yield f"{entry.records.name}: the samples of {name} are not checked, since their records are damaged"
+            return
+        yield from self._file_problems(entry.files)
+        if any(not (self.folder / file.name).is_file() for file in entry.files):
+            return
+        try:
+            records = SampleRecords.open(self.folder / entry.records.name)
+        except ValueError as error:
+            yield str(error)
+            return
+        if self.manifest.format == "ffcv":
+            yield from self._beton_problems(entry, records)
+        else:
+            yield from self._index_problems(entry, records)
+        yield from self._sample_problems(name, entry, records)
+        if self.original is not None:
+            yield from self._coverage_problems(name, entry, records)
 
     def _strangers(self) -> Iterator[str]:
-        known = {MANIFEST_NAME, "quarantine.jsonl"}
-        for entry in self.manifest.splits.values():
-            known |= {file.name for file in (entry.records, *entry.files)}
+        known = {MANIFEST_NAME, *(file.name for file in self.manifest.all_files)}
         for name in sorted(set(os.listdir(self.folder)) - known):
             logger.warning("%s is not in the manifest", name)
         if self.original is not None and (unknown := sorted(self.manifest.splits.keys() - self.original.keys())):
@@ -123,25 +122,16 @@ class _Verification:
             for name in sorted(self.original.keys() - self.manifest.splits.keys()):
                 yield f"{name}: the source has {len(self.original[name]):,} images, here are none"
 
-    def _gone(self, entry: SplitManifest) -> Iterator[FileEntry]:
-        for file in (entry.records, *entry.files):
-            if not (self.folder / file.name).is_file():
-                yield file
-
-    def _missing(self, entry: SplitManifest) -> Iterator[str]:
-        for file in self._gone(entry):
-            yield f"{file.name}: it is missing"
-
-    def _damaged_files(self, entry: SplitManifest) -> Iterator[str]:
-        files = [file for file in (entry.records, *entry.files) if (self.folder / file.name).is_file()]
-
-        self.progress.say("hashing the files")
-        found = hash_files([self.folder / file.name for file in files], self.num_workers, self.stop)
-        for expected, entry_found in zip(files, found, strict=True):
-            if entry_found.bytes != expected.bytes:
-                yield f"{expected.name}: it has {entry_found.bytes:,} bytes and not {expected.bytes:,}"
-            elif entry_found.sha256 != expected.sha256:
-                yield f"{expected.name}: its SHA-256 is {entry_found.sha256[:16]}… and not {expected.sha256[:16]}…"
+    def _file_problems(self, files: Sequence[FileEntry]) -> Iterator[str]:
+        """Whether files are there, and as they were written."""
+        there = [file for file in files if (self.folder / file.name).is_file()]
+        yield from (f"{file.name}: it is missing" for file in files if file not in there)
+        found = hash_files([self.folder / file.name for file in there], self.num_workers, self.stop)
+        for expected, now in zip(there, found, strict=True):
+            if now.bytes != expected.bytes:
+                yield f"{expected.name}: it has {now.bytes:,} bytes and not {expected.bytes:,}"
+            elif now.sha256 != expected.sha256:
+                yield f"{expected.name}: its SHA-256 is {now.sha256[:16]}… and not {expected.sha256[:16]}…"
 
     def _beton_problems(self, entry: SplitManifest, records: SampleRecords) -> Iterator[str]:
         name = entry.image_files[0]

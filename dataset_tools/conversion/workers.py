@@ -39,6 +39,8 @@ SPARE_DESCRIPTORS = 256
 PARENT_EVERY_S = 1.0
 HELD_BYTES = 1 << 30
 """Of payloads whose turn has not come: with more, only the task whose turn it is is handed out."""
+BURIAL_S = 5.0
+"""How long a killed worker is waited for: one that hangs in the system's own code does not die."""
 ANSWER_S = 30.0
 """Between the two messages of an answer."""
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
@@ -52,6 +54,10 @@ def settled_workers(workers: int | None) -> int:
     if workers < 1:
         raise ValueError(f"--workers {workers} is not allowed: give at least 1")
     return workers
+
+
+class _WorkerGoneError(Exception):
+    """The worker is dead, or about to be."""
 
 
 class WorkerDiedError(RuntimeError):
@@ -97,8 +103,8 @@ class WorkerPool(Generic[T, R]):
 
     A worker that dies is noticed at once: its task is cut in `pieces`, which are done again, once, and a warning
     tells. If one dies again, `crashed(task, reason)` says what becomes of the task where a crash of its own killed the
-    worker; else WorkerDiedError is raised. What `work` raises is raised again, as RuntimeError. `descriptors` are the
-    file descriptors that a worker must not keep open.
+    worker; else WorkerDiedError is raised. What `work` raises is raised again, an OSError as it is, others as
+    RuntimeError. `descriptors` are the file descriptors that a worker must not keep open.
     """
 
     def __init__(
@@ -176,7 +182,7 @@ class WorkerPool(Generic[T, R]):
             worker = by_connection[ready]  # type: ignore[index]
             try:
                 self._receive(worker)
-            except (EOFError, OSError):
+            except _WorkerGoneError:
                 self._bury(worker)
         for worker in list(self._workers):
             if worker.jobs and time.monotonic() - worker.since > self._stall_s:
@@ -185,23 +191,28 @@ class WorkerPool(Generic[T, R]):
                 self._bury(worker)
 
     def _receive(self, worker: _Worker[T, R]) -> None:
-        """One answer. Raises EOFError or OSError if the worker is dead."""
-        result, error, payload_bytes = worker.connection.recv()
-        descriptor = None
-        if payload_bytes:
-            if not worker.connection.poll(ANSWER_S):
-                worker.process.kill()
-                raise EOFError
-            descriptor = recv_handle(worker.connection)
+        """One answer. Raises _WorkerGoneError, or what the work raised: OSError as it was, others as RuntimeError."""
+        try:
+            result, error, payload_bytes = worker.connection.recv()
+            descriptor = None
+            if payload_bytes:
+                if not worker.connection.poll(ANSWER_S):
+                    worker.process.kill()
+                    raise EOFError
+                descriptor = recv_handle(worker.connection)
+        except (EOFError, OSError) as gone:
+            raise _WorkerGoneError from gone
         job = worker.jobs.popleft()
         worker.since = time.monotonic()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{self._describe(job.task)}: {error.strerror}")
         if error:
             raise RuntimeError(f"{self._describe(job.task)}: {error}")
         job.result, job.payload, job.payload_bytes, job.done = result, descriptor, payload_bytes, True
 
     def _bury(self, worker: _Worker[T, R]) -> None:
         """The worker is dead, or about to be: its task is done again by others, or given up."""
-        worker.process.join(5)
+        worker.process.join(BURIAL_S)
         self._workers.remove(worker)
         worker.connection.close()
         code, job = worker.process.exitcode, worker.jobs.popleft() if worker.jobs else None
@@ -245,7 +256,7 @@ class WorkerPool(Generic[T, R]):
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
-            worker.process.join()
+            worker.process.join(BURIAL_S)
             worker.connection.close()
         self._workers.clear()
         for job in self._order:
@@ -299,8 +310,8 @@ def _room_for_payloads(wanted: int, num_workers: int) -> int:
 
 def _serve(work: Work[Any, Any], connection: Connection, inherited: list[int], parent: int) -> None:
     """What a worker does until its task-giver is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the task-giver decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for stop_signal in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the task-giver decides
+        signal.signal(stop_signal, signal.SIG_IGN)
     for descriptor in inherited:
         os.close(descriptor)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -309,6 +320,9 @@ def _serve(work: Work[Any, Any], connection: Connection, inherited: list[int], p
             task = connection.recv()
             try:
                 result, payload = work(task)
+            except OSError as error:  # of the machine, and in words of its own
+                connection.send((None, OSError(error.errno, error.strerror or str(error)), 0))
+                continue
             except Exception:
                 connection.send((None, traceback.format_exc(), 0))
                 continue

@@ -119,9 +119,17 @@ class Manifest:
     options: dict[str, Any]
     """Everything that the bytes of the result depend on."""
     versions: dict[str, str]
+    quarantine: FileEntry
+    """The list of the images that could not be used."""
     part: tuple[int, int] | None = None
     """(i, n): the i-th of n parts of each split, counted from 1."""
     version: int = field(default=VERSION)
+
+    @property
+    def all_files(self) -> tuple[FileEntry, ...]:
+        """Every file of the data set but the manifest."""
+        of_splits = (file for split in self.splits.values() for file in (split.records, *split.files))
+        return self.quarantine, *of_splits
 
     def save(self, folder: Path) -> None:
         """Writes manifest.json, synced to the disk."""
@@ -148,7 +156,9 @@ class Manifest:
                 )
             splits = {name: SplitManifest.from_json(entry) for name, entry in content["splits"].items()}
             part = tuple(content["part"]) if content["part"] else None
-            manifest = _build(cls, content | {"splits": splits, "classes": tuple(content["classes"]), "part": part})
+            quarantine = _build(FileEntry, content["quarantine"])
+            built = {"splits": splits, "classes": tuple(content["classes"]), "part": part, "quarantine": quarantine}
+            manifest = _build(cls, content | built)
             if manifest.format not in FORMATS or not splits:
                 raise ValueError(f"format {manifest.format!r}, {len(splits)} splits")
             if text != written:

@@ -170,6 +170,7 @@ def manifest(**changes: Any) -> Manifest:
             source={"kind": "image folder", "fingerprint": "f" * 64},
             options={"format": "ffcv", "max_side": None},
             versions={"pillow": "12.0"},
+            quarantine=entry("quarantine.jsonl"),
         ),
         **changes,
     )

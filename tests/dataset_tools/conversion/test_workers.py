@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import logging
 import os
@@ -139,6 +140,25 @@ def test_ended_early_nothing_is_left() -> None:
     assert done.task == 20
 
 
+def test_an_error_of_the_machine_comes_in_its_own_words() -> None:
+    def work(task: int) -> tuple[int, list[bytes]]:
+        raise OSError(errno.EIO, "cannot read sample 'a.jpg'")
+
+    with (
+        WorkerPool(work, 1, describe="image {}".format) as pool,
+        pytest.raises(OSError, match=r"image 7: cannot read sample 'a\.jpg'$") as raised,
+    ):
+        list(pool.map([7]))
+    assert raised.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
+def test_signals_that_ask_for_an_end_are_the_task_givers(stop_signal: signal.Signals) -> None:
+    with WorkerPool(dies(stop_signal, lambda task: True), 2) as pool:
+        assert [task for task, _, _ in results(pool, list(range(5)))] == list(range(5))
+    assert pool.restarts == 0
+
+
 def test_an_exception_comes_with_its_traceback() -> None:
     def divide(task: int) -> tuple[float, list[bytes]]:
         return 1 / (task - 3), []
@@ -177,7 +197,7 @@ def test_a_worker_that_dies_once(caplog: pytest.LogCaptureFixture, tmp_path: Pat
     assert "was killed by SIGKILL at images (20, 30); they are done again" in caplog.text
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGHUP])
 def test_a_worker_that_is_killed_each_time(by: signal.Signals) -> None:
     """By something from outside, such as the lack of memory: no image is to blame, so the work stops."""
     began = time.monotonic()
