@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import torch
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
 from leoclr_fast.environment import environment
+
+log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 HISTORY_KINDS = ("start", "end", "warning")
@@ -149,10 +152,13 @@ class RunFolder:
         return bool(records) and records[-1]["step"] == step
 
     def add_evaluation(self, evaluator: str, result: dict[str, Any]) -> None:
-        """Append a result to `evaluations.jsonl`, for the report. Raises OSError."""
+        """Append a result to `evaluations.jsonl`, for the report. Where that cannot be written, it is a warning."""
         line = json.dumps({"evaluator": evaluator, "unix_s": round(time.time(), 3), **result}) + "\n"
-        with open(self.evaluations_file, "a") as file:
-            file.write(line)
+        try:
+            with open(self.evaluations_file, "a") as file:
+                file.write(line)
+        except OSError as error:
+            log.warning("the result is not kept for the report: %s", error)
 
     def read_summary(self) -> dict[str, Any] | None:
         """What the last orderly end of the run wrote, if there was one."""

@@ -60,10 +60,12 @@ def run_knn(
             accuracy = evaluation.run(backbone)
             if not ranks.is_main:
                 return {}
-            return {
+            result = {
                 **asdict(accuracy),
                 "weights": weights,
                 "bank_images": len(evaluation.bank.split),
                 "query_images": len(evaluation.queries.split),
                 "note": splits.note,
             }
+            folder.add_evaluation("knn", result | {"data": str(data)})
+            return result

@@ -515,7 +515,7 @@ def _differences(runs: list[RunRecord], labels: list[str]) -> Content:
 
 def _environment(run: RunRecord) -> Content:
     if not run.environment:
-        return element("p", "The environment was not recorded.")
+        return [element("p", "The environment was not recorded."), _history(run)]
     rows = [[name, _shown(value)] for name, value in flat(run.environment).items()]
     return [
         element("p", "Git commit: ", element("code", str(run.environment.get("git_commit") or "not known"))),
