@@ -1,0 +1,144 @@
+"""Batches of encoded images with their boxes, for loaders that decode by themselves: what is unreadable is replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from dataset_tools.sources import Split
+from pipelines.byte_readers import Indices, open_bytes
+from pipelines.config import ViewConfig
+from pipelines.crops import Boxes, Sizes
+from pipelines.decode import UnreadableImageError, decode_rgb, next_index
+from pipelines.loader import max_unreadable
+from pipelines.order import Order
+from pipelines.views import ViewRecipe, draw_boxes
+
+_JPEG_BEGIN, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_PNG_SIGNATURE, _PNG_BIT_DEPTH_AT = b"\x89PNG\r\n\x1a\n", 24
+
+
+@dataclass(slots=True)
+class EncodedBatch:
+    """A rank's batch: B images with V boxes each. B is 0 where too many were unreadable to go on."""
+
+    epoch: int
+    step: int
+    indices: Indices  # [B]
+    heights: Sizes  # [B]
+    widths: Sizes  # [B]
+    boxes: Boxes  # [B, V, 4]
+    images: list[npt.NDArray[np.uint8]]
+    unreadable: dict[int, str] = field(default_factory=dict)
+    """Index of each image that had to be replaced here -> the reason."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class EncodedBatches:
+    """Any batch of any epoch; may be used by several threads at once.
+
+    An image that cannot be read is replaced by the next one that can. JPEGs and PNGs are handed out as they are;
+    everything that another decoder than Pillow might see differently (cut JPEGs, 16-bit PNGs, other formats) is
+    decoded by Pillow and handed out as a PPM: the same pixels, without a loss.
+    """
+
+    def __init__(self, split: Split, views: ViewRecipe, view_config: ViewConfig, order: Order, *, seed: int) -> None:
+        self.split, self.views, self.view_config, self.order, self.seed = split, views, view_config, order, seed
+        self._reader = open_bytes(split)
+        self._unreadable: dict[int, str] = {}
+        self._for_pillow: set[int] = set()
+        self._sizes: dict[int, tuple[int, int]] = {}
+
+    def prepare(self, epoch: int, step: int) -> EncodedBatch:
+        """The batch of this rank. Raises nothing for an image that cannot be read."""
+        indices = self.order.indices(epoch, step).copy()
+        images: list[npt.NDArray[np.uint8]] = [np.empty(0, dtype=np.uint8)] * len(indices)
+        heights, widths = np.ones_like(indices), np.ones_like(indices)
+        unreadable: dict[int, str] = {}
+        missing = np.arange(len(indices))
+        while len(missing):
+            for row in missing.tolist():
+                readable = self._readable(int(indices[row]), unreadable)
+                if readable is None:
+                    return self._batch(epoch, step, indices[:0], heights[:0], widths[:0], [], unreadable)
+                indices[row] = readable
+            encoded = self._reader.read(indices[missing])
+            heights[missing], widths[missing], reasons = self._reader.sizes(indices[missing])
+            failed = []
+            for place, row in enumerate(missing.tolist()):
+                index = int(indices[row])
+                reason = encoded.unreadable.get(place) or reasons.get(place)
+                if reason is None:
+                    images[row] = encoded[place]
+                    if index in self._for_pillow or not _is_plain(images[row]):
+                        try:
+                            images[row] = _as_ppm(pixels := np.asarray(decode_rgb(self.split, index)))
+                            heights[row], widths[row] = pixels.shape[:2]
+                        except UnreadableImageError as error:
+                            reason = str(error)
+                    elif index in self._sizes:
+                        heights[row], widths[row] = self._sizes[index]
+                if reason is not None:
+                    self._unreadable[index] = reason
+                    failed.append(row)
+            missing = np.array(failed, dtype=np.int64)
+        return self._batch(epoch, step, indices, heights, widths, images, unreadable)
+
+    def will_need(self, epoch: int, step: int) -> None:
+        """This batch will be prepared soon: the system may fetch it from the disk."""
+        self._reader.will_need(self.order.indices(epoch, step))
+
+    def mark_unreadable(self, index: int, reason: str) -> None:
+        """From now on another image takes the place of this one."""
+        self._unreadable[index] = reason
+
+    def mark_for_pillow(self, index: int) -> None:
+        """From now on this one is decoded by Pillow."""
+        self._for_pillow.add(index)
+
+    def correct_size(self, index: int, height: int, width: int) -> None:
+        """The image is of another size than the data set says."""
+        self._sizes[index] = height, width
+
+    def _readable(self, index: int, unreadable: dict[int, str]) -> int | None:
+        """The image or the next one not known to be unreadable; None if too many of this batch are."""
+        for _ in range(len(self.split)):
+            reason = self._unreadable.get(index)
+            if reason is None:
+                return index
+            unreadable[index] = reason
+            if len(unreadable) > max_unreadable(len(self.split)):
+                break
+            index = next_index(index, len(self.split))
+        return None
+
+    def _batch(
+        self,
+        epoch: int,
+        step: int,
+        indices: Indices,
+        heights: Sizes,
+        widths: Sizes,
+        images: list[npt.NDArray[np.uint8]],
+        unreadable: dict[int, str],
+    ) -> EncodedBatch:
+        boxes = draw_boxes(self.views, self.view_config, heights, widths, self.seed, epoch, indices)
+        return EncodedBatch(epoch, step, indices, heights, widths, boxes, images, unreadable)
+
+
+def _is_plain(image: npt.NDArray[np.uint8]) -> bool:
+    """Whether any decoder sees in it what Pillow sees: a JPEG that is not cut short, or a PNG of at most 8 bits."""
+    head = image[: _PNG_BIT_DEPTH_AT + 1].tobytes()
+    if head.startswith(_JPEG_BEGIN):
+        return image[-2:].tobytes() == _JPEG_END
+    return head.startswith(_PNG_SIGNATURE) and head[-1] <= 8
+
+
+def _as_ppm(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """pixels: uint8 [H, W, 3]."""
+    header = b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0])
+    return np.concatenate((np.frombuffer(header, dtype=np.uint8), pixels.reshape(-1)))
