@@ -76,16 +76,26 @@ class LoaderConfig:
     """Which loader runs and how: nothing here changes a single pixel, except between backends by their decoders."""
 
     name: str = "auto"
-    """auto, resident, torchvision or synthetic."""
+    """auto, resident, dali, torchvision or synthetic."""
     workers: int | None = None
-    """Worker threads (resident) or processes (torchvision); by default the machine's cores, shared by its ranks."""
+    """Worker threads (resident, dali) or processes (torchvision); by default the machine's cores, shared by its
+    ranks."""
     prefetch_batches: int = 2
-    """Batches that each worker process prepares ahead."""
+    """Batches that each worker process prepares ahead (torchvision); that are decoded ahead, beside as many that are
+    read ahead (dali)."""
     resident_limit_gib: float = 8.0
     """auto: data sets that decode to at most this much stay resident on the device."""
+    hw_decoder_load: float = 0.65
+    """dali on a GPU: the share of the JPEGs that its hardware decoder is given, where it has one."""
+    stall_timeout_s: float = 300.0
+    """dali: an error when no batch has come for so long. (Errors and dead threads are noticed at once.)"""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"{self.workers} loader workers are not allowed: give 0 or more")
         if self.prefetch_batches < 1:
             raise ValueError(f"prefetch of {self.prefetch_batches} batches is not allowed: give at least 1")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ValueError(f"a hardware decoder load of {self.hw_decoder_load} is not allowed: give a share, 0 to 1")
+        if not self.stall_timeout_s > 0:
+            raise ValueError(f"a stall timeout of {self.stall_timeout_s} s is not allowed: give more than 0")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -13,16 +15,17 @@ from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.loader import Loader
 from pipelines.order import Order
 from pipelines.resident_images import estimate_decoded_bytes
-from pipelines.resident_loader import ResidentLoader
-from pipelines.synthetic_loader import SyntheticLoader
-from pipelines.torchvision_loader import TorchvisionLoader
 from pipelines.views import ViewRecipe
 
 log = logging.getLogger(__name__)
 
-LOADERS: dict[str, type[Loader]] = {
-    loader.name: loader for loader in (ResidentLoader, TorchvisionLoader, SyntheticLoader)
+LOADERS = {
+    "resident": "pipelines.resident_loader.ResidentLoader",
+    "dali": "pipelines.dali_loader.DaliLoader",
+    "torchvision": "pipelines.torchvision_loader.TorchvisionLoader",
+    "synthetic": "pipelines.synthetic_loader.SyntheticLoader",
 }
+"""Name of a loader -> its class, imported when it is asked for."""
 
 
 def make_loader(
@@ -37,28 +40,54 @@ def make_loader(
 ) -> Loader:
     """A loader of ``split``; ``config.name`` is ``auto`` or a name in `LOADERS`.
 
-    Raises ValueError for an unknown name (the nearest names are offered).
+    Raises ValueError for an unknown name (the nearest names are offered), ImportError for a loader whose package is
+    not installed.
     """
-    name = choose_loader(split, config) if config.name == "auto" else config.name
+    name = choose_loader(split, config, device) if config.name == "auto" else config.name
     if name not in LOADERS:
         allowed = ["auto", *LOADERS]
         nearest = difflib.get_close_matches(name, allowed, n=2)
         hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
         raise ValueError(f"there is no loader {name!r}; {hint}Allowed: {', '.join(allowed)}.")
-    return LOADERS[name](split, views, view_config, config, order, seed=seed, device=device)
+    return loader_class(name)(split, views, view_config, config, order, seed=seed, device=device)
 
 
-def choose_loader(split: Split, config: LoaderConfig) -> str:
-    """The name that ``auto`` stands for with this split; logs the choice and its reason."""
+def loader_class(name: str) -> type[Loader]:
+    """The class of a name in `LOADERS`."""
+    module, _, found = LOADERS[name].rpartition(".")
+    loader: type[Loader] = getattr(import_module(module), found)
+    return loader
+
+
+def choose_loader(split: Split, config: LoaderConfig, device: torch.device | None = None) -> str:
+    """The name that ``auto`` stands for with this split; logs the choice and its reason.
+
+    device: by default CUDA where there is some. On a CPU torchvision's worker processes are as fast as DALI (see
+    `pipelines.dali_loader`), so that DALI is only taken for a GPU.
+    """
     gib = estimate_decoded_bytes(split) / 2**30
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     if gib <= config.resident_limit_gib:
-        name, reason = "resident", f"the decoded images take about {gib:.2f} GiB"
+        name, size, why_not = "resident", f"the decoded images take about {gib:.2f} GiB", ""
     else:
-        name, reason = "torchvision", f"the decoded images would take about {gib:.0f} GiB"
-    log.info("loader %s: %s (resident up to %g GiB)", name, reason, config.resident_limit_gib)
+        size = f"the decoded images would take about {gib:.0f} GiB"
+        if not on_gpu:
+            name, why_not = "torchvision", "; not dali, which is no faster on a CPU"
+        elif not _is_installed("nvidia.dali"):
+            name, why_not = "torchvision", "; not dali, which is not installed: pip install 'leoclr-fast[dali]'"
+        else:
+            name, why_not = "dali", "; not torchvision, which decodes on the CPU"
+    log.info("loader %s: %s (resident up to %g GiB)%s", name, size, config.resident_limit_gib, why_not)
     return name
 
 
-def settle_loader(split: Split, config: LoaderConfig) -> LoaderConfig:
+def settle_loader(split: Split, config: LoaderConfig, device: torch.device | None = None) -> LoaderConfig:
     """``config`` with ``auto`` replaced by the loader it stands for, so that the choice is made and told once."""
-    return replace(config, name=choose_loader(split, config)) if config.name == "auto" else config
+    return replace(config, name=choose_loader(split, config, device)) if config.name == "auto" else config
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # not even what it is part of
+        return False

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from dataset_tools.sources import Split
 from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.factory import LOADERS, choose_loader, make_loader, settle_loader
+from pipelines.factory import _is_installed, choose_loader, loader_class, make_loader, settle_loader
 from pipelines.loader import Loader
 from pipelines.order import TrainOrder
 from pipelines.resident_images import estimate_decoded_bytes
@@ -15,6 +17,7 @@ from pipelines.resident_loader import ResidentLoader
 from pipelines.synthetic_loader import SyntheticLoader
 from pipelines.torchvision_loader import TorchvisionLoader
 from pipelines.views import MOCOV2_VIEWS
+from tests.pipelines.optional_packages import needs_dali
 
 
 def make(split: Split, config: LoaderConfig) -> Loader:
@@ -31,7 +34,7 @@ def test_by_name(name: str, kind: type[Loader], split: Split) -> None:
     with make(split, LoaderConfig(name=name, workers=0)) as loader:
         assert type(loader) is kind
         assert loader.name == name
-        assert LOADERS[name] is kind
+        assert loader_class(name) is kind
 
 
 @pytest.mark.parametrize(
@@ -39,10 +42,11 @@ def test_by_name(name: str, kind: type[Loader], split: Split) -> None:
     [
         (
             "residnt",
-            "there is no loader 'residnt'; did you mean resident? Allowed: auto, resident, torchvision, synthetic.",
+            "there is no loader 'residnt'; did you mean resident? "
+            "Allowed: auto, resident, dali, torchvision, synthetic.",
         ),
         ("Torchvision", "there is no loader 'Torchvision'; did you mean torchvision?"),
-        ("xyz", "there is no loader 'xyz'; Allowed: auto, resident, torchvision, synthetic."),
+        ("xyz", "there is no loader 'xyz'; Allowed: auto, resident, dali, torchvision, synthetic."),
         ("", "there is no loader ''; Allowed: auto"),
     ],
 )
@@ -63,13 +67,31 @@ class TestAuto:
         gib = estimate_decoded_bytes(split) / 2**30
         config = LoaderConfig(workers=0, resident_limit_gib=gib / 2)
         assert isinstance(make(split, config), TorchvisionLoader)
-        message = f"loader torchvision: the decoded images would take about 0 GiB (resident up to {gib / 2:g} GiB)"
-        assert message in package_log.messages
+        (message,) = (message for message in package_log.messages if message.startswith("loader "))
+        size = f"the decoded images would take about 0 GiB (resident up to {gib / 2:g} GiB)"
+        assert message == f"loader torchvision: {size}; not dali, which is no faster on a CPU"
+
+    @pytest.mark.parametrize("has_dali", [True, False])
+    def test_large_data_on_a_gpu(
+        self, has_dali: bool, split: Split, package_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipelines.factory._is_installed", lambda _: has_dali)
+        config = LoaderConfig(resident_limit_gib=0.0)
+        chosen = "dali" if has_dali else "torchvision"
+        assert choose_loader(split, config, torch.device("cuda")) == chosen
+        assert settle_loader(split, config, torch.device("cuda")).name == chosen
+        why_not = (
+            "not torchvision, which decodes on the CPU"
+            if has_dali
+            else "not dali, which is not installed: pip install 'leoclr-fast[dali]'"
+        )
+        line = f"loader {chosen}: the decoded images would take about 0 GiB (resident up to 0 GiB); {why_not}"
+        assert package_log.messages == [line] * 2
 
     def test_never_synthetic_and_never_silent(self, split: Split, package_log: pytest.LogCaptureFixture) -> None:
         for limit in (0.0, 1e-6, 8.0):
             package_log.clear()
-            name = choose_loader(split, LoaderConfig(resident_limit_gib=limit))
+            name = choose_loader(split, LoaderConfig(resident_limit_gib=limit), torch.device("cpu"))
             assert name in ("resident", "torchvision")
             assert [message.split(":")[0] for message in package_log.messages] == [f"loader {name}"]
 
@@ -81,8 +103,26 @@ class TestAuto:
 
 def test_settling_replaces_auto_alone(split: Split) -> None:
     auto = LoaderConfig(workers=3, prefetch_batches=5, resident_limit_gib=0.0)
-    settled = settle_loader(split, auto)
+    settled = settle_loader(split, auto, torch.device("cpu"))
     assert settled == LoaderConfig(name="torchvision", workers=3, prefetch_batches=5, resident_limit_gib=0.0)
     for name in ("resident", "synthetic", "no such loader"):
         named = LoaderConfig(name=name)
         assert settle_loader(split, named) is named
+
+
+def test_optional_packages_are_not_imported_by_the_way() -> None:
+    code = "import sys, pipelines.factory; print([name for name in ('nvidia.dali', 'ffcv') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("package", "installed"), [("torch", True), ("torch.no_such", False), ("no_such.part", False)])
+def test_is_installed(package: str, installed: bool) -> None:
+    assert _is_installed(package) is installed
+
+
+@needs_dali
+def test_dali_by_name(split: Split) -> None:
+    with make(split, LoaderConfig(name="dali", workers=1)) as loader:
+        assert type(loader) is loader_class("dali")
+        assert loader.name == "dali"
