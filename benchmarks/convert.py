@@ -19,10 +19,10 @@ import tyro
 from benchmarks.interleaved import Comparison, Contestant
 
 PEERS = {
-    "ours, ffcv --check header": "FFCV DatasetWriter, jpg",
-    "ours, ffcv --check decode": "FFCV DatasetWriter, jpg",
-    "ours, ffcv --mode reencode": "FFCV DatasetWriter, jpg",
-    "ours, webdataset --check header": "webdataset ShardWriter",
+    "ours, ffcv --check header": ("FFCV DatasetWriter, jpg",),
+    "ours, ffcv --check decode": ("FFCV DatasetWriter, jpg",),
+    "ours, ffcv --mode reencode": ("FFCV DatasetWriter, jpg",),
+    "ours, webdataset --check header": ("webdataset ShardWriter",),
 }
 
 

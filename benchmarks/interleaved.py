@@ -10,7 +10,7 @@ import shlex
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,8 +34,8 @@ class Comparison:
     notes: str
     amount: int
     """Images that one measurement handles."""
-    peers: dict[str, str]
-    """Contestant -> the one it is compared with."""
+    peers: Mapping[str, tuple[str, ...]]
+    """Contestant -> those it is compared with."""
     packages: tuple[str, ...]
     """Whose versions are noted."""
     hidden: dict[str, str] = field(default_factory=dict)
@@ -75,9 +75,10 @@ class Comparison:
     def _write(self) -> None:
         ratios = {
             f"{ours} / {peer}": [
-                theirs / mine for mine, theirs in zip(self._seconds[ours], self._seconds[peer], strict=True)
+                their / mine for mine, their in zip(self._seconds[ours], self._seconds[peer], strict=True)
             ]
-            for ours, peer in self.peers.items()
+            for ours, peers in self.peers.items()
+            for peer in peers
         }
         rates = {name: [self.amount / taken for taken in values] for name, values in self._seconds.items()}
         document = {
@@ -112,14 +113,15 @@ class Comparison:
             "",
             f"Median [20 %, 80 %] of {document['rounds']} interleaved rounds. {self.notes}",
             "",
-            "| contestant | images/s | times as fast as its peer |",
+            "| contestant | images/s | times as fast as |",
             "|---|---|---|",
         ]
         for name, rate in document["images_per_s"].items():
-            cell = ""
-            if peer := self.peers.get(name):
+            cells = []
+            for peer in self.peers.get(name, ()):
                 ratio = document["ratios"][f"{name} / {peer}"]
-                cell = f"{ratio['median']:.2f} [{ratio['q20']:.2f}, {ratio['q80']:.2f}] × {peer}"
+                cells.append(f"{ratio['median']:.2f} [{ratio['q20']:.2f}, {ratio['q80']:.2f}] × {peer}")
+            cell = "; ".join(cells)
             lines.append(f"| {name} | {rate['median']:,.0f} [{rate['q20']:,.0f}, {rate['q80']:,.0f}] | {cell} |")
         return "\n".join(lines) + "\n"
 
