@@ -12,6 +12,8 @@ from leoclr_fast.report.plots import Curve, Plot
 from leoclr_fast.report.reference import Reference
 from leoclr_fast.report.run_record import RunRecord
 
+_FROM_ZERO = ("gradient-norm", "learning-rate", "throughput", "data-wait")
+
 Column = Callable[[RunRecord], Floats]
 
 
@@ -36,7 +38,16 @@ def plots_of(runs: list[RunRecord], labels: list[str], reference: Reference | No
     def plot(
         name: str, title: str, shown: list[Curve], unit: str = "", note: str = "", filling: float | None = None
     ) -> Plot:
-        return Plot(name=name, title=title, x_label=x_label, curves=shown, unit=unit, note=note, filling_until=filling)
+        return Plot(
+            name=name,
+            title=title,
+            x_label=x_label,
+            curves=shown,
+            unit=unit,
+            note=note,
+            filling_until=filling,
+            from_zero=name in _FROM_ZERO,
+        )
 
     def named(name: str, text: str, style: int) -> list[Curve]:
         (curve,) = curves(lambda run: run.metrics.column(name))

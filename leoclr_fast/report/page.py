@@ -293,7 +293,7 @@ def _throughput(runs: list[RunRecord], labels: list[str]) -> Content:
         if 0 < wait < 1:
             bars.append(
                 (
-                    f"{name}if no step had waited for data (computed from the data wait, {wait:.1%})",
+                    f"{name}if no step had waited for data (computed from the data wait, {100 * wait:.1f} %)",
                     rate / (1 - wait),
                     True,
                 )

@@ -81,6 +81,8 @@ class Plot:
     note: str = ""
     filling_until: float | None = None
     """x until which the queue fills: shaded."""
+    from_zero: bool = False
+    """Whether the y axis starts at 0."""
 
     @property
     def is_empty(self) -> bool:
@@ -121,6 +123,8 @@ def svg_of(plot: Plot, max_points: int = MAX_POINTS) -> tuple[Markup, dict[str, 
         axes.set_xlabel(plot.x_label)
         points = [_draw(axes, curve, max_points) for curve in plot.curves]
         axes.set_xlim(left=0)
+        if plot.from_zero:
+            axes.set_ylim(bottom=0)
         if plot.filling_until is not None:
             limits = axes.get_xlim()
             axes.axvspan(limits[0], min(plot.filling_until, limits[1]), color=_BAND, linewidth=0, zorder=0)

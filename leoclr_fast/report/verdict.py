@@ -35,10 +35,10 @@ def bound_sentence(run: RunRecord) -> str:
     if not math.isfinite(wait):
         return ""
     if wait < PARTLY_DATA_BOUND:
-        return f"it was compute-bound (its steps waited for data {wait:.1%} of the time)"
+        return f"it was compute-bound (its steps waited for data {100 * wait:.1f} % of the time)"
     word = "data-bound" if wait >= DATA_BOUND else "partly data-bound"
     faster = f", so that loading could speed it up at most {1 / (1 - wait):.2f} times" if wait < 1 else ""
-    return f"it was {word} (its steps waited for data {wait:.0%} of the time{faster})"
+    return f"it was {word} (its steps waited for data {100 * wait:.0f} % of the time{faster})"
 
 
 def remedy(run: RunRecord) -> str:

@@ -381,7 +381,7 @@ def test_the_verdict_is_one_sentence(tmp_path: Path) -> None:
     assert verdict(run) == (
         "LeOCLR pretrained a ResNet-18 (width × 0.125) on 2,944 images of imagenet for 1 of 12 epochs: kNN top-1 is "
         "43.80 % (k = 20, temperature 0.1, untrained 10.00 %); it took 46 seconds on 8 × H100; it was data-bound (its "
-        "steps waited for data 60% of the time, so that loading could speed it up at most 2.50 times)."
+        "steps waited for data 60 % of the time, so that loading could speed it up at most 2.50 times)."
     )
 
 
