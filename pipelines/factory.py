@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 LOADERS = {
     "resident": "pipelines.resident_loader.ResidentLoader",
     "dali": "pipelines.dali_loader.DaliLoader",
+    "ffcv": "pipelines.ffcv_loader.FfcvLoader",
     "torchvision": "pipelines.torchvision_loader.TorchvisionLoader",
     "synthetic": "pipelines.synthetic_loader.SyntheticLoader",
 }
