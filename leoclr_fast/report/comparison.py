@@ -79,6 +79,15 @@ def time_ratio(run: RunRecord, baseline: RunRecord) -> Ratio:
     return Ratio(value=value, low=float(low), high=float(high), windows=counts)
 
 
+def speed_range(run: RunRecord) -> tuple[float, float]:
+    """Images/s that a fifth of the windows stayed below, and that a fifth exceeded; NaN if none was logged."""
+    windows = _windows(run)
+    if not len(windows):
+        return math.nan, math.nan
+    slow, fast = np.percentile(windows[:, 1] / windows[:, 0], [20, 80])
+    return float(slow), float(fast)
+
+
 def differing_settings(runs: list[RunRecord]) -> dict[str, list[Any]]:
     """Dotted name → its value in each run, where they are not all equal; a missing value is None."""
     flats = [flat(run.config) for run in runs]

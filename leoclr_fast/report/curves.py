@@ -61,6 +61,10 @@ def plots_of(runs: list[RunRecord], labels: list[str], reference: Reference | No
         if reference is not None and by_epoch:
             loss.append(_reference_curve("expected", reference, reference.loss, runs[0].steps_per_epoch))
             knn.append(_reference_curve("expected top-1", reference, reference.knn_top1, 1.0))
+    if not single and {run.method for run in runs} >= {"leoclr", "mocov2"}:
+        sums = [run for run in runs if run.method == "leoclr" and run.setting("result.method.loss_reduction") == "sum"]
+        if sums:
+            note = "LeOCLR's loss is the sum over two positives, MoCo-v2's has one: about twice as high is the same."
     if single:
         similarities = [
             plot(

@@ -17,7 +17,14 @@ from PIL import Image
 
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.recipes import RECIPES
-from leoclr_fast.report.comparison import Pair, Ratio, differing_environment, differing_settings, find_pairs
+from leoclr_fast.report.comparison import (
+    Pair,
+    Ratio,
+    differing_environment,
+    differing_settings,
+    find_pairs,
+    speed_range,
+)
 from leoclr_fast.report.curves import plots_of
 from leoclr_fast.report.elements import Content, Markup, element, embedded_json, joined, table
 from leoclr_fast.report.plots import MAX_POINTS, NUM_COLOURS, Curve, Plot, dash_array, svg_of
@@ -33,6 +40,7 @@ _TABLE_ROWS = 60
 _SHEET_BYTES = 250_000
 _MAX_SHEETS = 4
 _MAX_LISTED = 50
+_UNEVEN = 1.5
 _PARTS = {"result": "Changes the result", "speed": "Changes only the speed", "monitor": "What is watched and kept"}
 
 
@@ -125,10 +133,16 @@ def _opening(run: RunRecord, label: str | None) -> Markup:
     """Verdict and state."""
     state = run.state
     named = element("strong", f"{label}: ") if label is not None else None
+    then = (
+        f" So it was when this page was written, on {when(time.time())}; a run that was killed since could not say so. "
+        "leoclr-fast report makes the page anew."
+        if state.kind in ("running", "unsure")
+        else None
+    )
     return joined(
         [
             element("p", named, verdict(run), class_="verdict" if label is None else None),
-            element("p", state.sentence, class_=f"state {state.kind}"),
+            element("p", state.sentence, then, class_=f"state {state.kind}"),
         ]
     )
 
@@ -446,6 +460,11 @@ def _pairs(pairs: list[Pair], names: dict[int, str]) -> Content:
     return [
         table(head, rows, "LeOCLR against MoCo-v2"),
         element("p", over),
+        [
+            element("p", warning)
+            for run in dict.fromkeys(run for pair in pairs for run in (pair.leoclr, pair.mocov2))
+            if (warning := _uneven(run, names[id(run)]))
+        ],
         element(
             "p",
             "Ratio: how many times as long LeOCLR trains on an image. In brackets a 95 % bootstrap interval over the "
@@ -453,6 +472,17 @@ def _pairs(pairs: list[Pair], names: dict[int, str]) -> Content:
             class_="soft",
         ),
     ]
+
+
+def _uneven(run: RunRecord, label: str) -> str | None:
+    """A warning where the speed of a run changed so much that its mean says little."""
+    slow, fast = speed_range(run)
+    if not fast > _UNEVEN * slow:
+        return None
+    return (
+        f"The speed of {label} varied: a fifth of its stretches ran below {slow:,.0f} images/s, a fifth above "
+        f"{fast:,.0f}. Something else used the machine, or the data came unevenly: the ratio is none of methods."
+    )
 
 
 def _ratio(ratio: Ratio) -> str:

@@ -36,7 +36,7 @@ class RunState:
         return self.kind in ("failed", "killed")
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class RunRecord:
     """A run, as its folder tells it. What is missing is empty, what is damaged is empty and named in `problems`."""
 
@@ -216,7 +216,7 @@ class RunRecord:
                 return RunState(kind="finished", sentence=f"Finished {at}.")
             return RunState(kind="paused", sentence=f"Paused {at}: not all steps were asked for.")
         if _is_locked(self.path):
-            return RunState(kind="running", sentence=f"Running when this was written, {at}.")
+            return RunState(kind="running", sentence=f"Running, {at}.")
         if not metrics.num_steps_kept and not metrics.starts and not metrics.knn:
             return RunState(kind="empty", sentence="Nothing was logged in this folder yet.")
         since = f"the last record is of {when(self.last_sign_unix_s)}"

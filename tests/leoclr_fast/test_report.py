@@ -120,7 +120,8 @@ def test_a_killed_run_has_a_report_that_says_so(
     run = tmp_path / "run"
     run_and_kill(command(tiny_data, run), run, kill_at=9)
     left = (run / "report.html").read_text()  # of its last checkpoint
-    assert "Running when this was written" in left
+    assert "Running, after step" in left
+    assert "a run that was killed since could not say so" in left
     document, _ = succeeded(capsys, "report", run)
     last = finished_steps(run)
     assert document["runs"][0]["state"] == "killed"
