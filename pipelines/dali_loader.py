@@ -307,18 +307,12 @@ class DaliLoader(Loader):
             # Beyond the image DALI would read memory that is not its own, and boxes come from what a data set says.
             start = dali_math.min(fn.external_source(name="start", dtype=types.FLOAT, ndim=2), shapes[:2] - 1)  # [V, 2]
             end = dali_math.min(fn.external_source(name="end", dtype=types.FLOAT, ndim=2), shapes[:2])
-            crops = [
-                fn.resize(
-                    images,
-                    roi_start=start[number],
-                    roi_end=end[number],
-                    resize_x=side,
-                    resize_y=side,
-                    interp_type=types.INTERP_LINEAR,
-                    antialias=True,
-                )
-                for number in range(len(self.views))
+            boxes = [
+                {} if view.geometry == "original" else {"roi_start": start[number], "roi_end": end[number]}
+                for number, view in enumerate(self.views)  # a box of the whole image costs a fifth more than none
             ]
+            resize = {"resize_x": side, "resize_y": side, "interp_type": types.INTERP_LINEAR, "antialias": True}
+            crops = [fn.resize(images, **box, **resize) for box in boxes]
             pipeline.set_outputs(fn.stack(*crops), shapes)
         pipeline.build()
         return pipeline
