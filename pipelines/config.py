@@ -76,13 +76,13 @@ class LoaderConfig:
     """Which loader runs and how: nothing here changes a single pixel, except between backends by their decoders."""
 
     name: str = "auto"
-    """auto, resident, dali, torchvision or synthetic."""
+    """auto, resident, dali, ffcv, torchvision or synthetic."""
     workers: int | None = None
-    """Worker threads (resident, dali) or processes (torchvision); by default the machine's cores, shared by its
+    """Worker threads (resident, dali, ffcv) or processes (torchvision); by default the machine's cores, shared by its
     ranks."""
     prefetch_batches: int = 2
-    """Batches that each worker process prepares ahead (torchvision); that are decoded ahead, beside as many that are
-    read ahead (dali)."""
+    """Batches that each worker process prepares ahead (torchvision); that are decoded ahead (ffcv, dali), beside as
+    many that are read ahead (dali)."""
     resident_limit_gib: float = 8.0
     """auto: data sets that decode to at most this much stay resident on the device."""
     hw_decoder_load: float = 0.65

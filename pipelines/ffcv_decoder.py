@@ -19,7 +19,7 @@ import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 from ffcv.loader import Loader
-from ffcv.pipeline import PipelineSpec
+from ffcv.pipeline import Compiler, PipelineSpec
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
 from llvmlite import ir
@@ -151,14 +151,21 @@ def open_beton(path: str, image_decoder: CropDecoder, **settings: int) -> Loader
 
     settings: batch_size, num_workers, batches_ahead.
     """
-    loader = Loader(
-        path,
-        pipelines={"image": PipelineSpec("image", decoder=image_decoder), "label": None},
-        os_cache=True,
-        drop_last=False,
-        seed=0,  # else it would be drawn from numpy's global generator
-        **settings,
-    )
+    # FFCV makes numba's one and only type of uint8 arrays immutable; what is compiled for it would be found no more.
+    bytes_type = types.uint8[::1]
+    Compiler.set_enabled(False)  # our decoder is compiled, once for all loaders of the process
+    try:
+        loader = Loader(
+            path,
+            pipelines={"image": PipelineSpec("image", decoder=image_decoder), "label": None},
+            os_cache=True,
+            drop_last=False,
+            seed=0,  # else it would be drawn from numpy's global generator
+            **settings,
+        )
+    finally:
+        Compiler.set_enabled(True)
+        bytes_type.mutable = True
     loader.memory_manager = None  # its tables, several hundred bytes for each sample, serve FFCV's caches alone
     return loader
 

@@ -9,3 +9,6 @@ import pytest
 HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed: pip install 'leoclr-fast[dali]'")
+needs_ffcv = pytest.mark.skipif(
+    find_spec("ffcv") is None, reason="FFCV is not installed: make ffcv, or pip install 'leoclr-fast[ffcv]'"
+)

@@ -43,10 +43,10 @@ def test_by_name(name: str, kind: type[Loader], split: Split) -> None:
         (
             "residnt",
             "there is no loader 'residnt'; did you mean resident? "
-            "Allowed: auto, resident, dali, torchvision, synthetic.",
+            "Allowed: auto, resident, dali, ffcv, torchvision, synthetic.",
         ),
         ("Torchvision", "there is no loader 'Torchvision'; did you mean torchvision?"),
-        ("xyz", "there is no loader 'xyz'; Allowed: auto, resident, dali, torchvision, synthetic."),
+        ("xyz", "there is no loader 'xyz'; Allowed: auto, resident, dali, ffcv, torchvision, synthetic."),
         ("", "there is no loader ''; Allowed: auto"),
     ],
 )
