@@ -112,7 +112,7 @@ class DaliLoader(Loader):
         feeder, readers = self._feeder, self._readers
         self._feeder = self._readers = None
         if feeder is not None:
-            feeder.submit(self._drop_pipeline)
+            feeder.submit(self._give_back)
             feeder.close()
         if readers is not None:
             readers.close()
@@ -266,6 +266,13 @@ class DaliLoader(Loader):
     def _drop_pipeline(self) -> None:
         self._pipeline = None
         self._in_flight.clear()
+
+    def _give_back(self) -> None:
+        self._drop_pipeline()
+        if self.device.type == "cuda":
+            from nvidia.dali import backend
+
+            backend.ReleaseUnusedMemory()  # it pools what its pipelines have let go
 
     def _started_pipeline(self) -> Any:
         """A pipeline that has run once. The first run fills its whole queue, so that an epoch shorter than that would
