@@ -21,7 +21,7 @@ help:
 	@echo 'make test       set up, lint, run the tests                             TEST_ARGS="-k queue"'
 	@echo 'make test-long  set up, run the long campaigns                          TEST_ARGS="-k queue"'
 	@echo 'make lint       set up, then ruff, mypy and import-linter'
-	@echo 'make setup      everything into .venv; takes no time when up to date    PYTHON=python3.12 FFCV=no'
+	@echo 'make setup      everything into .venv; takes no time when up to date    PYTHON=python3.12 FFCV=no CHROMIUM=no'
 	@echo 'make ffcv       another try at FFCV, once its system packages are there'
 	@echo 'make clean      remove .venv, caches and build outputs; runs/ stays'
 

@@ -69,7 +69,7 @@ def time_ratio(run: RunRecord, baseline: RunRecord) -> Ratio:
     how unevenly each run went, not what another machine or seed would do.
     """
     ours, theirs = _windows(run), _windows(baseline)
-    value = baseline.images_per_s / run.images_per_s if run.images_per_s > 0 else math.nan
+    value = _rate(baseline, theirs) / _rate(run, ours) if _rate(run, ours) > 0 else math.nan
     counts = (len(ours), len(theirs))
     if min(counts) < _MIN_WINDOWS:
         return Ratio(value=value, low=None, high=None, windows=counts)
@@ -111,6 +111,13 @@ def other_differences(runs: list[RunRecord]) -> list[str]:
     settings = [name for name in differing_settings(runs) if name not in _METHOD_FIELDS]
     shown = (*_ENVIRONMENT_FIELDS, "data.fingerprint", "data.images")
     return settings + [name for name in differing_environment(runs) if name in shown]
+
+
+def _rate(run: RunRecord, windows: Floats) -> float:
+    """Images/s of training: what the run says of itself, or over all its starts where it was started more than once."""
+    if len(run.metrics.starts) > 1 and len(windows):
+        return float(windows[:, 1].sum() / windows[:, 0].sum())
+    return run.images_per_s
 
 
 def _windows(run: RunRecord) -> Floats:

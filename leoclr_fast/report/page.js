@@ -71,7 +71,7 @@
           dots[i].setAttribute("cy", cy);
         }
         const away = curve.x[point] === x ? "" : ` (at ${number(curve.x[point])})`;
-        rows.push(`${curve.label}: ${number(y)}${y === null ? "" : plot.unit}${away}`);
+        rows.push(`${curve.label}: ${number(y)}${y === null ? "" : plot.unit.replace(" ", "\u00a0")}${away}`);
       });
       readout.replaceChildren(heading, ...rows.map((text) => {
         const row = document.createElement("div");

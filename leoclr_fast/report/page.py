@@ -481,7 +481,7 @@ def _uneven(run: RunRecord, label: str) -> str | None:
         return None
     return (
         f"The speed of {label} varied: a fifth of its stretches ran below {slow:,.0f} images/s, a fifth above "
-        f"{fast:,.0f}. Something else used the machine, or the data came unevenly: the ratio is none of methods."
+        f"{fast:,.0f}. Something else used the machine, or the data came unevenly: do not take the ratio for one of the methods."
     )
 
 
@@ -645,12 +645,12 @@ def _digest(run: RunRecord) -> dict[str, Any]:
 
 
 def _labels(runs: list[RunRecord]) -> list[str]:
-    """The shortest end of each path that no other run shares; numbered where even that does not tell them apart."""
+    """The shortest end of each path that says something and that no other run shares; numbered where they are equal."""
     paths = [run.path.resolve().parts for run in runs]
     labels = []
     for number, parts in enumerate(paths):
         others = [other for index, other in enumerate(paths) if index != number]
-        for length in range(1, len(parts) + 1):
+        for length in range(2 if parts[-1] == "run" else 1, len(parts) + 1):
             if all(other[-length:] != parts[-length:] for other in others):
                 break
         label = "/".join(parts[-length:])
