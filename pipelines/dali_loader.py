@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -270,9 +271,7 @@ class DaliLoader(Loader):
     def _give_back(self) -> None:
         self._drop_pipeline()
         if self.device.type == "cuda":
-            from nvidia.dali import backend
-
-            backend.ReleaseUnusedMemory()  # it pools what its pipelines have let go
+            import_module("nvidia.dali.backend").ReleaseUnusedMemory()  # it pools what its pipelines have let go
 
     def _started_pipeline(self) -> Any:
         """A pipeline that has run once. The first run fills its whole queue, so that an epoch shorter than that would
