@@ -481,7 +481,8 @@ def _uneven(run: RunRecord, label: str) -> str | None:
         return None
     return (
         f"The speed of {label} varied: a fifth of its stretches ran below {slow:,.0f} images/s, a fifth above "
-        f"{fast:,.0f}. Something else used the machine, or the data came unevenly: do not take the ratio for one of the methods."
+        f"{fast:,.0f}. Something else used the machine, or the data came unevenly: do not take the ratio for one of "
+        "the methods."
     )
 
 
