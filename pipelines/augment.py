@@ -8,12 +8,17 @@ The four jitter operations come in a random order per sample. Brightness, contra
 ``clamp(factor * x + (1 - factor) * reference)``, with 0, the mean gray or the gray itself as reference, so one
 blend with per-sample factors serves for whichever of them is due; a factor of one changes nothing. Hue is due once:
 the blends that come before it run first, then hue, then the others.
+
+On CPUs, `augment_numba` computes the same in float32 and many times as fast; what is here is what it is tested by.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import permutations
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +30,10 @@ from pipelines.batch import CropBatch
 from pipelines.config import ViewConfig
 from pipelines.counter_rng import photometry_stream, uniform
 from pipelines.views import ViewRecipe
+
+log = logging.getLogger(__name__)
+
+Impl = Literal["auto", "torch", "numba"]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _JITTER_ORDERS = np.array(list(permutations(range(4))))
@@ -112,8 +121,7 @@ def augmented_views(
     parameters = draw_augmentation(views, config, seed, batch.epoch, batch.indices).to(batch.crops.device)
     if all(view.photometry != "mocov2" for view in views):  # operations that no view wants need not run
         config = replace(config, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
-    view_major = batch.crops.transpose(0, 1).flatten(0, 1)  # each view is then one contiguous block
-    return augment(view_major, parameters, config, dtype=dtype).chunk(len(views))
+    return augment(batch.crops.transpose(0, 1), parameters, config, dtype=dtype).chunk(len(views))
 
 
 def augment(
@@ -122,12 +130,30 @@ def augment(
     config: ViewConfig,
     *,
     dtype: torch.dtype = torch.float32,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Augment and normalise.
 
-    crops: uint8 [M, S, S, 3], RGB. parameters: M rows, on the crops' device.
+    crops: uint8 [..., S, S, 3], RGB, M samples in all. parameters: M rows, on the crops' device. impl: `auto` takes
+    numba on a CPU, but not for float64, and torch elsewhere; they differ by float32's rounding.
     Returns ``dtype`` [M, 3, S, S] in channels_last; the arithmetic is float32, or float64 if ``dtype`` is.
+    Raises ValueError if numba is asked for where it cannot be used.
     """
+    count = crops[..., 0, 0, 0].numel()
+    if len(parameters.table) != count:
+        raise ValueError(
+            f"{count} crops cannot be augmented with {len(parameters.table)} rows of parameters: give one each"
+        )
+    obstacle = "torch is asked for" if impl == "torch" else _what_keeps_numba_out(crops, parameters, dtype)
+    if obstacle is None:
+        from pipelines.augment_numba import augment_numba
+
+        if config.blur_probability > 0:
+            _require_room_for_blur(config.blur_kernel_size, crops.shape[-2])
+        return augment_numba(crops, parameters.table, config, torch.get_num_threads()).to(dtype)
+    if impl == "numba":
+        raise ValueError(f"numba cannot augment here, since {obstacle}; choose impl auto or torch")
+    crops = crops.flatten(0, -4)  # copies unless each view is one contiguous block
     if crops.device.type != "cpu":
         return _augment_chunk(crops, parameters, config, dtype)
     # On a CPU the many passes over the pixels should find them in the cache.
@@ -137,6 +163,32 @@ def augment(
         for part, table in zip(crops.split(rows), parameters.table.split(rows), strict=True)
     ]
     return torch.cat(chunks)
+
+
+def _what_keeps_numba_out(crops: Tensor, parameters: AugmentParameters, dtype: torch.dtype) -> str | None:
+    table = parameters.table
+    if crops.device.type != "cpu" or table.device.type != "cpu":
+        return f"the crops are on {crops.device}, the parameters on {table.device}, and it knows only the CPU"
+    if dtype == torch.float64:
+        return "it computes in float32, not float64"
+    if crops.dtype != torch.uint8 or crops.shape[-3] != crops.shape[-2] or crops.shape[-1] != 3:
+        return f"it takes squares of uint8 RGB, and these are {crops.dtype} {list(crops.shape)}"
+    if table.dtype != torch.float64 or table.requires_grad:
+        return "it takes parameters in float64, and gives them no gradients"
+    return _what_is_wrong_with_numba()
+
+
+@cache
+def _what_is_wrong_with_numba() -> str | None:
+    """Imports numba and compiles, or says why not, once: it makes things faster, and must not stop a run."""
+    try:
+        from pipelines.augment_numba import compiled_kernel
+
+        compiled_kernel()
+    except Exception as error:
+        log.warning("views are augmented by torch, many times slower, since numba does not work here: %r", error)
+        return f"it does not work on this machine: {error!r}"
+    return None
 
 
 def _augment_chunk(crops: Tensor, parameters: AugmentParameters, config: ViewConfig, dtype: torch.dtype) -> Tensor:
@@ -212,8 +264,7 @@ def gaussian_blur(images: Tensor, blurred: Tensor, sigma: Tensor, kernel_size: i
     """
     side = images.shape[-1]
     radius = kernel_size // 2
-    if radius >= side:
-        raise ValueError(f"a blur of {kernel_size} taps does not fit images of {side} pixels; set blur_probability 0")
+    _require_room_for_blur(kernel_size, side)
     taps = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     kernel = torch.softmax(-0.5 * (taps / sigma.to(images.dtype).clamp(min=1e-3)[:, None]) ** 2, dim=1)  # [M, k]
     identity = (taps == 0).to(images.dtype)
@@ -226,6 +277,11 @@ def gaussian_blur(images: Tensor, blurred: Tensor, sigma: Tensor, kernel_size: i
     pattern = F.one_hot(reflected, side).to(images.dtype)  # [S, k, S]
     matrix = torch.einsum("mk,ikj->mij", kernel, pattern)
     return matrix[:, None] @ images @ matrix[:, None].mT
+
+
+def _require_room_for_blur(kernel_size: int, side: int) -> None:
+    if kernel_size // 2 >= side:
+        raise ValueError(f"a blur of {kernel_size} taps does not fit images of {side} pixels; set blur_probability 0")
 
 
 def _gray(images: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from pipelines.augment import (
     HUE,
     SATURATION,
     AugmentParameters,
+    Impl,
     adjust_hue,
     augment,
     augmented_views,
@@ -40,6 +41,7 @@ from tests.pipelines.pictures import picture
 from tests.tolerances import (
     AUGMENT,
     AUGMENT_BESIDE_TORCHVISION,
+    AUGMENT_NUMBA_BESIDE_TORCH,
     COLORSYS,
     PIL_BLEND,
     PIL_BLUR,
@@ -51,6 +53,7 @@ from tests.tolerances import (
 )
 
 ORDERS = module._JITTER_ORDERS
+IMPLEMENTATIONS = [(torch.float64, "torch"), (torch.float32, "torch"), (torch.float32, "numba")]
 KINDS = ("noise", "black and white", "gray", "waves")
 NOTHING = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
 
@@ -135,18 +138,21 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> None:
 
 def assert_equals_torchvision(crops: Tensor, drawn: AugmentParameters, config: ViewConfig) -> None:
     truth, single = references(crops, drawn, config.blur_kernel_size)
-    for dtype, tolerance in AUGMENT.items():
-        ours = augment(crops, drawn, config, dtype=dtype)
+    errors = {}
+    for dtype, impl in IMPLEMENTATIONS:
+        ours = augment(crops, drawn, config, dtype=dtype, impl=impl)
         assert ours.dtype == dtype
-        assert_close(ours, truth, tolerance)
-    error, their_error = ((result.double() - truth).abs().max() for result in (ours, single))
-    assert error <= their_error + AUGMENT_BESIDE_TORCHVISION
+        assert_close(ours, truth, AUGMENT[dtype])
+        errors[dtype, impl] = (ours.double() - truth).abs().max()
+    their_error = (single.double() - truth).abs().max()
+    assert errors[torch.float32, "torch"] <= their_error + AUGMENT_BESIDE_TORCHVISION
+    assert errors[torch.float32, "numba"] <= errors[torch.float32, "torch"] + AUGMENT_NUMBA_BESIDE_TORCH
 
 
 class TestAgainstTorchvision:
     @pytest.mark.parametrize(
         ("size", "count", "kind"),
-        [*((size, 72, kind) for size in (32, 33) for kind in KINDS), (224, 24, "waves"), (224, 3, "noise")],
+        [*((size, 72, kind) for size in (16, 32, 33) for kind in KINDS), (224, 24, "waves"), (224, 3, "noise")],
     )
     def test_the_whole_chain_in_all_orders(self, size: int, count: int, kind: str) -> None:
         drawn = random_parameters(count, blur=np.arange(count) % (6 if size == 224 else 2) == 0)  # slow in torchvision
@@ -176,11 +182,12 @@ class TestAgainstTorchvision:
         drawn = random_parameters(48, **factors, hue=rng.choice([-0.5, 0.25, 0.5], 48))
         assert_equals_torchvision(pictures(48, 32, kind), drawn, plain_config(32))
 
-    def test_another_order_would_be_noticed(self) -> None:
+    @pytest.mark.parametrize("impl", ["torch", "numba"])
+    def test_another_order_would_be_noticed(self, impl: Impl) -> None:
         crops, drawn = pictures(24, 32, "waves"), random_parameters(24, blur=False, grayscale=False, flip=False)
         shifted = AugmentParameters(torch.cat((drawn.table[:, :4], drawn.table.roll(1, 0)[:, 4:]), dim=1))
         truth, _ = references(crops, shifted, 3)
-        errors = (augment(crops, drawn, plain_config(32)) - truth).abs().amax(dim=(1, 2, 3))
+        errors = (augment(crops, drawn, plain_config(32), impl=impl) - truth).abs().amax(dim=(1, 2, 3))
         assert (errors > 1e-3).sum() >= 16  # some orders are nearly the same
 
     def test_hue_is_torchvision_s_and_colorsys_s(self) -> None:
@@ -209,12 +216,13 @@ class TestAgainstTorchvision:
             theirs = V2.gaussian_blur(image, [kernel_size, kernel_size], [width, width])
             assert_close(result, theirs, AUGMENT[torch.float64])
 
-    def test_a_kernel_that_does_not_fit(self) -> None:
+    @pytest.mark.parametrize("impl", ["torch", "numba"])
+    def test_a_kernel_that_does_not_fit(self, impl: Impl) -> None:
         images = torch.zeros(1, 3, 5, 5)
         with pytest.raises(ValueError, match="blur of 11 taps does not fit images of 5 pixels; set blur_probability 0"):
             gaussian_blur(images, torch.ones(1, dtype=torch.bool), torch.ones(1), 11)
         with pytest.raises(ValueError, match="does not fit images of 1 pixels"):
-            augment(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), parameters(1), ViewConfig(image_size=1))
+            augment(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), parameters(1), ViewConfig(image_size=1), impl=impl)
 
 
 class TestAgainstThePublishedPath:
@@ -270,13 +278,13 @@ class TestAgainstThePublishedPath:
 
 
 class TestExactly:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(("dtype", "impl"), IMPLEMENTATIONS)
     @pytest.mark.parametrize("size", [32, 33, 224])
-    def test_a_sample_without_augmentation_is_only_normalised(self, size: int, dtype: torch.dtype) -> None:
+    def test_a_sample_without_augmentation_is_only_normalised(self, size: int, dtype: torch.dtype, impl: Impl) -> None:
         """Whatever its factors are, and whatever happens to its neighbours."""
         config, crops = ViewConfig(image_size=size), pictures(6, size)
         drawn = random_parameters(6, jitter=[0, 1] * 3, blur=[0, 1] * 3, grayscale=[0, 1] * 3, flip=[0, 1] * 3)
-        ours = augment(crops, drawn, config, dtype=dtype)
+        ours = augment(crops, drawn, config, dtype=dtype, impl=impl)
         scalar = np.dtype(str(dtype).removeprefix("torch.")).type
         values = crops.permute(0, 3, 1, 2).numpy().astype(scalar) / scalar(255)
         mean, std = (np.array(numbers, dtype=scalar)[:, None, None] for numbers in (config.mean, config.std))
@@ -289,61 +297,97 @@ class TestExactly:
         ours = color_jitter(crops.permute(0, 3, 1, 2).double() / 255, parameters(24, order=ORDERS))
         assert_close(ours, crops.permute(0, 3, 1, 2).double() / 255, AUGMENT[torch.float64])
 
-    def test_flip(self) -> None:
+    @pytest.mark.parametrize("impl", ["torch", "numba"])
+    def test_flip(self, impl: Impl) -> None:
         config, crops = ViewConfig(image_size=33), pictures(3, 33)
-        flipped = augment(crops, parameters(3, flip=[True, False, True]), config)
-        assert torch.equal(flipped[::2], augment(crops.flip(2), parameters(3), config)[::2])
-        assert torch.equal(flipped[1], augment(crops, parameters(3), config)[1])
+        flipped = augment(crops, parameters(3, flip=[True, False, True]), config, impl=impl)
+        assert torch.equal(flipped[::2], augment(crops.flip(2), parameters(3), config, impl=impl)[::2])
+        assert torch.equal(flipped[1], augment(crops, parameters(3), config, impl=impl)[1])
 
-    def test_grayscale_has_three_equal_channels(self) -> None:
-        ours = augment(pictures(2, 32), parameters(2, grayscale=True), plain_config(32))
+    @pytest.mark.parametrize("impl", ["torch", "numba"])
+    def test_grayscale_has_three_equal_channels(self, impl: Impl) -> None:
+        ours = augment(pictures(2, 32), parameters(2, grayscale=True), plain_config(32), impl=impl)
         assert torch.equal(ours[:, 0], ours[:, 1])
         assert torch.equal(ours[:, 0], ours[:, 2])
 
     @pytest.mark.parametrize("value", [0, 255])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_black_and_white_stay_in_range(self, value: int, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize(("dtype", "impl"), IMPLEMENTATIONS)
+    def test_black_and_white_stay_in_range(self, value: int, dtype: torch.dtype, impl: Impl) -> None:
         crops = torch.full((24, 32, 32, 3), value, dtype=torch.uint8)
-        ours = augment(crops, random_parameters(24), plain_config(32), dtype=dtype)
+        ours = augment(crops, random_parameters(24), plain_config(32), dtype=dtype, impl=impl)
         assert ours.min() >= 0
         assert ours.max() <= 1 + AUGMENT[dtype].max
         if value == 0:
             assert (ours == 0).all()
 
+    @pytest.mark.parametrize("impl", ["torch", "numba"])
     @pytest.mark.parametrize("name", ["jitter", "grayscale", "blur", "flip"])
-    def test_probability_zero_leaves_the_operation_out(self, name: str) -> None:
+    def test_probability_zero_leaves_the_operation_out(self, name: str, impl: Impl) -> None:
         crops, drawn = pictures(24, 32), random_parameters(24, **{name: True})
-        without = augment(crops, drawn, plain_config(32, **{f"{name}_probability": 0.0}))
-        assert torch.equal(without, augment(crops, random_parameters(24, **{name: False}), plain_config(32)))
+        without = augment(crops, drawn, plain_config(32, **{f"{name}_probability": 0.0}), impl=impl)
+        never = augment(crops, random_parameters(24, **{name: False}), plain_config(32), impl=impl)
+        assert torch.equal(without, never)
 
     def test_normalisation_comes_last(self) -> None:
         config, crops, drawn = ViewConfig(image_size=32), pictures(24, 32), random_parameters(24)
         plain = augment(crops, drawn, plain_config(32), dtype=torch.float64)
         normalised = TF.normalize(plain, config.mean, config.std)
         assert_close(augment(crops, drawn, config, dtype=torch.float64), normalised, AUGMENT[torch.float64])
+        single = augment(crops, drawn, config, impl="numba")
+        assert torch.equal(
+            single, TF.normalize(augment(crops, drawn, plain_config(32), impl="numba"), config.mean, config.std)
+        )
 
 
 class TestForm:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     @pytest.mark.parametrize(("count", "size"), [(3, 32), (1, 224), (2, 224), (0, 32), (1, 33)])
-    def test_shape_dtype_and_layout(self, count: int, size: int, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("impl", ["auto", "torch"])
+    def test_shape_dtype_and_layout(self, count: int, size: int, dtype: torch.dtype, impl: Impl) -> None:
         crops = torch.zeros(count, size, size, 3, dtype=torch.uint8)
-        ours = augment(crops, random_parameters(count), ViewConfig(image_size=size), dtype=dtype)
+        ours = augment(crops, random_parameters(count), ViewConfig(image_size=size), dtype=dtype, impl=impl)
         assert ours.shape == (count, 3, size, size)
         assert ours.dtype == dtype
         assert count == 0 or ours.is_contiguous(memory_format=torch.channels_last)
         assert count == 0 or ours.stride() == (3 * size**2, 1, 3 * size, 3)
 
+    @pytest.mark.parametrize("impl", ["torch", "numba"])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision_is_float32_rounded_once(self, dtype: torch.dtype) -> None:
+    def test_half_precision_is_float32_rounded_once(self, dtype: torch.dtype, impl: Impl) -> None:
         crops, drawn, config = pictures(24, 32), random_parameters(24), ViewConfig(image_size=32)
-        assert torch.equal(augment(crops, drawn, config, dtype=dtype), augment(crops, drawn, config).to(dtype))
+        ours = augment(crops, drawn, config, dtype=dtype, impl=impl)
+        assert torch.equal(ours, augment(crops, drawn, config, impl=impl).to(dtype))
 
-    def test_the_crops_are_left_alone(self) -> None:
-        crops = pictures(24, 32)
-        kept = crops.clone()
-        augment(crops, random_parameters(24), ViewConfig(image_size=32))
+    @pytest.mark.parametrize("impl", ["torch", "numba"])
+    def test_crops_and_parameters_are_left_alone(self, impl: Impl) -> None:
+        crops, drawn = pictures(24, 32), random_parameters(24)
+        kept, table = crops.clone(), drawn.table.clone()
+        augment(crops, drawn, ViewConfig(image_size=32), impl=impl)
         assert torch.equal(crops, kept)
+        assert torch.equal(drawn.table, table)
+
+    @pytest.mark.parametrize(("dtype", "impl"), IMPLEMENTATIONS)
+    def test_crops_of_any_strides(self, dtype: torch.dtype, impl: Impl) -> None:
+        crops, config = pictures(12, 33), ViewConfig(image_size=33)
+        drawn = random_parameters(12)
+
+        def same(strided: Tensor, plain: Tensor) -> bool:
+            table = AugmentParameters(drawn.table[: len(plain)])
+            ours, expected = (augment(given, table, config, dtype=dtype, impl=impl) for given in (strided, plain))
+            return torch.equal(ours, expected)
+
+        assert same(
+            crops.unflatten(0, (4, 3)).transpose(0, 1), crops.unflatten(0, (4, 3)).transpose(0, 1).flatten(0, 1)
+        )
+        assert same(crops[1::2], crops[1::2].clone())
+        assert same(crops[:, None], crops)
+        assert same(crops[3:4].expand(5, -1, -1, -1), crops[3:4].repeat(5, 1, 1, 1))
+        assert same(crops.transpose(1, 2), crops.transpose(1, 2).contiguous())
+        assert same(pictures(12, 40)[:, 5:38, 2:35], pictures(12, 40)[:, 5:38, 2:35].clone())
+
+    def test_one_row_of_parameters_for_each_crop(self) -> None:
+        with pytest.raises(ValueError, match="3 crops cannot be augmented with 2 rows of parameters: give one each"):
+            augment(pictures(3, 32), parameters(2), ViewConfig(image_size=32))
 
     @pytest.mark.parametrize("elements", [1, 32 * 32 * 3 * 5, 1 << 40])
     def test_any_chunks(self, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
