@@ -29,7 +29,7 @@ def scratch_size(max_height: int, max_width: int, size: int) -> int:
     return block + _ROWS * size + narrow + 3 * max(size, _ROWS) + 2 * size + size * taps
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def resize_box(
     pixels: npt.NDArray[np.uint8],
     image_width: int,
@@ -78,7 +78,7 @@ def resize_box(
         _store(sums, lanes, output[row * size * 3 : (row + 1) * size * 3])
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def _fill_weights(
     box_size: int,
     size: int,
@@ -113,7 +113,7 @@ def _fill_weights(
     return taps
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def _pack(
     pixels: npt.NDArray[np.uint8], first: int, stride: int, num_rows: int, width: int, block: npt.NDArray[np.uint32]
 ) -> None:
@@ -132,7 +132,7 @@ def _pack(
             )
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def _filter(
     source: npt.NDArray[np.uint32],
     start: int,
@@ -168,7 +168,7 @@ def _filter(
                 blue[i] += uint32(w0 * (a & _BYTE) + w1 * (b & _BYTE) + w2 * (c & _BYTE) + w3 * (d & _BYTE))
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def _join(sums: npt.NDArray[np.uint32], lanes: int, target: npt.NDArray[np.uint32]) -> None:
     """Rounded sums as pixels of 32 bits."""
     length = len(target)
@@ -177,7 +177,7 @@ def _join(sums: npt.NDArray[np.uint32], lanes: int, target: npt.NDArray[np.uint3
         target[i] = (red[i] >> _BITS) | ((green[i] >> _BITS) << _GREEN) | ((blue[i] >> _BITS) << _BLUE)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def _store(sums: npt.NDArray[np.uint32], lanes: int, target: npt.NDArray[np.uint8]) -> None:
     """Rounded sums as three bytes a pixel."""
     length = len(target) // 3
