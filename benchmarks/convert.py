@@ -1,6 +1,6 @@
 """Our converter against FFCV's DatasetWriter and webdataset's ShardWriter: `python -m benchmarks.convert --help`.
 
-All convert the same images, on the same disk, with as many workers.
+All convert the same images, on the same disk, with as many workers; but webdataset's ShardWriter is one process.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class ConvertBenchmark:
                 task=f"{images:,} JPEGs are converted.",
                 notes="Images in the page cache; ours with --max-side 0, so that none is resized, as in FFCV's "
                 "example. Ours are synced to the disk, hashed and journaled when the clock stops; the peers' bytes are "
-                "then with the system.",
+                "then with the system. ShardWriter is one process.",
                 amount=images,
                 peers=PEERS,
                 packages=("ffcv", "webdataset", "torchvision", "pillow", "opencv-python", "numpy"),

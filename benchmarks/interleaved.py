@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+PATIENCE_S = 1800.0
 Contestant = Callable[..., Iterator[float]]
 """A generator function at the top of a module: each `next` does the whole task once and yields the seconds it took."""
 
@@ -139,6 +140,9 @@ class _Process:
 
     def measure(self) -> float:
         self._ours.send("go")
+        if not self._ours.poll(PATIENCE_S):
+            self._process.kill()
+            raise RuntimeError(f"{self.name} has not answered for {PATIENCE_S:.0f} s")
         try:
             answer = self._ours.recv()
         except EOFError as error:

@@ -107,10 +107,15 @@ def dali_stock(folder: str, workers: int) -> Iterator[float]:
 
     def epoch() -> int:
         handled = 0
-        for _ in range(images // BATCH):
-            views = running.run()[:3]
+        for number in range(images // BATCH):
+            if number == 0:
+                running.schedule_run()
+            if number + 1 < images // BATCH:
+                running.schedule_run()  # one ahead, and none at the end: it would decode in another's time
+            views = running.share_outputs()[:3]
             batch = np.stack([np.asarray(view.as_tensor()) for view in views], axis=1)  # [B, V, S, S, 3], as ours
             handled += len(batch)
+            running.release_outputs()
         return handled
 
     yield from _timed(epoch, images)

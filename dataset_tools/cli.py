@@ -76,7 +76,7 @@ class Verify(CommonFlags):
             self.data, source=self.source, deep=self.deep, workers=self.workers, progress=_progress(console)
         )
         for problem in result["problems"]:
-            say(console, problem)
+            say(console, _one_line(problem))
         more = result["num_problems"] - len(result["problems"])
         if more:
             say(console, f"… and {more:,} more")
@@ -207,17 +207,13 @@ def _progress(console: Console) -> Any:
 
 
 def _print_summary(console: Console, summary: dict[str, Any]) -> None:
-    table = Table("split", "samples", "in quarantine", "largest", "FFCV decodes in")
+    is_ffcv = summary["format"] == "ffcv"
+    table = Table("split", "samples", "in quarantine", "largest", *(["FFCV decodes in"] if is_ffcv else []))
     for column in table.columns[1:]:
         column.justify = "right"
     for name, split in summary["splits"].items():
-        table.add_row(
-            name,
-            f"{split['samples']:,}",
-            f"{split['quarantined']:,}",
-            f"{split['max_width']} x {split['max_height']}",
-            f"{split['ffcv_decode_gib']:.2f} GiB",
-        )
+        row = [f"{split['samples']:,}", f"{split['quarantined']:,}", f"{split['max_width']} x {split['max_height']}"]
+        table.add_row(name, *row, *([f"{split['ffcv_decode_bytes'] / 2**30:.2f} GiB"] if is_ffcv else []))
     console.print(table)
     speed = f", {summary['images_per_s']:,.0f} images/s" if summary["images_per_s"] else ""
     say(
@@ -228,15 +224,22 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     )
     for reason, count in summary["reencoded_because"].items():
         say(console, f"  re-encoded, {reason}: {count:,}")
+    if not is_ffcv:
+        return
     say(
         console,
-        "FFCV's stock decoders take 5 x batch 256 x largest width x largest height x 3 bytes (batches_ahead 3), pinned "
-        "on GPU machines",
+        "FFCV decodes in: 5 x batch 256 x largest width x largest height x 3 bytes, which its stock decoders allocate "
+        "(batches_ahead 3), pinned on GPU machines",
     )
     for name, split in summary["splits"].items():
-        if summary["format"] == "ffcv" and split["ffcv_decode_gib"] * 2**30 > DECODE_LIMIT_BYTES:
+        if split["ffcv_decode_bytes"] >= DECODE_LIMIT_BYTES:
             say(
                 console,
-                f"warning: for {name} that is {split['ffcv_decode_gib']:.1f} GiB; --mode auto with --max-side limits "
-                "it",
+                f"warning: for {name} that is {split['ffcv_decode_bytes'] / 2**30:.3f} GiB, above 4 GiB; --mode auto "
+                "with --max-side limits it",
             )
+
+
+def _one_line(text: str) -> str:
+    """With line breaks and the like escaped: names may hold them."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -108,6 +108,7 @@ def say(console: Console, text: str) -> None:
 
 def _set_up_logging(console: Console) -> None:
     """Notes and warnings as plain lines, above the live display on a terminal; other ranks than the first only warn."""
+    logging.raiseExceptions = False  # a reader that went away (`| head`) is no news
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     handler: logging.Handler
     if console.is_terminal:

@@ -107,7 +107,7 @@ def pretrain(
         views = METHODS[config.result.method.name].views
         if not training.synthetic:
             diary.describe_data(source, split, splits.note, views, config.result.views, config.result.seed)
-        loader_config = settle_loader(split, config.speed.loader)
+        loader_config = settle_loader(split, config.speed.loader, device)
         loader = stack.enter_context(
             make_loader(
                 split,

@@ -63,7 +63,7 @@ class ByteReader(ABC):
 
 def open_bytes(split: Split) -> ByteReader:
     """The reader for a split: positioned reads where its images are pieces of files, else image by image."""
-    base, chosen = _base_of(split)
+    base, chosen = base_of(split)
     if isinstance(base, ConvertedSplit) and not (base.records["encoding"] == RAW).any():
         records = base.records
         sizes = np.stack([records["height"], records["width"]], axis=1).astype(np.int32)
@@ -174,7 +174,7 @@ class _KnownSizes:
         return sizes[:, 0], sizes[:, 1], {row: self._reasons[int(indices[row])] for row in bad.tolist()}
 
 
-def _base_of(split: Split) -> tuple[Split, Indices | None]:
+def base_of(split: Split) -> tuple[Split, Indices | None]:
     """The split that a subset, however nested, was taken from, and the indices in it."""
     chosen: Indices | None = None
     while isinstance(split, SubsetSplit):

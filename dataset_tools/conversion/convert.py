@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -28,7 +29,7 @@ from dataset_tools.conversion.split_conversion import (
     crashed_image,
     treat_images,
 )
-from dataset_tools.conversion.staging import Staging, staged, staging_folder
+from dataset_tools.conversion.staging import Staging, remove_leftover, settled_destination, staged, staging_folder
 from dataset_tools.conversion.workers import WorkerPool, settled_workers
 from dataset_tools.formats.beton import read_beton_head
 from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest, SplitManifest
@@ -67,18 +68,26 @@ def convert(
     """
     began = time.monotonic()
     num_workers = settled_workers(workers)
-    target = Path(os.path.abspath(Path(destination).expanduser()))
+    target = settled_destination(destination)
     source = open_source(source_path)
-    if target.resolve().is_relative_to(source.path.resolve()):
-        raise ValueError(
-            f"{target} lies inside the source {source.path}, and would be part of it the next time. Give a destination "
-            "elsewhere."
-        )
+    for folder in (target, staging_folder(target)):
+        if folder.is_relative_to(source.path.resolve()):
+            raise ValueError(
+                f"{folder} lies inside the source {source.path}, and would be part of it the next time. Give a "
+                "destination elsewhere."
+            )
     plan = _plan(source, options)
-    if (whole := _already_there(target, plan)) is not None:
-        logger.info("%s is whole already: nothing to do", target)
+    if (whole := _already_there(target, plan, strict)) is not None:
+        quarantined = sum(split.quarantined for split in whole.splits.values())
+        again = f" (delete it to try the {quarantined:,} images in quarantine again)" if quarantined else ""
+        logger.info("%s is whole already: nothing to do%s", target, again)
         return summarize(target, whole, images=0, seconds=time.monotonic() - began)
-    with staged(target, plan) as staging, stop_signals(enabled=True) as stop, disk_errors(staging):
+    with (
+        staged(target, plan) as staging,
+        stop_signals(enabled=True) as stop,
+        disk_errors(staging),
+        progress or Progress() as shown,
+    ):
         if staging.continued:
             logger.info("continuing what an earlier call left in %s", staging.folder)
         run = _Conversion(
@@ -86,7 +95,7 @@ def convert(
             staging=staging,
             num_workers=num_workers,
             strict=strict,
-            progress=progress or Progress(),
+            progress=shown,
             stop=stop,
             journal_every_s=journal_every_s,
         )
@@ -120,7 +129,7 @@ def summarize(destination: Path, manifest: Manifest, *, images: int, seconds: fl
                 "quarantined": split.quarantined,
                 "max_width": split.max_width,
                 "max_height": split.max_height,
-                "ffcv_decode_gib": round(split.ffcv_decode_bytes / 2**30, 2),
+                "ffcv_decode_bytes": split.ffcv_decode_bytes,
             }
             for name, split in manifest.splits.items()
         },
@@ -173,12 +182,18 @@ class _Conversion:
         with self._open_quarantine() as self._quarantine:
             self._check_space(unfinished)
             images = sum(self._convert_split(conversion) for conversion in unfinished)
-        self.progress.finish()
         return images
 
     def publish(self, splits: list[Split], source: ImageSource) -> Manifest:
         """The manifest, and DEST."""
-        finished = {split.name: self.staging.state["splits"][split.name]["finished"] for split in splits}
+        states = {split.name: self.staging.state["splits"][split.name]["finished"] for split in splits}
+        finished = {name: entry for name, entry in states.items() if entry["manifest"]}
+        if not finished:
+            lines = self.staging.find(QUARANTINE_NAME).read_text(encoding="utf-8").splitlines()
+            raise ValueError(
+                f"none of the {len(lines):,} images can be used; for example {json.loads(lines[0])['name']}: "
+                f"{json.loads(lines[0])['reason']}. {self.staging.find(QUARANTINE_NAME)} lists them all"
+            )
         manifest = Manifest(
             format=self.options.format,
             classes=source.classes,
@@ -255,10 +270,10 @@ class _Conversion:
         split = conversion.split
         rows = conversion.rows
         if not len(rows):
-            raise ValueError(
-                f"none of the {conversion.num_positions} images of {split.name} can be used; "
-                f"{self.staging.folder / QUARANTINE_NAME} says why"
-            )
+            logger.warning("%s is left out: none of its %d images can be used", split.name, conversion.num_positions)
+            conversion.state["finished"] = {"manifest": None, "working_files": []}
+            self.staging.save()
+            return
         self.progress.say(f"{split.name}: completing the files")
         images = conversion.writer.finish(rows)
         names = split.names if isinstance(split.names, PackedNames) else PackedNames(split.names)
@@ -320,6 +335,7 @@ class _Conversion:
                     if done is not None:
                         sizes.append(len(done.payload))
             if sizes:
+                conversion.limit_task_bytes(max(sizes))
                 needed += int(left * (np.mean(sizes) + SAMPLE_OVERHEAD_BYTES[self.options.format]))
         free = shutil.disk_usage(self.staging.folder).free
         if needed > free:
@@ -339,17 +355,23 @@ def _plan(source: ImageSource, options: ConvertOptions) -> dict[str, Any]:
     }
 
 
-def _already_there(target: Path, plan: dict[str, Any]) -> Manifest | None:
-    """The manifest, if the destination is the whole result of the same call."""
+def _already_there(target: Path, plan: dict[str, Any], strict: bool) -> Manifest | None:
+    """The manifest, if the destination is the whole result of the same call. Raises ValueError if it is damaged, or if
+    `strict` forbids what is in quarantine.
+    """
     if not (target / MANIFEST_NAME).is_file():
         return None
     manifest = Manifest.load(target)
     if manifest.source == plan["source"] and manifest.options == plan["options"]:
-        shutil.rmtree(staging_folder(target), ignore_errors=True)  # left by a death between rename and removal
+        for file in manifest.all_files:
+            if not (target / file.name).is_file() or (target / file.name).stat().st_size != file.bytes:
+                raise ValueError(f"{target} was whole, but its {file.name} is missing or cut. Delete it to start anew.")
+        if strict and (left_out := sum(split.quarantined for split in manifest.splits.values())):
+            raise ValueError(f"{target} is there, but {left_out:,} images are in quarantine, which --strict forbids")
+        remove_leftover(target, plan)
         return manifest
     raise FileExistsError(
-        f"{target} is a converted data set already, of another source or with other options. Give another "
-        "destination, or delete it."
+        f"{target} is a converted data set already, of another source or with other options. Give another destination."
     )
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any
 
 from dataset_tools.conversion.convert import QUARANTINE_NAME, NoRoomError, disk_errors, in_words, summarize
 from dataset_tools.conversion.hashing import hash_files
-from dataset_tools.conversion.staging import Staging, staged
+from dataset_tools.conversion.staging import Staging, settled_destination, staged
 from dataset_tools.conversion.workers import settled_workers
 from dataset_tools.file_io import read_at
 from dataset_tools.formats.beton import BetonWriter, read_beton_head
-from dataset_tools.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SplitManifest
+from dataset_tools.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SplitManifest, is_converted
 from dataset_tools.formats.records import BLOCK_ROWS, SampleRecords
 from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.tar_shards import shard_name
@@ -52,11 +53,12 @@ def merge(
     num_workers = settled_workers(workers)
     opened = [_Part(Path(part).expanduser(), Manifest.load(Path(part).expanduser())) for part in parts]
     splits = _splits(opened)
-    target = Path(os.path.abspath(Path(destination).expanduser()))
+    target = settled_destination(destination)
+    if is_converted(target):
+        raise FileExistsError(f"{target} is a converted data set already; the last folder of merge is the one to make")
     manifests = [part.manifest for part in opened]
     plan = {"merge": sorted(hashlib.sha256(repr(manifest).encode()).hexdigest() for manifest in manifests)}
     with staged(target, plan) as staging, stop_signals(enabled=True) as stop, disk_errors(staging, AGAIN):
-        staging.save()  # the plan: what a death leaves in `whole` must not meet the files of another merge
         _check_space(opened, staging)
         _check_files(opened, num_workers, stop)
         merged, names = {}, list[str]()
@@ -119,7 +121,20 @@ def _merge_split(
     """The manifest of a joined split, and the names of its files in the staging folder."""
     entries = [part.manifest.splits[name] for part in parts]
     records = [SampleRecords.open(part.folder / entry.records.name) for part, entry in zip(parts, entries, strict=True)]
-    rows = RowFile(staging.folder / f"{name}.rows")
+    with closing(RowFile(staging.folder / f"{name}.rows")) as rows:
+        return _merge_rows(name, parts, entries, records, rows, staging, num_workers, stop)
+
+
+def _merge_rows(
+    name: str,
+    parts: list[_Part],
+    entries: list[SplitManifest],
+    records: list[SampleRecords],
+    rows: RowFile,
+    staging: Staging,
+    num_workers: int,
+    stop: StopSignals,
+) -> tuple[SplitManifest, list[str]]:
     positions = sum(entry.positions for entry in entries)
     page_bytes = None
     if parts[0].manifest.format == "ffcv":

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
+from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +31,11 @@ class Progress:
     def say(self, text: str) -> None:
         """Something that takes a while begins."""
 
-    def finish(self) -> None:
-        """Nothing more will come."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the terminal as it was."""
 
 
 class _Rates:
@@ -49,29 +56,40 @@ class _Rates:
         )
 
 
+class _TwoLines(RichProgress):
+    """The bar with count and time on one line, the rates below it: both are readable in 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(f"  {task.fields['rates']}", overflow="ellipsis", no_wrap=True)
+
+
 class BarProgress(Progress):
     """A bar, drawn by the converting thread itself."""
 
     def __init__(self, console: Console) -> None:
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[rates]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.fields[counted]}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
         )
-        self._rich = RichProgress(*columns, console=console, auto_refresh=False)
+        self._rich = _TwoLines(*columns, console=console, auto_refresh=False, expand=True)
         self._task: TaskID | None = None
         self._rates, self._drawn = _Rates(), 0.0
 
     def start(self, split: str, total: int, done: int) -> None:
         self._rich.start()
         self._rates.start(done)
-        self._task = self._rich.add_task(split, total=total, completed=done, rates="")
+        if self._task is not None:
+            self._rich.remove_task(self._task)
+        self._task = self._rich.add_task(split, total=total, completed=done, counted="", rates="")
 
     def update(self, done: int, counts: dict[str, int]) -> None:
         if self._task is not None:
-            self._rich.update(self._task, completed=done, rates=self._rates.text(done, counts))
+            counted = f"{done:,} of {self._rich.tasks[0].total or 0:,.0f}"
+            self._rich.update(self._task, completed=done, counted=counted, rates=self._rates.text(done, counts))
         if time.monotonic() - self._drawn > REFRESH_S:
             self._rich.refresh()
             self._drawn = time.monotonic()
@@ -80,7 +98,7 @@ class BarProgress(Progress):
         self._rich.refresh()
         self._rich.console.print(text, highlight=False, markup=False)
 
-    def finish(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._rich.stop()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.treatment import Policy, UnusableImageError, treat
@@ -23,15 +21,14 @@ from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, ROW
 from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.sample_writer import SampleWriter
 from dataset_tools.formats.tar_shards import ShardWriter
+from dataset_tools.sources.image_folder import DanglingLinkError
 from dataset_tools.sources.split import Split
 from dataset_tools.subsets import shuffled_order
 
 Positions: TypeAlias = tuple[int, int]
 """A task: positions [start, stop) of the order of the whole split."""
-DEAD_SOURCE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV, errno.ENXIO)
-DEAD_MACHINE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-"""Errors of a disk, a server or this machine, not of an image: the conversion stops, to be continued."""
-CHUNK_IMAGES = 32
+CHUNK_IMAGES, CHUNK_BYTES = 32, 1 << 26
+"""A task has at most so many images, and fewer if these would be larger than so many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +47,6 @@ def treat_images(split: Split, order: NDArray[np.int64] | None, policy: Policy) 
     """The work of a worker: positions → (TreatedImages, their bytes)."""
 
     def work(positions: Positions) -> tuple[TreatedImages, list[bytes]]:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours: treatment.MAX_PIXELS
         rows, payload, offset = np.zeros(positions[1] - positions[0], dtype=ROW), list[bytes](), 0
         reasons, rejected = Counter[str](), list[tuple[int, str]]()
         for position in range(*positions):
@@ -81,12 +77,17 @@ def crashed_image(positions: Positions, reason: str) -> TreatedImages:
 
 
 def _read(split: Split, index: int) -> bytes:
+    """Raises UnusableImageError for a link that leads nowhere, OSError for anything else that cannot be read."""
     try:
         return split.read(index)
+    except DanglingLinkError as error:
+        raise UnusableImageError(str(error.strerror)) from error
     except OSError as error:
-        if error.errno in (*DEAD_SOURCE, *DEAD_MACHINE):
-            raise
-        raise UnusableImageError(str(error.strerror or error)) from error
+        raise OSError(
+            error.errno or errno.EIO,
+            f"{error.strerror or error}. A source must not change while it is converted: nothing was left out. When it "
+            "is whole again, the same command continues; to leave this image out, put an empty file in its place",
+        ) from error
 
 
 class SplitConversion:
@@ -104,6 +105,7 @@ class SplitConversion:
         state.setdefault("counts", {"passed_through": 0, "reencoded": 0, "quarantined": 0, "bytes": 0})
         state.setdefault("reasons", {})
         self._writer: SampleWriter | None = None
+        self._task_images = CHUNK_IMAGES
 
     @property
     def num_positions(self) -> int:
@@ -134,8 +136,12 @@ class SplitConversion:
 
     def tasks(self) -> Iterator[Positions]:
         """What is left to do, in order."""
-        for start in range(self.state["done"], self.stop, CHUNK_IMAGES):
-            yield start, min(start + CHUNK_IMAGES, self.stop)
+        for start in range(self.state["done"], self.stop, self._task_images):
+            yield start, min(start + self._task_images, self.stop)
+
+    def limit_task_bytes(self, image_bytes: int) -> None:
+        """Make tasks smaller where images are as large as `image_bytes`. Changes nothing but memory."""
+        self._task_images = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // max(1, image_bytes)))
 
     def add(self, positions: Positions, images: TreatedImages, payload: memoryview) -> None:
         """Write what became of `positions`, which follow those before."""

@@ -25,11 +25,11 @@ class Staging:
     def __init__(self, destination: Path, folder: Path, plan: dict[str, Any], lock: int) -> None:
         self.destination, self.folder, self.plan, self.lock = destination, folder, plan, lock
         self.state: dict[str, Any] = self._read()
-
-    @property
-    def continued(self) -> bool:
-        """Whether an earlier process left something here."""
-        return bool(self.state)
+        self.continued = bool(self.state)
+        """Whether there is something that an earlier process did."""
+        self.save()  # what is being made, before the first file of it
+        self.has_progress = self.continued
+        """Whether there is something that a later process can continue."""
 
     def save(self) -> None:
         """Make `state` what a later process continues from; the files it speaks of must be synced before."""
@@ -42,6 +42,7 @@ class Staging:
             os.fsync(file.fileno())
         os.replace(partial, self.folder / JOURNAL_NAME)
         sync_folder(self.folder)
+        self.has_progress = True
 
     def publish(self, names: list[str]) -> None:
         """Make the files called `names`, and nothing else, the folder DEST, in one step.
@@ -89,14 +90,54 @@ class Staging:
 def staged(destination: Path, plan: dict[str, Any]) -> Iterator[Staging]:
     """Hold DEST.partial, made if it is not there. `plan` (JSON): what is being made; it must be that of an earlier try.
 
-    Raises FileExistsError if there is something at `destination`, RuntimeError if another process holds it,
-    ValueError for a damaged journal or another plan, OSError if the folder cannot be written.
+    What fails before anything can be continued leaves nothing behind. Raises FileExistsError if there is something at
+    `destination`, or something that is not ours at DEST.partial, RuntimeError if another process holds it, ValueError
+    for a damaged journal or another plan, OSError if the folder cannot be written.
     """
     folder = staging_folder(destination)
+    _refuse_foreign(folder)
     with _alone(folder) as lock:
         if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-            raise FileExistsError(f"{destination} is there already. Give another destination, or delete it.")
-        yield Staging(destination, folder, plan, lock)
+            raise FileExistsError(f"{destination} is there already. Give another destination.")
+        staging = Staging(destination, folder, plan, lock)
+        try:
+            yield staging
+        except BaseException:
+            if not staging.has_progress:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def settled_destination(destination: str | os.PathLike[str]) -> Path:
+    """The absolute path of a destination, links followed. Raises ValueError if no folder can be renamed to it."""
+    target = Path(os.path.realpath(Path(destination).expanduser()))
+    if os.path.ismount(target):
+        raise ValueError(
+            f"{target} is a mount point, and a data set appears there by renaming a folder, which is impossible. Give "
+            f"a folder inside it, such as {target / 'converted'}"
+        )
+    return target
+
+
+def remove_leftover(destination: Path, plan: dict[str, Any]) -> None:
+    """Remove DEST.partial if it is what a process of this plan left that died after DEST had appeared."""
+    folder = staging_folder(destination)
+    if not (folder / JOURNAL_NAME).is_file():
+        return
+    with suppress(OSError, RuntimeError, ValueError), _alone(folder) as lock:
+        Staging(destination, folder, plan, lock)  # raises if it is another's
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises FileExistsError if there is a DEST.partial that no conversion made: it is deleted at the end."""
+    if not folder.exists() or (folder / JOURNAL_NAME).exists():
+        return
+    if not folder.is_dir() or {entry.name for entry in os.scandir(folder)} - {"lock", JOURNAL_NAME + ".new"}:
+        raise FileExistsError(
+            f"{folder} is needed for the work, but there is something that no conversion made. Give another "
+            "destination, or move it away."
+        )
 
 
 def staging_folder(destination: Path) -> Path:

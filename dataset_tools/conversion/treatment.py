@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -19,6 +21,8 @@ from dataset_tools.formats.records import JPG, PASSED_THROUGH, PNG, RAW, REENCOD
 
 MAX_PIXELS = 178_956_970
 """More are taken for a decompression bomb: Pillow's own limit, at which torchvision's ImageFolder fails, too."""
+MAX_JPEG_SIDE = 65_500
+"""libjpeg's limit, pixels."""
 LOSSLESS_FORMATS = ("PNG", "BMP", "PPM", "TIFF")
 """Pillow's names of what stays lossless (unless its name says .jpg)."""
 JPEG_EXTENSIONS = (".jpg", ".jpeg")
@@ -150,16 +154,26 @@ def _store_lossless(image: Image.Image, policy: Policy, reason: str) -> Treated:
     image = _fitted(image, policy)
     if policy.format == "ffcv":
         return Treated(image.tobytes(), image.width, image.height, RAW, REENCODED, reason)
-    encoded = io.BytesIO()
-    image.save(encoded, "PNG")
-    return Treated(encoded.getvalue(), image.width, image.height, PNG, REENCODED, reason)
+    return Treated(_encoded(image, "PNG"), image.width, image.height, PNG, REENCODED, reason)
 
 
 def _reencode(image: Image.Image, policy: Policy, reason: str) -> Treated:
     image = _fitted(image, policy)
+    if max(image.size) > MAX_JPEG_SIDE:
+        raise UnusableImageError(f"a side of {max(image.size):,} pixels is more than libjpeg's {MAX_JPEG_SIDE:,}")
+    encoded = _encoded(image, "JPEG", quality=policy.quality)
+    return Treated(encoded, image.width, image.height, JPG, REENCODED, reason)
+
+
+def _encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
     encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=policy.quality)
-    return Treated(encoded.getvalue(), image.width, image.height, JPG, REENCODED, reason)
+    try:
+        image.save(encoded, file_format, **options)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnusableImageError(f"it cannot be encoded: {_because(error)}") from error
+    return encoded.getvalue()
 
 
 def _fitted(image: Image.Image, policy: Policy) -> Image.Image:
@@ -170,6 +184,8 @@ def _fitted(image: Image.Image, policy: Policy) -> Image.Image:
         size = policy.target_size(image.width, image.height)
         if size != image.size:
             image = image.resize(size, Image.Resampling.LANCZOS)
+    except MemoryError:
+        raise
     except Exception as error:
         raise UnusableImageError(_because(error)) from error
     image.info = {}
@@ -181,7 +197,9 @@ def _fitted(image: Image.Image, policy: Policy) -> Image.Image:
 def _decode(data: bytes) -> Image.Image:
     """The decoded image, as Pillow loads it."""
     try:
-        image = Image.open(io.BytesIO(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+            image = Image.open(io.BytesIO(data))
         _check_pixels(image.width, image.height)
         image.load()
     except (UnusableImageError, MemoryError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.progress import Progress
@@ -30,7 +32,7 @@ from dataset_tools.formats.tar_shards import BLOCK, index_line, member_header, s
 from dataset_tools.sources import Split, open_source
 from dataset_tools.sources.byte_file import ByteFile
 from dataset_tools.sources.converted import ConvertedSplit
-from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
+from dataset_tools.stop_signals import StoppedBySignalError, StopSignals, stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +63,9 @@ def verify(
     place = Path(folder).expanduser()
     manifest = Manifest.load(place)
     original = open_source(source).splits if source is not None else None
-    checks = _Verification(place, manifest, original, deep, num_workers, progress or Progress())
-    checks.progress.say(f"{place}: hashing the files")
-    with stop_signals(enabled=True) as checks.stop:
+    with stop_signals(enabled=True) as stop, progress or Progress() as shown:
+        shown.say(f"{place}: hashing the files")
+        checks = _Verification(place, manifest, original, deep, num_workers, shown, stop)
         problems = list(islice(found := checks.problems(), MAX_PROBLEMS))
         num_problems = len(problems) + sum(1 for _ in found)
     samples = sum(split.samples for split in manifest.splits.values())
@@ -79,10 +81,10 @@ class _Verification:
         deep: bool,
         num_workers: int,
         progress: Progress,
+        stop: StopSignals,
     ) -> None:
         self.folder, self.manifest, self.original, self.deep = folder, manifest, original, deep
-        self.num_workers, self.progress = num_workers, progress
-        self.stop: Any = None
+        self.num_workers, self.progress, self.stop = num_workers, progress, stop
 
     def problems(self) -> Iterator[str]:
         """A sentence for each."""
@@ -124,8 +126,12 @@ class _Verification:
 
     def _file_problems(self, files: Sequence[FileEntry]) -> Iterator[str]:
         """Whether files are there, and as they were written."""
-        there = [file for file in files if (self.folder / file.name).is_file()]
-        yield from (f"{file.name}: it is missing" for file in files if file not in there)
+        there = []
+        for file in files:
+            if (self.folder / file.name).is_file():
+                there.append(file)
+            else:
+                yield f"{file.name}: it is missing"
         found = hash_files([self.folder / file.name for file in there], self.num_workers, self.stop)
         for expected, now in zip(there, found, strict=True):
             if now.bytes != expected.bytes:
@@ -206,7 +212,6 @@ class _Verification:
                     read_bytes += int(records["num_bytes"][slice(*done.task)].sum())
                     self.progress.update(done.task[1], counts | {"bytes": read_bytes})
                     yield from done.result
-        self.progress.finish()
 
     def _problems_of_sample(
         self, split: ConvertedSplit, index: int, row: np.void, original: Split | None
@@ -220,7 +225,10 @@ class _Verification:
             yield "its bytes are not those that were written"
             return
         if self.manifest.format == "webdataset":
-            yield from _tar_problems(split, row, len(data))
+            try:
+                yield from _tar_problems(split, row, len(data))
+            except OSError as error:
+                yield str(error)
         if self.deep:
             try:
                 decode(data, int(row["encoding"]), int(row["width"]), int(row["height"]))
@@ -251,11 +259,20 @@ class _Verification:
         present = np.unique(records["source_index"])
         if len(present) != len(records):
             yield f"{name}: {len(records) - len(present)} images of the source are here more than once"
-        if self.manifest.part is None and entry.samples + entry.quarantined != len(original):
-            yield (
-                f"{name}: the source has {len(original):,} images, here are {entry.samples:,} and "
-                f"{entry.quarantined:,} in quarantine"
-            )
+        if self.manifest.part is None:
+            known = np.union1d(present, self._quarantined(name))
+            missing = np.setdiff1d(np.arange(len(original)), known)
+            for index in missing.tolist():
+                yield f"{original.names[index]}: the source has it; here it is neither a sample nor in quarantine"
+
+    def _quarantined(self, name: str) -> NDArray[np.int64]:
+        """The indices of a split's images that are in quarantine."""
+        path = self.folder / self.manifest.quarantine.name
+        try:
+            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return np.array([entry["index"] for entry in entries if entry["split"] == name], dtype=np.int64)
+        except (OSError, ValueError, KeyError, TypeError):  # told as a damaged file
+            return np.zeros(0, dtype=np.int64)
 
     def _stop_if_asked(self) -> None:
         if self.stop.requested:

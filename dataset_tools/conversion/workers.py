@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import multiprocessing
@@ -82,6 +83,7 @@ Work = Callable[[T], tuple[R, list[bytes]]]
 class _Job(Generic[T, R]):
     task: T
     deaths: int = 0
+    stalled: bool = False
     done: bool = False
     result: R | None = None
     payload: int | None = None  # a descriptor of shared memory
@@ -188,6 +190,7 @@ class WorkerPool(Generic[T, R]):
             if worker.jobs and time.monotonic() - worker.since > self._stall_s:
                 logger.warning("worker %d has not answered for %.0f s and is killed", worker.process.pid, self._stall_s)
                 worker.process.kill()
+                worker.jobs[0].stalled = True
                 self._bury(worker)
 
     def _receive(self, worker: _Worker[T, R]) -> None:
@@ -233,8 +236,9 @@ class WorkerPool(Generic[T, R]):
             self._order.extendleft(reversed(pieces))
             self._order.rotate(place)
             self._waiting.extendleft(reversed(pieces))
-        elif number in CRASHES and self._crashed:
-            job.result, job.done = self._crashed(job.task, f"decoding it killed the worker twice ({how[4:]})"), True
+        elif (number in CRASHES or job.stalled) and self._crashed:
+            why = f"took more than {self._stall_s:.0f} s" if job.stalled else f"killed the worker twice ({how[4:]})"
+            job.result, job.done = self._crashed(job.task, f"decoding it {why}"), True
         else:
             raise WorkerDiedError(
                 f"a worker {how} at {what}, and so did another one that did the same again. If the machine is "
@@ -320,6 +324,9 @@ def _serve(work: Work[Any, Any], connection: Connection, inherited: list[int], p
             task = connection.recv()
             try:
                 result, payload = work(task)
+            except MemoryError:
+                connection.send((None, OSError(errno.ENOMEM, "there is not enough memory; use fewer --workers"), 0))
+                continue
             except OSError as error:  # of the machine, and in words of its own
                 connection.send((None, OSError(error.errno, error.strerror or str(error)), 0))
                 continue

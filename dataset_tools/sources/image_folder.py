@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import stat
 from itertools import chain
 from pathlib import Path
 
@@ -17,6 +19,10 @@ from dataset_tools.sources.split import ImageSource, Split
 logger = logging.getLogger(__name__)
 
 
+class DanglingLinkError(FileNotFoundError):
+    """The image is a link that leads nowhere."""
+
+
 class FolderSplit(Split):
     """Images that are files of their own. Memory: the relative path and 16 bytes for each."""
 
@@ -27,10 +33,17 @@ class FolderSplit(Split):
 
     def read(self, index: int) -> bytes:
         name = self.names[index]
+        path = os.path.join(self.root, name)
         try:
-            with open(os.path.join(self.root, name), "rb", buffering=0) as file:
+            # Without waiting: a named pipe would never begin.
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    return b""  # no image, whatever it is
                 return file.read()
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):
+                reason = f"cannot read sample {name!r} of {self.root}: {error.strerror} (a link that leads nowhere)"
+                raise DanglingLinkError(error.errno, reason) from error
             raise OSError(error.errno, f"cannot read sample {name!r} of {self.root}: {error.strerror}") from error
 
 

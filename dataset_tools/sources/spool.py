@@ -11,6 +11,7 @@ import logging
 import lzma
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -42,7 +43,12 @@ def cache_folder() -> Path:
     """
     if chosen := os.environ.get("LEOCLR_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leoclr-fast"
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "leoclr-fast"
+    try:
+        return Path.home() / ".cache" / "leoclr-fast"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"leoclr-fast-{os.getuid()}"
 
 
 def compression(head: bytes) -> bytes | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from leoclr_fast.config_file import from_yaml, to_yaml
 from leoclr_fast.export import load_backbone
 from leoclr_fast.recipes import RECIPES, get_recipe
 from leoclr_fast.run_folder import RunFolder
+from pipelines.config import LoaderConfig
 from tests.leoclr_fast.test_bad_input import pretrain_line, refused
 
 
@@ -100,11 +102,7 @@ def test_every_field_has_a_flag_and_lands_in_the_config(
     assert config["result"]["views"]["crop_scale"] == [0.3, 0.9]
     assert config["result"]["optimizer"]["weight_decay"] == 0.5
     assert (config["result"]["seed"], config["result"]["max_images"]) == (7, 24)
-    assert config["speed"]["loader"] == get_loader_config("torchvision", workers=0)
-
-
-def get_loader_config(name: str, workers: int) -> dict[str, Any]:
-    return {"name": name, "workers": workers, "prefetch_batches": 2, "resident_limit_gib": 8.0}
+    assert config["speed"]["loader"] == asdict(LoaderConfig(name="torchvision", workers=0))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -3,11 +3,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from dataset_tools.sources import Split
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.sources import Split, open_source
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.factory import _is_installed, choose_loader, loader_class, make_loader, settle_loader
 from pipelines.loader import Loader
@@ -87,6 +90,26 @@ class TestAuto:
         )
         line = f"loader {chosen}: the decoded images would take about 0 GiB (resident up to 0 GiB); {why_not}"
         assert package_log.messages == [line] * 2
+
+    @pytest.mark.parametrize("has_ffcv", [True, False])
+    def test_a_large_beton_on_a_cpu(
+        self,
+        has_ffcv: bool,
+        split: Split,
+        tmp_path: Path,
+        package_log: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        convert(split.root, tmp_path / "beton", ConvertOptions(format="ffcv"), workers=1)  # type: ignore[attr-defined]
+        beton = open_source(tmp_path / "beton").splits["train"].subset([3, 1, 2])
+        monkeypatch.setattr("pipelines.factory._is_installed", lambda _: has_ffcv)
+        config = LoaderConfig(resident_limit_gib=0.0)
+        assert choose_loader(beton, config, torch.device("cpu")) == ("ffcv" if has_ffcv else "torchvision")
+        why_not = (
+            "not torchvision, which is slower on a .beton" if has_ffcv else "not dali, which is no faster on a CPU"
+        )
+        assert package_log.messages[-1].endswith(f"(resident up to 0 GiB); {why_not}")
+        assert choose_loader(split, config, torch.device("cpu")) == "torchvision"
 
     def test_never_synthetic_and_never_silent(self, split: Split, package_log: pytest.LogCaptureFixture) -> None:
         for limit in (0.0, 1e-6, 8.0):

@@ -282,14 +282,14 @@ class TestRefused:
 
     def test_a_destination_that_exists(self, made: Path, tmp_path: Path) -> None:
         write_files(tmp_path / "joined", {"thesis.txt": b"years of work"})
-        with pytest.raises(FileExistsError, match=r"joined is there already. Give another destination, or delete it"):
+        with pytest.raises(FileExistsError, match=r"joined is there already. Give another destination"):
             merge(parts(made / "ffcv"), tmp_path / "joined", workers=1)
         assert folder_bytes(tmp_path / "joined") == {"thesis.txt": b"years of work"}
 
     def test_one_of_the_parts_as_destination(self, made: Path, tmp_path: Path) -> None:
         given = [copy_of(part, tmp_path / part.name) for part in parts(made / "ffcv")]
         before = folder_bytes(given[0])
-        with pytest.raises(FileExistsError, match="part1 is there already"):
+        with pytest.raises(FileExistsError, match="part1 is a converted data set already"):
             merge(given, given[0], workers=1)
         assert folder_bytes(given[0]) == before
 

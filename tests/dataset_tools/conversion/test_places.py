@@ -1,0 +1,152 @@
+"""Where a conversion may go, what it must not touch, and a source that does not stay where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_tools.conversion import convert as convert_module
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.conversion.verify import verify
+from dataset_tools.sources import ImageSource, open_source
+from dataset_tools.sources.image_folder import open_image_folder
+
+FFCV = ConvertOptions(format="ffcv")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Twelve JPEGs of two classes."""
+    for index in range(12):
+        folder = tmp_path / "source" / "ab"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((20 + index, 30, 3), 20 * index, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02}.jpg")
+    return tmp_path / "source"
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_working_folder_that_is_not_ours_is_left_alone(source: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "made.partial"
+    foreign.mkdir()
+    (foreign / "train.beton").write_text("precious")
+    for _ in range(2):
+        with pytest.raises(FileExistsError, match=r"made\.partial is needed for the work, but there is"):
+            convert(source, tmp_path / "made", FFCV)
+        assert folder_bytes(foreign) == {"train.beton": b"precious"}
+    shutil.move(foreign, tmp_path / "elsewhere")
+    convert(source, tmp_path / "made", FFCV)
+    shutil.move(tmp_path / "elsewhere", foreign)
+    convert(source, tmp_path / "made", FFCV)  # whole already
+    assert folder_bytes(foreign) == {"train.beton": b"precious"}
+
+
+def test_a_source_that_has_the_name_of_the_working_folder(source: Path, tmp_path: Path) -> None:
+    named = source.rename(tmp_path / "images.partial")
+    with pytest.raises(ValueError, match=r"images\.partial lies inside the source"):
+        convert(named, tmp_path / "images", FFCV)
+    assert len(list(named.rglob("*.jpg"))) == 12
+
+
+def test_a_link_to_an_empty_folder_is_followed(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    summary = convert(source, tmp_path / "link", FFCV)
+    assert (tmp_path / "disk" / "manifest.json").is_file()
+    assert (tmp_path / "link").is_symlink()
+    assert summary["samples"] == 12
+
+
+def test_a_mount_point_is_refused_at_once(source: Path) -> None:
+    with pytest.raises(ValueError, match=r"/proc is a mount point, .* Give a folder inside it"):
+        convert(source, "/proc", FFCV)
+
+
+def test_what_fails_before_anything_is_done_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no split 'val'"):
+        convert(source, tmp_path / "made", ConvertOptions(format="ffcv", split="val"))
+    assert not (tmp_path / "made.partial").exists()
+    convert(source, tmp_path / "made", FFCV)
+
+
+def test_whole_already_is_looked_at(source: Path, tmp_path: Path) -> None:
+    (source / "a" / "bad.jpg").write_bytes(b"")
+    convert(source, tmp_path / "made", FFCV)
+    assert convert(source, tmp_path / "made", FFCV)["quarantined"] == 1
+    with pytest.raises(ValueError, match="1 images are in quarantine, which --strict forbids"):
+        convert(source, tmp_path / "made", FFCV, strict=True)
+    (tmp_path / "made" / "train.beton").unlink()
+    with pytest.raises(ValueError, match=r"was whole, but its train\.beton is missing or cut"):
+        convert(source, tmp_path / "made", FFCV)
+
+
+@pytest.mark.parametrize("what", ["one image", "everything"])
+def test_a_source_that_goes_away_loses_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """An image that cannot be read is no bad image: the conversion stops, and goes on when the source is back."""
+    convert(source, tmp_path / "expected", FFCV)
+    gone = source / "b" / "03.jpg" if what == "one image" else source
+
+    def open_and_lose(path: Path) -> ImageSource:
+        opened = open_image_folder(Path(path))
+        gone.rename(tmp_path / "away")
+        return opened
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "open_source", open_and_lose)
+        with pytest.raises(OSError, match="A source must not change while it is converted: nothing was left out"):
+            convert(source, tmp_path / "made", FFCV, workers=2)
+    (tmp_path / "away").rename(gone)
+    convert(source, tmp_path / "made", FFCV, workers=1)
+    assert folder_bytes(tmp_path / "made") == folder_bytes(tmp_path / "expected")
+
+
+def test_a_named_pipe_does_not_hang(source: Path, tmp_path: Path) -> None:
+    os.mkfifo(source / "a" / "pipe.jpg")
+    summary = convert(source, tmp_path / "made", FFCV)
+    assert (summary["samples"], summary["quarantined"]) == (12, 1)
+
+
+def test_a_split_without_a_usable_image_does_not_stop_the_others(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "tree/train").mkdir(parents=True, exist_ok=True)
+        (source / name).rename(tmp_path / "tree/train" / name)
+    (tmp_path / "tree/val/a").mkdir(parents=True)
+    (tmp_path / "tree/val/a/junk.jpg").write_bytes(b"junk")
+    summary = convert(tmp_path / "tree", tmp_path / "made", FFCV)
+    assert list(summary["splits"]) == ["train"]
+    assert list(open_source(tmp_path / "made").splits) == ["train"]
+    lines = (tmp_path / "made" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["val/a/junk.jpg"]
+
+
+def test_images_too_long_for_a_jpeg(source: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (70_000, 2)).save(source / "a" / "long.png")
+    (source / "a" / "long.png").rename(source / "a" / "long.jpg")
+    convert(source, tmp_path / "made", ConvertOptions(format="webdataset"))
+    (line,) = (tmp_path / "made" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "a side of 70,000 pixels is more than libjpeg's 65,500"
+
+
+def test_verify_names_all_where_a_tar_is_cut(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "made", ConvertOptions(format="webdataset", order="source"))
+    tar = tmp_path / "made" / "train-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1  # in the first image
+    tar.write_bytes(data[: len(data) // 2])
+    problems = verify(tmp_path / "made")["problems"]
+    assert any("a/00.jpg: its bytes are not those that were written" in problem for problem in problems)
+    assert sum("cut short" in problem for problem in problems) >= 5
