@@ -1,0 +1,202 @@
+"""Our augmentation against torchvision's transforms, on CPU cores: `python -m benchmarks.augmentation --help`.
+
+Every contestant augments and normalises three views of each image, uint8 crops of 224 pixels that it holds in memory:
+colour jitter in a random order, grayscale, blur, flip, float32, normalisation, with MoCo-v2's settings. Nothing is
+read, decoded or cropped. torchvision works sample by sample in DataLoader workers, as people use it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import tyro
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.interleaved import Comparison, Contestant
+from pipelines.config import IMAGENET_MEAN, IMAGENET_STD
+
+SIDE = 224
+VIEWS = 3
+PEERS = {
+    "ours": (
+        "torchvision v2, uint8 tensors, DataLoader",
+        "torchvision v1, PIL images, DataLoader",
+        "torchvision v2, uint8 tensors, in process",
+        "ours, impl torch",
+    ),
+}
+
+
+def photographs(num_images: int) -> npt.NDArray[np.uint8]:
+    """uint8 [B, V, S, S, 3]: smooth waves with some noise, the same for all contestants."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+    crops = np.empty((num_images, VIEWS, SIDE, SIDE, 3), dtype=np.uint8)
+    for crop in crops.reshape(-1, SIDE, SIDE, 3):
+        for channel in range(3):
+            down, right, phase = rng.uniform(-20, 20, 3)
+            wave = 127.5 + 100 * np.sin(down * y + right * x + phase) + rng.normal(0, 8, (SIDE, SIDE))
+            crop[..., channel] = wave.clip(0, 255)
+    return crops
+
+
+def ours(num_images: int, batch_size: int, workers: int) -> Iterator[float]:
+    yield from _ours("auto", num_images, batch_size, workers)
+
+
+def ours_torch(num_images: int, batch_size: int, workers: int) -> Iterator[float]:
+    yield from _ours("torch", num_images, batch_size, workers)
+
+
+def _ours(impl: Literal["auto", "torch"], num_images: int, batch_size: int, workers: int) -> Iterator[float]:
+    """One call for each batch, as a training step makes it, drawing of the parameters included."""
+    from pipelines.augment import augment, draw_augmentation
+    from pipelines.config import ViewConfig
+    from pipelines.views import LEOCLR_VIEWS
+
+    torch.set_num_threads(workers)
+    crops, config = torch.from_numpy(photographs(num_images)), ViewConfig(image_size=SIDE)
+    epochs = count()
+
+    def epoch() -> int:
+        handled, number = 0, next(epochs)
+        for first in range(0, num_images, batch_size):
+            batch = crops[first : first + batch_size]
+            drawn = draw_augmentation(LEOCLR_VIEWS, config, 0, number, np.arange(first, first + len(batch)))
+            views = augment(batch.transpose(0, 1), drawn, config, impl=impl)
+            assert views.shape == (VIEWS * len(batch), 3, SIDE, SIDE)
+            handled += len(views) // VIEWS
+        return handled
+
+    yield from _timed(epoch, num_images)
+
+
+def torchvision_v2(num_images: int, batch_size: int, workers: int) -> Iterator[float]:
+    dataset = _Crops(torch.from_numpy(photographs(num_images)).movedim(-1, 2).contiguous(), _v2_transform())
+    yield from _data_loader(dataset, batch_size, workers)
+
+
+def torchvision_v2_in_process(num_images: int, batch_size: int, workers: int) -> Iterator[float]:
+    """No other process to hand the views over from; the operations themselves run in as many threads."""
+    torch.set_num_threads(workers)
+    dataset = _Crops(torch.from_numpy(photographs(num_images)).movedim(-1, 2).contiguous(), _v2_transform())
+    yield from _data_loader(dataset, batch_size, 0)
+
+
+def torchvision_v1(num_images: int, batch_size: int, workers: int) -> Iterator[float]:
+    from PIL import Image
+    from torchvision import transforms as v1
+
+    transform = v1.Compose(
+        [
+            v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v1.RandomGrayscale(p=0.2),
+            v1.RandomApply([v1.GaussianBlur(23, (0.1, 2.0))], p=0.5),
+            v1.RandomHorizontalFlip(),
+            v1.ToTensor(),
+            v1.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    images = [[Image.fromarray(crop) for crop in views] for views in photographs(num_images)]
+    yield from _data_loader(_Crops(images, transform), batch_size, workers)
+
+
+def _v2_transform() -> Callable[[Any], torch.Tensor]:
+    from torchvision.transforms import v2
+
+    return v2.Compose(
+        [
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], p=0.5),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+class _Crops(Dataset[list[torch.Tensor]]):
+    def __init__(self, crops: Any, transform: Callable[[Any], torch.Tensor]) -> None:
+        self._crops, self._transform = crops, transform
+
+    def __len__(self) -> int:
+        return len(self._crops)
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        return [self._transform(crop) for crop in self._crops[index]]
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    "ours": ours,
+    "torchvision v2, uint8 tensors, DataLoader": torchvision_v2,
+    "torchvision v1, PIL images, DataLoader": torchvision_v1,
+    "torchvision v2, uint8 tensors, in process": torchvision_v2_in_process,
+    "ours, impl torch": ours_torch,
+}
+
+
+def _data_loader(dataset: _Crops, batch_size: int, workers: int) -> Iterator[float]:
+    """The workers live as long as the contestant, and stand still between its turns."""
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0)
+
+    def epoch() -> int:
+        return sum(len(views[0]) for views in loader)
+
+    yield from _timed(epoch, len(dataset))
+
+
+def _timed(epoch: Callable[[], int], images: int) -> Iterator[float]:
+    """Seconds of each epoch, which must hand out all images."""
+    while True:
+        began = time.perf_counter()
+        handled = epoch()
+        taken = time.perf_counter() - began
+        if handled != images:
+            raise RuntimeError(f"{handled} of {images} images came")
+        yield taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationBenchmark:
+    """Our augmentation against torchvision's, on CPU cores."""
+
+    images: int = 256
+    """Of one epoch, three views each (0.45 MB)."""
+    batch_size: int = 32
+    rounds: int = 9
+    workers: int = len(os.sched_getaffinity(0))
+    """Threads of ours, worker processes of torchvision's."""
+    name: str = "augmentation_cpu"
+    """Of the result files."""
+    out: Path = Path("benchmarks/results")
+
+    def run(self) -> None:
+        """Measure, and write the result files after every round."""
+        comparison = Comparison(
+            name=self.name,
+            out=self.out,
+            title=f"MoCo-v2's photometric augmentation of three {SIDE}-pixel views on {self.workers} cores",
+            task=f"One epoch of {self.images:,} images in batches of {self.batch_size}, three views each: uint8 crops "
+            "in memory become normalised float32 views.",
+            notes="The crops are drawn, the same for all. Each contestant draws its own parameters, of the same "
+            "distributions. DataLoader: sample by sample in as many worker processes, batched there and handed over in "
+            "shared memory.",
+            amount=self.images,
+            peers=PEERS,
+            packages=("torch", "torchvision", "pillow", "numba", "numpy"),
+        )
+        comparison.run(CONTESTANTS, (self.images, self.batch_size, self.workers), self.rounds)
+
+
+if __name__ == "__main__":
+    tyro.cli(AugmentationBenchmark).run()
