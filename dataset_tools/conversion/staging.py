@@ -27,7 +27,11 @@ class Staging:
         self.state: dict[str, Any] = self._read()
         self.continued = bool(self.state)
         """Whether there is something that an earlier process did."""
-        self.save()  # what is being made, before the first file of it
+        if not self.continued:
+            try:
+                self.save()  # what is being made, before the first file of it
+            except OSError as error:
+                raise OSError(error.errno, f"cannot write to {folder}: {error.strerror}") from error
         self.has_progress = self.continued
         """Whether there is something that a later process can continue."""
 
