@@ -140,6 +140,7 @@ def _timed(epoch: Callable[[], Iterator[int]], images: int) -> Iterator[float]:
     """Seconds from the first batch of each epoch to the last; an epoch must hand out all images.
 
     After the pause between two turns, the first batch finds its memory gone back to the system, unlike in training.
+    What other workers have done by then counts for them: at most a batch each.
     """
     while True:
         batches = epoch()
@@ -168,8 +169,12 @@ class AugmentationBenchmark:
 
     def run(self) -> None:
         """Measure, and write the result files after every round."""
-        if self.images < 2 * self.batch_size:
-            raise ValueError(f"{self.images} images are not two batches of {self.batch_size}: give more --images")
+        least = 8 * self.workers * self.batch_size
+        if self.images < least:
+            raise ValueError(
+                f"{self.images} images are not allowed, since then what the workers have done when the clock "
+                f"starts would decide: give at least {least}"
+            )
         comparison = Comparison(
             name=self.name,
             out=self.out,
@@ -178,7 +183,7 @@ class AugmentationBenchmark:
             "in memory become normalised float32 views. The clock starts when the first batch has come.",
             notes="The crops are drawn, the same for all. Each contestant draws its own parameters, of the same "
             "distributions. DataLoader: sample by sample in as many worker processes, batched there and handed over in "
-            "shared memory.",
+            "shared memory; what the other workers have done when the first batch comes is given to them.",
             amount=self.images - self.batch_size,
             peers=PEERS,
             packages=("torch", "torchvision", "pillow", "numba", "numpy"),
