@@ -60,7 +60,7 @@ class Staging:
         sync_folder(whole)
         os.rename(whole, self.destination)
         sync_folder(self.destination.parent)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
 
     def find(self, name: str) -> Path:
         """A working file, which an earlier `publish` may have moved. Raises ValueError if it is missing."""
@@ -106,10 +106,9 @@ def staged(destination: Path, plan: dict[str, Any]) -> Iterator[Staging]:
         staging = Staging(destination, folder, plan, lock)
         try:
             yield staging
-        except BaseException:
+        finally:
             if not staging.has_progress:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+                _remove(folder)
 
 
 def settled_destination(destination: str | os.PathLike[str]) -> Path:
@@ -126,11 +125,26 @@ def settled_destination(destination: str | os.PathLike[str]) -> Path:
 def remove_leftover(destination: Path, plan: dict[str, Any]) -> None:
     """Remove DEST.partial if it is what a process of this plan left that died after DEST had appeared."""
     folder = staging_folder(destination)
-    if not (folder / JOURNAL_NAME).is_file():
+    if not folder.is_dir():
         return
-    with suppress(OSError, RuntimeError, ValueError), _alone(folder) as lock:
-        Staging(destination, folder, plan, lock)  # raises if it is another's
-        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError, RuntimeError, ValueError):
+        _refuse_foreign(folder)
+        with _alone(folder) as lock:
+            Staging(destination, folder, plan, lock)  # raises if it is another's
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a staging folder, its journal last: what a death in the midst leaves is still known as ours."""
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            elif entry.name not in ("lock", JOURNAL_NAME):
+                os.unlink(entry.path)
+        for name in (JOURNAL_NAME, "lock"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from dataset_tools.cli import main
-from dataset_tools.conversion import split_conversion
+from dataset_tools.conversion import split_conversion, staging
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.merge import merge
 from dataset_tools.conversion.options import ConvertOptions
@@ -211,7 +211,7 @@ def test_what_a_killed_merge_left_meets_no_other_files(
     made = tmp_path / "made"
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", dying_finish)  # everything is in its last place but the folder itself
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as after SIGKILL
+        patch.setattr(staging, "_remove", lambda _: None)  # as after SIGKILL
         with pytest.raises(StoppedBySignalError):
             merge([tmp_path / "train", tmp_path / "val"], made)
     for other in (lambda: merge([tmp_path / "val"], made), lambda: convert(source, made, options(format))):
