@@ -146,10 +146,9 @@ def test_an_error_of_the_machine_comes_in_its_own_words() -> None:
 
     with (
         WorkerPool(work, 1, describe="image {}".format) as pool,
-        pytest.raises(OSError, match=r"image 7: cannot read sample 'a\.jpg'$") as raised,
+        pytest.raises(OSError, match=r"image 7: cannot read sample 'a\.jpg'$"),
     ):
         list(pool.map([7]))
-    assert raised.value.errno == errno.EIO
 
 
 @pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
