@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import platform
 import shlex
-import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from leoclr_fast.bench.statistics import quantiles
 
 PATIENCE_S = 1800.0
 Contestant = Callable[..., Iterator[float]]
@@ -168,14 +169,6 @@ def _serve(function: Contestant, arguments: tuple[Any, ...], connection: Any) ->
                 connection.send(traceback.format_exc())
     except EOFError:
         pass
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    """Median, and the 20 % and 80 % quantiles."""
-    if len(values) < 2:
-        return {"median": values[0], "q20": values[0], "q80": values[0]}
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "q20": fifths[0], "q80": fifths[3]}
 
 
 def _cpu_name() -> str:

@@ -12,7 +12,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from leoclr_fast.cli import Pretrain, parse_command
+from leoclr_fast.cli import parse_command
+from leoclr_fast.commands.pretrain import Pretrain
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.report.reference import REFERENCE_FILE, comparable_settings
 

@@ -98,7 +98,7 @@ def unknown(kind: str, name: str, known: Mapping[str, Any]) -> str:
 def print_commands(commands: Mapping[str, type[Any]]) -> None:
     """Each command with the first line of its docstring."""
     for name, command in commands.items():
-        print(f"  {name:10} {(command.__doc__ or '').strip().splitlines()[0]}")
+        print(f"  {name:16} {(command.__doc__ or '').strip().splitlines()[0]}")
 
 
 def say(console: Console, text: str) -> None:

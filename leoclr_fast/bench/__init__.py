@@ -1,0 +1,1 @@
+"""What measures: one subject per file. Nothing in training depends on it."""

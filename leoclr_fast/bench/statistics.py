@@ -1,0 +1,34 @@
+"""Medians with what they are worth: quantiles of a rate, and of a ratio the interval that a bootstrap gives."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+_RESAMPLES = 10_000
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """median, q20 and q80: the 20 % and 80 % quantiles. Raises ValueError for no values."""
+    if not values:
+        raise ValueError("quantiles of nothing: give at least one value")
+    if len(values) < 2:
+        return {"median": values[0], "q20": values[0], "q80": values[0]}
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "q20": fifths[0], "q80": fifths[3]}
+
+
+def median_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> dict[str, float]:
+    """median, low and high: the median and its percentile bootstrap interval (10,000 resamples drawn from ``seed``).
+
+    For ratios, give the ratio of each interleaved pair. Raises ValueError for no values.
+    """
+    if not values:
+        raise ValueError("the median of nothing: give at least one value")
+    rng = np.random.default_rng(seed)
+    sample = np.asarray(values, dtype=np.float64)
+    medians = np.median(rng.choice(sample, size=(_RESAMPLES, len(sample))), axis=1)
+    low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return {"median": float(np.median(sample)), "low": float(low), "high": float(high)}

@@ -1,0 +1,35 @@
+"""`leoclr-fast report`: runs as a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from dataset_tools.command_line import CommonFlags, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(CommonFlags):
+    """One HTML page about a run, or about several side by side: report RUN [RUN …] --out FILE.html."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]
+    """The --out of each pretrain; they may be running still."""
+    out: Path | None = None
+    """The page to write; report.html in the run folder if there is one RUN and this is not given."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from leoclr_fast.report.page import write_report
+        from leoclr_fast.run_folder import RunFolder
+
+        if not self.runs:
+            raise ValueError("report needs a run folder: leoclr-fast report RUN [RUN …] --out FILE.html")
+        if self.out is None and len(self.runs) > 1:
+            raise ValueError("a report of several runs needs a place of its own: give --out FILE.html")
+        out = RunFolder(self.runs[0]).report_file if self.out is None else self.out
+        document = write_report(list(self.runs), out)
+        say(console, f"report: {out} ({document['bytes'] / 1e3:,.0f} kB)")
+        return document
