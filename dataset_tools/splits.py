@@ -42,20 +42,28 @@ def choose_splits(source: ImageSource, *, holdout_seed: int = 0, holdout_fractio
         if name in source.splits and _labelled(source.splits[name]):
             return EvaluationSplits(pretrain=pretrain, bank=train, queries=source.splits[name], note="")
 
-    class_sizes = np.bincount(train.labels)
-    spare = rank_in_class(train.labels, holdout_seed) < class_sizes[train.labels] // 2
-    order = class_balanced_order(train.labels, holdout_seed)
-    held_out = np.sort(order[spare[order]][: max(1, round(len(train) * holdout_fraction))])
+    bank, held_out = hold_out(train, max(1, round(len(train) * holdout_fraction)), holdout_seed)
     if not len(held_out):
         note = f"{source.path} has no class of two images or more, so no kNN accuracy is computed."
         return EvaluationSplits(pretrain=pretrain, bank=None, queries=None, note=note)
-    bank = train.subset(np.setdiff1d(np.arange(len(train)), held_out))
     note = (
         f"{source.path} has no labelled val or test split: {len(held_out):,} of its {len(train):,} train "
         f"images (class-balanced, seed {holdout_seed}) are held out of pretraining and are kNN's queries."
     )
     pretrain = bank if pretrain is train else pretrain
-    return EvaluationSplits(pretrain=pretrain, bank=bank, queries=train.subset(held_out), note=note)
+    return EvaluationSplits(pretrain=pretrain, bank=bank, queries=held_out, note=note)
+
+
+def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
+    """The rest of a labelled split, and `count` images of it that are held out.
+
+    They are class-balanced, by the seed, and take at most half of any class: there may be fewer of them, or none.
+    """
+    class_sizes = np.bincount(split.labels)
+    spare = rank_in_class(split.labels, seed) < class_sizes[split.labels] // 2
+    order = class_balanced_order(split.labels, seed)
+    chosen = np.sort(order[spare[order]][:count])
+    return split.subset(np.setdiff1d(np.arange(len(split)), chosen)), split.subset(chosen)
 
 
 def _labelled(split: Split) -> bool:

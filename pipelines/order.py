@@ -64,10 +64,12 @@ class TrainOrder(Order):
     """A fresh permutation of all images every epoch, cut into global batches; the incomplete last one is dropped."""
 
     seed: int
+    keep_incomplete: bool = False
+    """Keep the incomplete last batch: every image in every epoch, as in MoCo's linear evaluation."""
 
     def __post_init__(self) -> None:
         Order.__post_init__(self)
-        if self.num_images < self.batch_size:
+        if self.num_images < self.batch_size and not self.keep_incomplete:
             raise ValueError(
                 f"the data has {self.num_images} images, fewer than one batch of {self.batch_size}; "
                 f"give more images or a --batch-size of at most {self.num_images}"
@@ -75,7 +77,8 @@ class TrainOrder(Order):
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.num_images // self.batch_size
+        num_steps = self.num_images // self.batch_size
+        return num_steps + (self.keep_incomplete and num_steps * self.batch_size < self.num_images)
 
     def global_indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
         start = step * self.batch_size

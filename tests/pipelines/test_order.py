@@ -133,3 +133,13 @@ def test_fewer_images_than_a_batch() -> None:
     message = "the data has 9 images, fewer than one batch of 10; give more images or a --batch-size of at most 9"
     with pytest.raises(ValueError, match=message):
         TrainOrder(num_images=9, batch_size=10, seed=0)
+
+
+def test_an_incomplete_last_batch_can_be_kept() -> None:
+    """MoCo's linear evaluation: 5,005 steps on ImageNet, every image in every epoch, also of less than a batch."""
+    assert TrainOrder(num_images=1_281_167, batch_size=256, seed=0, keep_incomplete=True).steps_per_epoch == 5005
+    for num_images in (3, 10, 11):
+        order = TrainOrder(num_images=num_images, batch_size=5, seed=1, keep_incomplete=True)
+        batches = [order.global_indices(2, step) for step in range(order.steps_per_epoch)]
+        assert sorted(np.concatenate(batches).tolist()) == list(range(num_images))
+        assert [len(batch) for batch in batches] == {3: [3], 10: [5, 5], 11: [5, 5, 1]}[num_images]
