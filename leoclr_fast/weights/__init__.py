@@ -1,0 +1,1 @@
+"""Pretrained weights: read from runs and files with strict accounting, and written for other libraries."""

@@ -1,0 +1,99 @@
+"""Our file of weights: a backbone as safetensors, under torchvision's names, with a description of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from leoclr_fast.config import BackboneConfig, RunConfig
+from leoclr_fast.config_file import as_plain, from_yaml
+from leoclr_fast.run_folder import write_atomically
+from leoclr_fast.weights.accounting import take_account
+from leoclr_fast.weights.architecture import network_tensors, recognised_backbone, require_exact
+from pipelines.config import ViewConfig
+
+_METADATA_KEY = "leoclr_fast"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a file of weights says about itself."""
+
+    recipe: str
+    """The recipe it was trained by, or how it came here."""
+    backbone: BackboneConfig
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """Image size and normalisation that the backbone is used to, among others."""
+    source: str = ""
+    """Where an imported file came from."""
+
+
+def save_backbone(path: Path, backbone: nn.Module, config: RunConfig) -> None:
+    """Write the backbone of a run to `path`, whole or not at all."""
+    description = Description(recipe=config.recipe, backbone=config.result.backbone, views=config.result.views)
+    write_atomically(path, backbone_bytes(backbone.state_dict(), description))
+
+
+def backbone_bytes(tensors: Mapping[str, Tensor], description: Description) -> bytes:
+    """The content of a file of weights; equal tensors and descriptions give equal bytes."""
+    # One key: safetensors writes several in a random order, and equal runs should leave equal files.
+    document = {
+        "recipe": description.recipe,
+        **as_plain(description.backbone),
+        "views": as_plain(description.views),
+        **({"source": description.source} if description.source else {}),
+    }
+    return save(_contiguous(tensors), {_METADATA_KEY: json.dumps(document)})
+
+
+def read_backbone_file(path: Path) -> tuple[dict[str, Tensor], Description]:
+    """Tensors and description of a file that `save_backbone`, `import-moco` or `export --to safetensors` wrote.
+
+    A safetensors file without our description is recognised by its shapes, and taken to be normalised as ImageNet.
+    Raises FileNotFoundError; ValueError if it is no such file, or a tensor is left over, missing, misshapen or NaN.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of weights {path}; give a run folder or a .safetensors file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file: {error}. Give a run folder or a .safetensors file; "
+            "`leoclr-fast import-moco` makes one of a MoCo .pth.tar"
+        ) from error
+    if _METADATA_KEY not in metadata:
+        return tensors, Description(recipe="unknown", backbone=recognised_backbone(tensors, str(path)))
+    description = _description(metadata[_METADATA_KEY], str(path))
+    require_exact(take_account(tensors, network_tensors(description.backbone)), description.backbone, str(path))
+    return tensors, description
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values: the same for the same weights in whatever file, in any order."""
+    return hashlib.sha256(save(_contiguous(tensors))).hexdigest()
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+
+
+def _description(text: str, origin: str) -> Description:
+    """Raises ValueError if the description cannot be understood."""
+    try:
+        document: dict[str, Any] = json.loads(text)
+        recipe, source = str(document.pop("recipe")), str(document.pop("source", ""))
+        views = from_yaml(ViewConfig, json.dumps(document.pop("views", {})), "its views")
+        backbone = from_yaml(BackboneConfig, json.dumps(document), "its backbone")
+    except (KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{origin} has a description that this version cannot read: {error}") from error
+    return Description(recipe=recipe, backbone=backbone, views=views, source=source)
