@@ -29,8 +29,8 @@ from pipelines.views import LEOCLR_VIEWS, MOCOV2_VIEWS, ViewRecipe
 class MomentumContrast(nn.Module):
     """A query encoder, its moving average for the keys, and a queue of negatives.
 
-    A step calls, in moco's order: `update_key_encoder`, `encode_keys`, `query_encoder`, `loss`, and after the
-    backward pass `enqueue`, so that the logits see the queue as it was.
+    A step calls, in moco's order: `update_key_encoder`, `encode_keys` with its `key_orders`, `query_encoder`, `loss`,
+    and after the backward pass `enqueue`, so that the logits see the queue as it was.
     """
 
     views: ClassVar[ViewRecipe]
@@ -51,14 +51,32 @@ class MomentumContrast(nn.Module):
             self.key_encoder, self.query_encoder, self.config.key_momentum, include_buffers=include_buffers
         )
 
+    def key_orders(self, num_images: int, global_batch: int, seed: int, step: int) -> list[Tensor]:
+        """The order of the images in each pass of the key encoder, a permutation that (seed, step) determine.
+
+        num_images: of this rank. Returns int64 tensors on the host; none where batch-norm does not depend on the order.
+        """
+        if not self._shuffles:
+            return []
+        views_a_pass = self.config.num_keys if self.config.key_passes == "joint" else 1
+        length = views_a_pass * (global_batch if self._shuffles_across_ranks else num_images)
+        num_passes = self.config.num_keys // views_a_pass
+        streams = range(KEY_SHUFFLE_STREAM, KEY_SHUFFLE_STREAM + num_passes)
+        return [torch.from_numpy(permutation(seed, step, length, stream)) for stream in streams]
+
     @torch.no_grad()
-    def encode_keys(self, views: Sequence[Tensor], global_batch: int, seed: int, step: int) -> list[Tensor]:
+    def encode_keys(self, views: Sequence[Tensor], orders: Sequence[Tensor], global_batch: int) -> list[Tensor]:
         """Keys of the key views: P tensors [B, D], unit rows, in the order of the images.
 
-        views: P tensors [B, 3, S, S]. The images are shuffled by a permutation that (seed, step) determine.
+        views: P tensors [B, 3, S, S]. orders: those of `key_orders`, on the device of the views.
         """
-        passes = [views] if self.config.key_passes == "joint" else [[images] for images in views]
-        keys = [self._encode_pass(images, global_batch, seed, step, number) for number, images in enumerate(passes)]
+        passes = [list(views)] if self.config.key_passes == "joint" else [[images] for images in views]
+        if not self._shuffles:
+            keys = [self.key_encoder(torch.cat(images)).chunk(len(images)) for images in passes]
+        else:
+            keys = [
+                self._encode_shuffled(images, order, global_batch) for images, order in zip(passes, orders, strict=True)
+            ]
         return [key for one_pass in keys for key in one_pass]
 
     def loss(self, query: Tensor, keys: Sequence[Tensor], impl: InfoNCEImpl = "auto") -> Tensor:
@@ -81,24 +99,25 @@ class MomentumContrast(nn.Module):
         for key in keys if self.config.enqueue == "all" else keys[:1]:
             self.queue.enqueue(self.ranks.all_gather_rows(key, global_batch))
 
-    def _encode_pass(
-        self, views: Sequence[Tensor], global_batch: int, seed: int, step: int, number: int
-    ) -> list[Tensor]:
-        """One forward of the key encoder over one or several views, shuffled as the batch-norm mode asks."""
-        mode, ranks = self.config.key_batchnorm, self.ranks
-        if mode not in ("shuffle", "split"):
-            return list(self.key_encoder(torch.cat(list(views))).chunk(len(views)))
-        across_ranks = mode == "shuffle" and ranks.world_size > 1
+    @property
+    def _shuffles(self) -> bool:
+        return self.config.key_batchnorm in ("shuffle", "split")
+
+    @property
+    def _shuffles_across_ranks(self) -> bool:
+        return self.config.key_batchnorm == "shuffle" and self.ranks.world_size > 1
+
+    def _encode_shuffled(self, views: Sequence[Tensor], order: Tensor, global_batch: int) -> tuple[Tensor, ...]:
+        """One forward of the key encoder over one or several views, its images in `order`."""
+        ranks, across_ranks = self.ranks, self._shuffles_across_ranks
         images = torch.cat([ranks.all_gather_rows(view, global_batch) if across_ranks else view for view in views])
-        order = torch.from_numpy(permutation(seed, step, len(images), KEY_SHUFFLE_STREAM + number))
-        order = order.to(images.device, non_blocking=True)
         own = rank_slice(len(images), ranks.rank, ranks.world_size) if across_ranks else slice(None)
         shuffled_keys = self.key_encoder(images[order[own]])
         if across_ranks:
             shuffled_keys = ranks.all_gather_rows(shuffled_keys, len(images))
         keys = torch.empty_like(shuffled_keys).index_copy_(0, order, shuffled_keys).chunk(len(views))
         local = rank_slice(global_batch, ranks.rank, ranks.world_size) if across_ranks else slice(None)
-        return [key[local] for key in keys]
+        return tuple(key[local] for key in keys)
 
 
 class LeOCLR(MomentumContrast):

@@ -16,10 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from leoclr_fast.distributed import Ranks
+from leoclr_fast.training_step import STEP_METRICS
 
 Item = TypeVar("Item")
-
-STEP_METRICS = ("loss", "positive_similarity", "negative_similarity", "gradient_norm")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -36,9 +35,9 @@ class StepMetrics:
         self._taken_until = first_step
         self._rows: list[Tensor] = []
 
-    def add(self, *values: Tensor) -> None:
-        """The `STEP_METRICS` of one step, this rank's contribution to each: they are summed over the ranks."""
-        self._rows.append(torch.stack([value.detach().double() for value in values]))
+    def add(self, row: Tensor) -> None:
+        """What a `TrainingStep` returned."""
+        self._rows.append(row)
 
     def take(self) -> dict[str, float]:
         """Means over the steps since the last look; of the gradient norm, over the steps where it was finite.

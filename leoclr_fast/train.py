@@ -1,7 +1,4 @@
-"""Pretraining: the loop, with one visible step.
-
-Legend: B images of this rank, V views, S side of a view, D projection, P keys of each query.
-"""
+"""Pretraining: the loop around the step, and all that comes before, between and after the steps."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.nn.utils import get_total_norm
 
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
@@ -34,13 +30,12 @@ from leoclr_fast.distributed import Ranks, process_group
 from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
 from leoclr_fast.export import save_backbone
 from leoclr_fast.methods import METHODS
-from leoclr_fast.precision import encoder_dtype, encoder_precision
 from leoclr_fast.run_diary import RunDiary
 from leoclr_fast.run_folder import RunFolder, write_json
 from leoclr_fast.schedules import learning_rate
 from leoclr_fast.telemetry import MetricsLog, NonFiniteLossError, ProgressDisplay, StepMetrics, TrainingClock
 from leoclr_fast.training_state import TrainingState
-from pipelines.augment import augmented_views
+from leoclr_fast.training_step import TrainingStep
 from pipelines.batch import CropBatch
 from pipelines.factory import make_loader, settle_loader
 from pipelines.loader import Loader
@@ -169,12 +164,9 @@ class _Run:
 
 
 def _train(run: _Run) -> dict[str, Any]:
-    result, speed = run.config.result, run.config.speed
-    training, method, ranks = run.training, run.training.method, run.ranks
+    result, training, ranks = run.config.result, run.training, run.ranks
     steps_per_epoch = run.loader.steps_per_epoch
-    share = ranks.local_size(result.batch_size) / result.batch_size  # of the global batch, on this rank
-    weights = list(method.query_encoder.parameters())
-    statistics = [buffer for buffer in method.query_encoder.buffers() if buffer.is_floating_point()]
+    step = TrainingStep(training, run.config, run.loader.device)
     if training.step == 0:
         _evaluate(run)
     metrics = StepMetrics(ranks, training.step, loss_is_scaled=training.scaler.is_enabled())
@@ -183,35 +175,8 @@ def _train(run: _Run) -> dict[str, Any]:
     with stop_signals(enabled=ranks.world_size == 1) as stop:
         remaining_batches = islice(_batches_from(run.loader, training.step), max(0, run.last_step - training.step))
         for batch in clock.timed(remaining_batches):
-            # ---- a single training step ---------------------------------------------------------------------
             lr = learning_rate(result.optimizer.schedule, result.lr, training.step, steps_per_epoch, result.epochs)
-            for group in training.optimizer.param_groups:
-                group["lr"] = lr
-            query_view, *key_views = augmented_views(
-                batch, method.views, result.views, seed=result.seed, dtype=encoder_dtype(speed.precision)
-            )  # [B, 3, S, S] each
-            method.update_key_encoder()
-            with encoder_precision(speed.precision, run.loader.device):
-                keys = method.encode_keys(key_views, result.batch_size, result.seed, training.step)  # P x [B, D]
-                query = method.query_encoder(query_view)  # [B, D]
-            loss = method.loss(query, keys, speed.loss_impl) * share
-
-            training.optimizer.zero_grad()
-            training.scaler.scale(loss).backward()
-            gradients = [weight.grad for weight in weights if weight.grad is not None]
-            if ranks.world_size > 1:
-                torch._foreach_mul_(statistics, share)
-                ranks.all_reduce_sum([*gradients, *statistics])
-            training.scaler.unscale_(training.optimizer)
-            gradient_norm = get_total_norm(gradients)
-            training.scaler.step(training.optimizer)
-            training.scaler.update()
-
-            positive, negative = method.similarities(query, keys)
-            metrics.add(loss, positive * share, negative * share, gradient_norm * share)
-            method.enqueue(keys, result.batch_size)
-            training.step += 1
-            # ---- end of the step ------------------------------------------------------------------------------
+            metrics.add(step(batch, lr))
             _between_steps(run, metrics, clock, batch.epoch, lr, stopping=stop.requested)
             if stop.requested:
                 break

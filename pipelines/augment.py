@@ -119,9 +119,24 @@ def augmented_views(
     views: the recipe that the batch's crops were cut by.
     """
     parameters = draw_augmentation(views, config, seed, batch.epoch, batch.indices).to(batch.crops.device)
+    return augment_crops(batch.crops, parameters, views, config, dtype=dtype)
+
+
+def augment_crops(
+    crops: Tensor,
+    parameters: AugmentParameters,
+    views: ViewRecipe,
+    config: ViewConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, ...]:
+    """The views of crops with the parameters that `draw_augmentation` drew for them: nothing here needs the host.
+
+    crops: uint8 [B, V, S, S, 3]. Returns V tensors ``dtype`` [B, 3, S, S], channels_last.
+    """
     if all(view.photometry != "mocov2" for view in views):  # operations that no view wants need not run
         config = replace(config, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
-    return augment(batch.crops.transpose(0, 1), parameters, config, dtype=dtype).chunk(len(views))
+    return augment(crops.transpose(0, 1), parameters, config, dtype=dtype).chunk(len(views))
 
 
 def augment(

@@ -79,7 +79,8 @@ def test_keys_loss_and_queue_do_not_wait_for_the_host() -> None:
 
     def step(number: int) -> torch.Tensor:
         method.update_key_encoder()
-        keys = method.encode_keys(views[1:], 12, 0, number)
+        orders = [order.pin_memory().to("cuda", non_blocking=True) for order in method.key_orders(12, 12, 0, number)]
+        keys = method.encode_keys(views[1:], orders, 12)
         loss = method.loss(method.query_encoder(views[0]), keys, "eager")
         loss.backward()
         method.enqueue(keys, 12)

@@ -137,13 +137,13 @@ def test_keys_do_not_depend_on_their_place_in_the_batch_but_on_their_group() -> 
     views = [
         torch.randn(12, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1)
     ]
-    first, again = method.encode_keys(views, 12, 0, 5), method.encode_keys(views, 12, 0, 5)
+    first, again = (method.encode_keys(views, method.key_orders(12, 12, 0, 5), 12) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    other = method.encode_keys(views, 12, 0, 6)
+    other = method.encode_keys(views, method.key_orders(12, 12, 0, 6), 12)
     assert not torch.allclose(first[0], other[0])
     eman = MethodConfig(queue_size=64, projection_dim=8, key_batchnorm="ema")
     method = build_method(TINY, eman, seed=0).double()
-    keys = method.encode_keys(views, 12, 0, 0)
+    keys = method.encode_keys(views, method.key_orders(12, 12, 0, 0), 12)
     alone = [method.key_encoder(image[None]) for image in views[0]]  # no batch statistics: images are independent
     torch.testing.assert_close(keys[0], torch.cat(alone), rtol=1e-12, atol=1e-14)
 
