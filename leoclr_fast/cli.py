@@ -14,6 +14,8 @@ import tyro
 
 from dataset_tools.cli import COMMANDS as DATASET_COMMANDS
 from dataset_tools.command_line import Command, parse_flags, print_commands, run_command_line, unknown
+from leoclr_fast.commands.bench_step import BenchStep
+from leoclr_fast.commands.bench_train_time import BenchTrainTime
 from leoclr_fast.commands.demo import Demo
 from leoclr_fast.commands.knn import Knn
 from leoclr_fast.commands.pretrain import Pretrain
@@ -30,6 +32,8 @@ COMMANDS: dict[str, type[Any]] = {
     "preview": Preview,
     "report": Report,
     "watch": Watch,
+    "bench step": BenchStep,
+    "bench train-time": BenchTrainTime,
 }
 """A name may be of two words; its first word alone lists what follows it."""
 
