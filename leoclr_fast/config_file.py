@@ -1,4 +1,7 @@
-"""A configuration as YAML, and back: strict, so that a misspelt or unknown field is an error."""
+"""A configuration as YAML, and back: strict, so that a misspelt or unknown field is an error.
+
+PyYAML is imported where a file is read or written: a machine that only measures needs none.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,20 @@ import types
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 Config = TypeVar("Config")
 
 
 def to_yaml(config: Any) -> str:
     """A (nested) dataclass as YAML, fields in their order."""
+    import yaml
+
     return yaml.safe_dump(as_plain(config), sort_keys=False)
 
 
 def from_yaml(config_type: type[Config], text: str, origin: str) -> Config:
     """The dataclass that `to_yaml` wrote. Raises ValueError, naming `origin` and the field, if it does not fit."""
+    import yaml
+
     try:
         document = yaml.safe_load(text)
         return _build(config_type, document, "")

@@ -123,7 +123,7 @@ def _method_rows(method: MethodName, config: StepBenchConfig, device: torch.devi
         prepared = prepare(make, feeds, device, config.warmup)
         batch = next(feeds[recipes[0]])
     parts = _parts(ours[0], batch, device)
-    rows = []
+    rows: list[dict[str, Any]] = []
     share_s = config.max_s / (len(config.methods) * (len(parts) + 1))
     for name, call in (*parts.items(), (WHOLE, lambda: ours[0].step(batch))):
         times = time_calls_ms(call, device, warmup=config.warmup, repeats=config.repeats, max_s=share_s)
