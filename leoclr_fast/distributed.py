@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor
 from pipelines.order import rank_slice
 
 _TIMEOUT = timedelta(minutes=10)
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,14 @@ class Ranks:
         parts: list[dict[str, str]] = [{}] * self.world_size
         dist.all_gather_object(parts, own)
         return {key: value for part in parts for key, value in part.items()}
+
+    def from_main(self, value: Value) -> Value:
+        """The first rank's value, a picklable one, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
 from rich.console import Console
 
-from dataset_tools.command_line import CommonFlags, say
-from leoclr_fast.config import SpeedConfig
-from pipelines.config import LoaderConfig
+from dataset_tools.command_line import say
+from leoclr_fast.commands.evaluation_flags import EvaluationFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knn(CommonFlags):
-    """Weighted kNN accuracy of a run's frozen backbone."""
+class Knn(EvaluationFlags):
+    """Weighted kNN accuracy of a frozen backbone: leoclr-fast knn RUN --data PATH."""
 
-    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
-    """The --out of a pretrain."""
     data: Path
     """As in pretrain: the bank is train, the queries are val, else test, else a held-out part of train."""
     k: int | None = None
@@ -28,26 +24,20 @@ class Knn(CommonFlags):
     """Weight of a neighbour: exp(cosine similarity / temperature); the run's own if not given."""
     batch_size: int = 256
     """Images per forward pass."""
-    max_images: int | None = None
-    """At most this many images in the bank, and in the queries."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    """Of the backbone."""
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    """Changes only the speed."""
 
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.evaluate.run_knn import run_knn
 
         result = run_knn(
-            self.run_folder,
+            self.weights,
             self.data,
-            SpeedConfig(device=self.device, precision=self.precision, loader=self.loader),
+            self.speed,
             k=self.k,
             temperature=self.temperature,
             batch_size=self.batch_size,
             max_images=self.max_images,
+            untrained=self.untrained,
+            image_size=self.image_size,
         )
         if result:
             say(

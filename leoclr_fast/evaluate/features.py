@@ -1,6 +1,9 @@
-"""Frozen features of a data set. Legend: N images, D features."""
+"""Frozen features of a data set. Legend: B images of a global batch, N images, D features."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -9,35 +12,58 @@ from torch.nn import functional as F
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.precision import encoder_dtype, encoder_precision
 from pipelines.augment import augmented_views
+from pipelines.batch import CropBatch
 from pipelines.loader import Loader
 
 
 @torch.no_grad()
-def extract_features(backbone: nn.Module, loader: Loader, precision: str, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Unit-length features and labels of all images of a sequential loader, gathered from all ranks.
+def encode_batch(
+    network: nn.Module, batch: CropBatch, loader: Loader, precision: str, ranks: Ranks, *, normalized: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Outputs and labels of a global batch of one view, the same on every rank, on the loader's device.
 
-    The backbone runs in eval mode and is left as it was. Returns float32 [N, D] (float64 for fp64) on the loader's
-    device, and int64 [N] on the host.
+    normalized: whether the rows are brought to unit length. Returns float32 [B, D] (float64 for fp64), int64 [B].
     """
-    was_training = backbone.training
-    backbone.eval()
+    (images,) = augmented_views(
+        batch, loader.views, loader.view_config, seed=loader.seed, dtype=encoder_dtype(precision)
+    )
+    with encoder_precision(precision, loader.device):
+        outputs = network(images)
+    outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+    outputs = F.normalize(outputs, dim=1) if normalized else outputs
+    global_size = len(loader.order.global_indices(batch.epoch, batch.step))
+    labels = batch.labels.to(loader.device, non_blocking=True)
+    return ranks.all_gather_rows(outputs, global_size), ranks.all_gather_rows(labels, global_size)
+
+
+def extract_features(
+    backbone: nn.Module, loader: Loader, precision: str, ranks: Ranks, *, normalized: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Features and labels of all images of a sequential loader, gathered from all ranks.
+
+    The backbone runs in eval mode and is left as it was. normalized: features of unit length. Returns float32 [N, D]
+    (float64 for fp64) on the loader's device, and int64 [N] on the host.
+    """
     features, labels = torch.empty(0), torch.empty(len(loader.split), dtype=torch.int64)
     done = 0
-    try:
+    with eval_mode(backbone):
         for batch in loader.batches(epoch=0):
-            (images,) = augmented_views(
-                batch, loader.views, loader.view_config, seed=loader.seed, dtype=encoder_dtype(precision)
-            )
-            with encoder_precision(precision, loader.device):
-                outputs = backbone(images)
-            outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-            global_size = len(loader.order.global_indices(0, batch.step))
+            outputs, batch_labels = encode_batch(backbone, batch, loader, precision, ranks, normalized=normalized)
             if done == 0:
                 features = outputs.new_empty(len(loader.split), outputs.shape[1])
-            rows = slice(done, done + global_size)
-            features[rows] = ranks.all_gather_rows(F.normalize(outputs, dim=1), global_size)
-            labels[rows] = ranks.all_gather_rows(batch.labels.to(loader.device), global_size).cpu()
-            done += global_size
-    finally:
-        backbone.train(was_training)
+            rows = slice(done, done + len(outputs))
+            features[rows] = outputs
+            labels[rows] = batch_labels.cpu()
+            done += len(outputs)
     return features, labels
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """The network in eval mode, and afterwards in the mode it was in."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)

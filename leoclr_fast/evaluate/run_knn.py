@@ -1,4 +1,4 @@
-"""kNN accuracy of a run on a data set, from its folder."""
+"""kNN accuracy of a run, or of a file of weights, on a data set: `leoclr-fast knn`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import torch
 
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
-from leoclr_fast.config import SpeedConfig
+from leoclr_fast.config import MonitorConfig, SpeedConfig
 from leoclr_fast.distributed import process_group
 from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
-from leoclr_fast.export import load_backbone
+from leoclr_fast.evaluate.subject import load_subject
 from leoclr_fast.precision import encoder_dtype
-from leoclr_fast.run_folder import RunFolder
 
 
 def run_knn(
-    run: Path,
+    weights: Path,
     data: Path,
     speed: SpeedConfig,
     *,
@@ -27,23 +26,27 @@ def run_knn(
     temperature: float | None = None,
     batch_size: int = 256,
     max_images: int | None = None,
+    untrained: bool = False,
+    image_size: int | None = None,
 ) -> dict[str, Any]:
-    """kNN of the run's final weights, else of its newest checkpoint.
+    """kNN of a run's final weights, else of its newest checkpoint, or of a file of weights.
 
-    Returns top1 and top5 (percent; None without labels), k, temperature, weights, bank_images, query_images, note;
-    an empty dict on ranks other than the first. k and temperature default to the run's own.
+    Returns top1 and top5 (percent; None without labels), k, temperature, weights and their checksum, bank_images,
+    query_images, note; an empty dict on ranks other than the first. k and temperature default to the run's own, for a
+    file to those of MoCo's CIFAR demo.
     """
     with process_group(speed.device) as (ranks, device):
-        folder = RunFolder(run)
-        config = folder.read_config()
-        backbone, weights = load_backbone(folder, config)
-        backbone.to(device, encoder_dtype(speed.precision)).to(memory_format=torch.channels_last)
-        splits = choose_splits(open_source(data), holdout_seed=config.result.holdout_seed)
-        k = config.monitor.knn_k if k is None else k
-        temperature = config.monitor.knn_temperature if temperature is None else temperature
+        subject = load_subject(weights, untrained=untrained)
+        monitor = subject.run.read_config().monitor if subject.run else MonitorConfig()
+        backbone = subject.backbone.to(device, encoder_dtype(speed.precision)).to(memory_format=torch.channels_last)
+        source = open_source(data)
+        splits = choose_splits(source, holdout_seed=subject.holdout_seed)
+        k = monitor.knn_k if k is None else k
+        temperature = monitor.knn_temperature if temperature is None else temperature
+        views = subject.view_config((0.08, 1.0), image_size)
         with knn_evaluation(
             splits,
-            views=config.result.views,
+            views=views,
             loader=speed.loader,
             batch_size=batch_size,
             k=k,
@@ -62,10 +65,21 @@ def run_knn(
                 return {}
             result = {
                 **asdict(accuracy),
-                "weights": weights,
+                **subject.describe(),
                 "bank_images": len(evaluation.bank.split),
                 "query_images": len(evaluation.queries.split),
                 "note": splits.note,
             }
-            folder.add_evaluation("knn", result | {"data": str(data)})
-            return result
+            settings = {
+                "k": k,
+                "temperature": temperature,
+                "image_size": views.image_size,
+                "center_crop_fraction": views.center_crop_fraction,
+                "precision": speed.precision,
+                "data_fingerprint": source.fingerprint,
+                "max_images": max_images,
+            }
+            kept = {"data": str(data), "data_kind": source.kind, "settings": settings}
+            if subject.run is not None:
+                subject.run.add_evaluation("knn", result | kept)
+            return result | kept

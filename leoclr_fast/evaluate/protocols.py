@@ -1,0 +1,148 @@
+"""Protocols of evaluation: all that changes a result. Each default is a published value, or says that it is ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_SIMCLR_LR_GRID = (1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1)
+_SIMCLR_WEIGHT_DECAY_GRID = (0.0, 1e-6, 10**-5.5, 1e-5, 10**-4.5, 1e-4, 10**-3.5, 1e-3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearProtocol:
+    """Linear classification of frozen features, as MoCo-v2's (main_lincls.py of facebookresearch/moco): SGD, random
+    crop and flip, centre crop on val, the last epoch's classifier. The LeOCLR paper fixes 100 epochs, crop and flip.
+    """
+
+    epochs: int = 100
+    batch_size: int = 256
+    """Images per step over all ranks; an epoch's last batch may be smaller."""
+    lr: float = 30.0
+    """At the start; not scaled with the batch size."""
+    lr_grid: tuple[float, ...] = ()
+    """Instead of --lr: a classifier for each of these, all trained on the same features in the same pass. The one that
+    does best on images held out of train is reported; val has no say."""
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    milestones: tuple[int, ...] | None = None
+    """Epochs before which the learning rate falls to a tenth; by default at 60 % and 80 % of the epochs."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of a random crop's share of the image area (torchvision's default, as there)."""
+    holdout_images: int = 10_000
+    """With --lr-grid: so many images of train, but at most a tenth of it, choose the learning rate and train nothing
+    (ours; BYOL's choice on ImageNet is about as large)."""
+    seed: int = 0
+    cached_features: bool = False
+    """A quick estimate, not the protocol: one pass over the centre crops of train, and no augmentation."""
+
+    def __post_init__(self) -> None:
+        _require_positive("--epochs", self.epochs)
+        _require_positive("--batch-size", self.batch_size)
+        for lr in (self.lr, *self.lr_grid):
+            _require_positive("a learning rate of", lr)
+        if len(set(self.lr_grid)) != len(self.lr_grid):
+            raise ValueError(f"--lr-grid {' '.join(f'{lr:g}' for lr in self.lr_grid)} has a value twice")
+        if self.holdout_images < 1:
+            raise ValueError(f"--holdout-images {self.holdout_images} is not allowed: give at least 1")
+        _require_sgd(self.momentum, self.weight_decay)
+
+    @property
+    def lrs(self) -> tuple[float, ...]:
+        """The learning rates of all classifiers."""
+        return self.lr_grid or (self.lr,)
+
+    @property
+    def lr_drops(self) -> tuple[int, ...]:
+        """Epochs before which the learning rate falls to a tenth."""
+        if self.milestones is not None:
+            return self.milestones
+        return round(0.6 * self.epochs), round(0.8 * self.epochs)
+
+    def lr_factor(self, epoch: int) -> float:
+        """What the learning rates are multiplied by in an epoch (from 0)."""
+        return 0.1 ** sum(epoch >= drop for drop in self.lr_drops)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FineTuneProtocol:
+    """Semi-supervised fine-tuning of the whole network, as SimCLR's (Chen et al., 2020, appendix B.5, and its code):
+    Nesterov momentum, 0.05 * batch / 256, cosine decay, no weight decay, random crop and flip, centre crop on val.
+    The LeOCLR paper fixes 60 epochs for 1 % of the labels and 30 for 10 %.
+    """
+
+    epochs: int | None = None
+    """By default 60 for less than 10 % of the labels, else 30 (for other shares than 1 % and 10 % that is ours)."""
+    batch_size: int = 256
+    """Images per step over all ranks; an epoch's incomplete last batch is left out. (SimCLR: 4,096.)"""
+    base_lr: float = 0.05
+    """For a batch of 256; the learning rate is base_lr * batch_size / 256, at the start."""
+    base_lr_grid: tuple[float, ...] = ()
+    """Instead of --base-lr: the best of these on a tenth of the labelled images; then all of them are learned from."""
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    """Not on batch-norm."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of a random crop's share of the image area."""
+    seed: int = 0
+    """Of the order, the crops and the classifier's first weights; of the labels with --percent, see --subset-seed."""
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None:
+            _require_positive("--epochs", self.epochs)
+        _require_positive("--batch-size", self.batch_size)
+        for lr in (self.base_lr, *self.base_lr_grid):
+            _require_positive("a learning rate of", lr)
+        _require_sgd(self.momentum, self.weight_decay)
+
+    def num_epochs(self, percent: float) -> int:
+        """Epochs for a share of the labels."""
+        if self.epochs is not None:
+            return self.epochs
+        return 60 if percent < 10 else 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferProtocol:
+    """Fine-tuning on other data, as SimCLR's (appendix B.8.1) after Kornblith, Shlens and Le (2019): 20,000 steps of
+    256 images, Nesterov momentum, cosine decay, batch-norm momentum max(1 - 10 / s, 0.9) for s steps an epoch, random
+    crop and flip, and 7 x 8 hyperparameters tried on a validation split; then train and it together are learned from.
+    The LeOCLR paper names the data sets alone. The validation split, a tenth of train, is ours.
+    """
+
+    steps: int = 20_000
+    batch_size: int = 256
+    """Images per step over all ranks; an epoch's incomplete last batch is left out."""
+    lr_grid: tuple[float, ...] = _SIMCLR_LR_GRID
+    """Learning rates at the start; not scaled with the batch size."""
+    weight_decay_grid: tuple[float, ...] = _SIMCLR_WEIGHT_DECAY_GRID
+    """Each is divided by the learning rate, as there. Not on batch-norm."""
+    momentum: float = 0.9
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of a random crop's share of the image area."""
+    holdout_fraction: float = 0.1
+    """Share of train that the grid is tried on."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_positive("--steps", self.steps)
+        _require_positive("--batch-size", self.batch_size)
+        if not self.lr_grid or not self.weight_decay_grid:
+            raise ValueError("an empty grid is not allowed: give --lr-grid and --weight-decay-grid at least one value")
+        for lr in self.lr_grid:
+            _require_positive("a learning rate of", lr)
+        for weight_decay in self.weight_decay_grid:
+            _require_sgd(self.momentum, weight_decay)
+        if not 0 < self.holdout_fraction <= 0.5:
+            raise ValueError(f"--holdout-fraction {self.holdout_fraction:g} is not allowed: give 0 < fraction <= 0.5")
+
+
+def _require_positive(what: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{what} {value:g} is not allowed: give a positive number")
+
+
+def _require_sgd(momentum: float, weight_decay: float) -> None:
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum {momentum:g} is not allowed: give a number from 0 to below 1")
+    if weight_decay < 0:
+        raise ValueError(f"weight decay {weight_decay:g} is not allowed: give 0 or more")

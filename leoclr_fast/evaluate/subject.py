@@ -1,0 +1,101 @@
+"""What an evaluation is about: a backbone, where it comes from, and how its images were prepared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchvision.models.resnet import ResNet
+
+from leoclr_fast.methods import build_method
+from leoclr_fast.run_folder import RunFolder
+from leoclr_fast.weights.backbone_file import weights_sha256
+from leoclr_fast.weights.pretrained import load_pretrained
+from pipelines.config import ViewConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A backbone on the CPU, float32."""
+
+    backbone: ResNet
+    weights: str
+    """The file or checkpoint that it was read from."""
+    sha256: str
+    """`weights_sha256` of the tensors as they were read."""
+    untrained: bool
+    """Whether these are the weights of before the first step: what pretraining is measured against."""
+    recipe: str
+    views: ViewConfig
+    """Of the pretraining: size and normalisation of its images."""
+    holdout_seed: int
+    """Draws the images that pretraining held out, where the data has neither val nor test."""
+    run: RunFolder | None
+    """Where the results are kept; None for a file of weights."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of its weights."""
+        return {"weights": self.weights, "weights_sha256": self.sha256, "untrained": self.untrained}
+
+    def view_config(self, crop_scale: tuple[float, float], image_size: int | None = None) -> ViewConfig:
+        """Views of an evaluation: the pretraining's size and normalisation, torchvision's crop ratio."""
+        size = self.views.image_size if image_size is None else image_size
+        return replace(self.views, image_size=size, crop_scale=crop_scale, crop_ratio=(3 / 4, 4 / 3))
+
+
+def load_subject(weights: Path, *, untrained: bool = False) -> Subject:
+    """The backbone of RUN|WEIGHTS; untrained: of a run, the weights that it began with.
+
+    Raises FileNotFoundError or ValueError, as `load_pretrained`; ValueError if a file is asked for as it began.
+    """
+    if untrained:
+        return _untrained(weights)
+    pretrained = load_pretrained(weights)
+    return Subject(
+        backbone=pretrained.backbone,
+        weights=str(pretrained.path),
+        sha256=pretrained.sha256,
+        untrained=False,
+        recipe=pretrained.description.recipe,
+        views=pretrained.description.views,
+        holdout_seed=pretrained.run.read_config().result.holdout_seed if pretrained.run else 0,
+        run=pretrained.run,
+    )
+
+
+def freeze(backbone: nn.Module) -> None:
+    """No gradient, and eval mode: batch-norm neither learns nor counts."""
+    backbone.requires_grad_(False)
+    backbone.eval()
+
+
+def view_settings(views: ViewConfig) -> dict[str, Any]:
+    """The part of the views that an evaluation uses."""
+    return {
+        "image_size": views.image_size,
+        "center_crop_fraction": views.center_crop_fraction,
+        "flip_probability": views.flip_probability,
+        "mean": views.mean,
+        "std": views.std,
+    }
+
+
+def _untrained(path: Path) -> Subject:
+    if not path.is_dir():
+        raise ValueError(f"--untrained needs a run folder, whose seed drew the first weights; {path} is none")
+    run = RunFolder(path)
+    config = run.read_config()
+    result = config.result
+    backbone = build_method(result.backbone, result.method, result.seed).query_encoder.backbone
+    return Subject(
+        backbone=backbone,
+        weights=f"{path} as it began, seed {result.seed}",
+        sha256=weights_sha256(backbone.state_dict()),
+        untrained=True,
+        recipe=config.recipe,
+        views=result.views,
+        holdout_seed=result.holdout_seed,
+        run=run,
+    )
