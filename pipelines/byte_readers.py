@@ -93,7 +93,7 @@ class SplitReader(ByteReader):
                 pieces.append(b"")
                 unreadable[row] = str(error)
         offsets = np.concatenate(([0], np.cumsum([len(piece) for piece in pieces]))).astype(np.int64)
-        return EncodedImages(np.frombuffer(b"".join(pieces), dtype=np.uint8), offsets, unreadable)
+        return EncodedImages(np.frombuffer(bytearray().join(pieces), dtype=np.uint8), offsets, unreadable)
 
     def sizes(self, indices: Indices) -> tuple[Sizes, Sizes, dict[int, str]]:
         return self._sizes.of(indices)

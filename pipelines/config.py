@@ -76,19 +76,19 @@ class LoaderConfig:
     """Which loader runs and how: nothing here changes a single pixel, except between backends by their decoders."""
 
     name: str = "auto"
-    """auto, resident, dali, ffcv, torchvision or synthetic."""
+    """auto, resident, dali, nvjpeg, ffcv, torchvision or synthetic."""
     workers: int | None = None
-    """Worker threads (resident, dali, ffcv) or processes (torchvision); by default the machine's cores, shared by its
-    ranks."""
+    """Worker threads (resident, dali, nvjpeg, ffcv) or processes (torchvision); by default the machine's cores, shared
+    by its ranks."""
     prefetch_batches: int = 2
-    """Batches that each worker process prepares ahead (torchvision); that are decoded ahead (ffcv, dali), beside as
-    many that are read ahead (dali)."""
+    """Batches that each worker process prepares ahead (torchvision); that are decoded ahead (ffcv, nvjpeg, dali),
+    beside as many that are read ahead (dali)."""
     resident_limit_gib: float = 8.0
     """auto: data sets that decode to at most this much stay resident on the device."""
     hw_decoder_load: float = 0.65
     """dali on a GPU: the share of the JPEGs that its hardware decoder is given, where it has one."""
     stall_timeout_s: float = 300.0
-    """dali: an error when no batch has come for so long. (Errors and dead threads are noticed at once.)"""
+    """An error when no batch has come for so long. (Errors and dead threads are noticed at once.)"""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:

@@ -31,13 +31,14 @@ class PackedImages:
     """
 
     pixels: Tensor
-    """uint8 [total bytes], each image as [height, width, 3] RGB."""
+    """uint8 [total bytes], each image as [height, width, 3] RGB, or as [3, height, width] where `planar`."""
     offsets: npt.NDArray[np.int64]
     """int64 [N]: first byte of each image."""
     heights: npt.NDArray[np.int64]
     """int64 [N], pixels."""
     widths: npt.NDArray[np.int64]
     """int64 [N], pixels."""
+    planar: bool = False
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -55,9 +56,8 @@ def crop_resize(
     device = images.pixels.device
     output = torch.empty(len(rows), output_size, output_size, 3, dtype=torch.uint8, device=device)
     for chunk in _chunks_of_similar_size(boxes, output_size, _CHUNK_ELEMENTS.get(device.type, 1 << 24)):
-        geometry = np.concatenate(
-            (images.offsets[rows[chunk], None], images.widths[rows[chunk], None], boxes[chunk].astype(np.int64)), axis=1
-        )
+        strides = _strides(images, rows[chunk])
+        geometry = np.concatenate((images.offsets[rows[chunk], None], strides, boxes[chunk].astype(np.int64)), axis=1)
         height, width = (int(side) for side in boxes[chunk, 2:].max(axis=0))
         resized = _resize_chunk(
             images.pixels, torch.from_numpy(geometry).to(device, non_blocking=True), height, width, output_size
@@ -66,14 +66,24 @@ def crop_resize(
     return output
 
 
+def _strides(images: PackedImages, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Bytes from a row, a column and a channel to the next: int64 [M, 3]."""
+    heights, widths, ones = images.heights[rows], images.widths[rows], np.ones_like(rows)
+    if images.planar:
+        return np.stack((widths, ones, heights * widths), axis=1)
+    return np.stack((3 * widths, 3 * ones, ones), axis=1)
+
+
 def _resize_chunk(pixels: Tensor, geometry: Tensor, height: int, width: int, output_size: int) -> Tensor:
-    offset, image_width, top, left, box_height, box_width = geometry.unbind(1)  # int64 [M] each
+    """geometry: int64 [M, 8]: offset, strides of a row, a column and a channel, and the box."""
+    offset, row_stride, column_stride, channel_stride, top, left, box_height, box_width = geometry.unbind(1)
     row = torch.arange(height, device=pixels.device).minimum(box_height[:, None] - 1)  # [M, h]: repeats the last row
     column = torch.arange(width, device=pixels.device).minimum(box_width[:, None] - 1)  # [M, w]
-    row_start = offset[:, None] + ((top[:, None] + row) * image_width[:, None] + left[:, None]) * 3  # [M, h]
-    channel = torch.arange(3, device=pixels.device)[:, None]
-    position = row_start[:, :, None, None] + (column * 3)[:, None, None, :] + channel  # [M, h, 3, w]
-    crops = pixels.take(position).float().flatten(1, 2)  # [M, 3h, w]
+    row_start = offset[:, None] + (top[:, None] + row) * row_stride[:, None]  # [M, h]
+    channel_start = torch.arange(3, device=pixels.device) * channel_stride[:, None]  # [M, 3]
+    column_start = (left[:, None] + column) * column_stride[:, None]  # [M, w]
+    position = row_start[:, :, None, None] + channel_start[:, None, :, None] + column_start[:, None, None, :]
+    crops = pixels.take(position).float().flatten(1, 2)  # [M, h, 3, w] -> [M, 3h, w]
 
     high, low = _resize_weights(box_width, width, output_size)  # [M, S, w]
     narrow = _rounded(crops @ high.mT, crops @ low.mT).float()  # [M, 3h, S]

@@ -25,6 +25,7 @@ LOADERS = {
     "resident": "pipelines.resident_loader.ResidentLoader",
     "dali": "pipelines.dali_loader.DaliLoader",
     "ffcv": "pipelines.ffcv_loader.FfcvLoader",
+    "nvjpeg": "pipelines.nvjpeg_loader.NvjpegLoader",
     "torchvision": "pipelines.torchvision_loader.TorchvisionLoader",
     "synthetic": "pipelines.synthetic_loader.SyntheticLoader",
 }
@@ -65,8 +66,8 @@ def loader_class(name: str) -> type[Loader]:
 def choose_loader(split: Split, config: LoaderConfig, device: torch.device | None = None) -> str:
     """The name that ``auto`` stands for with this split; logs the choice and its reason.
 
-    device: by default CUDA where there is some. On a CPU torchvision's worker processes are as fast as DALI (see
-    `pipelines.dali_loader`), so that DALI is only taken for a GPU; a .beton is read by FFCV there, which is faster.
+    device: by default CUDA where there is some: DALI decodes there, or torchvision's nvJPEG. On a CPU torchvision's
+    worker processes are as fast as DALI, and FFCV, which reads .betons, is faster.
     """
     gib = estimate_decoded_bytes(split) / 2**30
     on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
@@ -79,7 +80,7 @@ def choose_loader(split: Split, config: LoaderConfig, device: torch.device | Non
         elif not on_gpu:
             name, why_not = "torchvision", "; not dali, which is no faster on a CPU"
         elif not _is_installed("nvidia.dali"):
-            name, why_not = "torchvision", "; not dali, which is not installed: pip install 'leoclr-fast[dali]'"
+            name, why_not = "nvjpeg", "; not dali, which is not installed: pip install 'leoclr-fast[dali]'"
         else:
             name, why_not = "dali", "; not torchvision, which decodes on the CPU"
     log.info("loader %s: %s (resident up to %g GiB)%s", name, size, config.resident_limit_gib, why_not)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5  # after a thread that may have died
 _JOIN_EVERY_S = 0.02
+_CLOSE_WITHIN_S = 10.0
 
 
 class FfcvLoader(Loader):
@@ -82,6 +84,7 @@ class FfcvLoader(Loader):
         )  # fmt: skip
         self._substitutes: dict[int, int] = {}
         """Index of each image that cannot be read -> the one that takes its place."""
+        self._hangs = False
         self._passes: list[_Pass] = []
         """The one in progress, if any."""
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -196,8 +199,10 @@ class _Pass:
     # ---- for the loader ----
 
     def start(self) -> None:
-        """Raises OSError if the file is gone."""
+        """Raises OSError if the file is gone, RuntimeError after a thread has hung: its memory is its own still."""
         loader, ffcv = self._loader, self._loader._ffcv
+        if loader._hangs:
+            raise RuntimeError("FFCV's thread hangs in an earlier pass; start the program again")
         self._file = FileIO(loader._path)
         loader._state.open()
         samples = loader._samples[np.concatenate([*self._indices, np.empty(0, dtype=np.int64)])]
@@ -213,7 +218,7 @@ class _Pass:
         return self._iterator is not None and not self._iterator.output_queue.empty()
 
     def next_batch(self) -> _HostBatch:
-        """Raises RuntimeError soon after FFCV's thread has died."""
+        """Raises RuntimeError soon after FFCV's thread has died, and when nothing came for ``stall_timeout_s``."""
         assert not self._stopped, "another pass over this loader has begun"
         number = self._num_taken
         self._num_taken += 1
@@ -227,15 +232,22 @@ class _Pass:
         return batch
 
     def close(self) -> None:
-        """Ends FFCV's thread after the batch it is working on, and waits for that."""
+        """Ends FFCV's thread after the batch it is working on, and waits for that; one that hangs is left behind, with
+        its memory and its file.
+        """
         self._stopped = True
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
             iterator.close()
+            patience = time.monotonic() + _CLOSE_WITHIN_S
             while iterator.is_alive():  # it may be waiting for room in its queue, even to say that it has ended
                 with suppress(Empty):
                     iterator.output_queue.get_nowait()
                 iterator.join(_JOIN_EVERY_S)
+                if time.monotonic() > patience:
+                    self._file = None
+                    self._loader._hangs = True
+                    return
             self._loader._ffcv.memory_manager = None
         if self._file is not None:
             self._loader._state.close()
@@ -244,11 +256,18 @@ class _Pass:
 
     def _wait(self) -> npt.NDArray[np.bool_]:
         """What FFCV's thread says of the next batch: which rows failed."""
+        began, limit_s = time.monotonic(), self._loader.config.stall_timeout_s
         while True:
             alive = self._iterator.is_alive()
             try:
                 item = self._iterator.output_queue.get(timeout=_LOOK_EVERY_S if alive else 0.01)
             except Empty:
+                if alive and (waited := time.monotonic() - began) > limit_s:
+                    raise RuntimeError(
+                        f"FFCV's thread has not answered for {waited:.0f} s while decoding step "
+                        f"{self._steps[self._num_taken - 1]}; look at the disk and at the machine's load, or allow "
+                        "more by stall_timeout_s"
+                    ) from None
                 if alive:
                     continue
                 item = None

@@ -41,12 +41,13 @@ class TorchvisionLoader(Loader):
             prefetch_factor=self.config.prefetch_batches if workers else None,
             persistent_workers=workers > 0 and isinstance(self.order, TrainOrder),  # evaluations are rare
             pin_memory=self.device.type == "cuda",
+            timeout=self.config.stall_timeout_s if workers else 0,
             generator=torch.Generator(),  # else every pass would draw from torch's global one
         )
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
         position = self._sampler.position = (epoch, start_step)
-        for step, batch in enumerate(self._loader, start=start_step):
+        for step, batch in enumerate(self._host_batches(), start=start_step):
             for index, reason in batch.unreadable.items():
                 self.report_unreadable(index, reason)  # raises where a worker gave up
             yield CropBatch(
@@ -59,6 +60,13 @@ class TorchvisionLoader(Loader):
             )
             # The workers serve one pass at a time; another one would take this one's batches.
             assert self._sampler.position is position, "another pass over this loader has begun"
+
+    def _host_batches(self) -> Iterator[_HostBatch]:
+        """Raises RuntimeError soon after a worker has died, and when none has answered for ``stall_timeout_s``."""
+        try:
+            yield from self._loader
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # it had a batch in hand
+            raise RuntimeError(f"a worker process of the torchvision loader has died ({error!r})") from error
 
     def close(self) -> None:
         iterator = getattr(self._loader, "_iterator", None)

@@ -46,10 +46,10 @@ def test_by_name(name: str, kind: type[Loader], split: Split) -> None:
         (
             "residnt",
             "there is no loader 'residnt'; did you mean resident? "
-            "Allowed: auto, resident, dali, ffcv, torchvision, synthetic.",
+            "Allowed: auto, resident, dali, ffcv, nvjpeg, torchvision, synthetic.",
         ),
         ("Torchvision", "there is no loader 'Torchvision'; did you mean torchvision?"),
-        ("xyz", "there is no loader 'xyz'; Allowed: auto, resident, dali, ffcv, torchvision, synthetic."),
+        ("xyz", "there is no loader 'xyz'; Allowed: auto, resident, dali, ffcv, nvjpeg, torchvision, synthetic."),
         ("", "there is no loader ''; Allowed: auto"),
     ],
 )
@@ -80,7 +80,7 @@ class TestAuto:
     ) -> None:
         monkeypatch.setattr("pipelines.factory._is_installed", lambda _: has_dali)
         config = LoaderConfig(resident_limit_gib=0.0)
-        chosen = "dali" if has_dali else "torchvision"
+        chosen = "dali" if has_dali else "nvjpeg"
         assert choose_loader(split, config, torch.device("cuda")) == chosen
         assert settle_loader(split, config, torch.device("cuda")).name == chosen
         why_not = (

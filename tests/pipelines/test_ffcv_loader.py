@@ -68,9 +68,10 @@ def open_ffcv() -> Iterator[OpenFfcv]:
             views: ViewConfig = VIEWS,
             cls: type[Any] = FfcvLoader,
             prefetch: int = 2,
+            stall_timeout_s: float = 300.0,
         ) -> Any:
             order = order or SequentialOrder(num_images=len(split), batch_size=5)
-            config = LoaderConfig(workers=workers, prefetch_batches=prefetch)
+            config = LoaderConfig(workers=workers, prefetch_batches=prefetch, stall_timeout_s=stall_timeout_s)
             return stack.enter_context(cls(split, LEOCLR_VIEWS, views, config, order, seed=SEED, device=CPU))
 
         yield start
@@ -401,6 +402,22 @@ class TestThreads:
             list(loader.batches(1))
         assert time.monotonic() - began < 10
         assert not loader._passes
+
+    def test_a_thread_that_hangs(
+        self, beton: ConvertedSplit, open_ffcv: OpenFfcv, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ffcv_loader, "_CLOSE_WITHIN_S", 0.5)
+        loader = open_ffcv(beton, stall_timeout_s=1.0)
+        list(loader.batches(0))
+        released = threading.Event()
+        loader._ffcv.code = ([(lambda **_: released.wait(60), [])], [])
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"has not answered for \d s while decoding step 0.*stall_timeout_s"):
+            list(loader.batches(1))
+        assert time.monotonic() - began < 10
+        with pytest.raises(RuntimeError, match="hangs in an earlier pass"):
+            next(loader.batches(2))
+        released.set()
 
     def test_torch_and_numba_keep_their_numbers_of_threads(self, beton: ConvertedSplit, open_ffcv: OpenFfcv) -> None:
         before = torch.get_num_threads(), numba.get_num_threads()

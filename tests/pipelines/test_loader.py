@@ -21,6 +21,7 @@ from pipelines.batch import CropBatch
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.factory import make_loader
 from pipelines.loader import Loader, max_unreadable
+from pipelines.nvjpeg_loader import NvjpegLoader
 from pipelines.order import Order, SequentialOrder, TrainOrder
 from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS, MOCOV2_VIEWS, ViewRecipe, draw_boxes
 from tests.pipelines.optional_packages import needs_dali, needs_ffcv
@@ -33,8 +34,14 @@ CPU = torch.device("cpu")
 LOADERS = [("resident", 1), ("resident", 0), ("torchvision", 0), ("torchvision", 1), ("torchvision", 2)]
 NAMES = [f"{name}-{workers}" for name, workers in LOADERS]
 DALI = [pytest.param(("dali", workers), id=f"dali-{workers}", marks=needs_dali) for workers in (1, 2)]
+NVJPEG = [pytest.param(("nvjpeg", workers), id=f"nvjpeg-{workers}") for workers in (1, 2)]
 FFCV = [pytest.param(("ffcv", workers), id=f"ffcv-{workers}", marks=needs_ffcv) for workers in (1, 2)]
-EVERY_LOADER = [*(pytest.param(kind, id=name) for kind, name in zip(LOADERS, NAMES, strict=True)), *DALI, *FFCV]
+EVERY_LOADER = [
+    *(pytest.param(kind, id=name) for kind, name in zip(LOADERS, NAMES, strict=True)),
+    *DALI,
+    *NVJPEG,
+    *FFCV,
+]
 
 OpenLoader = Callable[..., Loader]
 
@@ -44,8 +51,11 @@ def train_order(split: Split, batch_size: int = 5, rank: int = 0, world_size: in
 
 
 @pytest.fixture
-def open_loader(tmp_path: Path) -> Iterator[OpenLoader]:
-    """Opens loaders and closes them when the test ends. FFCV's reads the same images, converted."""
+def open_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenLoader]:
+    """Opens loaders and closes them when the test ends. FFCV's reads the same images, converted; nvJPEG's has a CPU
+    decoder in place of the GPU's.
+    """
+    monkeypatch.setattr(NvjpegLoader, "devices", ("cpu", "cuda"))
     with ExitStack() as stack:
 
         def start(
@@ -252,7 +262,7 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("kind", [*EVERY_LOADER[1:4], *DALI])
+@pytest.mark.parametrize("kind", [*EVERY_LOADER[1:4], *DALI, *NVJPEG])
 class TestUnreadableImages:
     @pytest.mark.parametrize("case", REPLACED)
     def test_the_next_image_takes_the_place(

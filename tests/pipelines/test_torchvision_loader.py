@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from itertools import chain, count, islice
 
 import numpy as np
 import PIL
+import psutil
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from dataset_tools.sources import Split
+from pipelines import torchvision_loader
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.decode import decode_rgb
 from pipelines.order import SequentialOrder, TrainOrder
@@ -25,12 +32,14 @@ from tests.tolerances import CROP_RESIZE
 BILINEAR = InterpolationMode.BILINEAR
 
 
-def open_torchvision(split: Split, workers: int | None, image_size: int = 16) -> TorchvisionLoader:
+def open_torchvision(
+    split: Split, workers: int | None, image_size: int = 16, stall_timeout_s: float = 300.0
+) -> TorchvisionLoader:
     return TorchvisionLoader(
         split,
         LEOCLR_VIEWS,
         ViewConfig(image_size=image_size),
-        LoaderConfig(workers=workers),
+        LoaderConfig(workers=workers, stall_timeout_s=stall_timeout_s),
         TrainOrder(num_images=len(split), batch_size=4, seed=0),
         seed=0,
         device=torch.device("cpu"),
@@ -148,3 +157,60 @@ def test_labels_stay_on_the_host(split: Split) -> None:
     assert batch.crops.device.type == "meta"
     assert batch.labels.device.type == "cpu"
     assert batch.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 7
+
+
+def test_a_worker_that_was_killed(split: Split) -> None:
+    with open_torchvision(split, 2) as loader:
+        batches = islice(chain.from_iterable(map(loader.batches, count())), 1000)
+        next(batches)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid or 0, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"worker.*(killed by signal|exited unexpectedly|has died)"):
+            list(batches)
+        assert time.monotonic() - began < 10
+
+
+def test_a_worker_that_hangs(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "read", lambda _: time.sleep(60))
+    began = time.monotonic()
+    with open_torchvision(split, 1, stall_timeout_s=1.0) as loader, pytest.raises(RuntimeError, match="timed out"):
+        list(loader.batches(0))
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_abandoned_epochs_leave_nothing(workers: int, split: Split) -> None:
+    process = psutil.Process()
+    with open_torchvision(split, workers) as loader:
+        states = []
+        for epoch in range(60):
+            batches = loader.batches(epoch)
+            list(islice(batches, 1 + epoch % 3))
+            if epoch % 2:
+                batches.close()
+            del batches
+            if epoch in (9, 59):
+                list(loader.batches(100))
+                states.append(
+                    (process.num_threads(), process.num_fds(), len(process.children()), process.memory_info())
+                )
+    (*before, memory), (*after, memory_later) = states
+    assert after == before
+    assert memory_later.rss <= memory.rss + 8 * 2**20
+
+
+def test_one_decode_for_each_image(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: Counter[int] = Counter()
+    original = torchvision_loader.decode_rgb
+
+    def decode(split: Split, index: int) -> Image.Image:
+        decoded[index] += 1
+        return original(split, index)
+
+    monkeypatch.setattr(torchvision_loader, "decode_rgb", decode)
+    with open_torchvision(split, 0) as loader:
+        for epoch in (1, 2):
+            seen = np.concatenate([batch.indices for batch in loader.batches(epoch)])
+            assert decoded == Counter(seen.tolist())
+            decoded.clear()

@@ -1,0 +1,300 @@
+"""What is particular to the nvJPEG loader, with torchvision's CPU decoder in place of the GPU's; see test_loader.py."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.sources import Split, open_source
+from pipelines import nvjpeg_loader
+from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.loader import Loader
+from pipelines.nvjpeg_loader import NvjpegLoader
+from pipelines.order import Order, SequentialOrder, TrainOrder
+from pipelines.torchvision_loader import TorchvisionLoader
+from pipelines.views import LEOCLR_VIEWS
+from tests.pipelines.pictures import picture
+
+CPU = torch.device("cpu")
+Open = Callable[..., NvjpegLoader]
+
+
+def _open(kind: type[Loader], split: Split, order: Order | None, image_size: int, **config: Any) -> Any:
+    order = order or TrainOrder(num_images=len(split), batch_size=4, seed=3)
+    views = ViewConfig(image_size=image_size)
+    return kind(split, LEOCLR_VIEWS, views, LoaderConfig(**config), order, seed=3, device=CPU)
+
+
+@pytest.fixture
+def open_nvjpeg(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    monkeypatch.setattr(NvjpegLoader, "devices", ("cpu", "cuda"))
+    with ExitStack() as stack:
+
+        def start(split: Split, order: Order | None = None, image_size: int = 16, **config: Any) -> NvjpegLoader:
+            loader: NvjpegLoader = _open(NvjpegLoader, split, order, image_size, **({"workers": 2} | config))
+            return stack.enter_context(loader)
+
+        yield start
+
+
+def assert_like_the_oracle(loader: NvjpegLoader, epochs: int = 1) -> None:
+    truth = _open(TorchvisionLoader, loader.split, loader.order, loader.view_config.image_size, workers=0)
+    for epoch in range(epochs):
+        for batch, expected in zip(loader.batches(epoch), truth.batches(epoch), strict=True):
+            assert (batch.epoch, batch.step) == (expected.epoch, expected.step)
+            assert np.array_equal(batch.indices, expected.indices)
+            assert np.array_equal(batch.boxes, expected.boxes)
+            assert torch.equal(batch.labels, expected.labels)
+            assert torch.equal(batch.crops, expected.crops)
+    assert sorted(loader.unreadable) == sorted(truth.unreadable)
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    encoded = io.BytesIO()
+    image.save(encoded, kind, **options)
+    return encoded.getvalue()
+
+
+def write_images(folder: Path, images: dict[str, bytes]) -> Split:
+    folder.mkdir()
+    for name, data in images.items():
+        (folder / name).write_bytes(data)
+    return open_source(folder).splits["train"]
+
+
+class TestWhatIsDecodedWhere:
+    def test_only_plain_jpegs_go_to_nvjpeg(
+        self, tmp_path: Path, open_nvjpeg: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        waves = Image.fromarray(picture(40, 50, "waves"))
+        plain = {
+            "baseline.jpg": encode(waves, "JPEG"),
+            "progressive.jpg": encode(waves, "JPEG", progressive=True),
+            "odd.jpg": encode(waves.crop((0, 0, 37, 29)), "JPEG", subsampling=0),
+        }
+        split = write_images(
+            tmp_path / "kinds",
+            plain
+            | {
+                "cmyk.jpg": encode(waves.convert("CMYK"), "JPEG"),
+                "deep.png": encode(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50), "PNG"),
+                "gray.jpg": encode(waves.convert("L"), "JPEG"),
+                "rgb.jpg": encode(waves, "JPEG", keep_rgb=True),
+                "small.gif": encode(waves, "GIF"),
+                "tail.jpg": encode(waves, "JPEG") + b"more",
+            },
+        )
+        given: list[bytes] = []
+        original = nvjpeg_loader.decode_jpeg
+
+        def decode(images: list[torch.Tensor], **options: Any) -> Any:
+            given.extend(image.numpy().tobytes() for image in images)
+            return original(images, **options)
+
+        monkeypatch.setattr(nvjpeg_loader, "decode_jpeg", decode)
+        loader = open_nvjpeg(split, SequentialOrder(num_images=len(split), batch_size=4))
+        assert_like_the_oracle(loader)
+        assert Counter(given) == Counter(plain.values())
+
+    def test_one_decode_of_each_image(self, split: Split, open_nvjpeg: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes: list[int] = []
+        original = nvjpeg_loader.decode_jpeg
+        monkeypatch.setattr(
+            nvjpeg_loader, "decode_jpeg", lambda images, **how: sizes.append(len(images)) or original(images, **how)
+        )
+        loader = open_nvjpeg(split, SequentialOrder(num_images=23, batch_size=5))
+        for epoch in range(3):
+            list(loader.batches(epoch))
+            assert sum(sizes) == loader.num_decodes == 23 * (epoch + 1)
+        assert sizes == 3 * [5, 5, 5, 5, 3]
+
+    @pytest.mark.real_data
+    @pytest.mark.parametrize("kind", ["tar", "ffcv", "webdataset"])
+    def test_on_photographs(self, kind: str, real_data: Path, tmp_path: Path, open_nvjpeg: Open) -> None:
+        chosen = open_source(real_data / "imagenet-sample-400.tar").splits["train"].subset(np.arange(0, 400, 25))
+        if kind != "tar":
+            images = {f"{index:03}.jpg": chosen.read(index) for index in range(len(chosen))}
+            write_images(tmp_path / "photographs", images)
+            convert(tmp_path / "photographs", tmp_path / kind, ConvertOptions(format=kind), workers=1)  # type: ignore[arg-type]
+            chosen = open_source(tmp_path / kind).splits["train"]
+        order = SequentialOrder(num_images=len(chosen), batch_size=5)
+        assert_like_the_oracle(open_nvjpeg(chosen, order, image_size=96))
+
+
+class TestFaults:
+    def test_what_nvjpeg_cannot_decode_is_decoded_by_pillow(
+        self, split: Split, open_nvjpeg: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        refused = {split.read(index) for index in (4, 5, 20)}
+        calls: list[int] = []
+        original = nvjpeg_loader.decode_jpeg
+
+        def decode(images: list[torch.Tensor], **options: Any) -> Any:
+            calls.append(len(images))
+            if any(image.numpy().tobytes() in refused for image in images):
+                raise RuntimeError("nvjpegDecodeBatched failed")
+            return original(images, **options)
+
+        monkeypatch.setattr(nvjpeg_loader, "decode_jpeg", decode)
+        loader = open_nvjpeg(split, SequentialOrder(num_images=23, batch_size=5))
+        assert_like_the_oracle(loader)
+        assert loader.unreadable == {}
+        calls.clear()
+        assert_like_the_oracle(loader)
+        assert sum(calls) == 20  # later epochs do not stumble again
+
+    def test_an_error_that_no_image_explains(
+        self, split: Split, open_nvjpeg: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = nvjpeg_loader.decode_jpeg
+
+        def decode(images: list[torch.Tensor], **options: Any) -> Any:
+            if len(images) > 1:
+                raise RuntimeError("CUDA error: something")
+            return original(images, **options)
+
+        monkeypatch.setattr(nvjpeg_loader, "decode_jpeg", decode)
+        message = "nvJPEG failed at step 0 of epoch 0, though it can decode each of the images: CUDA error: something"
+        with pytest.raises(RuntimeError, match=message):
+            list(open_nvjpeg(split).batches(0))
+
+    def test_larger_than_the_data_set_says(self, tmp_path: Path, split: Split, open_nvjpeg: Open) -> None:
+        convert(tmp_path / "images", tmp_path / "ffcv", ConvertOptions(format="ffcv", order="source"), workers=1)
+        converted = open_source(tmp_path / "ffcv").splits["train"]
+        records = converted.records  # type: ignore[attr-defined]
+        for side, wrong in (("width", {3: 7, 12: 1}), ("height", {12: 9000})):
+            column = np.array(records.columns[side])
+            for index, value in wrong.items():
+                column[index] = value
+            records.columns[side] = column
+        loader = open_nvjpeg(converted, SequentialOrder(num_images=23, batch_size=6))
+        assert_like_the_oracle(loader, epochs=2)
+        assert sorted(loader._batches._sizes) == [3, 12]
+
+    def test_a_file_that_is_cut_while_training(
+        self, tmp_path: Path, write_split: Callable[..., Split], open_nvjpeg: Open
+    ) -> None:
+        split = write_split(60)
+        convert(tmp_path / "images", tmp_path / "ffcv", ConvertOptions(format="ffcv"), workers=1)
+        (path,) = (tmp_path / "ffcv").glob("*.beton")
+        order = SequentialOrder(num_images=len(split), batch_size=6)
+        batches = open_nvjpeg(open_source(tmp_path / "ffcv").splits["train"], order).batches(0)
+        next(batches)
+        os.truncate(path, path.stat().st_size // 4)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"11 of 60 images cannot be read.*cut short"):
+            list(batches)
+        assert time.monotonic() - began < 10
+
+
+class TestThreads:
+    @pytest.mark.parametrize("place", ["prepare", "decode", "crop_resize"])
+    @pytest.mark.parametrize("error", [MemoryError("no memory"), KeyError("bug"), SystemExit(4)])
+    def test_errors_come_soon(
+        self, place: str, error: BaseException, split: Split, open_nvjpeg: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> Any:
+            raise error
+
+        loader = open_nvjpeg(split)
+        if place == "prepare":
+            monkeypatch.setattr(loader._batches, "prepare", fail)
+        else:
+            monkeypatch.setattr(nvjpeg_loader, {"decode": "decode_jpeg"}.get(place, place), fail)
+        began = time.monotonic()
+        with pytest.raises(type(error)):
+            list(loader.batches(0))
+        assert time.monotonic() - began < 10
+
+    @pytest.mark.parametrize("place", ["prepare", "_crops"])
+    def test_a_thread_that_hangs(
+        self, place: str, split: Split, open_nvjpeg: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        released = threading.Event()
+
+        def hang(*_: Any) -> Any:
+            released.wait(30)
+            raise RuntimeError("released")
+
+        loader = open_nvjpeg(split, stall_timeout_s=1.0)
+        monkeypatch.setattr(loader._batches if place == "prepare" else loader, place, hang)
+        try:
+            with pytest.raises(RuntimeError, match=r"thread has not answered for \d s while .*stall_timeout_s"):
+                list(loader.batches(0))
+        finally:
+            released.set()
+
+    @pytest.mark.parametrize("role", ["_readers", "_decoder"])
+    def test_a_thread_that_died(self, role: str, split: Split, open_nvjpeg: Open) -> None:
+        loader = open_nvjpeg(split, prefetch_batches=1)
+        batches = loader.batches(0)
+        next(batches)
+        worker = getattr(loader, role)
+        for _ in worker._threads:
+            worker._calls.put(None)
+        for thread in worker._threads:
+            thread.join()
+        with pytest.raises(RuntimeError, match=f"a {worker.name} thread has died while "):
+            list(batches)
+
+    def test_abandoned_epochs_leave_nothing(self, write_split: Callable[..., Split], open_nvjpeg: Open) -> None:
+        split = write_split(40)
+        loader = open_nvjpeg(split, image_size=64, prefetch_batches=3)
+        process, states = psutil.Process(), []
+        for epoch in range(60):
+            batches = loader.batches(epoch)
+            list(islice(batches, epoch % 5))
+            if epoch % 2:
+                batches.close()
+            if epoch in (9, 59):
+                list(loader.batches(100))
+                states.append((process.num_threads(), process.num_fds(), process.memory_info().rss))
+        (*before, memory), (*after, memory_later) = states
+        assert after == before
+        assert memory_later - memory < 10 * 2**20
+
+    def test_closing_and_going_on(self, split: Split, open_nvjpeg: Open) -> None:
+        threads = set(threading.enumerate())
+        loader = open_nvjpeg(split)
+        first = list(loader.batches(1))
+        next(loader.batches(2))
+        loader.close()
+        loader.close()
+        assert set(threading.enumerate()) == threads
+        for batch, other in zip(loader.batches(1), first, strict=True):
+            assert torch.equal(batch.crops, other.crops)
+
+    def test_a_pass_that_another_one_overtook(self, split: Split, open_nvjpeg: Open) -> None:
+        loader = open_nvjpeg(split)
+        overtaken = loader.batches(0)
+        next(overtaken)
+        assert len(list(loader.batches(1))) == loader.steps_per_epoch
+        with pytest.raises(AssertionError, match="another pass over this loader has begun"):
+            next(overtaken)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda", "this machine has no CUDA device; choose"), ("cpu", "on a GPU, not on cpu; choose")],
+)
+def test_without_a_gpu(device: str, message: str, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    order = TrainOrder(num_images=23, batch_size=4, seed=0)
+    with pytest.raises(ValueError, match=message):
+        NvjpegLoader(split, LEOCLR_VIEWS, ViewConfig(), LoaderConfig(), order, seed=0, device=torch.device(device))
