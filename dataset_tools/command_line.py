@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Any, Protocol, TypeVar
 
-import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -85,6 +84,8 @@ Parsed = TypeVar("Parsed")
 
 def parse_flags(kind: type[Parsed], arguments: list[str], prog: str, **options: Any) -> Parsed:
     """A command out of its flags. Exits with code 2 for a wrong flag."""
+    import tyro  # here, so that training needs none
+
     return tyro.cli(kind, args=arguments, prog=prog, **options)
 
 
