@@ -166,8 +166,8 @@ class _KnownSizes:
             try:
                 self._sizes[index] = image_size(self._split, index)
             except UnreadableImageError as error:
+                self._reasons[index] = str(error)  # first: other threads look for it when they see the size
                 self._sizes[index] = _UNREADABLE
-                self._reasons[index] = str(error)
         sizes = self._sizes[indices].astype(np.int64)
         bad = np.flatnonzero(sizes[:, 0] == _UNREADABLE)
         sizes[bad] = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -108,6 +109,20 @@ def test_an_image_that_is_gone_or_no_image(split: Split, damage: Callable[..., N
         assert (heights[1:].tolist(), widths[1:].tolist()) == ([1, 1], [1, 1])
         assert sorted(unreadable) == [1, 2]
         assert "cannot identify image file" in unreadable[2]
+
+
+def test_several_threads_meet_an_unreadable_image(split: Split, damage: Callable[..., None]) -> None:
+    damage(split, 5)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(300):
+                reader = open_bytes(split)
+                for future in [pool.submit(reader.sizes, np.array([5, 5])) for _ in range(4)]:
+                    assert sorted(future.result()[2]) == [0, 1]
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_raw_pixels_come_as_png(tmp_path: Path) -> None:
