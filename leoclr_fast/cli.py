@@ -17,6 +17,8 @@ from dataset_tools.command_line import Command, parse_flags, print_commands, run
 from leoclr_fast.commands.bench_step import BenchStep
 from leoclr_fast.commands.bench_train_time import BenchTrainTime
 from leoclr_fast.commands.demo import Demo
+from leoclr_fast.commands.export import Export
+from leoclr_fast.commands.import_moco import ImportMoco
 from leoclr_fast.commands.knn import Knn
 from leoclr_fast.commands.pretrain import Pretrain
 from leoclr_fast.commands.preview import Preview
@@ -29,6 +31,8 @@ COMMANDS: dict[str, type[Any]] = {
     **DATASET_COMMANDS,
     "pretrain": Pretrain,
     "knn": Knn,
+    "export": Export,
+    "import-moco": ImportMoco,
     "preview": Preview,
     "report": Report,
     "watch": Watch,

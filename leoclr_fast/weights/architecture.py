@@ -38,9 +38,9 @@ def recognised_backbone(tensors: Mapping[str, Tensor], origin: str, arch: str | 
             f"{origin} holds no backbone: it has {len(tensors)} tensors ({names}…), none of them of a ResNet's stem or "
             "stages. A projection head alone cannot be evaluated or exported; give the whole encoder's weights"
         )
-    width_multiplier = _width_multiplier(tensors)
     candidates = [
-        BackboneConfig(arch=name, stem=stem, width_multiplier=width_multiplier)  # type: ignore[arg-type]
+        BackboneConfig(arch=name, stem=stem, width_multiplier=width)  # type: ignore[arg-type]
+        for width in sorted({1.0, _width_multiplier(tensors)})
         for name in ((arch,) if arch else ARCHITECTURES)
         for stem in ("imagenet", "small")
     ]

@@ -1,0 +1,37 @@
+"""`leoclr-fast import-moco`: weights that facebookresearch/moco published or trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from dataset_tools.command_line import CommonFlags, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportMoco(CommonFlags):
+    """Make a file of weights, which every evaluation takes, of a MoCo v1 or v2 checkpoint; nothing in it is run."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.pth.tar")]
+    """A checkpoint of facebookresearch/moco: a dict with a state_dict, tensors named module.encoder_q.…"""
+    out: Path
+    """The new .safetensors file."""
+    arch: Literal["resnet18", "resnet34", "resnet50"] | None = None
+    """Refuse any other architecture; recognised from the shapes if not given."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from leoclr_fast.weights.moco_import import import_moco
+
+        result = import_moco(self.checkpoint, self.out, self.arch)
+        epoch = "" if result["epoch"] is None else f", epoch {result['epoch']}"
+        say(
+            console,
+            f"{result['out']}: {result['arch']}, {result['tensors']} tensors, {result['parameters']:,} parameters"
+            f"{epoch}. Left behind: the projection head ({result['head']}), {result['head_tensors_left_behind']} "
+            f"tensors, and of key encoder and queue {result['other_tensors_left_behind']}",
+        )
+        return result

@@ -1,0 +1,129 @@
+"""A `.pkl` that detectron2 loads as `MODEL.WEIGHTS`, written and read without detectron2.
+
+Names as facebookresearch/moco's convert-pretrain-to-detectron2 gives them: conv1 and bn1 belong to `stem`, layer1 to
+layer4 become res2 to res5, a batch-norm is the `norm` of its convolution, and downsample is the `shortcut`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from leoclr_fast.backbone import build_backbone
+from leoclr_fast.config import BackboneConfig
+from leoclr_fast.run_folder import write_atomically
+from leoclr_fast.weights.formats.export_format import ExportFormat, only_published_networks
+from leoclr_fast.weights.pretrained import Pretrained
+
+AUTHOR = "leoclr-fast"
+_Array = npt.NDArray[Any]
+_IN_BLOCK = (
+    (re.compile(r"^bn(\d)\."), r"conv\1.norm."),
+    (re.compile(r"^downsample\.0\."), "shortcut."),
+    (re.compile(r"^downsample\.1\."), "shortcut.norm."),
+)
+_PIXELS = 255
+
+
+class Detectron2Format(ExportFormat):
+    """Of detectron2's ResNets with STRIDE_IN_1X1 False; `matching_heuristics` let them find their place."""
+
+    name = "detectron2"
+    ending = ".pkl"
+    packages = ("numpy",)
+    tolerance = 0.0
+
+    @property
+    def reader(self) -> str:
+        return "our own strict reader (detectron2 itself was not run)"
+
+    def refusal(self, config: BackboneConfig) -> str | None:
+        return only_published_networks(config, "detectron2")
+
+    def write(self, path: Path, pretrained: Pretrained) -> None:
+        write_atomically(path, detectron2_bytes(pretrained.backbone.state_dict()))
+
+    @torch.no_grad()
+    def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:
+        network = build_backbone(config)
+        names = list(network.state_dict())
+        network.load_state_dict(read_detectron2(path, names))
+        return network.eval()(images)
+
+    def usage(self, file_name: str, pretrained: Pretrained) -> str:
+        views, config = pretrained.description.views, pretrained.description.backbone
+        mean = ", ".join(f"{_PIXELS * value:.3f}" for value in views.mean)
+        std = ", ".join(f"{_PIXELS * value:.3f}" for value in views.std)
+        basic_blocks = "" if config.arch == "resnet50" else "\n    RES2_OUT_CHANNELS: 64"
+        return (
+            f"MODEL:\n  WEIGHTS: {file_name}\n  PIXEL_MEAN: [{mean}]\n  PIXEL_STD: [{std}]\n  RESNETS:\n"
+            f"    DEPTH: {config.arch.removeprefix('resnet')}\n    STRIDE_IN_1X1: False{basic_blocks}\n"
+            "INPUT:\n  FORMAT: RGB"
+        )
+
+
+def detectron2_name(name: str) -> str:
+    """`layer1.0.bn2.weight` -> `res2.0.conv2.norm.weight`."""
+    stage = re.match(r"layer(\d)\.(\d+)\.", name)
+    prefix = f"res{int(stage[1]) + 1}.{stage[2]}." if stage else "stem."
+    rest = name[stage.end() :] if stage else name
+    for pattern, replacement in _IN_BLOCK:
+        rest = pattern.sub(replacement, rest)
+    return prefix + rest
+
+
+def detectron2_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a .pkl with the tensors of a backbone."""
+    model = {detectron2_name(name): tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+    buffer = io.BytesIO()
+    _ArrayPickler(buffer, protocol=4).dump({"model": model, "__author__": AUTHOR, "matching_heuristics": True})
+    return buffer.getvalue()
+
+
+def read_detectron2(path: Path, names: list[str]) -> dict[str, Tensor]:
+    """The tensors in a .pkl under torchvision's `names`; nothing but arrays can be in it.
+
+    Raises ValueError if it is another file, or if one of `names` is missing or a tensor left over.
+    """
+    try:
+        document = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
+        model = dict(document["model"])
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is no detectron2 file of arrays: {error}") from error
+    tensors = {}
+    for name in names:
+        if detectron2_name(name) not in model:
+            raise ValueError(f"{path} has no {detectron2_name(name)}")
+        tensors[name] = torch.from_numpy(model.pop(detectron2_name(name)).copy())
+    if model:
+        raise ValueError(f"{path} has tensors left over: {', '.join(list(model)[:8])}")
+    return tensors
+
+
+class _ArrayPickler(pickle.Pickler):
+    """Arrays by the names `numpy.ndarray` and `numpy.dtype` alone, which every NumPy has; its own way of pickling them
+    names private modules that moved between NumPy 1 and 2."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            array = np.ascontiguousarray(value).reshape(value.shape)
+            return np.ndarray, (array.shape, array.dtype), (1, array.shape, array.dtype, False, array.tobytes())
+        return NotImplemented
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows arrays and dtypes, and refuses every other name, so that nothing can be executed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")

@@ -1,0 +1,67 @@
+"""What every export format has. Legend: N images of S pixels, D features."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from importlib import metadata
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from leoclr_fast.config import BackboneConfig
+from leoclr_fast.weights.pretrained import Pretrained
+
+
+class ExportFormat(ABC):
+    """A file of weights for one library, and that library as its reader."""
+
+    name: ClassVar[str]
+    ending: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+    """Distributions that write it and load it back; the last one computes the features."""
+    tolerance: ClassVar[float]
+    """Largest allowed difference between its features and ours, over the largest of ours."""
+
+    @abstractmethod
+    def refusal(self, config: BackboneConfig) -> str | None:
+        """Why the format cannot hold this backbone, or None if it can."""
+
+    @abstractmethod
+    def write(self, path: Path, pretrained: Pretrained) -> None:
+        """Write the file. Raises OSError if that fails."""
+
+    @abstractmethod
+    def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:
+        """Load the file back, strictly, and compute features: float32 [N, 3, S, S] -> [N, D]."""
+
+    @abstractmethod
+    def usage(self, file_name: str, pretrained: Pretrained) -> str:
+        """The lines of code that load the file, for the model card."""
+
+    @property
+    def reader(self) -> str:
+        """Who loads the file back: `timm 1.0.31`."""
+        return f"{self.packages[-1]} {metadata.version(self.packages[-1])}"
+
+    def missing_packages(self) -> list[str]:
+        """Of `packages`, those that are not installed."""
+        missing = []
+        for package in self.packages:
+            try:
+                metadata.version(package)
+            except metadata.PackageNotFoundError:
+                missing.append(package)
+        return missing
+
+
+def only_published_networks(config: BackboneConfig, library: str) -> str | None:
+    """Why a library that builds the published ResNets alone cannot hold this one; None if it can."""
+    reasons = []
+    if config.stem != "imagenet":
+        reasons.append("a 7x7 stem with max-pooling, this backbone the small 3x3 stem")
+    if config.width_multiplier != 1:
+        reasons.append(f"width 1, this backbone width {config.width_multiplier:g}")
+    if not reasons:
+        return None
+    return f"{library}'s {config.arch} has {', and '.join(reasons)}, so it could not load the file"

@@ -1,0 +1,135 @@
+"""MoCo's checkpoints (`.pth.tar` of facebookresearch/moco, versions 1 and 2), read without running anything."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leoclr_fast.config import BackboneConfig
+from leoclr_fast.weights.architecture import recognised_backbone
+
+_QUERY, _KEY = "encoder_q.", "encoder_k."
+_HEADS = {
+    ("fc.bias", "fc.weight"): "one layer, as MoCo-v1's",
+    ("fc.0.bias", "fc.0.weight", "fc.2.bias", "fc.2.weight"): "two layers, as MoCo-v2's",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MocoCheckpoint:
+    """A checkpoint in which every tensor is accounted for."""
+
+    backbone: dict[str, Tensor]
+    """The query encoder's, under torchvision's names."""
+    config: BackboneConfig
+    head: str
+    """What the projection head is, which stays behind."""
+    num_head_tensors: int
+    num_other_tensors: int
+    """Of the key encoder and the queue, which stay behind."""
+    epoch: int | None
+    """Finished epochs, where the checkpoint says so."""
+    file_sha256: str
+
+
+def read_moco_checkpoint(path: Path, arch: str | None = None) -> MocoCheckpoint:
+    """Read a checkpoint with `weights_only=True`: nothing in it is executed.
+
+    arch: the architecture it must be; recognised from the shapes if not given.
+    Raises FileNotFoundError; ValueError if it is another kind of file, or if a tensor is left over, missing, of another
+    shape or not finite.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}; give a MoCo .pth.tar")
+    document = _loaded(path)
+    state = _state(document, path)
+    query = {name.removeprefix(_QUERY): tensor for name, tensor in state.items() if name.startswith(_QUERY)}
+    if not query:
+        raise ValueError(
+            f"{path} has no query encoder: none of its {len(state)} tensors ({', '.join(list(state)[:3])}…) is named "
+            "module.encoder_q.…; give a checkpoint of MoCo's main_moco.py"
+        )
+    backbone = {name: tensor for name, tensor in query.items() if not name.startswith("fc.")}
+    head = {name: tensor for name, tensor in query.items() if name.startswith("fc.")}
+    config = recognised_backbone(backbone, f"the query encoder in {path}", arch)
+    _require_known_head(head, path)
+    others = {name: tensor for name, tensor in state.items() if not name.startswith(_QUERY)}
+    _require_known_others(others, query, path)
+    epoch = document.get("epoch")
+    return MocoCheckpoint(
+        backbone=backbone,
+        config=config,
+        head=_HEADS[tuple(sorted(head))],
+        num_head_tensors=len(head),
+        num_other_tensors=len(others),
+        epoch=epoch if isinstance(epoch, int) else None,
+        file_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+
+
+def _loaded(path: Path) -> Mapping[str, Any]:
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it is damaged, or holds more than tensors and plain values, which could run code when "
+            "read. None of it was executed. Give a checkpoint as MoCo publishes them"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from error
+    if not isinstance(document, Mapping) or not isinstance(document.get("state_dict"), Mapping):
+        what = f"a {type(document).__name__}"
+        if isinstance(document, Mapping):
+            what += " with " + (", ".join(map(str, list(document)[:4])) or "nothing in it")
+        raise ValueError(f"{path} is no MoCo checkpoint: it holds {what}, not a dict with a state_dict")
+    return document
+
+
+def _state(document: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors without the prefix of DistributedDataParallel."""
+    state = {}
+    for name, tensor in document["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"{path} is no MoCo checkpoint: {name!r} in its state_dict is no plain tensor")
+        state[name.removeprefix("module.")] = tensor
+    if len(state) != len(document["state_dict"]):
+        raise ValueError(f"{path} holds tensors twice: with and without the prefix module.")
+    return state
+
+
+def _require_known_head(head: Mapping[str, Tensor], path: Path) -> None:
+    if tuple(sorted(head)) not in _HEADS:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(head.items())) or "nothing"
+        raise ValueError(
+            f"the projection head in {path} is neither MoCo-v1's (fc.weight, fc.bias) nor MoCo-v2's (fc.0.weight, "
+            f"fc.0.bias, fc.2.weight, fc.2.bias): it has {shapes}"
+        )
+
+
+def _require_known_others(others: Mapping[str, Tensor], query: Mapping[str, Tensor], path: Path) -> None:
+    """The key encoder mirrors the query encoder, whole or not at all; besides there are only queue and queue_ptr."""
+    key = {name.removeprefix(_KEY): tensor.shape for name, tensor in others.items() if name.startswith(_KEY)}
+    expected = {name: tensor.shape for name, tensor in query.items()}
+    if key and key != expected:
+        differing = sorted(name for name in key.keys() | expected.keys() if key.get(name) != expected.get(name))
+        name = differing[0]
+        there, wanted = (list(shapes[name]) if name in shapes else "missing" for shapes in (key, expected))
+        raise ValueError(
+            f"the key encoder in {path} does not mirror the query encoder in {len(differing)} tensors, first in "
+            f"encoder_k.{name}: {there}, and encoder_q.{name}: {wanted}"
+        )
+    unknown = [name for name in others if not name.startswith(_KEY) and name not in ("queue", "queue_ptr")]
+    if unknown:
+        listed = ", ".join(f"{name} {list(others[name].shape)}" for name in unknown[:8])
+        raise ValueError(
+            f"{path} has {len(unknown)} tensors left over that belong to no MoCo checkpoint: {listed}. Known are "
+            "encoder_q, encoder_k, queue and queue_ptr"
+        )
