@@ -43,7 +43,7 @@ def write_subset_list(path: Path, split: Split, indices: NDArray[np.int64]) -> d
     """Writes the names at `indices`. Returns `out`, `samples`, `min_per_class`, `max_per_class`, and the file's
     `sha256`.
     """
-    text = "".join(_escaped(split.names[index]) + "\n" for index in indices.tolist()).encode()
+    text = subset_text(split, indices)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(text)
     os.replace(partial, path)
@@ -55,6 +55,11 @@ def write_subset_list(path: Path, split: Split, indices: NDArray[np.int64]) -> d
         "max_per_class": int(per_class.max()) if len(per_class) else 0,
         "sha256": hashlib.sha256(text).hexdigest(),
     }
+
+
+def subset_text(split: Split, indices: NDArray[np.int64]) -> bytes:
+    """The content of a list of the images at `indices`: one name a line."""
+    return "".join(_escaped(split.names[index]) + "\n" for index in indices.tolist()).encode()
 
 
 def read_subset_list(path: Path, split: Split) -> NDArray[np.int64]:

@@ -18,11 +18,14 @@ from leoclr_fast.commands.bench_step import BenchStep
 from leoclr_fast.commands.bench_train_time import BenchTrainTime
 from leoclr_fast.commands.demo import Demo
 from leoclr_fast.commands.export import Export
+from leoclr_fast.commands.finetune import Finetune
 from leoclr_fast.commands.import_moco import ImportMoco
 from leoclr_fast.commands.knn import Knn
+from leoclr_fast.commands.linear import Linear
 from leoclr_fast.commands.pretrain import Pretrain
 from leoclr_fast.commands.preview import Preview
 from leoclr_fast.commands.report import Report
+from leoclr_fast.commands.transfer import Transfer
 from leoclr_fast.commands.watch import Watch
 from leoclr_fast.recipes import RECIPES, get_recipe
 
@@ -31,6 +34,9 @@ COMMANDS: dict[str, type[Any]] = {
     **DATASET_COMMANDS,
     "pretrain": Pretrain,
     "knn": Knn,
+    "linear": Linear,
+    "finetune": Finetune,
+    "transfer": Transfer,
     "export": Export,
     "import-moco": ImportMoco,
     "preview": Preview,

@@ -98,7 +98,7 @@ class FineTuneProtocol:
         """Epochs for a share of the labels."""
         if self.epochs is not None:
             return self.epochs
-        return 60 if percent < 10 else 30
+        return 60 if round(percent, 1) < 10 else 30  # a published list of 10 % has a little less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,53 @@
+"""`leoclr-fast transfer`: what the network is worth on other data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from dataset_tools.command_line import say
+from leoclr_fast.commands.evaluation_flags import TrainingEvaluationFlags
+from leoclr_fast.evaluate.protocols import TransferProtocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer(TrainingEvaluationFlags):
+    """Fine-tune the network on another data set: leoclr-fast transfer RUN DATASET --data PATH."""
+
+    dataset: tyro.conf.Positional[str]
+    """cifar10, cifar100, cars (Stanford Cars), pets (Oxford-IIIT Pets) or birdsnap."""
+    data: Path
+    """As torchvision lays it out on disk, or any source of images with its classes and splits."""
+    protocol: Annotated[TransferProtocol, tyro.conf.arg(name="")] = field(default_factory=TransferProtocol)
+    """SimCLR's: 56 trials and the final training, of 20,000 steps each. Changes the result."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from leoclr_fast.evaluate.transfer import run_transfer
+        from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS
+
+        result = run_transfer(
+            self.weights,
+            self.dataset,
+            self.data,
+            self.protocol,
+            self.speed,
+            out=self.out,
+            untrained=self.untrained,
+            image_size=self.image_size,
+            max_images=self.max_images,
+            checkpoint_every_s=self.checkpoint_every_s,
+            console=console,
+        )
+        if result:
+            metric = {"top1": "top-1", "mean_per_class": "mean per class"}[result["metric"]]
+            say(
+                console,
+                f"transfer to {TRANSFER_SETS[self.dataset].title}: {metric} {result[result['metric']]:.2f} % (learning "
+                f"rate {result['lr']:.4g}, weight decay {result['weight_decay']:.4g}, {result['steps']:,} steps; "
+                f"{result['test_images']:,} test images)",
+            )
+        return result
