@@ -16,6 +16,7 @@ from dataset_tools.cli import COMMANDS as DATASET_COMMANDS
 from dataset_tools.command_line import Command, parse_flags, print_commands, run_command_line, unknown
 from leoclr_fast.commands.bench_step import BenchStep
 from leoclr_fast.commands.bench_train_time import BenchTrainTime
+from leoclr_fast.commands.compare import Compare
 from leoclr_fast.commands.demo import Demo
 from leoclr_fast.commands.export import Export
 from leoclr_fast.commands.finetune import Finetune
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type[Any]] = {
     "linear": Linear,
     "finetune": Finetune,
     "transfer": Transfer,
+    "compare": Compare,
     "export": Export,
     "import-moco": ImportMoco,
     "preview": Preview,

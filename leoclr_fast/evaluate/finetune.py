@@ -75,7 +75,7 @@ def run_finetune(
         for indices, subset in subsets:
             part = labelled.train.subset(indices)
             where = f"--list {list_file}" if list_file is not None else f"{subset['percent']:g} % of {data}"
-            require_every_class(part, where)
+            require_every_class(part, where, "Learn from more images: a larger --percent, or a longer --list.")
             settings = {
                 **as_plain(protocol),
                 "epochs": protocol.num_epochs(subset["percent"]),

@@ -71,8 +71,10 @@ def open_labelled_data(path: Path, *, holdout_seed: int, max_images: int | None 
     )
 
 
-def require_every_class(split: Split, where: str) -> None:
-    """Raises ValueError if a class has no image in `split`, or an image no class."""
+def require_every_class(
+    split: Split, where: str, remedy: str = "Add images of them, or take these classes out of all splits."
+) -> None:
+    """Raises ValueError if a class has no image in `split`, or an image no class. remedy: what the user can do."""
     counts = np.bincount(split.labels[split.labels >= 0], minlength=len(split.classes))
     unlabelled = int((split.labels < 0).sum())
     if unlabelled:
@@ -81,5 +83,5 @@ def require_every_class(split: Split, where: str) -> None:
     if empty:
         raise ValueError(
             f"{split.name} in {where} has no image of {len(empty):,} of the {len(split.classes):,} classes: "
-            f"{first_few(empty)}. Add images of them, or take these classes out of all splits."
+            f"{first_few(empty)}. {remedy}"
         )

@@ -1,0 +1,77 @@
+"""Images with boxes, read from disk. Legend: n boxes of an image; boxes are (x1, y1, x2, y2) in pixels.
+
+The left edge of the leftmost pixel is at x = 0, the right edge of the rightmost at x = width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotatedImage:
+    """An image file and what is in it."""
+
+    name: str
+    path: Path
+    width: int
+    height: int
+    boxes: npt.NDArray[np.float32]
+    """[n, 4]."""
+    labels: npt.NDArray[np.int64]
+    """[n], from 0."""
+    ignored: npt.NDArray[np.bool_]
+    """[n]: VOC's difficult objects, COCO's crowds; to find them is neither right nor wrong."""
+    areas: npt.NDArray[np.float64]
+    """[n], pixels: COCO's of the segmentation, VOC's of the box."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotatedImages:
+    """A set of images; equal files give equal contents in equal order."""
+
+    classes: tuple[str, ...]
+    images: tuple[AnnotatedImage, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of names, sizes, boxes and labels, as hex."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for image in self.images:
+            digest.update(f"\n{image.name} {image.width} {image.height}\n".encode())
+            digest.update(image.boxes.tobytes() + image.labels.tobytes() + image.ignored.tobytes())
+        return digest.hexdigest()
+
+    @property
+    def num_boxes(self) -> int:
+        return sum(len(image.boxes) for image in self.images)
+
+
+def annotated_image(
+    name: str,
+    path: Path,
+    size: tuple[int, int],
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    ignored: Sequence[bool],
+    areas: Sequence[float] | None = None,
+) -> AnnotatedImage:
+    """An image of `size` (width, height); areas default to those of the boxes."""
+    array = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+    box_areas = ((array[:, 2] - array[:, 0]) * (array[:, 3] - array[:, 1])).astype(np.float64)
+    return AnnotatedImage(
+        name=name,
+        path=path,
+        width=size[0],
+        height=size[1],
+        boxes=array,
+        labels=np.asarray(labels, dtype=np.int64),
+        ignored=np.asarray(ignored, dtype=np.bool_),
+        areas=box_areas if areas is None else np.asarray(areas, dtype=np.float64),
+    )

@@ -1,0 +1,135 @@
+"""Image files as batches on the device. Legend: N images of a batch, H and W of its largest, n boxes of an image."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from leoclr_fast.evaluate.detection.annotations import AnnotatedImage
+
+_BATCHES_AHEAD = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """An image, and how it is wanted."""
+
+    image: AnnotatedImage
+    side: int
+    """Length of the shorter side, pixels."""
+    flipped: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectionBatch:
+    """Images in one tensor, zero where a smaller one ends, and their boxes."""
+
+    images: Tensor
+    """[N, 3, H, W], normalised, on the device."""
+    sizes: list[tuple[int, int]]
+    """Height and width of each image within."""
+    targets: list[dict[str, Tensor]]
+    """Of each image `boxes` float32 [n, 4] and `labels` int64 [n] from 1, as torchvision's detectors take them."""
+    annotated: list[AnnotatedImage]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchReader:
+    """Reads, resizes and flips in threads, ahead of the training, and keeps the order."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    max_side: int
+    with_ignored: bool
+    """Whether objects that the evaluation ignores are trained on: VOC's difficult ones are, COCO's crowds are not."""
+    workers: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def read(self, wishes: Iterator[Sequence[Wish]]) -> Iterator[DetectionBatch]:
+        """The batches, one after the other. Raises ValueError naming an image that cannot be read or is of another
+        size than its annotation says."""
+        waiting: deque[tuple[Sequence[Wish], list[Future[npt.NDArray[np.uint8]]]]] = deque()
+        with ThreadPoolExecutor(max(1, self.workers), "detection image") as pool:
+            try:
+                for batch in wishes:
+                    waiting.append((batch, [pool.submit(_pixels, wish, self.max_side) for wish in batch]))
+                    if len(waiting) > _BATCHES_AHEAD:
+                        yield self._on_device(*waiting.popleft())
+                while waiting:
+                    yield self._on_device(*waiting.popleft())
+            finally:
+                for _, futures in waiting:
+                    for future in futures:
+                        future.cancel()
+
+    def _on_device(self, wishes: Sequence[Wish], futures: list[Future[npt.NDArray[np.uint8]]]) -> DetectionBatch:
+        pixels = [torch.from_numpy(future.result()).to(self.device) for future in futures]
+        sizes = [(image.shape[0], image.shape[1]) for image in pixels]
+        height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
+        images = torch.zeros(len(pixels), 3, height, width, device=self.device, dtype=self.dtype)
+        mean = torch.tensor(self.mean, device=self.device, dtype=self.dtype) * 255
+        std = torch.tensor(self.std, device=self.device, dtype=self.dtype) * 255
+        for canvas, image in zip(images, pixels, strict=True):
+            normalised = (image.to(self.dtype) - mean) / std
+            canvas[:, : image.shape[0], : image.shape[1]] = normalised.permute(2, 0, 1)
+        return DetectionBatch(
+            images=images.to(memory_format=torch.channels_last),
+            sizes=sizes,
+            targets=[self._target(wish, size) for wish, size in zip(wishes, sizes, strict=True)],
+            annotated=[wish.image for wish in wishes],
+        )
+
+    def _target(self, wish: Wish, size: tuple[int, int]) -> dict[str, Tensor]:
+        image, (height, width) = wish.image, size
+        wanted = slice(None) if self.with_ignored else ~image.ignored
+        boxes = resized_boxes(image.boxes[wanted], (image.width, image.height), (width, height))
+        if wish.flipped:
+            boxes = boxes[:, [2, 1, 0, 3]] * np.float32([-1, 1, -1, 1]) + np.float32([width, 0, width, 0])
+        return {
+            "boxes": torch.from_numpy(boxes).to(self.device),
+            "labels": torch.from_numpy(image.labels[wanted] + 1).to(self.device),
+        }
+
+
+def resized_size(width: int, height: int, side: int, max_side: int) -> tuple[int, int]:
+    """(width, height) with the shorter side of `side` pixels, or less where the longer one would exceed `max_side`."""
+    scale = side / min(width, height)
+    scale = min(scale, max_side / max(width, height))
+    return int(width * scale + 0.5), int(height * scale + 0.5)
+
+
+def resized_boxes(
+    boxes: npt.NDArray[np.float32], old: tuple[int, int], new: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    """Boxes [n, 4] of an image of `old` (width, height) in the image of `new`."""
+    x, y = new[0] / old[0], new[1] / old[1]
+    return (boxes * np.float32([x, y, x, y])).astype(np.float32)
+
+
+def _pixels(wish: Wish, max_side: int) -> npt.NDArray[np.uint8]:
+    """uint8 [height, width, 3]."""
+    annotated = wish.image
+    try:
+        with Image.open(annotated.path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise ValueError(f"the image {annotated.path} cannot be read: {error}") from error
+    if image.size != (annotated.width, annotated.height):
+        raise ValueError(
+            f"the image {annotated.path} has {image.size[0]} x {image.size[1]} pixels, but its annotation is for "
+            f"{annotated.width} x {annotated.height}: its boxes would be at the wrong place"
+        )
+    size = resized_size(annotated.width, annotated.height, wish.side, max_side)
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    if wish.flipped:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(image)
