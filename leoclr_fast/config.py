@@ -148,13 +148,13 @@ class SpeedConfig:
     """Of the encoders: bf16 and fp16 by autocast with float32 weights; fp64 throughout, as a truth to compare with."""
     channels_last: bool = True
     """Memory format of the encoders."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the encoders. auto: on a GPU where a C compiler and Triton are found."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """The whole step as one captured CUDA graph. auto: on a single GPU, except in fp64."""
     loss_impl: InfoNCEImpl = "auto"
-    """auto, eager or compiled; triton is still to come."""
+    """auto (triton on a GPU, eager on a CPU), eager, compiled or triton."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-
-    def __post_init__(self) -> None:
-        if self.loss_impl == "triton":
-            raise ValueError("loss_impl triton does not exist yet; choose auto, eager or compiled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,3 +75,30 @@ PIL_BLUR = Tolerance(max=12, mean=0.6)
 (8.6 at a border, 0.35)"""
 PIL_CHAIN = Tolerance(max=30, mean=2.2)
 """All of them in a row, on smooth images; PIL's cut-offs make its views darker by 1.1 levels. (20, 1.65)"""
+
+# ---- leoclr_fast: losses, relative errors against float64 on the same rounded inputs -----------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LossTolerance:
+    """Largest allowed relative errors."""
+
+    loss: float
+    gradient: float
+    """Norm of the difference over the norm of the truth."""
+
+
+INFO_NCE_TRITON = {
+    torch.float32: LossTolerance(loss=1e-6, gradient=2e-6),
+    torch.float16: LossTolerance(loss=1e-6, gradient=5e-4),
+    torch.bfloat16: LossTolerance(loss=1e-6, gradient=4e-3),
+}
+"""The fused loss. In the interpreter: losses 3e-7; gradients 1e-6, 2.2e-4 and 1.9e-3, which is the rounding of the
+gradient itself and of the probabilities. (Eager's are up to 1e-6, 3e-3 and 2e-1.)"""
+
+# ---- leoclr_fast: options that change only the speed, losses of a few steps relative to float64's ------------------
+
+SPEED_OPTION_LOSS = 1e-4
+"""float32 with either memory format, or with a compiled loss."""
+COMPILED_LOSS = 1e-4
+"""float32 with encoders compiled for the CPU."""

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,29 +31,64 @@ def info_nce(
     query: [B, D]; keys: P tensors [B, D]; queue: [K, D], all L2-normalised and of one floating dtype. The keys and
     the queue receive no gradient. Returns a scalar, float32 for half precision inputs.
 
-    impl: `eager` and `compiled` are the same mathematics, the second through torch.compile; `auto` takes
-    `compiled` on a GPU where a C compiler and Triton are found (else it says what is missing), and `eager` elsewhere.
-    Raises ValueError for shapes that do not fit, an unknown `impl` or one that does not exist yet.
+    impl: `eager` and `compiled` are the same mathematics, the second through torch.compile; `triton` is the fused
+    kernel, which never holds B x K numbers, and gives no second derivative. `auto` takes `triton` on a GPU, or
+    `compiled` where the kernel cannot run, and `eager` on a CPU, for float64, and where a C compiler or Triton is
+    missing, which it says.
+    Raises ValueError for shapes that do not fit, an unknown `impl`, or `triton` where it cannot run.
     """
     _check_shapes(query, keys, queue, temperature)
     if impl == "auto":
-        impl = "compiled" if query.is_cuda and _can_compile() else "eager"
+        impl = _choose(query, keys, queue)
     if impl == "eager":
         return info_nce_eager(query, tuple(keys), queue, temperature)
     if impl == "compiled":
         return _compiled()(query, tuple(keys), queue, temperature)
-    raise ValueError(f"InfoNCE implementation {impl!r} is not available; choose auto, eager or compiled")
+    if impl == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("loss_impl triton needs the package triton: install it, or choose auto or eager")
+        from leoclr_fast.losses.info_nce_triton import info_nce_triton
+
+        return info_nce_triton(query, keys, queue, temperature)
+    raise ValueError(
+        f"InfoNCE implementation {impl!r} is not available; choose {', '.join(get_args(InfoNCEImpl)[:-1])} or triton"
+    )
+
+
+def _choose(query: Tensor, keys: Sequence[Tensor], queue: Tensor) -> Literal["eager", "compiled", "triton"]:
+    if not query.is_cuda or query.dtype == torch.float64 or not _can_compile():
+        return "eager"
+    obstacle = _what_is_wrong_with_triton(query.device)
+    if obstacle is None:
+        from leoclr_fast.losses.info_nce_triton import what_keeps_triton_out
+
+        obstacle = what_keeps_triton_out(query, keys, queue)
+    return "triton" if obstacle is None else "compiled"
 
 
 @cache
 def _can_compile() -> bool:
-    """Whether torch.compile can work on a GPU here; says why not, once."""
+    """Whether Triton and torch.compile can work on a GPU here; says why not, once."""
     compilers = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
     missing = "a C compiler (gcc or clang)" if not any(shutil.which(name) for name in compilers if name) else ""
     missing = missing or ("" if importlib.util.find_spec("triton") else "the package triton")
     if missing:
-        log.warning("the loss is not compiled because %s is missing; the eager one runs instead", missing)
+        log.warning("the loss is not fused because %s is missing; the eager one runs instead", missing)
     return not missing
+
+
+@cache
+def _what_is_wrong_with_triton(device: torch.device) -> str | None:
+    """Runs the kernel on one query, or says why it cannot, once: it makes things faster, and must not stop a run."""
+    try:
+        from leoclr_fast.losses.info_nce_triton import info_nce_triton
+
+        row = torch.zeros(1, 16, device=device)
+        info_nce_triton(row, [row], row, 1.0)
+    except Exception as error:
+        log.warning("the loss is compiled by torch, since the Triton kernel does not work here: %r", error)
+        return repr(error)
+    return None
 
 
 @cache

@@ -1,0 +1,114 @@
+"""Compiles our Triton kernels for GPUs that are not here: ``python -m leoclr_fast.bench.ahead_of_time``.
+
+What is compiled is what would be launched, with the same tiles and the same knowledge of alignment. Prints one JSON
+document: for each kernel and target, the registers of a thread, the bytes it spills to memory, and the shared memory of
+a program. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from leoclr_fast.losses import info_nce_triton
+from pipelines.kernel_launch import KernelLaunch
+
+TARGETS = (80, 90, 100)
+"""Compute capabilities: A100; H100 and H200; B200."""
+
+_TYPE_NAMES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8",
+}  # fmt: skip
+
+
+def compile_launch(launch: KernelLaunch, target: int) -> dict[str, Any]:
+    """Compile for compute capability ``target`` / 10; its tensors may be on the meta device.
+
+    Returns kernel, target, registers (of a thread), spilled_bytes (of a thread), shared_bytes (of a program).
+    """
+    signature: dict[str, str] = {}
+    constants = dict(launch.constants)
+    alignment: dict[tuple[int], list[list[Any]]] = {}
+    for number, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments.get(name)
+        if isinstance(value, Tensor):
+            signature[name] = f"*{_TYPE_NAMES[value.dtype]}"
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value is None or value == 1:  # Triton makes a constant of an argument of 1
+            signature[name] = "constexpr"
+            constants.setdefault(name, value)
+        else:
+            signature[name] = "i32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0):
+            alignment[number,] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, alignment)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch.options)
+    usage = _resource_usage(compiled.asm["cubin"])
+    return {
+        "kernel": launch.kernel.__name__.lstrip("_"),
+        "target": f"sm_{target}",
+        "registers": usage["REG"],
+        "spilled_bytes": usage["STACK"] + usage["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL and others, from the cuobjdump that comes with Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text)}
+
+
+def _info_nce(dtype: torch.dtype, B: int, K: int, D: int, P: int) -> Iterator[tuple[str, KernelLaunch]]:
+    query, keys, queue = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((B, D), (P, B, D), (K, D)))
+    losses, gradient = (torch.empty(shape, device="meta") for shape in ((B,), (B, D)))
+    for launch in info_nce_triton.launches(query, keys, queue, 0.2, losses, gradient):
+        yield f"{_TYPE_NAMES[dtype]} B={B} K={K} D={D} P={P}", launch
+
+
+def info_nce() -> Iterator[tuple[str, KernelLaunch]]:
+    """The loss at the paper's sizes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from _info_nce(dtype, 256, 65536, 128, 2)
+
+
+def info_nce_odd() -> Iterator[tuple[str, KernelLaunch]]:
+    """The loss in the third dtype, and at sizes that fit no tile."""
+    yield from _info_nce(torch.float16, 256, 65536, 128, 2)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield from _info_nce(dtype, 3, 507, 33, 1)
+        yield from _info_nce(dtype, 70, 4096, 300, 3)
+
+
+CASES = {"info_nce": info_nce, "info_nce_odd": info_nce_odd}
+
+
+def compile_all(names: Sequence[str] = tuple(CASES), targets: Sequence[int] = TARGETS) -> list[dict[str, Any]]:
+    """One row for each kernel, case and target."""
+    return [
+        {"case": case, **compile_launch(launch, target)}
+        for name in names
+        for case, launch in CASES[name]()
+        for target in targets
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps({"triton": triton.__version__, "rows": compile_all(sys.argv[1:] or tuple(CASES))}, indent=1))
