@@ -34,14 +34,35 @@ class KeyBatchNorm2d(nn.BatchNorm2d):
                 images, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
         if self.mode == "split":
-            groups = images.tensor_split(max(1, len(images) // self.group_size))
-            return torch.cat([self._normalise(group) for group in groups])
+            return self._normalise_groups(images, max(1, len(images) // self.group_size))
         if self.mode == "sync" and self.ranks.world_size > 1:
             return self._normalise_over_ranks(images)
         return self._normalise(images)
 
     def _normalise(self, images: Tensor) -> Tensor:
         return F.batch_norm(images, None, None, self.weight, self.bias, training=True, eps=self.eps)
+
+    def _normalise_groups(self, images: Tensor, num_groups: int) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._normalise_groups_for_compiler(images, num_groups)
+        normalised = torch.empty_like(images)  # each group writes its part: torch.cat would be one more pass
+        mean, deviation = torch.empty_like(self.weight), torch.empty_like(self.weight)
+        for group, part in zip(images.tensor_split(num_groups), normalised.tensor_split(num_groups), strict=True):
+            torch.ops.aten.native_batch_norm.out(
+                group, self.weight, self.bias, None, None, True, 0.0, self.eps,
+                out=part, save_mean=mean, save_invstd=deviation,
+            )  # fmt: skip
+        return normalised
+
+    def _normalise_groups_for_compiler(self, images: Tensor, num_groups: int) -> Tensor:
+        """One reduction and one pointwise pass over all groups, where they are of one size."""
+        if len(images) % num_groups:
+            return torch.cat([self._normalise(group) for group in images.tensor_split(num_groups)])
+        wide = images.double() if images.dtype == torch.float64 else images.float()
+        groups = wide.unflatten(0, (num_groups, -1))  # [G, n, C, H, W]
+        variance, mean = torch.var_mean(groups, dim=(1, 3, 4), correction=0, keepdim=True)
+        unit = ((groups - mean) * torch.rsqrt(variance + self.eps)).flatten(0, 1)
+        return (unit * self.weight[:, None, None] + self.bias[:, None, None]).to(images.dtype)
 
     def _normalise_over_ranks(self, images: Tensor) -> Tensor:
         wide = images.double() if images.dtype == torch.float64 else images.float()

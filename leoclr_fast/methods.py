@@ -7,7 +7,7 @@ Legend: B images of this rank, S side of a view, D projection, P key views.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import ClassVar
 
@@ -65,17 +65,26 @@ class MomentumContrast(nn.Module):
         return [torch.from_numpy(permutation(seed, step, length, stream)) for stream in streams]
 
     @torch.no_grad()
-    def encode_keys(self, views: Sequence[Tensor], orders: Sequence[Tensor], global_batch: int) -> list[Tensor]:
+    def encode_keys(
+        self,
+        views: Sequence[Tensor],
+        orders: Sequence[Tensor],
+        global_batch: int,
+        encoder: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Tensor]:
         """Keys of the key views: P tensors [B, D], unit rows, in the order of the images.
 
-        views: P tensors [B, 3, S, S]. orders: those of `key_orders`, on the device of the views.
+        views: P tensors [B, 3, S, S]. orders: those of `key_orders`, on the device of the views. encoder: what stands
+        for the key encoder, and computes the same.
         """
+        encoder = self.key_encoder if encoder is None else encoder
         passes = [list(views)] if self.config.key_passes == "joint" else [[images] for images in views]
         if not self._shuffles:
-            keys = [self.key_encoder(torch.cat(images)).chunk(len(images)) for images in passes]
+            keys = [encoder(_joined(images)).chunk(len(images)) for images in passes]
         else:
             keys = [
-                self._encode_shuffled(images, order, global_batch) for images, order in zip(passes, orders, strict=True)
+                self._encode_shuffled(images, order, global_batch, encoder)
+                for images, order in zip(passes, orders, strict=True)
             ]
         return [key for one_pass in keys for key in one_pass]
 
@@ -107,17 +116,24 @@ class MomentumContrast(nn.Module):
     def _shuffles_across_ranks(self) -> bool:
         return self.config.key_batchnorm == "shuffle" and self.ranks.world_size > 1
 
-    def _encode_shuffled(self, views: Sequence[Tensor], order: Tensor, global_batch: int) -> tuple[Tensor, ...]:
+    def _encode_shuffled(
+        self, views: Sequence[Tensor], order: Tensor, global_batch: int, encoder: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, ...]:
         """One forward of the key encoder over one or several views, its images in `order`."""
         ranks, across_ranks = self.ranks, self._shuffles_across_ranks
-        images = torch.cat([ranks.all_gather_rows(view, global_batch) if across_ranks else view for view in views])
+        images = _joined([ranks.all_gather_rows(view, global_batch) if across_ranks else view for view in views])
         own = rank_slice(len(images), ranks.rank, ranks.world_size) if across_ranks else slice(None)
-        shuffled_keys = self.key_encoder(images[order[own]])
+        shuffled_keys = encoder(images[order[own]])
         if across_ranks:
             shuffled_keys = ranks.all_gather_rows(shuffled_keys, len(images))
         keys = torch.empty_like(shuffled_keys).index_copy_(0, order, shuffled_keys).chunk(len(views))
         local = rank_slice(global_batch, ranks.rank, ranks.world_size) if across_ranks else slice(None)
         return tuple(key[local] for key in keys)
+
+
+def _joined(views: Sequence[Tensor]) -> Tensor:
+    """One batch of them all; a single one is not copied."""
+    return views[0] if len(views) == 1 else torch.cat(list(views))
 
 
 class LeOCLR(MomentumContrast):

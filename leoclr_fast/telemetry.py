@@ -16,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from leoclr_fast.distributed import Ranks
-from leoclr_fast.training_step import STEP_METRICS
 
 Item = TypeVar("Item")
+
+
+STEP_METRICS = ("loss", "positive_similarity", "negative_similarity", "gradient_norm")
 
 
 class NonFiniteLossError(RuntimeError):

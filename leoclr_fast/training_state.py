@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leoclr_fast.config import ResultConfig, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields
@@ -40,13 +41,33 @@ class TrainingState:
         method.to(device, encoder_dtype(speed.precision)).to(memory_format=memory_format)
         optimizer = torch.optim.SGD(
             method.query_encoder.parameters(),
-            lr=result.lr,
+            lr=_learning_rate_place(result.lr, speed.precision, device),
             momentum=result.optimizer.momentum,
             weight_decay=result.optimizer.weight_decay,
+            fused=True,
         )
+        if result.optimizer.momentum > 0:  # all storage exists from the start; zeros are what a first step assumes
+            for weight in method.query_encoder.parameters():
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         scaler = torch.amp.GradScaler(device.type, enabled=speed.precision == "fp16")
+        scaler.scale(torch.zeros((), device=device))  # makes its tensors
         synthetic = speed.loader.name == "synthetic"
         return cls(method=method, optimizer=optimizer, scaler=scaler, step=0, synthetic=synthetic)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """For the steps to come; nothing waits for the device."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a step changes; none of them ever moves to other storage."""
+        slots = (slot["momentum_buffer"] for slot in self.optimizer.state.values())
+        scale = (self.scaler._scale, self.scaler._growth_tracker) if self.scaler.is_enabled() else ()
+        everything = (*self.method.parameters(), *self.method.buffers(), *slots, *scale)
+        return [tensor.detach() for tensor in everything if tensor is not None]
 
     def state_dict(self, config: ResultConfig, data_fingerprint: str) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -65,7 +86,7 @@ class TrainingState:
     def load_state_dict(
         self, state: dict[str, Any], config: ResultConfig, data_fingerprint: str, origin: object
     ) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint: values are copied, storage stays, so that a captured step stays valid.
 
         Raises ValueError, naming `origin` and what differs, if it is of another format, configuration or data.
         """
@@ -94,7 +115,27 @@ class TrainingState:
                 self.method.ranks.world_size,
             )
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_momentum(state["optimizer"]["state"])
         if state["scaler"]:  # empty unless the run was in fp16 before
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+
+    @torch.no_grad()
+    def _load_momentum(self, saved: dict[int, dict[str, Tensor | None]]) -> None:
+        """Momentum buffers by the number of their weight. The optimizer's other values come from the configuration."""
+        for number, slot in enumerate(self.optimizer.state.values()):
+            buffer = saved.get(number, {}).get("momentum_buffer")
+            if buffer is None:
+                slot["momentum_buffer"].zero_()
+            else:
+                slot["momentum_buffer"].copy_(buffer)
+
+
+def _learning_rate_place(lr: float, precision: str, device: torch.device) -> float | Tensor:
+    """Where the optimizer finds its rate: on a GPU a tensor there, so that a captured step reads the newest value.
+
+    The fused kernel of a GPU reads it in float32, so a truth in float64 has a number instead.
+    """
+    if device.type == "cuda" and precision != "fp64":
+        return torch.tensor(lr, device=device)
+    return lr

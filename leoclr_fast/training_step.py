@@ -5,48 +5,56 @@ Legend: B images of this rank, V views, S side of a view, D projection, P keys o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from leoclr_fast.acceleration import captures_step, compiles_encoders
 from leoclr_fast.config import RunConfig
-from leoclr_fast.precision import encoder_dtype, encoder_precision
+from leoclr_fast.folded_encoder import FoldedEncoder
+from leoclr_fast.graph_capture import StaticFunction
+from leoclr_fast.precision import encoder_precision, require_precision, view_dtype
+from leoclr_fast.telemetry import STEP_METRICS
 from leoclr_fast.training_state import TrainingState
 from pipelines.augment import AugmentParameters, augment_crops, draw_augmentation
 from pipelines.batch import CropBatch
-
-STEP_METRICS = ("loss", "positive_similarity", "negative_similarity", "gradient_norm")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepInputs:
-    """All that a step gets from outside the training state, on its device."""
-
-    crops: Tensor
-    """uint8 [B, V, S, S, 3]."""
-    augmentation: AugmentParameters
-    """V * B rows, view by view."""
-    key_orders: tuple[Tensor, ...]
-    """int64, one for each pass of the key encoder: the order in which it meets its images; none where it does not
-    matter."""
 
 
 class TrainingStep:
     """One step of pretraining, for every method, precision and number of ranks.
 
-    The host draws what is random, and what follows is a function of tensors on the device.
+    The host draws what is random; what follows is a function of tensors on the device, which never waits for the host.
+    On a GPU, that function is captured as one CUDA graph for batches of the common size; others run eagerly.
     """
 
-    def __init__(self, training: TrainingState, config: RunConfig, device: torch.device) -> None:
+    def __init__(
+        self, training: TrainingState, config: RunConfig, device: torch.device, *, static: bool | None = None
+    ) -> None:
+        """static: whether the common batch goes through buffers that stay where they are, and on a GPU through a
+        captured graph; as `config.speed.cuda_graph` says if not given.
+
+        Raises ValueError for a precision, compilation or capture that is asked for and that the device cannot do.
+        """
         self.training = training
         self.device = device
         self._result, self._speed = config.result, config.speed
-        self._weights = list(training.method.query_encoder.parameters())
-        self._statistics = [b for b in training.method.query_encoder.buffers() if b.is_floating_point()]
-        ranks, batch_size = training.method.ranks, config.result.batch_size
-        self._share = ranks.local_size(batch_size) / batch_size  # of the global batch, on this rank
+        method, ranks, batch_size = training.method, training.method.ranks, config.result.batch_size
+        require_precision(config.speed.precision, device)
+        self._weights = list(method.query_encoder.parameters())
+        self._statistics = [buffer for buffer in method.query_encoder.buffers() if buffer.is_floating_point()]
+        self._common_size = ranks.local_size(batch_size)
+        self._share = self._common_size / batch_size  # of the global batch, on this rank
+        self._folded = FoldedEncoder(method.key_encoder) if config.result.method.key_batchnorm == "ema" else None
+        self._query_encoder: Callable[[Tensor], Tensor] = method.query_encoder
+        self._key_encoder: Callable[[Tensor], Tensor] = self._folded or method.key_encoder
+        if compiles_encoders(config.speed, device):
+            self._query_encoder = torch.compile(self._query_encoder, dynamic=False)
+            if config.result.method.key_batchnorm != "sync":  # which talks to other ranks
+                self._key_encoder = torch.compile(self._key_encoder, dynamic=False)
+        self._is_static = captures_step(config.speed, device, ranks.world_size) if static is None else static
+        self._static: StaticFunction | None = None
 
     def __call__(self, batch: CropBatch, lr: float) -> Tensor:
         """Train on a batch of this rank.
@@ -54,34 +62,45 @@ class TrainingStep:
         batch: its crops on the step's device. lr: the learning rate of this step.
         Returns float64 [4] on the device: this rank's contribution to each of `STEP_METRICS`, to be summed over ranks.
         """
-        for group in self.training.optimizer.param_groups:
-            group["lr"] = lr
-        metrics = self._step(self._draw(batch))
+        inputs = self._draw(batch)
+        self.training.set_learning_rate(lr)
+        if self._is_static and len(batch.crops) == self._common_size:
+            if self._static is None:
+                self._static = StaticFunction(self._step, inputs, self.training.tensors())
+            metrics = self._static(inputs)
+        else:
+            metrics = self._step([tensor.to(self.device, non_blocking=True) for tensor in inputs])
         self.training.step += 1
         return metrics
 
-    def _draw(self, batch: CropBatch) -> StepInputs:
-        """The random numbers of the step, drawn on the host and on their way to the device."""
+    def _draw(self, batch: CropBatch) -> list[Tensor]:
+        """Crops [B, V, S, S, 3], parameters of the augmentation, orders of the keys: what a step needs from outside.
+
+        The last two are drawn here, on the host, and pinned where a copy to the device would wait otherwise.
+        """
         method, result = self.training.method, self._result
         parameters = draw_augmentation(method.views, result.views, result.seed, batch.epoch, batch.indices)
         orders = method.key_orders(len(batch.crops), result.batch_size, result.seed, self.training.step)
-        return StepInputs(
-            crops=batch.crops,
-            augmentation=parameters.to(self.device),
-            key_orders=tuple(order.to(self.device, non_blocking=True) for order in orders),
-        )
+        drawn = [parameters.table, *orders]
+        return [batch.crops, *((tensor.pin_memory() for tensor in drawn) if self.device.type == "cuda" else drawn)]
 
-    def _step(self, inputs: StepInputs) -> Tensor:
+    def _step(self, inputs: Sequence[Tensor]) -> Tensor:
+        crops, augmentation, *key_orders = inputs
         result, speed, training = self._result, self._speed, self.training
         method, optimizer, scaler, ranks = training.method, training.optimizer, training.scaler, training.method.ranks
+        is_common = len(crops) == self._common_size  # compiled code is for one size
+        query_encoder = self._query_encoder if is_common else method.query_encoder
+        key_encoder = self._key_encoder if is_common else self._folded or method.key_encoder
         # ---- a single training step -------------------------------------------------------------------------
         query_view, *key_views = augment_crops(
-            inputs.crops, inputs.augmentation, method.views, result.views, dtype=encoder_dtype(speed.precision)
+            crops, AugmentParameters(augmentation), method.views, result.views, dtype=view_dtype(speed.precision)
         )  # [B, 3, S, S] each
         method.update_key_encoder()
+        if self._folded is not None:
+            self._folded.refresh()
         with encoder_precision(speed.precision, self.device):
-            keys = method.encode_keys(key_views, inputs.key_orders, result.batch_size)  # P x [B, D]
-            query = method.query_encoder(query_view)  # [B, D]
+            keys = method.encode_keys(key_views, key_orders, result.batch_size, key_encoder)  # P x [B, D]
+            query = query_encoder(query_view)  # [B, D]
         loss = method.loss(query, keys, speed.loss_impl) * self._share
 
         optimizer.zero_grad()
@@ -98,5 +117,10 @@ class TrainingStep:
         positive, negative = method.similarities(query, keys)
         method.enqueue(keys, result.batch_size)
         # ---- end of the step --------------------------------------------------------------------------------
-        shares = (loss, positive * self._share, negative * self._share, gradient_norm * self._share)
-        return torch.stack([value.detach().double() for value in shares])
+        metrics = {
+            "loss": loss,
+            "positive_similarity": positive * self._share,
+            "negative_similarity": negative * self._share,
+            "gradient_norm": gradient_norm * self._share,
+        }
+        return torch.stack([metrics[name].detach().double() for name in STEP_METRICS])

@@ -217,10 +217,15 @@ def _augment_chunk(crops: Tensor, parameters: AugmentParameters, config: ViewCon
         images = gaussian_blur(images, parameters.blur, parameters.sigma, config.blur_kernel_size)
     if config.flip_probability > 0:
         images = torch.where(_per_sample(parameters.flip), images.flip(-1), images)
-    mean = torch.tensor(config.mean, dtype=compute).to(images.device, non_blocking=True)
-    std = torch.tensor(config.std, dtype=compute).to(images.device, non_blocking=True)
-    images = (images - mean[:, None, None]) / std[:, None, None]
+    mean, std = (_per_channel(values, compute, images.device) for values in (config.mean, config.std))
+    images = (images - mean) / std
     return images.to(dtype, memory_format=torch.channels_last)
+
+
+@cache
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[3, 1, 1], made once: a captured CUDA graph must not copy from the host, nor refer to what is gone."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 def color_jitter(images: Tensor, parameters: AugmentParameters) -> Tensor:

@@ -1,0 +1,76 @@
+"""A function of tensors that stay where they are, recorded once as a CUDA graph and then replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_NUM_WARM_UP_RUNS = 3
+
+
+class StaticFunction:
+    """Runs a function on buffers of its own, into which the inputs of each call are copied.
+
+    On a GPU the function is captured at the first construction and replayed by every call: one launch, and no Python in
+    between. On a CPU every call runs it. What it changes must be tensors that never move.
+    """
+
+    def __init__(
+        self, function: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Tensor], state: Sequence[Tensor]
+    ) -> None:
+        """function: tensors -> one tensor, without a wait for the host. inputs: an example, on the host or the device.
+
+        state: every tensor that the function changes. It is run a few times, so that everything lazy is set up and
+        every choice of kernel is made, and leaves no trace in them.
+        """
+        device = state[0].device
+        self._function = function
+        self._inputs = [torch.empty_like(tensor, device=device) for tensor in inputs]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._copy_in(inputs)
+        if device.type != "cuda":
+            with unchanged(state):
+                function(self._inputs)
+            return
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), unchanged(state):
+            for _ in range(_NUM_WARM_UP_RUNS):
+                function(self._inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Threads of a loader may allocate memory meanwhile, hence thread_local.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._output = function(self._inputs)
+
+    def takes(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether these inputs have the shapes and dtypes that it was made for."""
+        kinds = [(tensor.shape, tensor.dtype) for tensor in inputs]
+        return kinds == [(tensor.shape, tensor.dtype) for tensor in self._inputs]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The function's value for these inputs, in new storage. Inputs on the host should be pinned."""
+        self._copy_in(inputs)
+        if self._graph is None:
+            return self._function(self._inputs)
+        self._graph.replay()
+        return self._output.clone()
+
+    def _copy_in(self, inputs: Sequence[Tensor]) -> None:
+        for place, tensor in zip(self._inputs, inputs, strict=True):
+            place.copy_(tensor, non_blocking=True)
+
+
+@contextmanager
+def unchanged(state: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever happens to these tensors in here, afterwards they have their values again, in the same storage."""
+    before = [tensor.clone() for tensor in state]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
