@@ -1,0 +1,244 @@
+"""The command: every section in a process of its own, stopped when its time is over, its result written at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_suite.sections import SECTIONS
+from benchmarks.gpu_suite.suite_config import SuiteConfig, UnavailableError
+from benchmarks.gpu_suite.targets import judge, targets_markdown
+from leoclr_fast.run_folder import write_atomically, write_json
+
+_SOFT = 0.8  # of a section's limit: within that it should stop by itself
+_CHECKOUT = Path(__file__).parents[2]
+
+
+def main() -> int:
+    """0 if every section that could run did; 1 if one failed or was stopped."""
+    flags = _parse()
+    if flags.result_file is not None:
+        return _run_section(flags)
+    suite = Suite(flags)
+    suite.run()
+    print(suite.page())
+    return int(any(section["status"] in ("failed", "stopped") for section in suite.document["sections"].values()))
+
+
+class Suite:
+    """NAME.json, NAME.md and NAME.log in the output folder, rewritten after every section."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.flags = flags
+        self.out: Path = flags.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.document: dict[str, Any] = {
+            "command": _command_line(flags),
+            "began_unix_s": round(time.time()),
+            "tiny": flags.tiny,
+            "limit_s": flags.limit_s,
+            "sections": {},
+        }
+        self._log = [f"$ {self.document['command']}\n"]
+        self._start = time.perf_counter()
+
+    def run(self) -> None:
+        """All sections that were asked for, `machine` first."""
+        wanted = [name for name in SECTIONS if name == "machine" or name in self.flags.sections]
+        allowed_s = 0.0
+        for name in wanted:
+            allowed_s += SECTIONS[name].limit_s
+            left_s = min(allowed_s, self.flags.limit_s) - (time.perf_counter() - self._start)
+            print(f"section {name}: at most {max(0.0, left_s):.0f} s", flush=True)
+            if left_s < 1:
+                section = {"status": "stopped", "reason": "the suite's time was over before it began", "seconds": 0.0}
+            else:
+                section = self._in_a_process(name, left_s)
+            self.document["sections"][name] = section
+            print(f"  {section['status']} after {section['seconds']:.0f} s. {section.get('reason', '')}", flush=True)
+            self.document["seconds"] = time.perf_counter() - self._start
+            self._write()
+
+    def page(self) -> str:
+        """Everything as Markdown."""
+        document = self.document
+        lines = ["# GPU suite", "", f"`{document['command']}`", ""]
+        sections = document["sections"]
+        if document["tiny"]:
+            lines += ["**Tiny sizes: this shows that everything runs, its figures mean nothing.**", ""]
+        machine = sections.get("machine", {}).get("result") or {}
+        if machine and machine.get("gpu") is None:
+            lines += ["**There was no GPU: what follows ran on a CPU.**", ""]
+        lines += [f"{document['seconds']:.0f} s in all.", "", targets_markdown(document["targets"])]
+        for name, section in sections.items():
+            lines += [
+                f"## {SECTIONS[name].title}",
+                "",
+                f"`{name}`: {section['status']}, {section['seconds']:.0f} s.",
+                "",
+            ]
+            if section.get("reason"):
+                lines += [section["reason"], ""]
+            if section.get("markdown"):
+                lines += [section["markdown"]]
+        return "\n".join(lines)
+
+    def _write(self) -> None:
+        sections = self.document["sections"]
+        results = {name: section["result"] for name, section in sections.items() if section["status"] == "done"}
+        self.document["targets"] = judge(results, tiny=self.document["tiny"])
+        name = self.flags.name
+        write_atomically(self.out / f"{name}.md", self.page().encode())
+        write_atomically(self.out / f"{name}.log", "".join(self._log).encode())
+        plain = {
+            key: {part: value for part, value in section.items() if part != "markdown"}
+            for key, section in sections.items()
+        }
+        write_json(self.out / f"{name}.json", {**self.document, "sections": plain})
+
+    def _in_a_process(self, name: str, limit_s: float) -> dict[str, Any]:
+        """status (done, unavailable, failed, stopped), seconds, reason, and where it is done result and markdown."""
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            result_file = Path(folder) / "result.json"
+            command = [sys.executable, "-m", "benchmarks.gpu_suite", "--sections", name, "--device", self.flags.device]
+            command += [
+                "--result-file",
+                str(result_file),
+                "--limit-s",
+                str(limit_s),
+                "--precision",
+                self.flags.precision,
+            ]
+            command += ["--epochs", str(self.flags.epochs), *(["--tiny"] if self.flags.tiny else [])]
+            command += ["--data", str(self.flags.data)] if self.flags.data else []
+            process = subprocess.Popen(
+                command,
+                cwd=_CHECKOUT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            stopped = False
+            try:
+                output, _ = process.communicate(timeout=limit_s)
+            except subprocess.TimeoutExpired:
+                stopped = True
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+            if stopped:
+                output, _ = process.communicate()
+            section: dict[str, Any] = {"seconds": time.perf_counter() - start}
+            self._log.append(f"\n== {name}\n{self._without_paths(output)}")
+            if stopped:
+                return section | {
+                    "status": "stopped",
+                    "reason": f"its {limit_s:.0f} s were over; the log has what it said",
+                }
+            if not result_file.is_file():
+                return section | {
+                    "status": "failed",
+                    "reason": f"it ended with code {process.returncode} and no result",
+                }
+            told: dict[str, Any] = json.loads(result_file.read_text())
+            return section | told
+
+    def _without_paths(self, text: str) -> str:
+        text = text.replace(str(_CHECKOUT), ".")
+        if self.flags.data is not None:
+            text = text.replace(str(self.flags.data), self.flags.data.name)
+        return text.replace(sys.prefix, "(python)").replace(str(Path.home()), "~")
+
+
+def _run_section(flags: argparse.Namespace) -> int:
+    """In the process of a section: write its result, whatever comes."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    (name,) = flags.sections
+    config = SuiteConfig(
+        device=flags.device,
+        tiny=flags.tiny,
+        precision=flags.precision,
+        data=flags.data,
+        epochs=flags.epochs,
+        soft_limit_s=_SOFT * flags.limit_s,
+    )
+    try:
+        answer = SECTIONS[name].run(config, lambda line: print(line, flush=True))
+        told = {"status": "done", "result": answer.result, "markdown": answer.markdown}
+    except UnavailableError as error:
+        told = {"status": "unavailable", "reason": str(error)}
+    except Exception as error:  # the other sections shall still run, and the page say what happened
+        traceback.print_exc()
+        told = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+    write_json(flags.result_file, told)
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        default=list(SECTIONS),
+        choices=list(SECTIONS),
+        help="all, if not given",
+        metavar="NAME",
+    )
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs; no measurement")
+    parser.add_argument("--data", type=Path, help="CIFAR-10, in any form that pretrain reads")
+    parser.add_argument("--epochs", type=int, help="of the pretraining on it (8; with --tiny 1)")
+    parser.add_argument("--limit-s", type=float, default=590.0, help="for the whole suite")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder of NAME.json, .md and .log"
+    )
+    parser.add_argument("--name", default="gpu_suite", help="of the result files")
+    parser.add_argument("--result-file", type=Path, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.data is not None:
+        if not flags.data.exists():
+            parser.error(f"--data {flags.data} does not exist")
+        flags.data = flags.data.absolute()
+    flags.epochs = (1 if flags.tiny else 8) if flags.epochs is None else flags.epochs
+    if flags.epochs < 1:
+        parser.error(f"--epochs {flags.epochs} is not allowed: give at least 1")
+    if flags.precision is None:
+        flags.precision = "bf16" if _means_gpu(flags.device) else "fp32"
+    return flags
+
+
+def _means_gpu(device: str) -> bool:
+    """Without touching CUDA: this process shall hold none of the GPU's memory."""
+    if device != "auto":
+        return device.startswith("cuda")
+    import torch
+
+    return torch.cuda.device_count() > 0
+
+
+def _command_line(flags: argparse.Namespace) -> str:
+    words = list(sys.argv[1:])
+    for place, word in enumerate(words):
+        if flags.data is not None and word.endswith(flags.data.name):
+            words[place] = flags.data.name
+        elif Path(word).is_absolute():
+            words[place] = Path(word).name
+    return shlex.join(["python", "-m", "benchmarks.gpu_suite", *words])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What a GPU like the H200 should reach, and what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from leoclr_fast.bench.tables import markdown_table
+
+Results = dict[str, Any]
+"""Section -> its result; only of the sections that came to an end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A claim with a bound. `value` raises KeyError or TypeError where the sections do not say."""
+
+    claim: str
+    bound: float
+    at_most: bool
+    value: Callable[[Results], float]
+
+
+def judge(results: Results, *, tiny: bool) -> list[dict[str, Any]]:
+    """Each target with what was reached and whether that is enough; None and a reason where it cannot be judged.
+
+    Only a GPU at the paper setting is judged.
+    """
+    machine = results.get("machine", {})
+    why_not = "the sizes were tiny" if tiny else "no GPU" if machine.get("gpu") is None else None
+    verdicts = []
+    for target in TARGETS:
+        row: dict[str, Any] = {"claim": target.claim, "bound": target.bound, "reached": None, "met": None}
+        try:
+            row["reached"] = None if why_not else target.value(results)
+            row["why_not"] = why_not
+        except (KeyError, TypeError, IndexError, StopIteration):
+            row["why_not"] = "its section has no result"
+        if row["reached"] is not None:
+            row["met"] = row["reached"] <= target.bound if target.at_most else row["reached"] >= target.bound
+        verdicts.append(row)
+    return verdicts
+
+
+def targets_markdown(verdicts: list[dict[str, Any]]) -> str:
+    """The verdicts as a table."""
+    return markdown_table(
+        ("target (for a GPU like the H200, paper setting)", "reached", "verdict"),
+        [
+            (
+                row["claim"],
+                "–" if row["reached"] is None else f"{row['reached']:,.4g}",
+                f"not judged: {row['why_not']}" if row["met"] is None else "met" if row["met"] else "**missed**",
+            )
+            for row in verdicts
+        ],
+    )
+
+
+def _rate(results: Results, method: str) -> float:
+    rows = results["train-time"]["rows"]
+    return next(float(row["images_per_s"]) for row in rows if row["method"] == method and row["data"] == "synthetic")
+
+
+def _failed_tests(results: Results) -> float:
+    tests = results["tests"]
+    if not tests["passed"]:
+        raise KeyError("nothing passed, so nothing was tested")
+    return float(tests["failed"])
+
+
+def _augmentation_share(results: Results) -> float:
+    rows = [row for row in results["step"]["bf16"]["rows"] if row["method"] == "leoclr"]
+    times = {row["part"]: row["ms"] for row in rows}
+    return float(times["augmentation"] / times["whole step"])
+
+
+TARGETS = (
+    Target(
+        claim="step time LeOCLR / MoCo-v2, synthetic images: at most 1.28",
+        bound=1.28,
+        at_most=True,
+        value=lambda results: results["train-time"]["ratio_synthetic"]["median"],
+    ),
+    Target(
+        claim="LeOCLR, synthetic images: at least 3,000 images/s",
+        bound=3000,
+        at_most=False,
+        value=lambda results: _rate(results, "leoclr"),
+    ),
+    Target(
+        claim="our MoCo-v2 over the published loop: at least 2.5 times as fast",
+        bound=2.5,
+        at_most=False,
+        value=lambda results: results["train-time"]["speedups"]["synthetic"]["published MoCo-v2 loop"]["median"],
+    ),
+    Target(
+        claim="augmentation, alone, over the whole LeOCLR step: at most 0.03",
+        bound=0.03,
+        at_most=True,
+        value=_augmentation_share,
+    ),
+    Target(
+        claim="kernels too far from the float64 truth: none",
+        bound=0,
+        at_most=True,
+        value=lambda results: results["parity"]["too_far_off"],
+    ),
+    Target(
+        claim="GPU tests that fail (no host synchronisation is among them): none",
+        bound=0,
+        at_most=True,
+        value=_failed_tests,
+    ),
+)
