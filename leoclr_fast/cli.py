@@ -14,10 +14,12 @@ import tyro
 
 from dataset_tools.cli import COMMANDS as DATASET_COMMANDS
 from dataset_tools.command_line import Command, parse_flags, print_commands, run_command_line, unknown
+from leoclr_fast.commands.bench_loader import BenchLoader
 from leoclr_fast.commands.bench_step import BenchStep
 from leoclr_fast.commands.bench_train_time import BenchTrainTime
 from leoclr_fast.commands.compare import Compare
 from leoclr_fast.commands.demo import Demo
+from leoclr_fast.commands.detect import Detect
 from leoclr_fast.commands.export import Export
 from leoclr_fast.commands.finetune import Finetune
 from leoclr_fast.commands.import_moco import ImportMoco
@@ -39,11 +41,13 @@ COMMANDS: dict[str, type[Any]] = {
     "finetune": Finetune,
     "transfer": Transfer,
     "compare": Compare,
+    "detect": Detect,
     "export": Export,
     "import-moco": ImportMoco,
     "preview": Preview,
     "report": Report,
     "watch": Watch,
+    "bench loader": BenchLoader,
     "bench step": BenchStep,
     "bench train-time": BenchTrainTime,
 }

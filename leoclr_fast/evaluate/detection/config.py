@@ -57,9 +57,7 @@ class DetectionConfig:
             if not values or min(values) < 1:
                 raise ValueError(f"{name} {values} are not allowed: give one or more lengths of at least 1 pixel")
         if not self.lr > 0 or not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"lr {self.lr} with momentum {self.momentum} is not allowed: give lr > 0, 0 <= momentum < 1"
-            )
+            raise ValueError(f"lr {self.lr}, momentum {self.momentum} are not allowed: give lr > 0, 0 <= momentum < 1")
         if list(self.lr_steps) != sorted(self.lr_steps) or (self.lr_steps and self.lr_steps[0] < 1):
             raise ValueError(f"lr_steps {self.lr_steps} are not allowed: give rising numbers of iterations")
         if not self.train_sets:

@@ -1,9 +1,9 @@
 """Faster R-CNN with a C4 backbone, out of torchvision's parts, as MoCo's detection config has it.
 
-conv1 to layer4's predecessor (C4, stride 16) are shared; RoIAlign cuts 14 x 14 features out of C4 for each proposal, and
-layer4 ("res5") with one more batch-norm is the box head. What torchvision's own Faster R-CNN does otherwise, and
-detectron2 as is done here: RoIAlign is aligned, the box regressor has no columns for the background, box losses are L1,
-anchors are not rounded and lie exactly a stride apart.
+conv1 to layer3 (C4, stride 16) are shared; RoIAlign cuts 14 x 14 features out of C4 for each proposal, and layer4
+("res5") with one more batch-norm is the box head. What torchvision's own Faster R-CNN does otherwise, and detectron2 as
+is done here: RoIAlign is aligned, the box regressor has no columns for the background, box losses are L1, anchors are
+not rounded and lie exactly a stride apart.
 Legend: N images, R regions of all images, C classes without the background, D features of a region.
 """
 

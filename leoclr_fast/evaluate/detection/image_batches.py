@@ -93,7 +93,8 @@ class BatchReader:
         wanted = slice(None) if self.with_ignored else ~image.ignored
         boxes = resized_boxes(image.boxes[wanted], (image.width, image.height), (width, height))
         if wish.flipped:
-            boxes = boxes[:, [2, 1, 0, 3]] * np.float32([-1, 1, -1, 1]) + np.float32([width, 0, width, 0])
+            boxes = boxes.copy()
+            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
         return {
             "boxes": torch.from_numpy(boxes).to(self.device),
             "labels": torch.from_numpy(image.labels[wanted] + 1).to(self.device),
@@ -112,7 +113,7 @@ def resized_boxes(
 ) -> npt.NDArray[np.float32]:
     """Boxes [n, 4] of an image of `old` (width, height) in the image of `new`."""
     x, y = new[0] / old[0], new[1] / old[1]
-    return (boxes * np.float32([x, y, x, y])).astype(np.float32)
+    return boxes * np.array([x, y, x, y], dtype=np.float32)
 
 
 def _pixels(wish: Wish, max_side: int) -> npt.NDArray[np.uint8]:

@@ -26,11 +26,15 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         num_values = total[-1].detach().clamp(min=1)
         mean, mean_square = (total[:-1] / num_values).chunk(2)
         variance = (mean_square - mean.square()).clamp(min=0)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
         with torch.no_grad():
             unbiased = variance * (num_values / (num_values - 1).clamp(min=1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
         return (wide * scale[:, None, None] + shift[:, None, None]).to(input.dtype)

@@ -30,8 +30,8 @@ def read_voc(root: Path, sets: Sequence[str]) -> AnnotatedImages:
         image_list = year / "ImageSets" / "Main" / f"{image_set}.txt"
         if not image_list.is_file():
             raise FileNotFoundError(
-                f"there is no list of images {image_list}; --data must be the VOCdevkit folder, which holds VOC2007 (and "
-                "VOC2012) with Annotations, ImageSets and JPEGImages each"
+                f"there is no list of images {image_list}; --data must be the VOCdevkit folder, which holds VOC2007 "
+                "(and VOC2012) with Annotations, ImageSets and JPEGImages each"
             )
         names = [line.split()[0] for line in image_list.read_text().splitlines() if line.strip()]
         if not names:
