@@ -175,6 +175,10 @@ class MonitorConfig:
     """Further checkpoints within an epoch."""
     keep_checkpoints: int = 2
     """The newest so many are kept."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, into the run folder."""
+    wandb: bool = False
+    """Also send the metrics to Weights & Biases."""
 
     def __post_init__(self) -> None:
         for name in ("knn_k", "log_every_steps", "checkpoint_every_epochs", "keep_checkpoints"):

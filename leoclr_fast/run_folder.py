@@ -126,8 +126,12 @@ class RunFolder:
             )
         return from_yaml(RunConfig, self.config_file.read_text(), str(self.config_file))
 
-    def write_environment(self, device: torch.device, world_size: int) -> None:
-        write_json(self.environment_file, environment(device, world_size))
+    def write_environment(self, device: torch.device, world_size: int, gpu_warnings: list[str] | None) -> None:
+        """gpu_warnings: what makes figures of this GPU worth less (a MIG slice, other users); None without a GPU."""
+        document = environment(device, world_size)
+        if gpu_warnings is not None:
+            document["gpu_warnings"] = gpu_warnings
+        write_json(self.environment_file, document)
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop what was logged after `step`: a resumed run logs it again. A half-written last line goes too.

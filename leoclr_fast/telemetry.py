@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from leoclr_fast.distributed import Ranks
+from leoclr_fast.trackers import Tracker
 
 Item = TypeVar("Item")
 
+
+MAX_STEPS_AHEAD = 4
+"""Steps that the host may have enqueued and a GPU not finished."""
+MAX_OVERFLOWS_IN_A_ROW = 25
+"""Steps in fp16 that may be skipped one after another: the loss scale, 65,536 at first, is below 0.01 then."""
 
 STEP_METRICS = ("loss", "positive_similarity", "negative_similarity", "gradient_norm")
 
@@ -28,43 +36,84 @@ class NonFiniteLossError(RuntimeError):
 
 
 class StepMetrics:
-    """The metrics of each step, left on the device until somebody looks, so that no step waits for the host."""
+    """The metrics of each step. They stay on the device, are sent to the host now and then, and are read when they
+    have arrived, so that neither side waits for the other.
+    """
 
     def __init__(self, ranks: Ranks, first_step: int, *, loss_is_scaled: bool = False) -> None:
         """loss_is_scaled: a gradient that overflows is then normal, its step is skipped and the scale lowered."""
         self._ranks = ranks
         self._loss_is_scaled = loss_is_scaled
-        self._taken_until = first_step
+        self._read_until = first_step
+        self._overflows_in_a_row = 0
         self._rows: list[Tensor] = []
+        self._sent: deque[tuple[Tensor, torch.cuda.Event | None, dict[str, Any]]] = deque()
+        self._unfinished_steps: deque[torch.cuda.Event] = deque()
 
     def add(self, row: Tensor) -> None:
-        """What a `TrainingStep` returned."""
+        """What a `TrainingStep` returned. Waits for the step of a while ago, so that the host does not run away."""
         self._rows.append(row)
+        if row.is_cuda:
+            self._unfinished_steps.append(_event())
+            if len(self._unfinished_steps) > MAX_STEPS_AHEAD:
+                self._unfinished_steps.popleft().synchronize()
 
-    def take(self) -> dict[str, float]:
-        """Means over the steps since the last look; of the gradient norm, over the steps where it was finite.
-
-        Raises NonFiniteLossError, with the step, if one of their losses was not finite, or a gradient that should be.
-        """
+    def send(self, **context: Any) -> None:
+        """Start the way to the host for all that was added since the last time. context: comes back with the means."""
         rows = torch.stack(self._rows)
         self._rows = []
         self._ranks.all_reduce_sum([rows])
-        rows = rows.cpu()
-        if self._loss_is_scaled:
-            norm = rows[:, STEP_METRICS.index("gradient_norm")]
-            norm[~norm.isfinite()] = norm[norm.isfinite()].mean() if norm.isfinite().any() else 0.0
-        bad = (~rows.isfinite().all(dim=1)).nonzero()
-        if len(bad):
-            step = self._taken_until + 1 + int(bad[0])
-            loss = rows[bad[0, 0], 0].item()
-            raise NonFiniteLossError(f"the training became non-finite at step {step} (loss {loss})")
-        self._taken_until += len(rows)
-        return dict(zip(STEP_METRICS, rows.mean(dim=0).tolist(), strict=True))
+        if not rows.is_cuda:
+            self._sent.append((rows, None, context))
+            return
+        on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+        self._sent.append((on_host, _event(), context))
+
+    def arrived(self, *, wait: bool = False) -> Iterator[dict[str, Any]]:
+        """For each `send` that has arrived, in order: its context and the means over its steps; of the gradient norm,
+        over the steps where it was finite. wait: for all that were sent.
+
+        Raises NonFiniteLossError, with the step, if one of their losses was not finite, or a gradient that should be,
+        or too many gradients in a row of a loss that is scaled.
+        """
+        while self._sent:
+            rows, event, context = self._sent[0]
+            if event is not None and wait:
+                event.synchronize()
+            elif event is not None and not event.query():
+                return
+            self._sent.popleft()
+            yield context | self._means(rows)
 
     @property
     def num_steps(self) -> int:
-        """Steps since the last look."""
+        """Steps that were added and not yet sent."""
         return len(self._rows)
+
+    def _means(self, rows: Tensor) -> dict[str, float]:
+        first_step = self._read_until + 1
+        self._read_until += len(rows)
+        if self._loss_is_scaled:
+            norm = rows[:, STEP_METRICS.index("gradient_norm")]
+            for number, finite in enumerate(norm.isfinite().tolist()):
+                self._overflows_in_a_row = 0 if finite else self._overflows_in_a_row + 1
+                if self._overflows_in_a_row == MAX_OVERFLOWS_IN_A_ROW:
+                    raise NonFiniteLossError(
+                        f"the gradients of {MAX_OVERFLOWS_IN_A_ROW} steps in a row, the last of them step "
+                        f"{first_step + number}, overflowed in fp16, although each halved the loss scale"
+                    )
+            norm[~norm.isfinite()] = norm[norm.isfinite()].mean() if norm.isfinite().any() else 0.0
+        bad = (~rows.isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            loss = rows[bad[0, 0], 0].item()
+            raise NonFiniteLossError(f"the training became non-finite at step {first_step + int(bad[0])} (loss {loss})")
+        return dict(zip(STEP_METRICS, rows.mean(dim=0).tolist(), strict=True))
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+    return event
 
 
 class TrainingClock:
@@ -77,6 +126,7 @@ class TrainingClock:
         self._end: float | None = None
         self._data_wait_s = 0.0
         self._paused_s = 0.0
+        self._lap_step, self._lap_s = first_step, 0.0
 
     @property
     def training_s(self) -> float:
@@ -92,6 +142,13 @@ class TrainingClock:
     def steps_per_s(self, step: int) -> float:
         """Steps per second, when `step` steps are finished."""
         return (step - self.first_step) / self.training_s
+
+    def lap(self, step: int) -> float:
+        """Steps per second since the last lap, when `step` steps are finished."""
+        now_s = self.training_s
+        rate = (step - self._lap_step) / (now_s - self._lap_s)
+        self._lap_step, self._lap_s = step, now_s
+        return rate
 
     def stop(self) -> None:
         """Training is over."""
@@ -126,9 +183,11 @@ class MetricsLog:
     `kind` is step, knn, start, end or warning, `step` counts finished steps, `unix_s` is when it was written.
     """
 
-    def __init__(self, path: Path, enabled: bool) -> None:
+    def __init__(self, path: Path, enabled: bool, trackers: Sequence[Tracker] = ()) -> None:
+        """trackers: they get the numbers of steps and of kNN, too."""
         self._file = open(path, "a") if enabled else None  # noqa: SIM115 - closed by close()
         self._lock = threading.Lock()
+        self._trackers = list(trackers)
 
     def write(self, kind: str, **values: Any) -> None:
         if self._file is None:
@@ -137,10 +196,16 @@ class MetricsLog:
         with self._lock:
             self._file.write(line)
             self._file.flush()
+        if kind in ("step", "knn"):
+            numbers = {f"{kind}/{name}": float(value) for name, value in values.items() if name != "step"}
+            for tracker in self._trackers:
+                tracker.log(values["step"], numbers)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class ProgressDisplay:
@@ -165,14 +230,21 @@ class ProgressDisplay:
         self._bar.start()
 
     def update(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Show the newest metrics: `loss`, `lr`, `images_per_s`, `data_wait_fraction`."""
-        text = (
-            f"epoch {epoch}  loss {metrics['loss']:.3f}  lr {metrics['lr']:.4f}  "
-            f"{metrics['images_per_s']:,.0f} images/s  data wait {metrics['data_wait_fraction']:.0%}"
-        )
+        """Show the newest metrics: `loss`, `lr`, `images_per_s_now`, `data_wait_fraction`, `seconds_left`, and, where
+        they are known, `mfu`, `gpu_memory_gib` and `gpu_power_w`."""
+        parts = [
+            f"epoch {epoch}  loss {metrics['loss']:.3f}  lr {metrics['lr']:.4f}",
+            f"{metrics['images_per_s_now']:,.0f} images/s",
+            f"data wait {metrics['data_wait_fraction']:.0%}",
+        ]
+        for name, shown in (("mfu", "MFU {:.0%}"), ("gpu_memory_gib", "{:.1f} GiB"), ("gpu_power_w", "{:.0f} W")):
+            if name in metrics:
+                parts.append(shown.format(metrics[name]))
+        text = "  ".join(parts)
         self._bar.update(self._task, completed=step, description=text)
         if self._enabled and not self._console.is_terminal:
-            self._console.print(f"step {step}/{self._total}  {text}", highlight=False, soft_wrap=True)
+            left = timedelta(seconds=round(metrics["seconds_left"]))
+            self._console.print(f"step {step}/{self._total}  {text}  {left} left", highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""

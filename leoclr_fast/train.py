@@ -17,6 +17,7 @@ from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from dataset_tools.subsets import limited
+from leoclr_fast.bench.gpu_state import gpu_state
 from leoclr_fast.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -26,14 +27,23 @@ from leoclr_fast.checkpoint import (
 )
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields
+from leoclr_fast.device_meter import DeviceMeter
 from leoclr_fast.distributed import Ranks, process_group
 from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
 from leoclr_fast.export import save_backbone
+from leoclr_fast.memory import explained_out_of_memory
 from leoclr_fast.methods import METHODS
 from leoclr_fast.run_diary import RunDiary
 from leoclr_fast.run_folder import RunFolder, write_json
 from leoclr_fast.schedules import learning_rate
-from leoclr_fast.telemetry import MetricsLog, NonFiniteLossError, ProgressDisplay, StepMetrics, TrainingClock
+from leoclr_fast.telemetry import (
+    MetricsLog,
+    NonFiniteLossError,
+    ProgressDisplay,
+    StepMetrics,
+    TrainingClock,
+)
+from leoclr_fast.trackers import open_trackers, require_trackers
 from leoclr_fast.training_state import TrainingState
 from leoclr_fast.training_step import TrainingStep
 from pipelines.batch import CropBatch
@@ -63,6 +73,7 @@ def pretrain(
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"--max-steps {max_steps} is not allowed: give at least 1")
+    require_trackers(config.monitor)
     with process_group(config.speed.device) as (ranks, device), ExitStack() as stack:
         source = open_source(data)
         splits = choose_splits(source, holdout_seed=config.result.holdout_seed)
@@ -76,27 +87,32 @@ def pretrain(
         )
         total_steps = config.result.epochs * order.steps_per_epoch
         last_step = total_steps if max_steps is None else min(total_steps, max_steps)
+        training = TrainingState.fresh(config, ranks, device)
+        step = TrainingStep(training, config, device)
         folder = RunFolder(out)
         if ranks.is_main:
             folder.create()
             stack.enter_context(folder.locked())
         ranks.barrier()
 
-        training = TrainingState.fresh(config, ranks, device)
         _resume(training, config, folder, source.fingerprint, resume)
         ranks.require_equal(training.step, "the step to continue from", device)
+        gpu = gpu_state(device)
+        gpu_warnings = None if gpu is None else gpu["warnings"]
         if ranks.is_main:
             folder.keep_metrics_until(training.step)
             folder.write_config(config)
-            folder.write_environment(device, ranks.world_size)
-        metrics_log = MetricsLog(folder.metrics_file, enabled=ranks.is_main)
+            folder.write_environment(device, ranks.world_size, gpu_warnings)
+        trackers = open_trackers(config, folder.path) if ranks.is_main else []
+        metrics_log = MetricsLog(folder.metrics_file, enabled=ranks.is_main, trackers=trackers)
         stack.callback(metrics_log.close)
         diary = RunDiary(folder, metrics_log, training, total_steps, enabled=ranks.is_main)
         stack.enter_context(diary.kept(last_step, order.steps_per_epoch, ranks.world_size))
 
         display = ProgressDisplay(console or Console(), total_steps, enabled=ranks.is_main)
         stack.callback(display.close)
-        for line in (splits.note, _headline(config, len(split), order.steps_per_epoch, device, ranks)):
+        headline = _headline(config, len(split), order.steps_per_epoch, device, ranks)
+        for line in (splits.note, headline, *(gpu_warnings or [])):
             if line:
                 display.say(line)
         views = METHODS[config.result.method.name].views
@@ -134,6 +150,7 @@ def pretrain(
             config=config,
             folder=folder,
             training=training,
+            step=step,
             loader=loader,
             knn=knn,
             ranks=ranks,
@@ -153,6 +170,7 @@ class _Run:
     config: RunConfig
     folder: RunFolder
     training: TrainingState
+    step: TrainingStep
     loader: Loader
     knn: KnnEvaluation | None
     ranks: Ranks
@@ -166,18 +184,19 @@ class _Run:
 def _train(run: _Run) -> dict[str, Any]:
     result, training, ranks = run.config.result, run.training, run.ranks
     steps_per_epoch = run.loader.steps_per_epoch
-    step = TrainingStep(training, run.config, run.loader.device)
     if training.step == 0:
         _evaluate(run)
     metrics = StepMetrics(ranks, training.step, loss_is_scaled=training.scaler.is_enabled())
+    meter = DeviceMeter(result, run.config.speed.precision, ranks.world_size, run.loader.device)
     clock = TrainingClock(training.step)
 
     with stop_signals(enabled=ranks.world_size == 1) as stop:
         remaining_batches = islice(_batches_from(run.loader, training.step), max(0, run.last_step - training.step))
         for batch in clock.timed(remaining_batches):
             lr = learning_rate(result.optimizer.schedule, result.lr, training.step, steps_per_epoch, result.epochs)
-            metrics.add(step(batch, lr))
-            _between_steps(run, metrics, clock, batch.epoch, lr, stopping=stop.requested)
+            with explained_out_of_memory(run.step, batch):
+                metrics.add(run.step(batch, lr))
+            _between_steps(run, metrics, clock, meter, batch.epoch, lr, stopping=stop.requested)
             if stop.requested:
                 break
         clock.stop()
@@ -198,7 +217,13 @@ def _batches_from(loader: Loader, step: int) -> Iterator[CropBatch]:
 
 
 def _between_steps(
-    run: _Run, metrics: StepMetrics, clock: TrainingClock, epoch: int, lr: float, stopping: bool
+    run: _Run,
+    metrics: StepMetrics,
+    clock: TrainingClock,
+    meter: DeviceMeter,
+    epoch: int,
+    lr: float,
+    stopping: bool,
 ) -> None:
     """Log, evaluate and save, whatever is due after a step. The last step's evaluation and checkpoint come later."""
     step, monitor = run.training.step, run.config.monitor
@@ -209,8 +234,10 @@ def _between_steps(
         (epoch_ends and finished_epochs % monitor.checkpoint_every_epochs == 0)
         or (monitor.checkpoint_every_steps is not None and step % monitor.checkpoint_every_steps == 0)
     )
-    if metrics.num_steps >= monitor.log_every_steps or knn_due or save_due or last or stopping:
-        _log_metrics(run, metrics, clock, epoch, lr)
+    must_know = bool(knn_due or save_due or last or stopping)  # nothing goes on from a loss that is not finite
+    if metrics.num_steps >= monitor.log_every_steps or must_know:
+        metrics.send(step=step, epoch=epoch, lr=lr, **_speed(run, clock, meter))
+    _log_metrics(run, metrics, wait=must_know)
     with clock.paused():
         if knn_due:
             _evaluate(run)
@@ -219,24 +246,32 @@ def _between_steps(
             run.diary.report()
 
 
-def _log_metrics(run: _Run, metrics: StepMetrics, clock: TrainingClock, epoch: int, lr: float) -> None:
-    step = run.training.step
+def _speed(run: _Run, clock: TrainingClock, meter: DeviceMeter) -> dict[str, float]:
+    """How fast it goes, as the host knows it: on a GPU it is a few steps ahead."""
+    step, batch_size = run.training.step, run.config.result.batch_size
+    steps_per_s_now = clock.lap(step)
+    return {
+        "images_per_s": clock.steps_per_s(step) * batch_size,
+        "images_per_s_now": steps_per_s_now * batch_size,
+        "data_wait_fraction": clock.data_wait_fraction,
+        "seconds_left": (run.last_step - step) / steps_per_s_now,
+        **meter.readings(steps_per_s_now * batch_size),
+    }
+
+
+def _log_metrics(run: _Run, metrics: StepMetrics, *, wait: bool) -> None:
     try:
-        values = metrics.take()
+        for values in metrics.arrived(wait=wait):
+            run.metrics_log.write("step", **values)
+            run.display.update(values["step"], values["epoch"], values)
     except NonFiniteLossError as error:
         checkpoints = list_checkpoints(run.folder.checkpoints)
         kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        epoch = (run.training.step - 1) // run.loader.steps_per_epoch
         raise NonFiniteLossError(
             f"{error}, in epoch {epoch}; nothing was saved since, {kept}. Lower --optimizer.base-lr or choose another "
             "--precision."
         ) from None
-    values |= {
-        "lr": lr,
-        "images_per_s": clock.steps_per_s(step) * run.config.result.batch_size,
-        "data_wait_fraction": clock.data_wait_fraction,
-    }
-    run.metrics_log.write("step", step=step, epoch=epoch, **values)
-    run.display.update(step, epoch, values)
 
 
 def _evaluate(run: _Run) -> None:

@@ -73,6 +73,11 @@ class TrainingStep:
         self.training.step += 1
         return metrics
 
+    def forget_captured(self) -> None:
+        """Give back the memory of a captured step and of the gradients; the next common batch is captured anew."""
+        self._static = None
+        self.training.optimizer.zero_grad()
+
     def _draw(self, batch: CropBatch) -> list[Tensor]:
         """Crops [B, V, S, S, 3], parameters of the augmentation, orders of the keys: what a step needs from outside.
 

@@ -56,6 +56,9 @@ AUGMENT_NUMBA_BESIDE_TORCH = 5e-7
 """How much farther than torch's float32 numba's may be from float64. (1.5e-7; its largest error is 1.7e-6,
 torch's 3e-6)"""
 
+AUGMENT_TRITON_BESIDE_TORCH = 5e-7
+"""How much farther than torch's float32 Triton's may be from float64. (1e-7, in the interpreter)"""
+
 TORCHVISION_HUE = Tolerance(max=3e-6, mean=2e-7)
 """torchvision's adjust_hue computes in float32 whatever it is given. (1.1e-6)"""
 
@@ -99,6 +102,6 @@ gradient itself and of the probabilities. (Eager's are up to 1e-6, 3e-3 and 2e-1
 # ---- leoclr_fast: options that change only the speed, losses of a few steps relative to float64's ------------------
 
 SPEED_OPTION_LOSS = 1e-4
-"""float32 with either memory format, or with a compiled loss."""
-COMPILED_LOSS = 1e-4
-"""float32 with encoders compiled for the CPU."""
+"""float32 with either memory format, or with a compiled loss. (2e-5, 2e-5, 9e-7: a matter of luck at eight steps)"""
+COMPILED_LOSS = 5e-6
+"""float32 with encoders compiled for the CPU, four steps. (8e-7)"""

@@ -86,7 +86,7 @@ def run_to_the_end(arguments: list[str]) -> None:
 def results(out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Metrics without timings, and the last checkpoint."""
     folder = RunFolder(out)
-    timings = ("images_per_s", "data_wait_fraction", "unix_s")
+    timings = ("images_per_s", "images_per_s_now", "data_wait_fraction", "seconds_left", "unix_s")
     records = [
         {key: value for key, value in record.items() if key not in timings}
         for kind in ("step", "knn")

@@ -1,0 +1,76 @@
+"""A batch that does not fit the GPU's memory: how large one may be."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from leoclr_fast.training_step import TrainingStep
+from pipelines.batch import CropBatch
+
+_PROBE_SIZES = (8, 16)
+_SPARE_FRACTION = 0.05
+_GIB = 2**30
+
+
+class OutOfMemoryError(RuntimeError):
+    """The batch does not fit."""
+
+
+@contextmanager
+def explained_out_of_memory(step: TrainingStep, batch: CropBatch) -> Iterator[None]:
+    """If the GPU's memory does not suffice in here, say which batch size would fit; the training state is then void.
+
+    Raises OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that fill the memory
+    else:
+        return
+    advice = _advice(step, batch)
+    raise OutOfMemoryError(f"a batch of {len(batch.crops)} images does not fit the memory of {step.device}. {advice}")
+
+
+def largest_batch(available_bytes: float, peaks: dict[int, int]) -> int:
+    """The most images whose step fits, from the peaks of memory of two smaller batches: images -> bytes.
+
+    The peak is taken as a constant and a share of each image; 0 if not even the constant fits.
+    """
+    (small, small_peak), (large, large_peak) = sorted(peaks.items())
+    per_image = (large_peak - small_peak) / (large - small)
+    constant = small_peak - small * per_image
+    return max(0, int((available_bytes - constant) / per_image))
+
+
+def _advice(step: TrainingStep, batch: CropBatch) -> str:
+    general = "Give a smaller --batch-size, --precision bf16, or more GPUs."
+    if step.training.method.ranks.world_size > 1 or len(batch.crops) <= max(_PROBE_SIZES):
+        return general  # a probe would wait for the other ranks, or would not fit either
+    try:
+        peaks = {size: _peak_bytes(step, batch, size) for size in _PROBE_SIZES}
+    except torch.cuda.OutOfMemoryError:
+        return f"Not even {max(_PROBE_SIZES)} images fit. Give a smaller network or image size."
+    free, _ = torch.cuda.mem_get_info(step.device)
+    available = (1 - _SPARE_FRACTION) * (free + torch.cuda.memory_reserved(step.device))
+    size = largest_batch(available, peaks)
+    measured = ", ".join(f"{count} images {peak / _GIB:.2f} GiB" for count, peak in peaks.items())
+    return (
+        f"An estimate from measured steps ({measured}; {available / _GIB:.1f} GiB available): --batch-size {size} "
+        f"would fit. {general}"
+    )
+
+
+def _peak_bytes(step: TrainingStep, batch: CropBatch, size: int) -> int:
+    """Peak of the memory of a step with the first `size` images of the batch."""
+    step.forget_captured()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(step.device)
+    step(replace(batch, crops=batch.crops[:size], indices=batch.indices[:size]), 0.0)
+    torch.cuda.synchronize(step.device)
+    return torch.cuda.max_memory_allocated(step.device)
