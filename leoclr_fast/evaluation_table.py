@@ -234,7 +234,9 @@ def _scalars(record: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in record.items()
-        if name.lower() not in left_out and isinstance(value, str | int) and not name.endswith("_sha256")
+        if name.lower() not in left_out
+        and (isinstance(value, str | int) or name in ("temperature", "percent"))
+        and not name.endswith("_sha256")
     }
 
 
@@ -333,7 +335,7 @@ def _label(found: _Finding) -> str:
     if settings.get("dataset") is not None:
         title += f" {settings['dataset']}"
     if settings.get("k") is not None:
-        title += f" (k {settings['k']}, temperature {settings['temperature']:g})"
+        title += f" (k {settings['k']}, temperature {_short(settings.get('temperature'))})"
     if settings.get("in_training"):
         title += " in training"
     return f"{title}, untrained" if found.untrained else title

@@ -21,9 +21,10 @@ from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints
 from leoclr_fast.evaluate.features import extract_features
+from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.precision import encoder_dtype, encoder_precision
 from leoclr_fast.schedules import learning_rate
-from leoclr_fast.telemetry import ProgressDisplay, TrainingClock
+from leoclr_fast.telemetry import TrainingClock
 from pipelines.augment import augmented_views
 from pipelines.batch import CropBatch
 from pipelines.loader import Loader
@@ -56,7 +57,7 @@ class FineTuner:
     loader: Loader
     precision: str
     ranks: Ranks
-    display: ProgressDisplay
+    display: EvaluationProgress
 
     def train(self, training: Training, checkpoints: Checkpoints) -> ResNet | None:
         """The fine-tuned network with its classifier, from the checkpoint on if there is one; None if it diverged.
@@ -155,13 +156,7 @@ class FineTuner:
         """Show how an epoch went; whether its loss, over all ranks, was a number."""
         self.ranks.all_reduce_sum([loss])
         mean = float(loss)
-        metrics = {
-            "loss": mean,
-            "lr": lr,
-            "images_per_s": clock.steps_per_s(step) * training.batch_size,
-            "data_wait_fraction": clock.data_wait_fraction,
-        }
-        self.display.update(step, epoch, metrics)
+        self.display.update(step, epoch, mean, lr, training.batch_size, clock)
         return math.isfinite(mean)
 
 

@@ -24,8 +24,8 @@ from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.accuracy import Accuracy, accuracy
 from leoclr_fast.evaluate.evaluation_folder import EvaluationFolder
 from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
+from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.run_folder import write_atomically, write_json
-from leoclr_fast.telemetry import ProgressDisplay
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.factory import make_loader, settle_loader
 from pipelines.loader import Loader
@@ -158,7 +158,7 @@ class GridSearch:
             make_loader(train, LINEAR_TRAIN_VIEWS, self.views, loader_config, order, seed=self.seed, device=self.device)
         )
         total_steps = self.steps or (self.epochs or 0) * order.steps_per_epoch
-        display = ProgressDisplay(console or Console(), total_steps, ranks.is_main)
+        display = EvaluationProgress(console, total_steps, enabled=ranks.is_main)
         stack.callback(display.close)
         tuner = FineTuner(
             backbone=self.backbone,

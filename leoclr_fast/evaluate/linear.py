@@ -31,11 +31,12 @@ from leoclr_fast.evaluate.evaluation_folder import Checkpoints, EvaluationFolder
 from leoclr_fast.evaluate.features import encode_batch, extract_features
 from leoclr_fast.evaluate.labelled_data import open_labelled_data
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
+from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.evaluate.subject import freeze, load_subject, view_settings
 from leoclr_fast.precision import encoder_dtype
 from leoclr_fast.run_folder import write_atomically
-from leoclr_fast.telemetry import ProgressDisplay, TrainingClock
+from leoclr_fast.telemetry import TrainingClock
 from leoclr_fast.weights.backbone_file import weights_sha256
 from pipelines.factory import make_loader, settle_loader
 from pipelines.loader import Loader
@@ -137,7 +138,8 @@ def run_linear(
             device=device,
             dtype=encoder_dtype(speed.precision),
         )
-        display = ProgressDisplay(console or Console(), protocol.epochs * order.steps_per_epoch, ranks.is_main)
+        total_steps = protocol.epochs * order.steps_per_epoch
+        display = EvaluationProgress(console, total_steps, enabled=ranks.is_main)
         stack.callback(display.close)
         display.say(_headline(evaluator, subject.weights, labelled.note, len(train), held_out, protocol))
         checkpoints = folder.checkpoints("training")
@@ -218,7 +220,7 @@ def _train(
     order: TrainOrder,
     protocol: LinearProtocol,
     checkpoints: Checkpoints,
-    display: ProgressDisplay,
+    display: EvaluationProgress,
     ranks: Ranks,
     device: torch.device,
 ) -> list[float]:
@@ -268,7 +270,7 @@ def _from_step(
 
 
 def _show(
-    display: ProgressDisplay,
+    display: EvaluationProgress,
     step: int,
     epoch: int,
     losses: Tensor,
@@ -278,9 +280,7 @@ def _show(
 ) -> None:
     finite = [(loss, lr) for loss, lr in zip(losses.tolist(), protocol.lrs, strict=True) if math.isfinite(loss)]
     loss, lr = min(finite, default=(math.nan, protocol.lrs[0]))
-    rate = clock.steps_per_s(step) * protocol.batch_size
-    metrics = {"loss": loss, "lr": lr * factor, "images_per_s": rate, "data_wait_fraction": clock.data_wait_fraction}
-    display.update(step, epoch, metrics)
+    display.update(step, epoch, loss, lr * factor, protocol.batch_size, clock)
 
 
 def _grid(

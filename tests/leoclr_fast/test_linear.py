@@ -242,7 +242,8 @@ def test_killed_after_any_epoch_it_ends_the_same(
     assert torch.equal(*files)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.long
+@pytest.mark.timeout(300)
 def test_sigkill_in_the_middle_changes_nothing(
     capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
