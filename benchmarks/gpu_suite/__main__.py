@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -17,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_suite.sections import SECTIONS
-from benchmarks.gpu_suite.suite_config import SuiteConfig, UnavailableError
 from benchmarks.gpu_suite.targets import judge, targets_markdown
-from leoclr_fast.run_folder import write_atomically, write_json
 
 _SOFT = 0.8  # of a section's limit: within that it should stop by itself
 _CHECKOUT = Path(__file__).parents[2]
@@ -99,13 +98,14 @@ class Suite:
         results = {name: section["result"] for name, section in sections.items() if section["status"] == "done"}
         self.document["targets"] = judge(results, tiny=self.document["tiny"])
         name = self.flags.name
-        write_atomically(self.out / f"{name}.md", self.page().encode())
-        write_atomically(self.out / f"{name}.log", "".join(self._log).encode())
+        _write_whole(self.out / f"{name}.md", self.page())
+        _write_whole(self.out / f"{name}.log", "".join(self._log))
         plain = {
             key: {part: value for part, value in section.items() if part != "markdown"}
             for key, section in sections.items()
         }
-        write_json(self.out / f"{name}.json", {**self.document, "sections": plain})
+        document = {**self.document, "sections": plain}
+        _write_whole(self.out / f"{name}.json", json.dumps(document, indent=1) + "\n")
 
     def _in_a_process(self, name: str, limit_s: float) -> dict[str, Any]:
         """status (done, unavailable, failed, stopped), seconds, reason, and where it is done result and markdown."""
@@ -165,6 +165,8 @@ class Suite:
 
 def _run_section(flags: argparse.Namespace) -> int:
     """In the process of a section: write its result, whatever comes."""
+    from benchmarks.gpu_suite.suite_config import SuiteConfig, UnavailableError
+
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     (name,) = flags.sections
     config = SuiteConfig(
@@ -176,14 +178,16 @@ def _run_section(flags: argparse.Namespace) -> int:
         soft_limit_s=_SOFT * flags.limit_s,
     )
     try:
-        answer = SECTIONS[name].run(config, lambda line: print(line, flush=True))
+        module, _, function = SECTIONS[name].function.rpartition(".")
+        run = getattr(importlib.import_module(f"benchmarks.gpu_suite.{module}"), function)
+        answer = run(config, lambda line: print(line, flush=True))
         told = {"status": "done", "result": answer.result, "markdown": answer.markdown}
     except UnavailableError as error:
         told = {"status": "unavailable", "reason": str(error)}
     except Exception as error:  # the other sections shall still run, and the page say what happened
         traceback.print_exc()
         told = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-    write_json(flags.result_file, told)
+    flags.result_file.write_text(json.dumps(told))
     return 0
 
 
@@ -228,6 +232,13 @@ def _means_gpu(device: str) -> bool:
     import torch
 
     return torch.cuda.device_count() > 0
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A reader, or a machine that is taken away, never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _command_line(flags: argparse.Namespace) -> str:
