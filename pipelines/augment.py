@@ -9,12 +9,14 @@ The four jitter operations come in a random order per sample. Brightness, contra
 blend with per-sample factors serves for whichever of them is due; a factor of one changes nothing. Hue is due once:
 the blends that come before it run first, then hue, then the others.
 
-On CPUs, `augment_numba` computes the same in float32 and many times as fast; what is here is what it is tested by.
+On CPUs, `augment_numba` computes the same in float32 and many times as fast, and on GPUs `augment_triton` does; what is
+here is what they are tested by.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
@@ -33,7 +35,7 @@ from pipelines.views import ViewRecipe
 
 log = logging.getLogger(__name__)
 
-Impl = Literal["auto", "torch", "numba"]
+Impl = Literal["auto", "torch", "numba", "triton"]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _JITTER_ORDERS = np.array(list(permutations(range(4))))
@@ -150,24 +152,30 @@ def augment(
     """Augment and normalise.
 
     crops: uint8 [..., S, S, 3], RGB, M samples in all. parameters: M rows, on the crops' device. impl: `auto` takes
-    numba on a CPU, but not for float64, and torch elsewhere; they differ by float32's rounding.
+    numba on a CPU and triton on a GPU, but not for float64, and torch elsewhere; they differ by float32's rounding.
     Returns ``dtype`` [M, 3, S, S] in channels_last; the arithmetic is float32, or float64 if ``dtype`` is.
-    Raises ValueError if numba is asked for where it cannot be used.
+    Raises ValueError if numba or triton is asked for where it cannot be used.
     """
     count = crops[..., 0, 0, 0].numel()
     if len(parameters.table) != count:
         raise ValueError(
             f"{count} crops cannot be augmented with {len(parameters.table)} rows of parameters: give one each"
         )
-    obstacle = "torch is asked for" if impl == "torch" else _what_keeps_numba_out(crops, parameters, dtype)
+    wanted = {"auto": "triton" if crops.is_cuda else "numba"}.get(impl, impl)
+    find_obstacle = {"numba": _what_keeps_numba_out, "triton": _what_keeps_triton_out}.get(wanted)
+    obstacle = find_obstacle(crops, parameters, dtype) if find_obstacle else "torch is asked for"
     if obstacle is None:
-        from pipelines.augment_numba import augment_numba
-
         if config.blur_probability > 0:
             _require_room_for_blur(config.blur_kernel_size, crops.shape[-2])
+        if wanted == "triton":
+            from pipelines.augment_triton import augment_triton
+
+            return augment_triton(crops, parameters.table, config, dtype)
+        from pipelines.augment_numba import augment_numba
+
         return augment_numba(crops, parameters.table, config, torch.get_num_threads()).to(dtype)
-    if impl == "numba":
-        raise ValueError(f"numba cannot augment here, since {obstacle}; choose impl auto or torch")
+    if impl in ("numba", "triton"):
+        raise ValueError(f"{impl} cannot augment here, since {obstacle}; choose impl auto or torch")
     crops = crops.flatten(0, -4)  # copies unless each view is one contiguous block
     if crops.device.type != "cpu":
         return _augment_chunk(crops, parameters, config, dtype)
@@ -184,13 +192,25 @@ def _what_keeps_numba_out(crops: Tensor, parameters: AugmentParameters, dtype: t
     table = parameters.table
     if crops.device.type != "cpu" or table.device.type != "cpu":
         return f"the crops are on {crops.device}, the parameters on {table.device}, and it knows only the CPU"
+    return _what_compiled_code_cannot_take(crops, table, dtype) or _what_is_wrong_with_numba()
+
+
+def _what_keeps_triton_out(crops: Tensor, parameters: AugmentParameters, dtype: torch.dtype) -> str | None:
+    table = parameters.table
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (crops.is_cuda or (interpreted and crops.device.type == "cpu")) or table.device != crops.device:
+        return f"the crops are on {crops.device}, the parameters on {table.device}, and it needs one CUDA device"
+    return _what_compiled_code_cannot_take(crops, table, dtype) or _what_is_wrong_with_triton(crops.device)
+
+
+def _what_compiled_code_cannot_take(crops: Tensor, table: Tensor, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "it computes in float32, not float64"
     if crops.dtype != torch.uint8 or crops.shape[-3] != crops.shape[-2] or crops.shape[-1] != 3:
         return f"it takes squares of uint8 RGB, and these are {crops.dtype} {list(crops.shape)}"
     if table.dtype != torch.float64 or table.requires_grad:
         return "it takes parameters in float64, and gives them no gradients"
-    return _what_is_wrong_with_numba()
+    return None
 
 
 @cache
@@ -202,6 +222,20 @@ def _what_is_wrong_with_numba() -> str | None:
         compiled_kernel()
     except Exception as error:
         log.warning("views are augmented by torch, many times slower, since numba does not work here: %r", error)
+        return f"it does not work on this machine: {error!r}"
+    return None
+
+
+@cache
+def _what_is_wrong_with_triton(device: torch.device) -> str | None:
+    """Imports Triton and augments one view of 3 pixels' side, or says why not, once."""
+    try:
+        from pipelines.augment_triton import augment_triton
+
+        crop, table = torch.zeros(1, 3, 3, 3, dtype=torch.uint8), torch.zeros(1, _COLUMNS, dtype=torch.float64)
+        augment_triton(crop.to(device), table.to(device), ViewConfig(image_size=3), torch.float32)
+    except Exception as error:
+        log.warning("views are augmented by torch, several times slower, since Triton does not work here: %r", error)
         return f"it does not work on this machine: {error!r}"
     return None
 

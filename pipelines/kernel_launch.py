@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+Argument = Tensor | int | float
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelLaunch:
@@ -17,7 +19,7 @@ class KernelLaunch:
     """A function under ``triton.jit``."""
     grid: tuple[int, ...]
     """Programs along each axis, at most three."""
-    arguments: Mapping[str, Tensor | int | float]
+    arguments: Mapping[str, Argument]
     """By name, in the kernel's order; known when it runs."""
     constants: Mapping[str, Any]
     """By name; known when it is compiled."""

@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from leoclr_fast.losses import info_nce_triton
+from pipelines import augment_triton
+from pipelines.config import ViewConfig
 from pipelines.kernel_launch import KernelLaunch
 
 TARGETS = (80, 90, 100)
@@ -97,7 +99,30 @@ def info_nce_odd() -> Iterator[tuple[str, KernelLaunch]]:
         yield from _info_nce(dtype, 70, 4096, 300, 3)
 
 
-CASES = {"info_nce": info_nce, "info_nce_odd": info_nce_odd}
+def augment() -> Iterator[tuple[str, KernelLaunch]]:
+    """The augmentation of LeOCLR's three views at 224 pixels; each kernel once, though launched for one part of the
+    views after another.
+    """
+    yield from _augment(torch.bfloat16, 224, 96)
+
+
+def augment_odd() -> Iterator[tuple[str, KernelLaunch]]:
+    """The augmentation in the other dtypes, and at a side that no tile fits."""
+    for dtype in (torch.float32, torch.float16):
+        yield from _augment(dtype, 224, 96)
+        yield from _augment(dtype, 33, 5)
+
+
+def _augment(dtype: torch.dtype, side: int, batch_size: int) -> Iterator[tuple[str, KernelLaunch]]:
+    crops = torch.empty(batch_size, 3, side, side, 3, dtype=torch.uint8, device="meta").transpose(0, 1)
+    table = torch.empty(3 * batch_size, 13, dtype=torch.float64, device="meta")
+    output = torch.empty(3 * batch_size, side, side, 3, dtype=dtype, device="meta")
+    all_launches = augment_triton.launches(crops, table, ViewConfig(image_size=side), output)
+    for launch in {launch.kernel: launch for launch in all_launches}.values():
+        yield f"{_TYPE_NAMES[dtype]} S={side} B={batch_size}", launch
+
+
+CASES = {"info_nce": info_nce, "info_nce_odd": info_nce_odd, "augment": augment, "augment_odd": augment_odd}
 
 
 def compile_all(names: Sequence[str] = tuple(CASES), targets: Sequence[int] = TARGETS) -> list[dict[str, Any]]:
