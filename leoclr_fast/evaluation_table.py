@@ -25,6 +25,9 @@ METRICS = {
     "ap": "AP",
     "ap50": "AP50",
     "ap75": "AP75",
+    "ap_11point": "AP (11 points)",
+    "ap50_11point": "AP50 (11 points)",
+    "ap75_11point": "AP75 (11 points)",
 }
 """Field of a result, in small letters → how the table calls it. All in percent."""
 PAPER_GAINS = {"imagenet": 5.1, "stl10": 5.12, "cifar10": 5.71}
@@ -186,8 +189,10 @@ def _findings(run: RunRecord, notes: list[str]) -> list[_Finding]:
         values = _values(record)
         if not values:
             continue
-        settings = record.get("settings")
-        settings = dict(settings) if isinstance(settings, dict) else _scalars(record)
+        named = record.get("settings", record.get("config"))
+        settings = dict(named) if isinstance(named, dict) else _scalars(record)
+        if record.get("whole_test_set") is False:
+            settings["test_images"] = record.get("test_images")
         found = _Finding(
             evaluator=str(record.get("evaluator", "?")),
             settings={name: value for name, value in settings.items() if name not in _NOT_PROTOCOL},
@@ -332,7 +337,7 @@ def _label(found: _Finding) -> str:
     settings = found.settings
     if settings.get("percent") is not None:
         title += f" {settings['percent']:.4g} %"
-    if settings.get("dataset") is not None:
+    if settings.get("dataset") is not None and not title.endswith(str(settings["dataset"])):
         title += f" {settings['dataset']}"
     if settings.get("k") is not None:
         title += f" (k {settings['k']}, temperature {_short(settings.get('temperature'))})"
@@ -347,7 +352,8 @@ def _short(value: Any) -> str:
 
 
 def _rank(found: _Finding, label: str) -> tuple[Any, ...]:
-    known = _EVALUATORS.index(found.evaluator) if found.evaluator in _EVALUATORS else len(_EVALUATORS)
+    name = found.evaluator.partition("-")[0]
+    known = _EVALUATORS.index(name) if name in _EVALUATORS else len(_EVALUATORS)
     percent = found.settings.get("percent")
     return known, float(percent) if isinstance(percent, int | float) else 0.0, found.untrained, label
 

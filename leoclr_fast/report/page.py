@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import math
+import re
 import statistics
 import time
 from importlib import metadata
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from leoclr_fast.config_file import as_plain
+from leoclr_fast.evaluation_table import METRICS
 from leoclr_fast.recipes import RECIPES
 from leoclr_fast.report.comparison import (
     Pair,
@@ -41,6 +43,7 @@ _SHEET_BYTES = 250_000
 _MAX_SHEETS = 4
 _MAX_LISTED = 50
 _UNEVEN = 1.5
+_DIGEST = re.compile("[0-9a-f]{64}")
 _PARTS = {"result": "Changes the result", "speed": "Changes only the speed", "monitor": "What is watched and kept"}
 
 
@@ -388,17 +391,21 @@ def _first_best_last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _result_cells(record: dict[str, Any], left_out: tuple[str, ...]) -> list[str]:
-    """What was found, and everything else the evaluator said."""
+    """What was found, and everything else the evaluator said, but for lists and tables."""
+    settings_of = record.get("settings", record.get("config"))
+    nested = settings_of if isinstance(settings_of, dict) else {}
     found, settings = [], []
-    for key, value in record.items():
-        if key in left_out or value is None or value == "":
+    for key, value in {**nested, **record}.items():
+        if key in left_out or value is None or value == "" or isinstance(value, dict | list):
             continue
-        if key in ("top1", "top5") and isinstance(value, int | float):
-            found.append(f"top-{key[-1]} {value:.2f} %")
-        elif isinstance(value, float) and key not in ("temperature",):
-            found.append(f"{key.replace('_', ' ')} {value:.4g}")
+        shown = f"{value[:12]}…" if isinstance(value, str) and _DIGEST.fullmatch(value) else value
+        name = METRICS.get(key.lower(), key.replace("_", " "))
+        if key.lower() in METRICS and isinstance(value, int | float):
+            found.append(f"{name} {value:.2f} %")
+        elif isinstance(value, float) and key not in nested and key not in ("temperature",):
+            found.append(f"{name} {value:.4g}")
         else:
-            settings.append(f"{key.replace('_', ' ')} {value}")
+            settings.append(f"{name} {shown:g}" if isinstance(shown, float) else f"{name} {shown}")
     return [", ".join(found), ", ".join(settings)]
 
 

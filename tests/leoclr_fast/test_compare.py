@@ -137,13 +137,14 @@ def test_notes_say_why_a_number_is_not_the_papers(tmp_path: Path) -> None:
 def test_results_of_other_programs_and_damaged_lines(tmp_path: Path) -> None:
     """A detector's AP, a record without settings as of an older version, a metric that is no number, a cut line."""
     run = run_of(tmp_path / "a")
-    RunFolder(run).add_evaluation("detect", {"AP": 50.1, "AP50": 80.0, "AP75": float("nan"), "dataset": "voc"})
+    detected = {"AP": 50.1, "AP50": 80.0, "AP75": float("nan"), "config": {"dataset": "voc", "iterations": 24_000}}
+    RunFolder(run).add_evaluation("detect-voc", detected)
     RunFolder(run).add_evaluation("knn", {"top1": 40.0, "k": 5, "temperature": 0.1, "weights": "x", "data": "y"})
     with open(RunFolder(run).evaluations_file, "a") as file:
         file.write('{"evaluator": "lin')
     table = evaluation_table([run])
-    assert row(table, "detect voc, AP").cells[0].mean == 50.1
-    assert row(table, "detect voc, AP50").cells[0].mean == 80
+    assert row(table, "detect-voc, AP").cells[0].mean == 50.1
+    assert row(table, "detect-voc, AP50").cells[0].mean == 80
     assert row(table, "kNN (k 5, temperature 0.1), top-1").cells[0].mean == 40
     assert not [row for row in table.rows if row.metric == "ap75"]
     assert any("line 3 of" in note for note in table.notes)

@@ -288,6 +288,8 @@ def test_evaluations_are_kept_and_shown(capsys: pytest.CaptureFixture[str], tiny
     assert document["bytes"] == len(page.encode())
     assert f"top-1 {knn_result['top1']:.2f} %, top-5 {knn_result['top5']:.2f} %" in page
     assert "k 5, temperature 0.1" in page
+    assert f"weights sha256 {knn_result['weights_sha256'][:12]}…" in page
+    assert "{" not in page[page.index("What evaluators found") : page.index("Every kNN accuracy")]
 
 
 def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
