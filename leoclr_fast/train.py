@@ -17,7 +17,6 @@ from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from dataset_tools.subsets import limited
-from leoclr_fast.bench.gpu_state import gpu_state
 from leoclr_fast.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -31,6 +30,7 @@ from leoclr_fast.device_meter import DeviceMeter
 from leoclr_fast.distributed import Ranks, process_group
 from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
 from leoclr_fast.export import save_backbone
+from leoclr_fast.gpu_state import gpu_state
 from leoclr_fast.memory import explained_out_of_memory
 from leoclr_fast.methods import METHODS
 from leoclr_fast.run_diary import RunDiary

@@ -11,7 +11,6 @@ import torch
 from leoclr_fast.acceleration import compiles_encoders
 from leoclr_fast.bench.contestant import OurMethod
 from leoclr_fast.bench.feeds import open_feeds, training_images
-from leoclr_fast.bench.gpu_state import gpu_state
 from leoclr_fast.bench.setting import BenchSetting, departures_from_paper, require_one_process, setting_header
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.stopwatch import time_calls_ms
@@ -22,6 +21,7 @@ from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed import resolve_device
 from leoclr_fast.environment import environment
 from leoclr_fast.flops import mfu, peak_flops_per_s
+from leoclr_fast.gpu_state import gpu_state
 from leoclr_fast.methods import METHODS
 from leoclr_fast.precision import encoder_precision, view_dtype
 from pipelines.augment import augmented_views

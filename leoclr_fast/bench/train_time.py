@@ -16,7 +16,6 @@ import torch
 import leoclr_fast
 from leoclr_fast.bench.contestant import Contestant, OurMethod
 from leoclr_fast.bench.feeds import open_feeds, training_images
-from leoclr_fast.bench.gpu_state import gpu_state
 from leoclr_fast.bench.projection import FORMULA, ProjectionConfig, project
 from leoclr_fast.bench.setting import BenchSetting, departures_from_paper, require_one_process, setting_header
 from leoclr_fast.bench.statistics import median_interval, quantiles
@@ -28,6 +27,7 @@ from leoclr_fast.distributed import resolve_device
 from leoclr_fast.energy import EnergyMeter
 from leoclr_fast.environment import environment
 from leoclr_fast.flops import mfu, peak_flops_per_s
+from leoclr_fast.gpu_state import gpu_state
 from leoclr_fast.methods import METHODS
 from pipelines.config import LoaderConfig
 
@@ -55,11 +55,13 @@ class TrainTimeConfig:
 def bench_train_time(config: TrainTimeConfig, data: Path | None, say: Say = lambda _: None) -> dict[str, Any]:
     """Time LeOCLR and MoCo-v2, and the peers if wanted, on synthetic images and on those of `data`, if given.
 
-    Returns a JSON document: header, setting, environment, gpu, notes, `rows` (one for each method and data: method,
-    data, images_per_s, step_ms, both with q20 and q80, mfu, data_wait_fraction, peak_memory_gib,
-    energy_per_million_images_kwh, the step times of all turns), `ratio_synthetic` and `ratio_real` (LeOCLR's step time
-    over MoCo-v2's in the pairs of a round: median, low, high of its 95 % bootstrap interval; None without such data),
-    `speedups` (of our MoCo-v2 over each peer), `projection`.
+    Returns a JSON document: header, setting, environment, `gpu` and `gpu_after` (its state before the first and after
+    the last step), notes, and
+    `rows`, one for each method and data: method, data, images_per_s, step_ms, both with q20 and q80, mfu,
+    data_wait_fraction, peak_memory_gib, energy_per_million_images_kwh, the step times of all turns;
+    `ratio_synthetic` and `ratio_real`: LeOCLR's step time over MoCo-v2's in the pairs of a round, as median, low and
+    high of its 95 % bootstrap interval; None without such data;
+    `speedups` of our MoCo-v2 over each peer, and `projection`.
     Raises ValueError for a setting that cannot be, for data that cannot be read, or without the folder of the peers.
     """
     require_one_process()
@@ -108,6 +110,7 @@ def bench_train_time(config: TrainTimeConfig, data: Path | None, say: Say = lamb
         "turns": as_plain(config.turns),
         "environment": environment(device, 1),
         "gpu": state,
+        "gpu_after": gpu_state(device),
         "notes": notes,
         "flops_per_image": {entrant.contestant.name: entrant.contestant.flops_per_image for entrant in prepared},
         "rows": rows,

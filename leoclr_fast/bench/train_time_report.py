@@ -17,6 +17,12 @@ def train_time_markdown(document: dict[str, Any], command: str | None = None) ->
     if command:
         lines += [f"`{command}`", ""]
     lines += [f"- {note}" for note in document["notes"]]
+    if document["gpu_after"] is not None:
+        gpu = document["gpu_after"]
+        lines.append(
+            f"- {gpu['name']}, driver {gpu['driver']}, SM clock {gpu['sm_clock_mhz']} of {gpu['max_sm_clock_mhz']} MHz "
+            f"and {gpu['temperature_c']} °C right after the last step, power limit {gpu['power_limit_w']} W"
+        )
     rows = document["rows"]
     turns, steps = len(rows[0]["turns_step_ms"]), document["turns"]["steps"]
     lines += ["", f"Median [20 %, 80 %] of {turns} interleaved turns of {steps} steps each.", ""]

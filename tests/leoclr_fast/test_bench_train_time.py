@@ -15,7 +15,6 @@ import torch
 from leoclr_fast.bench import train_time, turns
 from leoclr_fast.bench.contestant import Contestant, OurMethod
 from leoclr_fast.bench.feeds import open_feeds, training_images
-from leoclr_fast.bench.gpu_state import sharing_warnings
 from leoclr_fast.bench.projection import ProjectionConfig, project
 from leoclr_fast.bench.setting import BenchSetting, departures_from_paper, setting_header
 from leoclr_fast.bench.statistics import median_interval
@@ -28,6 +27,7 @@ from leoclr_fast.bench.turns_config import TurnsConfig
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.flops import training_flops_per_image
+from leoclr_fast.gpu_state import sharing_warnings
 from pipelines.batch import CropBatch
 from pipelines.config import LoaderConfig
 from pipelines.views import LEOCLR_VIEWS, MOCOV2_VIEWS
@@ -101,6 +101,34 @@ def test_page_and_plot(document: dict[str, Any], tmp_path: Path):
     assert (tmp_path / "new" / "rates.svg").read_text().lstrip().startswith("<?xml")
     with pytest.raises(ValueError, match=r"rates\.txt: give a name that ends in \.svg"):
         plot_train_time(document, tmp_path / "rates.txt")
+
+
+def test_a_gpu_is_told_with_its_clock(document: dict[str, Any]):
+    state = {
+        "name": "NVIDIA H200",
+        "driver": "580.1",
+        "sm_clock_mhz": "1830",
+        "max_sm_clock_mhz": "1980",
+        "temperature_c": "55",
+        "power_limit_w": "700.00",
+    }
+    page = train_time_markdown(document | {"gpu_after": state})
+    assert "NVIDIA H200, driver 580.1, SM clock 1830 of 1980 MHz" in page
+
+
+def test_energy_is_that_of_all_turns_or_unknown(document: dict[str, Any]):
+    result, device = TINY.result("mocov2"), torch.device("cpu")
+    entrant = turns.Prepared(contestant=_Recorder("a", MOCOV2_VIEWS, []), peak_memory_gib=None)
+
+    def row(*joules: float | None) -> dict[str, Any]:
+        taken = [turns.Turn(steps=10, seconds=1.0, data_wait_s=0.25, energy_j=energy) for energy in joules]
+        return train_time._row(entrant, "synthetic", taken, result.batch_size, device, "fp32")
+
+    # 3.6e6 J are a kWh: 160 images took 72 J, so a million take 450 kJ.
+    assert row(36.0, 36.0)["energy_per_million_images_kwh"] == pytest.approx(0.125)
+    assert row(36.0, None)["energy_per_million_images_kwh"] is None
+    assert row(36.0, 36.0)["data_wait_fraction"] == 0.25
+    assert row(36.0, 36.0)["images_per_s"] == 80
 
 
 def test_the_projection_by_hand(document: dict[str, Any]):
