@@ -22,7 +22,7 @@ from leoclr_fast.evaluate.evaluation_folder import evaluation_folder
 from leoclr_fast.evaluate.grid import GridSearch, Trial
 from leoclr_fast.evaluate.labelled_data import LabelledData, open_labelled_data, require_every_class
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
-from leoclr_fast.evaluate.subject import Subject, load_subject, view_settings
+from leoclr_fast.evaluate.subject import Subject, load_subject, require_real_images, view_settings
 from pipelines.config import ViewConfig
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def run_finetune(
         raise ValueError("give either --percent P … or --list FILE")
     if out is not None and len(percents) > 1:
         raise ValueError(f"--out is for one share of the labels, but {len(percents)} are asked for")
+    require_real_images(speed.loader)
     with process_group(speed.device) as (ranks, device):
         subject = load_subject(weights, untrained=untrained)
         labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)

@@ -23,6 +23,7 @@ from leoclr_fast.config import SpeedConfig
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.accuracy import Accuracy, accuracy
 from leoclr_fast.evaluate.evaluation_folder import EvaluationFolder
+from leoclr_fast.evaluate.features import unreadable_images
 from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.run_folder import write_atomically, write_json
@@ -75,7 +76,7 @@ class GridSearch:
 
         What is finished is kept in the folder, so that a killed search goes on with the trial that it was at.
         Returns top1, top5, mean_per_class (percent), lr and weight_decay (the chosen ones), grid (each trial and what
-        it reached on the held-out images, None where it diverged), holdout_images, steps.
+        it reached on the held-out images, None where it diverged), holdout_images, steps, unreadable_images.
         Raises ValueError if every trial diverged, or if train is smaller than a batch.
         """
         grid: list[dict[str, Any]] | None = None
@@ -94,6 +95,7 @@ class GridSearch:
                     f"{chosen.weight_decay:g}; give a lower learning rate"
                 )
             found = accuracy(*tuner.scores(network, test))
+            unreadable = unreadable_images((tuner.loader, test), self.ranks)
             if self.ranks.is_main:
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
                 write_atomically(folder.path / "network.safetensors", save(tensors))
@@ -104,6 +106,7 @@ class GridSearch:
             "grid": grid,
             "holdout_images": num_held_out,
             "steps": training.total_steps,
+            "unreadable_images": unreadable,
         }
 
     def _try_all(self, folder: EvaluationFolder, console: Console | None) -> tuple[list[dict[str, Any]], int]:

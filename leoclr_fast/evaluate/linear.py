@@ -28,12 +28,12 @@ from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed import Ranks, process_group
 from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints, EvaluationFolder, evaluation_folder
-from leoclr_fast.evaluate.features import encode_batch, extract_features
+from leoclr_fast.evaluate.features import encode_batch, extract_features, unreadable_images
 from leoclr_fast.evaluate.labelled_data import open_labelled_data
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.evaluate.protocols import LinearProtocol
-from leoclr_fast.evaluate.subject import freeze, load_subject, view_settings
+from leoclr_fast.evaluate.subject import freeze, load_subject, require_real_images, view_settings
 from leoclr_fast.precision import encoder_dtype
 from leoclr_fast.run_folder import write_atomically
 from leoclr_fast.telemetry import TrainingClock
@@ -71,6 +71,7 @@ def run_linear(
     named linear_cached_features where it is the quick estimate.
     Raises ValueError for what the user can mend, BackboneChangedError if the backbone did not stay as it was.
     """
+    require_real_images(speed.loader)
     with process_group(speed.device) as (ranks, device), ExitStack() as stack:
         subject = load_subject(weights, untrained=untrained)
         labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)
@@ -102,14 +103,20 @@ def run_linear(
                     "give one --lr"
                 )
         loader_config = settle_loader(train, speed.loader, device)
+        loaders: list[Loader] = []
 
         def sequential(split: Split) -> Loader:
             order = SequentialOrder(
                 num_images=len(split), batch_size=protocol.batch_size, rank=ranks.rank, world_size=ranks.world_size
             )
-            return stack.enter_context(
-                make_loader(split, CENTER_CROP_VIEWS, views, loader_config, order, seed=protocol.seed, device=device)
+            loaders.append(
+                stack.enter_context(
+                    make_loader(
+                        split, CENTER_CROP_VIEWS, views, loader_config, order, seed=protocol.seed, device=device
+                    )
+                )
             )
+            return loaders[-1]
 
         order = TrainOrder(
             num_images=len(train),
@@ -127,6 +134,7 @@ def run_linear(
             loader = stack.enter_context(
                 make_loader(train, LINEAR_TRAIN_VIEWS, views, loader_config, order, seed=protocol.seed, device=device)
             )
+            loaders.append(loader)
             batches = _LiveFeatures(backbone, loader, speed.precision, ranks)
         classifiers = LinearClassifiers(
             protocol.lrs,
@@ -172,6 +180,7 @@ def run_linear(
             "backbone_sha256_before": before,
             "backbone_sha256_after": after,
             **labelled.describe(),
+            "unreadable_images": unreadable_images(loaders, ranks),
             "world_size": ranks.world_size,
             "note": labelled.note,
         }

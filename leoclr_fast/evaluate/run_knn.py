@@ -13,7 +13,7 @@ from dataset_tools.splits import choose_splits
 from leoclr_fast.config import MonitorConfig, SpeedConfig
 from leoclr_fast.distributed import process_group
 from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
-from leoclr_fast.evaluate.subject import load_subject
+from leoclr_fast.evaluate.subject import load_subject, require_real_images
 from leoclr_fast.precision import encoder_dtype
 
 
@@ -35,6 +35,7 @@ def run_knn(
     query_images, note; an empty dict on ranks other than the first. k and temperature default to the run's own, for a
     file to those of MoCo's CIFAR demo.
     """
+    require_real_images(speed.loader)
     with process_group(speed.device) as (ranks, device):
         subject = load_subject(weights, untrained=untrained)
         monitor = subject.run.read_config().monitor if subject.run else MonitorConfig()

@@ -13,7 +13,7 @@ from leoclr_fast.methods import build_method
 from leoclr_fast.run_folder import RunFolder
 from leoclr_fast.weights.backbone_file import weights_sha256
 from leoclr_fast.weights.pretrained import load_pretrained
-from pipelines.config import ViewConfig
+from pipelines.config import LoaderConfig, ViewConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,14 @@ def load_subject(weights: Path, *, untrained: bool = False) -> Subject:
         holdout_seed=pretrained.run.read_config().result.holdout_seed if pretrained.run else 0,
         run=pretrained.run,
     )
+
+
+def require_real_images(loader: LoaderConfig) -> None:
+    """Raises ValueError for the synthetic loader: an accuracy on its noise would mean nothing."""
+    if loader.name == "synthetic":
+        raise ValueError(
+            "the synthetic loader hands out noise, of which no accuracy can be told; choose another --loader"
+        )
 
 
 def freeze(backbone: nn.Module) -> None:

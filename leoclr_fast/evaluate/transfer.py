@@ -15,7 +15,7 @@ from leoclr_fast.distributed import process_group
 from leoclr_fast.evaluate.evaluation_folder import evaluation_folder
 from leoclr_fast.evaluate.grid import GridSearch, Trial
 from leoclr_fast.evaluate.protocols import TransferProtocol
-from leoclr_fast.evaluate.subject import load_subject, view_settings
+from leoclr_fast.evaluate.subject import load_subject, require_real_images, view_settings
 from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS, open_transfer_data
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ def run_transfer(
     other than the first.
     Raises ValueError for what the user can mend.
     """
+    require_real_images(speed.loader)
     with process_group(speed.device) as (ranks, device):
         transfer = open_transfer_data(dataset, data)
         published = TRANSFER_SETS[dataset]

@@ -362,3 +362,20 @@ def test_splits_with_other_classes_are_refused(
     assert "train in" in (text := message("empty"))
     assert "has no image of 1 of the 3 classes: class1" in text
     assert "needs labelled train images" in message("unlabelled")
+
+
+def test_an_image_that_cannot_be_read_stands_in_the_result(
+    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    (data / "val" / "class1" / "004.png").write_bytes(b"no image")
+    result = evaluated(capsys, "linear", tiny_run, "--data", data, *SMALL, "--out", tmp_path / "out")
+    assert list(result["unreadable_images"]) == ["val/class1/004.png"]
+    assert result["val_images"] == 12
+
+
+def test_noise_has_no_accuracy(capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path) -> None:
+    for command in (["linear"], ["knn"], ["finetune", "--percent=100"]):
+        message = refused(capsys, *command, tiny_run, "--data", tiny_data, "--loader=synthetic", "--device=cpu")
+        assert "the synthetic loader hands out noise" in message
