@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from leoclr_fast.bench.own_process import OwnProcess
 from leoclr_fast.bench.statistics import quantiles
 
-PATIENCE_S = 1800.0
 Contestant = Callable[..., Iterator[float]]
 """A generator function at the top of a module: each `next` does the whole task once and yields the seconds it took."""
 
@@ -48,12 +46,12 @@ class Comparison:
         self.out.mkdir(parents=True, exist_ok=True)
         self._seconds: dict[str, list[float]] = {name: [] for name in contestants}
         self._log = [self.title, f"command: {self._command()}"]
-        processes = {name: _Process(name, function, arguments) for name, function in contestants.items()}
+        processes = {name: OwnProcess(name, function, arguments) for name, function in contestants.items()}
         try:
             names = list(contestants)
             for number in range(rounds + 1):
                 for name in names[number % len(names) :] + names[: number % len(names)]:
-                    taken = processes[name].measure()
+                    taken = processes[name].turn()
                     remark = "" if number else " (warm-up, not counted)"
                     self._log.append(f"round {number}{remark}: {name}: {taken:.3f} s")
                     print(self._log[-1], flush=True)
@@ -126,49 +124,6 @@ class Comparison:
             cell = "; ".join(cells)
             lines.append(f"| {name} | {rate['median']:,.0f} [{rate['q20']:,.0f}, {rate['q80']:,.0f}] | {cell} |")
         return "\n".join(lines) + "\n"
-
-
-class _Process:
-    """A contestant in a fresh process, which waits between its turns."""
-
-    def __init__(self, name: str, function: Contestant, arguments: Sequence[Any]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name = name
-        self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(function, tuple(arguments), theirs))
-        self._process.start()
-        theirs.close()
-
-    def measure(self) -> float:
-        self._ours.send("go")
-        if not self._ours.poll(PATIENCE_S):
-            self._process.kill()
-            raise RuntimeError(f"{self.name} has not answered for {PATIENCE_S:.0f} s")
-        try:
-            answer = self._ours.recv()
-        except EOFError as error:
-            raise RuntimeError(f"{self.name} died") from error
-        if isinstance(answer, str):
-            raise RuntimeError(f"{self.name} failed: {answer}")
-        return float(answer)
-
-    def close(self) -> None:
-        self._ours.close()
-        self._process.join(30)
-        self._process.kill()
-
-
-def _serve(function: Contestant, arguments: tuple[Any, ...], connection: Any) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # workers start as in a program of its user's
-    try:
-        measurements = function(*arguments)
-        while connection.recv():
-            try:
-                connection.send(next(measurements))
-            except Exception:
-                connection.send(traceback.format_exc())
-    except EOFError:
-        pass
 
 
 def _cpu_name() -> str:

@@ -181,6 +181,7 @@ class DaliLoader(Loader):
             self._doing = "starting DALI"
             self._pipeline = self._started_pipeline()
         _feed_pipeline(self._pipeline, batch.images, batch.boxes)
+        self._num_decodes += len(batch)
 
     def _decoded(self) -> Tensor | None:
         """uint8 [B, V, S, S, 3], the crops of the oldest batch in flight; None if it has to be fed again."""

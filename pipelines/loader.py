@@ -58,10 +58,16 @@ class Loader(ABC):
         self.device = device
         self.unreadable: dict[int, str] = {}
         """Index of each image that could not be read -> the reason."""
+        self._num_decodes = 0
 
     @property
     def steps_per_epoch(self) -> int:
         return self.order.steps_per_epoch
+
+    @property
+    def num_decodes(self) -> int:
+        """How many times this loader has decoded an image so far: once for each image of an epoch, and no more."""
+        return self._num_decodes
 
     @abstractmethod
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:

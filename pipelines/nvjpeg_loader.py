@@ -58,8 +58,6 @@ class NvjpegLoader(Loader):
         self._decoder: WorkerThreads | None = None
         self._pass: _Pass | None = None
         self._doing = "starting"
-        self.num_decodes = 0
-        """How many images were decoded so far, by nvJPEG or by Pillow in its place."""
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
         if self._pass is not None:
@@ -172,7 +170,7 @@ class NvjpegLoader(Loader):
         except RuntimeError as error:
             self._find_fault(batch, rows, error)
             return None
-        self.num_decodes += len(batch)
+        self._num_decodes += len(batch)
         found = dict(zip(rows, decoded, strict=True))
         for row, pixels in prepared.decoded.items():
             found[row] = torch.from_numpy(pixels).to(self.device, non_blocking=True)

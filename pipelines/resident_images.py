@@ -26,6 +26,8 @@ class ResidentImages:
     images: PackedImages
     unreadable: dict[int, str]
     """Index of each image that could not be decoded -> the reason; its pixels here mean nothing."""
+    num_decodes: int
+    """How many images were decoded for it."""
     source_index: npt.NDArray[np.int64]
     """int64 [N]: the image itself, or for an unreadable one the next readable one, which takes its place."""
 
@@ -61,6 +63,7 @@ def _decode_all(split: Split, device: torch.device, workers: int | None) -> Resi
     heights = np.ones(len(split), dtype=np.int64)
     widths = np.ones(len(split), dtype=np.int64)
     unreadable: dict[int, str] = {}
+    decoded: list[int] = []
 
     def measure(index: int) -> None:
         try:
@@ -71,6 +74,7 @@ def _decode_all(split: Split, device: torch.device, workers: int | None) -> Resi
     def decode(index: int) -> None:
         if index in unreadable:
             return
+        decoded.append(index)
         try:
             image = np.asarray(decode_rgb(split, index))
         except UnreadableImageError as error:
@@ -95,6 +99,7 @@ def _decode_all(split: Split, device: torch.device, workers: int | None) -> Resi
             pixels=torch.from_numpy(pixels).to(device), offsets=offsets, heights=heights, widths=widths
         ),
         unreadable=dict(sorted(unreadable.items())),
+        num_decodes=len(decoded),
         source_index=_readable_source(split, unreadable),
     )
 

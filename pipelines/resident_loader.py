@@ -23,6 +23,7 @@ class ResidentLoader(Loader):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._resident = load_resident_images(self.split, self.device, self.config.workers)
+        self._num_decodes = self._resident.num_decodes
         for index, reason in self._resident.unreadable.items():
             self.report_unreadable(index, reason)
 

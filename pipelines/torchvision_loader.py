@@ -48,6 +48,7 @@ class TorchvisionLoader(Loader):
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
         position = self._sampler.position = (epoch, start_step)
         for step, batch in enumerate(self._host_batches(), start=start_step):
+            self._num_decodes += batch.num_decodes
             for index, reason in batch.unreadable.items():
                 self.report_unreadable(index, reason)  # raises where a worker gave up
             yield CropBatch(
@@ -81,6 +82,7 @@ class _HostBatch:
     indices: npt.NDArray[np.int64]  # [B]
     boxes: Boxes  # [B, V, 4]
     unreadable: dict[int, str]  # index -> reason
+    num_decodes: int
 
     def pin_memory(self) -> _HostBatch:
         self.crops = self.crops.pin_memory()
@@ -106,10 +108,12 @@ class _CropDataset(Dataset[_HostBatch]):
         self.views = views
         self.view_config = view_config
         self.seed = seed
+        self.num_decodes = 0
 
     def __getitems__(self, samples: list[tuple[int, int]]) -> _HostBatch:
         epoch = samples[0][0] if samples else 0
         unreadable: dict[int, str] = {}
+        num_before = self.num_decodes
         images, indices = [], []
         for _, wanted in samples:
             found = self._decode(wanted, unreadable)
@@ -130,11 +134,13 @@ class _CropDataset(Dataset[_HostBatch]):
                 # One side at a time, else the order of the two passes would depend on Pillow's version.
                 narrow = crop.resize((size, height), Image.Resampling.BILINEAR)
                 crops[row, view] = np.asarray(narrow.resize((size, size), Image.Resampling.BILINEAR))
-        return _HostBatch(torch.from_numpy(crops), index_array, boxes, unreadable)
+        num_decodes = self.num_decodes - num_before
+        return _HostBatch(torch.from_numpy(crops), index_array, boxes, unreadable, num_decodes)
 
     def _decode(self, index: int, unreadable: dict[int, str]) -> tuple[Image.Image, int] | None:
         """The image or the next readable one, and its index; None if too many are unreadable to go on."""
         for _ in range(len(self.split)):
+            self.num_decodes += 1
             try:
                 return decode_rgb(self.split, index), index
             except UnreadableImageError as error:

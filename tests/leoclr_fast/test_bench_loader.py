@@ -1,0 +1,170 @@
+"""`bench loader`: what it counts is right, whoever cannot run is named, and its contestants do the whole task."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from leoclr_fast.bench.loader import LoaderBenchConfig, bench_loader, loader_markdown
+from leoclr_fast.bench.own_process import OwnProcess
+from leoclr_fast.bench.process_use import process_use
+from leoclr_fast.cli import run_command
+from tests.pipelines.optional_packages import HAS_DALI, needs_ffcv
+from tests.pipelines.pictures import picture
+
+NUM_IMAGES = 10
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for index in range(NUM_IMAGES):
+        folder = tmp_path / "images" / "ab"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(40 + index, 50, "waves", index)).save(folder / f"{index}.jpg")
+    return tmp_path / "images"
+
+
+def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    loaders = ["torchvision", "resident", "stock-torchvision", *(["dali", "stock-dali"] if HAS_DALI else [])]
+    arguments = ["bench", "loader", "--data", str(images), "--loaders", *loaders, "--rounds", "2", "--workers", "1"]
+    small = ["--image-size", "16", "--batch-size", "4", "--device", "cpu", "--markdown", str(page), "--json"]
+    assert run_command([*arguments, *small]) == 0
+    output = capsys.readouterr().out
+    document = json.loads(output.splitlines()[-1])
+    assert sorted(row["loader"] for row in document["rows"]) == sorted(loaders)
+    assert [row["loader"] for row in document["ceilings"]] == ["read-only", "decode-only"]
+    for row in (*document["ceilings"], *document["rows"]):
+        whole_epoch = row["loader"] == "decode-only"  # it has no batches
+        assert row["images"] == (NUM_IMAGES if whole_epoch else 8)
+        assert len(row["turns_images_per_s"]) == 2
+        assert min(row["turns_images_per_s"]) <= row["images_per_s"] <= max(row["turns_images_per_s"])
+        assert row["decodes_per_image"] == (0 if row["loader"] in ("read-only", "resident") else 1)
+        assert row["cpu_cores"] >= 0
+        assert 0.05 < row["peak_rss_gib"] < 8
+        assert row["device_memory_gib"] is None
+    sizes = [path.stat().st_size for path in images.rglob("*.jpg")]
+    read = next(row for row in document["ceilings"] if row["loader"] == "read-only")["bytes_read_per_image"]
+    assert min(sizes) <= read <= 2 * max(sizes) + 1000  # and some of Python's own
+    written = page.read_text()
+    assert written in output
+    assert "--data images --loaders torchvision" in written
+    assert str(tmp_path) not in written.split("`")[1].split("--markdown")[0]
+    assert written.index("read-only (ceiling)") < written.index("| torchvision |")
+
+
+@needs_ffcv
+def test_three_pipelines_are_three_decodes(images: Path, tmp_path: Path) -> None:
+    convert(images, tmp_path / "ffcv", ConvertOptions(format="ffcv"), workers=1)
+    config = LoaderBenchConfig(
+        loaders=("ffcv", "stock-ffcv"), rounds=1, image_size=16, batch_size=5, workers=1, device="cpu"
+    )
+    document = bench_loader(config, [images, tmp_path / "ffcv"])
+    decodes = {row["loader"]: row["decodes_per_image"] for row in document["rows"]}
+    assert decodes == {"ffcv": 1, "stock-ffcv": 3}
+    assert "| stock-ffcv |" in loader_markdown(document)
+
+
+def test_who_cannot_run_is_named(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("torchvision", "ffcv", "nvjpeg", "stock-ffcv")
+    monkeypatch.setattr("leoclr_fast.bench.loader.CONTESTANTS", names)
+    config = LoaderBenchConfig(rounds=1, image_size=16, batch_size=5, workers=0, device="cpu")
+    document = bench_loader(config, [images])
+    assert [row["loader"] for row in document["rows"]] == ["torchvision"]
+    notes = "\n".join(document["notes"])
+    assert "ffcv did not run: " in notes
+    assert "nvjpeg did not run: ValueError: nvJPEG decodes on a GPU, not on cpu" in notes
+    with pytest.raises(RuntimeError, match="the loader nvjpeg cannot run: ValueError: nvJPEG decodes on a GPU"):
+        bench_loader(LoaderBenchConfig(loaders=("nvjpeg",), batch_size=5, device="cpu"), [images])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loaders", "dalli"], "there is no loader 'dalli'. Did you mean dali"),
+        (["--batch-size", "11"], "images has 10 images, fewer than one batch of 11; lower --batch-size"),
+        (["--views", "4"], "4 views are not allowed: give 3 (LeOCLR) or 2 (MoCo-v2)"),
+        (["--rounds", "0"], "rounds 0 is not allowed: give at least 1"),
+        (["--max-images", "0"], "--max-images 0 is not allowed: give at least 1"),
+    ],
+)
+def test_mistakes(flags: list[str], message: str, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["bench", "loader", "--data", str(images), "--device", "cpu", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_use_of_a_process_and_its_children() -> None:
+    script = """
+import subprocess, sys, time
+ballast = bytearray(b"x") * (80 << 20)
+child = "import sys, time; b = bytearray(b'x') * (120 << 20); print('up', flush=True); sys.stdin.read()"
+process = subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+process.stdout.readline()
+print("up", flush=True)
+sys.stdin.readline()
+end = time.process_time() + 0.5
+while time.process_time() < end:
+    pass
+open("/dev/zero", "rb", buffering=0).read(50 << 20)
+print("busy", flush=True)
+sys.stdin.readline()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        before = process_use(process.pid)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        after = process_use(process.pid)
+        process.stdin.close()
+    assert 200 << 20 <= before.memory_bytes < 600 << 20
+    assert 0.4 <= after.cpu_s - before.cpu_s < 2
+    assert 50 << 20 <= after.read_bytes - before.read_bytes < 60 << 20
+    with pytest.raises(ProcessLookupError, match="there is no process"):
+        process_use(2**22 + 1)
+
+
+def counts(first: int) -> Iterator[int]:
+    yield first
+    yield os.getpid()
+    raise KeyError("enough")
+
+
+def dies() -> Iterator[int]:
+    yield 1
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class TestOwnProcess:
+    def test_turns_and_a_failure(self) -> None:
+        process = OwnProcess("counts", counts, (7,))
+        assert process.turn() == 7
+        assert process.turn() == process.pid != os.getpid()
+        with pytest.raises(RuntimeError, match=r"(?s)counts failed: .*KeyError: 'enough'"):
+            process.turn()
+        process.close()
+        process.close()
+
+    def test_a_death_is_noticed(self) -> None:
+        process = OwnProcess("dies", dies, ())
+        assert process.turn() == 1
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match="dies died"):
+            process.turn()
+        assert time.monotonic() - began < 30
+        process.close()
