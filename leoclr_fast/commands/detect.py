@@ -52,6 +52,8 @@ class Detect(CommonFlags):
     """Longer side at most, pixels: 1333."""
     anchor_sizes: tuple[int, ...] | None = None
     """32 64 128 256 512."""
+    regions_per_image: int | None = None
+    """Proposals of each training image that the box head sees: 512."""
     precise_bn_batches: int | None = None
     """Batches that the running statistics are averaged over after training: 200."""
     train_on_images_without_boxes: bool = False
@@ -105,7 +107,8 @@ class Detect(CommonFlags):
             name: getattr(self, name)
             for name in (
                 *("train_sets", "test_set", "iterations", "batch_size", "lr", "lr_steps", "warmup_iterations"),
-                *("train_sides", "test_side", "max_side", "anchor_sizes", "precise_bn_batches", "seed"),
+                *("train_sides", "test_side", "max_side", "anchor_sizes", "regions_per_image", "precise_bn_batches"),
+                "seed",
             )
             if getattr(self, name) is not None
         }

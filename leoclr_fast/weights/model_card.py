@@ -142,6 +142,8 @@ def _results(pretrained: Pretrained) -> list[str]:
 
 
 def _of_these(result: dict[str, Any], pretrained: Pretrained) -> str:
+    if result.get("untrained"):
+        return "those before training"
     if result.get("weights_sha256") == pretrained.sha256:
         return "these"
     return Path(str(result.get("weights", "not recorded"))).name

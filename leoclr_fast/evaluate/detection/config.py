@@ -38,6 +38,8 @@ class DetectionConfig:
     """No longer side is longer."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Square roots of the anchors' areas, pixels; each with the ratios 1:2, 1:1 and 2:1."""
+    regions_per_image: int = 512
+    """Proposals of each training image that the box head sees, at most a quarter of them objects."""
     precise_bn_batches: int = 200
     """After training, running statistics become plain means over so many training batches (TEST.PRECISE_BN); 0: they
     stay moving averages."""
@@ -46,7 +48,7 @@ class DetectionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "test_side", "max_side"):
+        for name in ("iterations", "batch_size", "test_side", "max_side", "regions_per_image"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not allowed: give at least 1")
         for name in ("warmup_iterations", "precise_bn_batches", "seed", "weight_decay"):

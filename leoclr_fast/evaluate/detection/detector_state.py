@@ -46,7 +46,12 @@ class DetectorState:
         """The state before the first iteration: the heads are drawn from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            detector = FasterRCNNC4(pretrained.backbone, num_classes, config.anchor_sizes)
+            detector = FasterRCNNC4(
+                pretrained.backbone,
+                num_classes,
+                anchor_sizes=config.anchor_sizes,
+                regions_per_image=config.regions_per_image,
+            )
         detector.to(device, encoder_dtype(precision)).to(memory_format=torch.channels_last)
         if ranks.world_size > 1:
             synchronised(detector)

@@ -32,8 +32,10 @@ Detections = dict[str, Tensor]
 class FasterRCNNC4(nn.Module):
     """Detector out of a ResNet whose classifier is gone; it takes over the ResNet's modules."""
 
-    def __init__(self, backbone: ResNet, num_classes: int, anchor_sizes: tuple[int, ...]) -> None:
-        """num_classes: without the background."""
+    def __init__(
+        self, backbone: ResNet, num_classes: int, *, anchor_sizes: tuple[int, ...], regions_per_image: int
+    ) -> None:
+        """num_classes: without the background. regions_per_image: that the box head is trained on."""
         super().__init__()
         small_stem = isinstance(backbone.maxpool, nn.Identity)
         stride = 4 if small_stem else 16
@@ -41,7 +43,7 @@ class FasterRCNNC4(nn.Module):
         self.c4 = nn.Sequential(OrderedDict((name, getattr(backbone, name)) for name in names))
         c4_channels = backbone.layer4[0].conv1.in_channels
         self.rpn = _ProposalNetwork(c4_channels, stride, anchor_sizes)
-        self.regions = _Res5Regions(backbone.layer4, backbone.feature_dim, stride, num_classes)
+        self.regions = _Res5Regions(backbone.layer4, backbone.feature_dim, stride, num_classes, regions_per_image)
 
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Target] | None = None
@@ -70,10 +72,11 @@ class _Anchors(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - as torchvision's
     ) -> Tensor:
-        sides, ratios = torch.tensor(scales, dtype=dtype), torch.tensor(aspect_ratios, dtype=dtype)
+        sides = torch.tensor(scales, dtype=dtype, device=device)
+        ratios = torch.tensor(aspect_ratios, dtype=dtype, device=device)
         heights = (ratios.sqrt()[:, None] * sides).flatten()
         widths = (sides / ratios.sqrt()[:, None]).flatten()
-        return torch.stack([-widths, -heights, widths, heights], dim=1).to(device) / 2
+        return torch.stack([-widths, -heights, widths, heights], dim=1) / 2
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         device = feature_maps[0].device
@@ -154,14 +157,14 @@ class _BoxPredictor(nn.Module):
 class _Res5Regions(RoIHeads):
     """Samples regions and classifies them."""
 
-    def __init__(self, res5: nn.Module, dim: int, stride: int, num_classes: int) -> None:
+    def __init__(self, res5: nn.Module, dim: int, stride: int, num_classes: int, regions_per_image: int) -> None:
         super().__init__(
             RoIAlign(POOLED_SIDE, spatial_scale=1 / stride, sampling_ratio=0, aligned=True),
             _BoxHead(res5, dim),
             _BoxPredictor(dim, num_classes),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
-            batch_size_per_image=512,
+            batch_size_per_image=regions_per_image,
             positive_fraction=0.25,
             bbox_reg_weights=(10.0, 10.0, 5.0, 5.0),
             score_thresh=0.05,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,15 @@ def run_detection(
     ended it.
     Raises ValueError, FileNotFoundError, NonFiniteLossError, OSError (a full disk).
     """
-    with process_group(device) as (ranks, chosen):
+    with process_group(device) as (ranks, chosen), ExitStack() as stack:
         pretrained = load_pretrained(weights)
         folder = _folder(pretrained, config, out)
         train, test = _read(data, config.train_sets, config), _read(data, (config.test_set,), config)
         if train.classes != test.classes:
             raise ValueError(f"train and test of {data} have other classes: {train.classes} and {test.classes}")
         if ranks.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
+            stack.enter_context(RunFolder(folder).locked())
         ranks.barrier()
         state = DetectorState.fresh(
             *(config, pretrained, len(train.classes), train.fingerprint, precision, ranks, chosen)
@@ -192,7 +194,19 @@ def _folder(pretrained: Pretrained, config: DetectionConfig, out: Path | None) -
         return out
     if pretrained.run is None:
         raise ValueError(f"{pretrained.path} is a file of weights, not a run: give --out a folder for the detector")
-    return RunFolder(pretrained.run.path).path / f"detect-{config.dataset}"
+    return pretrained.run.path / f"detect-{config.dataset}"
+
+
+def _make(folder: Path) -> None:
+    """Raises ValueError if it cannot be made, or holds other files than a detector's."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from error
+    own = {_RESULT, "metrics.jsonl"}
+    foreign = [f.name for f in folder.iterdir() if f.name not in own and not f.name.startswith((".", "step-"))]
+    if foreign:
+        raise ValueError(f"{folder} holds other files ({', '.join(foreign[:3])}…); give --out a new or empty folder")
 
 
 def _read(data: Path, sets: tuple[str, ...], config: DetectionConfig) -> AnnotatedImages:
