@@ -376,6 +376,7 @@ def test_an_image_that_cannot_be_read_stands_in_the_result(
 
 
 def test_noise_has_no_accuracy(capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path) -> None:
-    for command in (["linear"], ["knn"], ["finetune", "--percent=100"]):
-        message = refused(capsys, *command, tiny_run, "--data", tiny_data, "--loader=synthetic", "--device=cpu")
+    for command, *flags in (["linear"], ["knn"], ["finetune", "--percent=100"]):
+        common = [tiny_run, "--data", tiny_data, "--loader=synthetic", "--device=cpu"]
+        message = refused(capsys, command, *common, *flags)
         assert "the synthetic loader hands out noise" in message
