@@ -13,10 +13,11 @@ from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig, Unavaila
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
+from leoclr_fast.bench.setting import bench_device
 from leoclr_fast.bench.stopwatch import synchronize
 from leoclr_fast.bench.tables import markdown_table, number
 from leoclr_fast.config import RunConfig
-from leoclr_fast.distributed import Ranks, resolve_device
+from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
 from leoclr_fast.methods import METHODS
 from leoclr_fast.recipes import get_recipe
@@ -55,7 +56,8 @@ def run(config: SuiteConfig, say: Say) -> Answer:
     cut = [recipe for recipe, curve in curves.items() if curve["stopped_early"]]
     note = (
         f"{config.epochs} epochs of the recipe instead of 200, with a cosine schedule over those; a check that both "
-        "methods learn, not a comparison of them. images/s without evaluation, the first epoch's warm-up included."
+        "methods learn, not a comparison of them. images/s without evaluation, the first epoch's warm-up included; "
+        "the encoders are not compiled."
     )
     if cut:
         note += f" Out of time before the last epoch: {', '.join(cut)}."
@@ -66,7 +68,7 @@ def short_pretraining(run_config: RunConfig, config: SuiteConfig, say: Say) -> d
     """Points of one run: epoch, loss (mean of the epoch), kNN top-1 (percent), images/s. No run folder is written."""
     assert config.data is not None
     result, speed = run_config.result, run_config.speed
-    device = resolve_device(speed.device)
+    device = bench_device(speed)
     deadline = time.perf_counter() + config.soft_limit_s / len(_RECIPES)
     splits = choose_splits(open_source(config.data), holdout_seed=result.holdout_seed)
     split = limited(splits.pretrain, result.max_images)
@@ -122,7 +124,8 @@ def short_pretraining(run_config: RunConfig, config: SuiteConfig, say: Say) -> d
 def _run_config(recipe: str, config: SuiteConfig) -> RunConfig:
     """The recipe, shortened; the tiny one is as narrow as the demo's."""
     base = get_recipe(recipe)
-    speed = replace(config.speed(), loader=LoaderConfig(name="resident"))
+    # Compiling would take longer than it saves in so short a run.
+    speed = replace(config.speed(), compile="off", loader=LoaderConfig(name="resident"))
     result = replace(base.result, epochs=config.epochs)
     monitor = base.monitor
     if config.tiny:

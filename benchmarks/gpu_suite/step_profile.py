@@ -14,10 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig
 from leoclr_fast.bench.contestant import OurMethod
 from leoclr_fast.bench.feeds import open_feeds, training_images
-from leoclr_fast.bench.setting import setting_header
+from leoclr_fast.bench.setting import bench_device, setting_header
 from leoclr_fast.bench.stopwatch import synchronize
 from leoclr_fast.bench.tables import markdown_table, percent
-from leoclr_fast.distributed import resolve_device
 from leoclr_fast.methods import METHODS
 from pipelines.config import LoaderConfig
 
@@ -41,9 +40,9 @@ KINDS: tuple[tuple[str, str], ...] = (
 
 def run(config: SuiteConfig, say: Say) -> Answer:
     """Top kernels by time, the share of each kind of work, and how long the device had nothing to do."""
-    device = resolve_device(config.device)
-    on_gpu = device.type == "cuda"
     speed = config.speed()
+    device = bench_device(speed)
+    on_gpu = device.type == "cuda"
     result = config.setting.result("leoclr")
     header = setting_header(result, speed, device)
     say(header)

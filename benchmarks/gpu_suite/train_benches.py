@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig
@@ -43,13 +44,7 @@ def run_train_time(config: SuiteConfig, say: Say) -> Answer:
         TrainTimeConfig(
             setting=config.setting,
             speed=config.speed(),
-            turns=TurnsConfig(
-                rounds=turns.rounds,
-                steps=turns.steps,
-                lead_steps=turns.lead_steps,
-                warmup_steps=turns.warmup_steps,
-                max_s=config.soft_limit_s / 2,
-            ),
+            turns=replace(turns, max_s=config.soft_limit_s),
             peers=True,
         ),
         data=None,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from leoclr_fast.config import MethodName, ResultConfig, SpeedConfig
+from leoclr_fast.distributed import resolve_device
 from leoclr_fast.recipes import get_recipe
 
 
@@ -83,6 +84,18 @@ def setting_header(result: ResultConfig, speed: SpeedConfig, device: torch.devic
         f"{result.method.key_batchnorm}, augmentation included, {speed.precision}, torch {torch.__version__}, {where} "
         f"[{kind}]"
     )
+
+
+def bench_device(speed: SpeedConfig) -> torch.device:
+    """The device of a benchmark of one device, made the current one, so that events are recorded there.
+
+    Raises ValueError for a device that this machine does not have, and as `require_one_process`.
+    """
+    require_one_process()
+    device = resolve_device(speed.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def require_one_process() -> None:

@@ -11,14 +11,13 @@ import torch
 from leoclr_fast.acceleration import compiles_encoders
 from leoclr_fast.bench.contestant import OurMethod
 from leoclr_fast.bench.feeds import open_feeds, training_images
-from leoclr_fast.bench.setting import BenchSetting, departures_from_paper, require_one_process, setting_header
+from leoclr_fast.bench.setting import BenchSetting, bench_device, departures_from_paper, setting_header
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.stopwatch import time_calls_ms
 from leoclr_fast.bench.tables import markdown_table, number, percent, spread
 from leoclr_fast.bench.turns import prepare
 from leoclr_fast.config import MethodName, SpeedConfig
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed import resolve_device
 from leoclr_fast.environment import environment
 from leoclr_fast.flops import mfu, peak_flops_per_s
 from leoclr_fast.gpu_state import gpu_state
@@ -61,8 +60,7 @@ def bench_step(config: StepBenchConfig, say: Say = lambda _: None) -> dict[str, 
     parts); for the whole step also images_per_s, mfu and peak_memory_gib.
     Raises ValueError for a setting that cannot be.
     """
-    require_one_process()
-    device = resolve_device(config.speed.device)
+    device = bench_device(config.speed)
     state = gpu_state(device)
     header = setting_header(config.setting.result(config.methods[0]), config.speed, device)
     say(header)

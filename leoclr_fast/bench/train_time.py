@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,12 @@ import leoclr_fast
 from leoclr_fast.bench.contestant import Contestant, OurMethod
 from leoclr_fast.bench.feeds import open_feeds, training_images
 from leoclr_fast.bench.projection import FORMULA, ProjectionConfig, project
-from leoclr_fast.bench.setting import BenchSetting, departures_from_paper, require_one_process, setting_header
+from leoclr_fast.bench.setting import BenchSetting, bench_device, departures_from_paper, setting_header
 from leoclr_fast.bench.statistics import median_interval, quantiles
 from leoclr_fast.bench.turns import Prepared, Turn, prepare, take_turns
 from leoclr_fast.bench.turns_config import TurnsConfig
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed import resolve_device
 from leoclr_fast.energy import EnergyMeter
 from leoclr_fast.environment import environment
 from leoclr_fast.flops import mfu, peak_flops_per_s
@@ -64,8 +64,8 @@ def bench_train_time(config: TrainTimeConfig, data: Path | None, say: Say = lamb
     `speedups` of our MoCo-v2 over each peer, and `projection`.
     Raises ValueError for a setting that cannot be, for data that cannot be read, or without the folder of the peers.
     """
-    require_one_process()
-    device = resolve_device(config.speed.device)
+    start = time.perf_counter()
+    device = bench_device(config.speed)
     results = {name: config.setting.result(name) for name in ("leoclr", "mocov2")}
     state = gpu_state(device)
     header = setting_header(results["leoclr"], config.speed, device)
@@ -83,7 +83,8 @@ def bench_train_time(config: TrainTimeConfig, data: Path | None, say: Say = lamb
 
     prepared: list[Prepared] = []
     rows: list[dict[str, Any]] = []
-    for kind in ("synthetic", "real") if data is not None else ("synthetic",):
+    kinds = ("synthetic", "real") if data is not None else ("synthetic",)
+    for number, kind in enumerate(kinds):
         loader = LoaderConfig(name="synthetic") if kind == "synthetic" else config.speed.loader
         split = training_images(data if kind == "real" else None, results["leoclr"], config.max_images)
         with ExitStack() as stack:
@@ -95,7 +96,9 @@ def bench_train_time(config: TrainTimeConfig, data: Path | None, say: Say = lamb
                     prepared += [entrant] if entrant else []
             say(f"{kind} images, loader {loader_name}")
             contestants = [entrant.contestant for entrant in prepared]
-            turns = take_turns(contestants, feeds, device, config.turns, say)
+            left_s = config.turns.max_s - (time.perf_counter() - start)
+            max_s = max(1.0, left_s / (len(kinds) - number))
+            turns = take_turns(contestants, feeds, device, replace(config.turns, max_s=max_s), say)
         rows += [
             _row(entrant, kind, own, results["leoclr"].batch_size, device, config.speed.precision)
             | {"loader": loader_name}

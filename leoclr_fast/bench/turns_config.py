@@ -20,7 +20,7 @@ class TurnsConfig:
     warmup_steps: int = 5
     """Steps of each contestant before the first round."""
     max_s: float = 600.0
-    """No new round begins after so many seconds (two are always run)."""
+    """No new round begins after so many seconds, preparation included; two are always run."""
 
     def __post_init__(self) -> None:
         for name, least in (("rounds", LEAST_ROUNDS), ("steps", 1), ("lead_steps", 0), ("warmup_steps", 1)):
