@@ -56,9 +56,10 @@ def _advice(step: TrainingStep, batch: CropBatch) -> str:
         peaks = {size: _peak_bytes(step, batch, size) for size in _PROBE_SIZES}
     except torch.cuda.OutOfMemoryError:
         return f"Not even {max(_PROBE_SIZES)} images fit. Give a smaller network or image size."
-    free, _ = torch.cuda.mem_get_info(step.device)
-    available = (1 - _SPARE_FRACTION) * (free + torch.cuda.memory_reserved(step.device))
-    size = largest_batch(available, peaks)
+    free, total = torch.cuda.mem_get_info(step.device)
+    allowed = total * torch.cuda.get_per_process_memory_fraction(step.device)
+    available = (1 - _SPARE_FRACTION) * min(allowed, free + torch.cuda.memory_reserved(step.device))
+    size = min(largest_batch(available, peaks), len(batch.crops) - 1)
     measured = ", ".join(f"{count} images {peak / _GIB:.2f} GiB" for count, peak in peaks.items())
     return (
         f"An estimate from measured steps ({measured}; {available / _GIB:.1f} GiB available): --batch-size {size} "

@@ -105,3 +105,12 @@ SPEED_OPTION_LOSS = 1e-4
 """float32 with either memory format, or with a compiled loss. (2e-5, 2e-5, 9e-7: a matter of luck at eight steps)"""
 COMPILED_LOSS = 5e-6
 """float32 with encoders compiled for the CPU, four steps. (8e-7)"""
+
+# ---- leoclr_fast: the captured step, losses relative to the eager step's; set by judgement, not measured yet ---------
+
+CAPTURED_FIRST_LOSSES = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 2e-3}
+"""Of the first five steps."""
+CAPTURED_LOSS = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 3e-2}
+"""Of fifty steps, in which differences grow."""
+COMPILED_ON_GPU_LOSS = {"fp32": 1e-3, "bf16": 3e-2}
+"""Of eight steps with compiled encoders."""

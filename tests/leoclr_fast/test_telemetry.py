@@ -218,11 +218,11 @@ class TestOutOfMemory:
 
     def test_the_message_says_what_would_fit_and_that_it_is_an_estimate(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With a GPU's numbers put in place of a GPU's."""
-        config = tiny_config(speed__precision="fp32", result__batch_size=24)
+        config = tiny_config(speed__precision="fp32", result__method__queue_size=96, result__batch_size=96)
         step = TrainingStep(TrainingState.fresh(config, Ranks(), CPU), config, CPU)
-        crops = torch.zeros(24, 3, 16, 16, 3, dtype=torch.uint8)
-        boxes = np.zeros((24, 3, 4), dtype=np.int32)
-        batch = CropBatch(crops=crops, labels=torch.zeros(24), indices=np.arange(24), boxes=boxes, epoch=0, step=0)
+        crops = torch.zeros(96, 3, 16, 16, 3, dtype=torch.uint8)
+        boxes = np.zeros((96, 3, 4), dtype=np.int32)
+        batch = CropBatch(crops=crops, labels=torch.zeros(96), indices=np.arange(96), boxes=boxes, epoch=0, step=0)
         peaks = iter([2 * 2**30, 3 * 2**30])
         for name, value in {
             "empty_cache": lambda: None,
@@ -230,11 +230,12 @@ class TestOutOfMemory:
             "synchronize": lambda _: None,
             "max_memory_allocated": lambda _: next(peaks),
             "memory_reserved": lambda _: 4 * 2**30,
+            "get_per_process_memory_fraction": lambda _: 1.0,
             "mem_get_info": lambda _: (6 * 2**30, 80 * 2**30),
         }.items():
             monkeypatch.setattr(memory.torch.cuda, name, value)
         expected = (
-            r"24 images does not fit .* An estimate from measured steps \(8 images 2.00 GiB, 16 images 3.00 GiB; "
+            r"96 images does not fit .* An estimate from measured steps \(8 images 2.00 GiB, 16 images 3.00 GiB; "
             r"9.5 GiB available\): --batch-size 68 would fit"
         )
         with pytest.raises(OutOfMemoryError, match=expected), explained_out_of_memory(step, batch):
