@@ -29,7 +29,6 @@ from leoclr_fast.config_file import as_plain, differing_fields
 from leoclr_fast.device_meter import DeviceMeter
 from leoclr_fast.distributed import Ranks, process_group
 from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
-from leoclr_fast.export import save_backbone
 from leoclr_fast.gpu_state import gpu_state
 from leoclr_fast.memory import explained_out_of_memory
 from leoclr_fast.methods import METHODS
@@ -46,6 +45,7 @@ from leoclr_fast.telemetry import (
 from leoclr_fast.trackers import open_trackers, require_trackers
 from leoclr_fast.training_state import TrainingState
 from leoclr_fast.training_step import TrainingStep
+from leoclr_fast.weights.backbone_file import save_backbone
 from pipelines.batch import CropBatch
 from pipelines.factory import make_loader, settle_loader
 from pipelines.loader import Loader
