@@ -166,6 +166,34 @@ def test_detections_take_the_box_of_their_class() -> None:
     assert found["scores"].item() == pytest.approx(math.e**4 / (1 + math.e**-9 + math.e**4))
 
 
+def test_half_precision_does_not_round_boxes() -> None:
+    """bfloat16 knows 1000 and 1004, and nothing between."""
+    regions = small_detector().regions
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        features = torch.randn(1, 3, 40, 64)  # of 640 x 1024 pixels
+    boxes = [torch.tensor([[1001.3, 600.9, 1017.6, 620.2]])]
+    exact = regions.pooled(features, boxes)
+    half = regions.pooled(features.bfloat16(), boxes)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, rtol=0.02, atol=0.02)
+    moved = regions.pooled(features, [boxes[0].bfloat16().float()])
+    assert (moved - exact).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path, precision: str
+) -> None:
+    """The first losses are near those of float32."""
+    losses = {}
+    for name in ("fp32", precision):
+        line = detect_line(backbone_run / "final.safetensors", voc, tmp_path / name, "--iterations=3")
+        succeeded(capsys, *line, "--precision", name, "--max-iterations=2")
+        losses[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.03)
+
+
 def test_images_without_boxes_train_and_are_searched() -> None:
     detector = small_detector().train()
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}

@@ -183,8 +183,12 @@ class _Res5Regions(RoIHeads):
         return region_losses(logits, deltas, torch.cat(labels), torch.cat(list(regression_targets))), []
 
     def _predict(self, features: Tensor, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        pooled = self.box_roi_pool(features, [b.to(features.dtype) for b in boxes])
-        return self.box_predictor(self.box_head(pooled))
+        return self.box_predictor(self.box_head(self.pooled(features, boxes)))
+
+    def pooled(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
+        """Features [N, c, h, w] and boxes -> [R, c, 14, 14]; in half precision, boxes would be off by whole pixels."""
+        wide = _wide(features)
+        return self.box_roi_pool(wide, [own.to(wide.dtype) for own in boxes]).to(features.dtype)
 
     def _detections(
         self, logits: Tensor, deltas: Tensor, proposals: list[Tensor], sizes: list[tuple[int, int]]

@@ -62,7 +62,7 @@ class BatchReader:
             try:
                 for batch in wishes:
                     waiting.append((batch, [pool.submit(_pixels, wish, self.max_side) for wish in batch]))
-                    if len(waiting) > _BATCHES_AHEAD:
+                    if len(waiting) > max(_BATCHES_AHEAD, 2 * self.workers // max(1, len(batch))):
                         yield self._on_device(*waiting.popleft())
                 while waiting:
                     yield self._on_device(*waiting.popleft())
