@@ -14,7 +14,9 @@ import tyro
 
 from dataset_tools.cli import COMMANDS as DATASET_COMMANDS
 from dataset_tools.command_line import Command, parse_flags, print_commands, run_command_line, unknown
+from leoclr_fast.commands.bench_augment import BenchAugment
 from leoclr_fast.commands.bench_loader import BenchLoader
+from leoclr_fast.commands.bench_loss import BenchLoss
 from leoclr_fast.commands.bench_step import BenchStep
 from leoclr_fast.commands.bench_train_time import BenchTrainTime
 from leoclr_fast.commands.compare import Compare
@@ -25,6 +27,7 @@ from leoclr_fast.commands.finetune import Finetune
 from leoclr_fast.commands.import_moco import ImportMoco
 from leoclr_fast.commands.knn import Knn
 from leoclr_fast.commands.linear import Linear
+from leoclr_fast.commands.parity import Parity
 from leoclr_fast.commands.pretrain import Pretrain
 from leoclr_fast.commands.preview import Preview
 from leoclr_fast.commands.report import Report
@@ -45,9 +48,12 @@ COMMANDS: dict[str, type[Any]] = {
     "export": Export,
     "import-moco": ImportMoco,
     "preview": Preview,
+    "parity": Parity,
     "report": Report,
     "watch": Watch,
     "bench loader": BenchLoader,
+    "bench augment": BenchAugment,
+    "bench loss": BenchLoss,
     "bench step": BenchStep,
     "bench train-time": BenchTrainTime,
 }

@@ -92,6 +92,7 @@ def launches(crops: Tensor, table: Tensor, config: ViewConfig, output: Tensor) -
                 **blocks, **flips,
                 "JITTERS": jitters, "GRAYSCALES": config.grayscale_probability > 0, "BLURS": blurs,
             },
+            num_warps=8,
         )  # fmt: skip
         if blurs:
             place: dict[str, Argument] = {"side": side, "first": first, "tiles": blur_tiles}

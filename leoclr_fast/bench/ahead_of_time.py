@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -23,8 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from leoclr_fast.losses import info_nce_triton
-from pipelines import augment_triton
+from pipelines import augment_triton, crop_resize_triton
 from pipelines.config import ViewConfig
+from pipelines.crop_resize import PackedImages
 from pipelines.kernel_launch import KernelLaunch
 
 TARGETS = (80, 90, 100)
@@ -32,6 +34,7 @@ TARGETS = (80, 90, 100)
 
 _TYPE_NAMES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8",
+    torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
 
@@ -122,7 +125,36 @@ def _augment(dtype: torch.dtype, side: int, batch_size: int) -> Iterator[tuple[s
         yield f"{_TYPE_NAMES[dtype]} S={side} B={batch_size}", launch
 
 
-CASES = {"info_nce": info_nce, "info_nce_odd": info_nce_odd, "augment": augment, "augment_odd": augment_odd}
+def crop_resize() -> Iterator[tuple[str, KernelLaunch]]:
+    """The views of photographs at 224 pixels, interleaved and in planes."""
+    yield from _crop_resize(224, 768, planar=False)
+    yield from _crop_resize(224, 768, planar=True)
+
+
+def crop_resize_odd() -> Iterator[tuple[str, KernelLaunch]]:
+    """The resize at a side that no tile fits, and at CIFAR's."""
+    for size, planar in ((33, False), (33, True), (32, False)):
+        yield from _crop_resize(size, 5, planar=planar)
+
+
+def _crop_resize(size: int, count: int, *, planar: bool) -> Iterator[tuple[str, KernelLaunch]]:
+    first, height, width = (np.full(1, number, dtype=np.int64) for number in (0, 375, 500))
+    pixels = torch.empty(3 * 375 * 500, dtype=torch.uint8, device="meta")
+    images = PackedImages(pixels=pixels, offsets=first, heights=height, widths=width, planar=planar)
+    boxes = np.full((count, 4), (0, 0, 375, 500), dtype=np.int32)
+    output = torch.empty(count, size, size, 3, dtype=torch.uint8, device="meta")
+    for launch in crop_resize_triton.launches(images, np.zeros(count, dtype=np.int64), boxes, output):
+        yield f"S={size} M={count} planar={planar}", launch
+
+
+CASES = {
+    "info_nce": info_nce,
+    "info_nce_odd": info_nce_odd,
+    "augment": augment,
+    "augment_odd": augment_odd,
+    "crop_resize": crop_resize,
+    "crop_resize_odd": crop_resize_odd,
+}
 
 
 def compile_all(names: Sequence[str] = tuple(CASES), targets: Sequence[int] = TARGETS) -> list[dict[str, Any]]:

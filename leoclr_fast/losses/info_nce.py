@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal, get_args
@@ -69,9 +67,9 @@ def _choose(query: Tensor, keys: Sequence[Tensor], queue: Tensor) -> Literal["ea
 @cache
 def _can_compile() -> bool:
     """Whether Triton and torch.compile can work on a GPU here; says why not, once."""
-    compilers = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
-    missing = "a C compiler (gcc or clang)" if not any(shutil.which(name) for name in compilers if name) else ""
-    missing = missing or ("" if importlib.util.find_spec("triton") else "the package triton")
+    from leoclr_fast.acceleration import what_compiling_lacks  # which imports what imports this file
+
+    missing = what_compiling_lacks("cuda")
     if missing:
         log.warning("the loss is not fused because %s is missing; the eager one runs instead", missing)
     return not missing
