@@ -76,6 +76,17 @@ def _augmentation_share(results: Results) -> float:
     return float(times["augmentation"] / times["whole step"])
 
 
+def _loss_row(results: Results, impl: str) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = results["loss"]["fp32"]["rows"]
+    return next(row for row in rows if row["impl"] == impl)
+
+
+def _loss_speedup(results: Results) -> float:
+    """Over the faster of eager and compiled torch, as the GPU alone runs them."""
+    ours = _loss_row(results, "triton")["graph_ms"]
+    return float(min(_loss_row(results, impl)["graph_ms"] for impl in ("eager", "compiled")) / ours)
+
+
 TARGETS = (
     Target(
         claim="step time LeOCLR / MoCo-v2, synthetic images: at most 1.28",
@@ -100,6 +111,18 @@ TARGETS = (
         bound=0.03,
         at_most=True,
         value=_augmentation_share,
+    ),
+    Target(
+        claim="loss kernel, fp32, over the faster of eager and compiled torch: faster",
+        bound=1.0,
+        at_most=False,
+        value=_loss_speedup,
+    ),
+    Target(
+        claim="loss kernel, peak extra memory: at most 20 MiB",
+        bound=20.0,
+        at_most=True,
+        value=lambda results: _loss_row(results, "triton")["peak_extra_mib"],
     ),
     Target(
         claim="kernels too far from the float64 truth: none",

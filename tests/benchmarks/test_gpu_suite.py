@@ -171,12 +171,22 @@ def test_targets_are_judged_only_by_what_a_gpu_measured():
             "speedups": {"synthetic": {"published MoCo-v2 loop": {"median": 2.4}}},
         },
         "step": {"bf16": {"rows": [part("augmentation", 2.0), part("whole step", 80.0)]}},
+        "loss": {
+            "fp32": {
+                "rows": [
+                    {"impl": "eager", "graph_ms": 0.5, "peak_extra_mib": 128.0},
+                    {"impl": "compiled", "graph_ms": 0.3, "peak_extra_mib": 64.0},
+                    {"impl": "triton", "graph_ms": 0.2, "peak_extra_mib": 21.0},
+                ]
+            }
+        },
     }
     verdicts = judge(results, tiny=False)
-    assert [verdict["met"] for verdict in verdicts] == [True, True, False, True, None, True]
-    assert verdicts[4]["why_not"] == "its section has no result"
+    assert [verdict["met"] for verdict in verdicts] == [True, True, False, True, True, False, None, True]
+    assert verdicts[4]["reached"] == pytest.approx(1.5)
+    assert verdicts[6]["why_not"] == "its section has no result"
     assert "**missed**" in targets_markdown(verdicts)
-    assert judge(results | {"tests": {"passed": 0, "failed": 0}}, tiny=False)[5]["met"] is None
+    assert judge(results | {"tests": {"passed": 0, "failed": 0}}, tiny=False)[7]["met"] is None
     for unjudged in (judge(results, tiny=True), judge(results | {"machine": {"gpu": None}}, tiny=False)):
         assert {verdict["met"] for verdict in unjudged} == {None}
 
