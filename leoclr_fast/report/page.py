@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import math
 import re
 import statistics
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from leoclr_fast.config_file import as_plain
@@ -28,17 +25,17 @@ from leoclr_fast.report.comparison import (
     speed_range,
 )
 from leoclr_fast.report.curves import plots_of
-from leoclr_fast.report.elements import Content, Markup, element, embedded_json, joined, table
-from leoclr_fast.report.plots import MAX_POINTS, NUM_COLOURS, Curve, Plot, dash_array, svg_of
+from leoclr_fast.report.document import Section, document
+from leoclr_fast.report.elements import Content, Markup, element, joined, table
+from leoclr_fast.report.figure import figure
+from leoclr_fast.report.plots import MAX_POINTS, svg_of
 from leoclr_fast.report.reference import Reference, find_reference
 from leoclr_fast.report.reproduce import changed_settings, flat, reproducing_command
 from leoclr_fast.report.run_record import RunRecord, duration, read_run, when
 from leoclr_fast.report.verdict import bound_sentence, remedy, verdict
 from leoclr_fast.run_folder import RunFolder, write_atomically
 
-_FOLDER = Path(__file__).parent
 _POINTS_OF_A_PAGE = 3200  # of each plot, over all runs: keeps twenty runs under 2 MB
-_TABLE_ROWS = 60
 _SHEET_BYTES = 250_000
 _MAX_SHEETS = 4
 _MAX_LISTED = 50
@@ -68,7 +65,7 @@ def page_of(runs: list[RunRecord]) -> str:
     labels = ["this run"] if single else _labels(runs)
     reference, no_reference = find_reference(runs[0]) if single else (None, "")
     curves, plot_data = _curves(runs, labels, reference, no_reference)
-    sections: list[tuple[str, str, Content]] = []
+    sections: list[Section] = []
     if not single:
         sections.append(("comparison", "Side by side", _comparison(runs, labels)))
     sections += [
@@ -82,54 +79,16 @@ def page_of(runs: list[RunRecord]) -> str:
         ("reproduce", "How to reproduce", _reproduce(runs, labels)),
     ]
     title = f"{runs[0].recipe}: {runs[0].path}" if single else f"{len(runs)} runs side by side: {', '.join(labels)}"
-    script = (_FOLDER / "page.js").read_text()
-    body = [
-        element("a", "Skip to the curves", href="#curves", class_="skip"),
-        element(
-            "header",
-            element("h1", runs[0].recipe if single else f"{len(runs)} runs side by side"),
+    return document(
+        title=title,
+        heading=runs[0].recipe if single else f"{len(runs)} runs side by side",
+        opening=[
             element("p", "Run folder ", element("code", str(runs[0].path)), class_="soft") if single else None,
             [_opening(run, None if single else label) for run, label in zip(runs, labels, strict=True)],
-            element(
-                "nav",
-                element("ul", [element("li", element("a", name, href=f"#{key}")) for key, name, _ in sections]),
-                aria_label="Sections",
-            ),
-        ),
-        element(
-            "main",
-            [
-                element(
-                    "section", element("h2", name, id=f"{key}-title"), content, id=key, aria_labelledby=f"{key}-title"
-                )
-                for key, name, content in sections
-            ],
-        ),
-        element(
-            "footer",
-            f"Written by leoclr-fast {_version()} on {when(time.time())}. One file: nothing in it is fetched from "
-            "anywhere.",
-        ),
-        embedded_json("plot-data", plot_data),
-        Markup(f"<script>{script}</script>"),
-    ]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+        ],
+        sections=sections,
+        plot_data=plot_data,
     )
-    head = [
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("title", title),
-        element("link", rel="icon", href="data:,"),
-        Markup(f"<style>{(_FOLDER / 'page.css').read_text()}</style>"),
-    ]
-    document = element("html", element("head", head), "\n", element("body", body), lang="en")
-    return f"<!doctype html>\n{document}\n"
 
 
 def _opening(run: RunRecord, label: str | None) -> Markup:
@@ -160,7 +119,7 @@ def _curves(
     figures, plot_data = [], {}
     for plot in plots:
         svg, plot_data[plot.name] = svg_of(plot, max_points)
-        figures.append(_figure(plot, svg))
+        figures.append(figure(plot, svg))
     source: Content = None
     if len(runs) == 1:
         source = f"Expected curve: {reference.source}." if reference is not None else no_reference
@@ -169,60 +128,6 @@ def _curves(
         element("p", source, class_="soft") if source else None,
         element("div", figures, class_="plots"),
     ], plot_data
-
-
-def _figure(plot: Plot, svg: Markup) -> Markup:
-    described = f"{plot.title} over {plot.x_label}s. {' '.join(map(_described, plot.curves))}"
-    legend = len(plot.curves) > 1
-    return element(
-        "figure",
-        element("h3", f"{plot.title}, {plot.unit.strip()}" if plot.unit else plot.title),
-        element("ul", [element("li", _swatch(curve), curve.label) for curve in plot.curves], class_="legend")
-        if legend
-        else None,
-        element("div", svg, class_="plot", id=f"plot-{plot.name}", role="img", aria_label=described),
-        element("figcaption", element("p", plot.note)) if plot.note else None,
-        element("details", element("summary", "Values as a table"), _values(plot)),
-    )
-
-
-def _swatch(curve: Curve) -> Markup:
-    colour = "var(--ink-soft)" if curve.reference else f"var(--series-{curve.style % NUM_COLOURS})"
-    dashes = "4 3" if curve.reference else dash_array(curve.style)
-    style = f"stroke: {colour}; stroke-width: 2.5"
-    line = element("line", x1="0", y1="4", x2="26", y2="4", style=style, stroke_dasharray=dashes or None)
-    return element("svg", line, viewBox="0 0 26 8", aria_hidden="true")
-
-
-def _described(curve: Curve) -> str:
-    """A curve in words: where it starts and ends, its lowest and its highest value."""
-    finite = np.flatnonzero(np.isfinite(curve.y))
-    if not len(finite):
-        return f"{curve.label}: no value."
-    y = curve.y[finite]
-    return (
-        f"{curve.label}: from {y[0]:.4g} at {curve.x[finite[0]]:.3g} to {y[-1]:.4g} at {curve.x[finite[-1]]:.3g}, "
-        f"lowest {y.min():.4g}, highest {y.max():.4g}."
-    )
-
-
-def _values(plot: Plot) -> Markup:
-    several = len(plot.curves) > 1
-    per_curve = max(10, _TABLE_ROWS // len(plot.curves))
-    rows: list[list[str]] = []
-    chosen = False
-    for curve in plot.curves:
-        indices = range(len(curve.x))
-        if len(indices) > per_curve:
-            indices = np.unique(np.linspace(0, len(curve.x) - 1, per_curve).round().astype(int)).tolist()
-            chosen = True
-        for index in indices:
-            value = curve.y[index]
-            cells = [f"{curve.x[index]:.5g}", f"{value:.6g}" if math.isfinite(value) else "not a number"]
-            rows.append([curve.label, *cells] if several else cells)
-    head = [*(["curve"] if several else []), plot.x_label, plot.title + (f",{plot.unit}" if plot.unit else "")]
-    note = ": evenly chosen values; all of them stand in metrics.jsonl" if chosen else ""
-    return table(head, rows, f"{plot.title}{note}")
 
 
 def _views(runs: list[RunRecord], labels: list[str]) -> Content:
@@ -674,10 +579,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
     return "none" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("leoclr-fast")
-    except metadata.PackageNotFoundError:
-        return "of an unknown version"
