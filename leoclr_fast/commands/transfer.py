@@ -18,7 +18,7 @@ from leoclr_fast.evaluate.protocols import TransferProtocol
 class Transfer(TrainingEvaluationFlags):
     """Fine-tune the network on another data set: leoclr-fast transfer RUN DATASET --data PATH."""
 
-    dataset: tyro.conf.Positional[str]
+    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
     """cifar10, cifar100, cars (Stanford Cars), pets (Oxford-IIIT Pets) or birdsnap."""
     data: Path
     """As torchvision lays it out on disk, or any source of images with its classes and splits."""
