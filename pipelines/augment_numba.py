@@ -10,10 +10,7 @@ Legend: M samples, S side of a view, A = S * S.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -24,8 +21,7 @@ from numba import njit, types
 from torch import Tensor
 
 from pipelines.config import ViewConfig
-
-log = logging.getLogger(__name__)
+from pipelines.numba_kernel import compile_kernel, run_in_threads
 
 # Of the columns of `AugmentParameters`. Written out once more: a compiled function in numba's cache on the disk is not
 # replaced when a constant of another file changes.
@@ -87,40 +83,19 @@ def augment_numba(crops: Tensor, table: Tensor, config: ViewConfig, num_threads:
             stop = min(first + step, count)
             kernel(pixels, starts, parameters, output, side, radius, switches, mean, std, scratch, sums, first, stop)
 
-    helpers = [_pool(num_threads - 1).submit(work) for _ in range(num_threads - 1)]
-    work()
-    for helper in helpers:
-        helper.result()
+    run_in_threads(work, num_threads)
     return images
-
-
-@cache
-def _pool(num_threads: int) -> ThreadPoolExecutor | Any:
-    return ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="augment")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
 
 
 @cache
 def compiled_kernel() -> Callable[..., None]:
     """`_augment` as machine code, from numba's cache on the disk where there is one."""
-    try:
-        return _compile(cached=True)
-    except (OSError, RuntimeError) as error:  # no folder to write to, or no space
-        log.info("numba's cache is out of use, so that the augmentation is compiled anew in every process: %s", error)
-        return _compile(cached=False)
-
-
-def _compile(*, cached: bool) -> Callable[..., None]:
     floats, integer = types.float32[::1], types.int64
     signature = types.void(
         types.uint8[::1], types.int64[::1], types.float64[:, ::1], floats, integer, integer, types.boolean[::1],
         floats, floats, floats, types.float64[::1], integer, integer,
     )  # fmt: skip
-    dispatcher = njit(nogil=True, error_model="numpy", cache=cached)(_augment)
-    dispatcher.compile(signature)
-    return dispatcher
+    return compile_kernel(_augment, signature, "the augmentation")
 
 
 def _augment(

@@ -1,10 +1,10 @@
-"""One box of one decoded image as a square, as PIL resizes it, bit for bit; for one CPU thread, compiled by numba.
+"""Boxes of decoded images as squares, as PIL resizes them, bit for bit; for one CPU thread, compiled by numba.
 
-`crop_resize` does the same for many boxes on any device. Here a box goes through in blocks of 32 rows, turned so that
-the rows of a block lie side by side: what is added up is then the same for all of them, and the compiler makes vector
-instructions of it. Four source pixels are added at a time; the filter is filled up with zeros. Pixels are kept in 32
-bits, red lowest. The arithmetic is PIL's: weights of 22 bits, sums of 32, rounded to 8 bits between the two passes.
-Legend: S side of the output, h x w the box.
+A box goes through in blocks of 32 rows, turned so that the rows of a block lie side by side: what is added up is then
+the same for all of them, and the compiler makes vector instructions of it. Four source pixels are added at a time; the
+filter is filled up with zeros. Pixels are kept in 32 bits, red lowest. The arithmetic is PIL's: weights of 22 bits,
+sums of 32, rounded to 8 bits between the two passes.
+Legend: M boxes, S side of the output, h x w a box.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ _BITS = np.uint32(22)  # of a weight, after the binary point
 _BYTE = np.uint32(255)
 _GREEN, _BLUE = np.uint32(8), np.uint32(16)
 
+# Only called by compiled functions: wrappers for callers in Python would take a third of the compile time.
+_inner = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
 
 def scratch_size(max_height: int, max_width: int, size: int) -> int:
     """How many uint32 `resize_box` needs beside, for boxes of at most this size and outputs of side ``size``."""
@@ -27,6 +30,28 @@ def scratch_size(max_height: int, max_width: int, size: int) -> int:
     block = (max_width + _TAPS) * _ROWS
     narrow = (max_height + _TAPS) * size
     return block + _ROWS * size + narrow + 3 * max(size, _ROWS) + 2 * size + size * taps
+
+
+def resize_boxes(
+    pixels: npt.NDArray[np.uint8],
+    geometry: npt.NDArray[np.int64],
+    numbers: npt.NDArray[np.int64],
+    size: int,
+    output: npt.NDArray[np.int8],
+    scratch: npt.NDArray[np.uint32],
+) -> None:
+    """`resize_box` for some boxes of many images, for `numba.njit`: here, since its cache looks at a file at a time.
+
+    pixels: uint8, one dimension. geometry: int64 [M, 5]: the place of a box's first byte in ``pixels``, bytes from a
+    row to the next and from a plane to the next (0: the channels lie side by side), height, width.
+    numbers: int64 [·], the boxes to do. output: [M * S * S * 3]: bytes of 0 to 255, whatever the type's sign.
+    scratch: uint32 [scratch_size], for the largest of these boxes.
+    """
+    length = 3 * size * size
+    for number in numbers:
+        first, row_stride, plane_stride, height, width = geometry[number]
+        target = output[number * length : (number + 1) * length]
+        _resize(pixels, first, row_stride, plane_stride, height, width, size, target, scratch)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -43,9 +68,24 @@ def resize_box(
 ) -> None:
     """Equals ``PIL.Image.crop``, then ``resize`` with ``BILINEAR`` to the output's width, then to its height.
 
-    pixels: uint8, an image [·, image_width, 3] in one dimension, and at least one byte more, which is read but not
-    used. output: uint8 [S * S * 3], contiguous. scratch: uint32 [scratch_size], whatever is in it.
+    pixels: uint8, an image [·, image_width, 3] in one dimension. output: uint8 [S * S * 3], contiguous.
+    scratch: uint32 [scratch_size], whatever is in it.
     """
+    _resize(pixels, (top * image_width + left) * 3, image_width * 3, 0, height, width, size, output, scratch)
+
+
+@_inner
+def _resize(
+    pixels: npt.NDArray[np.uint8],
+    first: int,
+    row_stride: int,
+    plane_stride: int,
+    height: int,
+    width: int,
+    size: int,
+    output: npt.NDArray[np.uint8],
+    scratch: npt.NDArray[np.uint32],
+) -> None:
     lanes = max(size, _ROWS)
     end = (width + _TAPS) * _ROWS
     block, rest = scratch[:end], scratch[end:]
@@ -58,7 +98,11 @@ def resize_box(
     taps = _fill_weights(width, size, starts, groups, weights)
     for first_row in range(0, height, _ROWS):
         num_rows = min(_ROWS, height - first_row)
-        _pack(pixels, ((top + first_row) * image_width + left) * 3, image_width * 3, num_rows, width, block)
+        start = first + first_row * row_stride
+        if plane_stride == 0:
+            _pack(pixels, start, row_stride, num_rows, width, block)
+        else:
+            _pack_planes(pixels, start, row_stride, plane_stride, num_rows, width, block)
         for column in range(size):
             _filter(
                 block, int(starts[column]) * _ROWS, _ROWS, int(groups[column]),
@@ -78,7 +122,7 @@ def resize_box(
         _store(sums, lanes, output[row * size * 3 : (row + 1) * size * 3])
 
 
-@njit(nogil=True, error_model="numpy")
+@_inner
 def _fill_weights(
     box_size: int,
     size: int,
@@ -113,26 +157,53 @@ def _fill_weights(
     return taps
 
 
-@njit(nogil=True, error_model="numpy")
+@_inner
 def _pack(
     pixels: npt.NDArray[np.uint8], first: int, stride: int, num_rows: int, width: int, block: npt.NDArray[np.uint32]
 ) -> None:
     """Rows of a box, side by side; the last one fills the block up."""
+    last = width - 1
     for row in range(_ROWS):
         start = first + min(row, num_rows - 1) * stride
-        source = pixels[start : start + 3 * width + 1]
-        for column in range(width):
+        source = pixels[start : start + 3 * width]
+        for column in range(last):
             place = 3 * column
-            # All four bytes, so that it becomes one load.
+            # All four bytes, so that it becomes one load. The fourth is the next pixel's: the last one has none.
             block[column * _ROWS + row] = (
                 uint32(source[place])
                 | (uint32(source[place + 1]) << _GREEN)
                 | (uint32(source[place + 2]) << _BLUE)
                 | (uint32(source[place + 3]) << uint32(24))
             )
+        block[last * _ROWS + row] = (
+            uint32(source[3 * last])
+            | (uint32(source[3 * last + 1]) << _GREEN)
+            | (uint32(source[3 * last + 2]) << _BLUE)
+        )
 
 
-@njit(nogil=True, error_model="numpy")
+@_inner
+def _pack_planes(
+    pixels: npt.NDArray[np.uint8],
+    first: int,
+    stride: int,
+    plane_stride: int,
+    num_rows: int,
+    width: int,
+    block: npt.NDArray[np.uint32],
+) -> None:
+    """The same, of an image whose channels are planes behind one another."""
+    for row in range(_ROWS):
+        start = first + min(row, num_rows - 1) * stride
+        red, green = pixels[start : start + width], pixels[start + plane_stride : start + plane_stride + width]
+        blue = pixels[start + 2 * plane_stride : start + 2 * plane_stride + width]
+        for column in range(width):
+            block[column * _ROWS + row] = (
+                uint32(red[column]) | (uint32(green[column]) << _GREEN) | (uint32(blue[column]) << _BLUE)
+            )
+
+
+@_inner
 def _filter(
     source: npt.NDArray[np.uint32],
     start: int,
@@ -168,7 +239,7 @@ def _filter(
                 blue[i] += uint32(w0 * (a & _BYTE) + w1 * (b & _BYTE) + w2 * (c & _BYTE) + w3 * (d & _BYTE))
 
 
-@njit(nogil=True, error_model="numpy")
+@_inner
 def _join(sums: npt.NDArray[np.uint32], lanes: int, target: npt.NDArray[np.uint32]) -> None:
     """Rounded sums as pixels of 32 bits."""
     length = len(target)
@@ -177,7 +248,7 @@ def _join(sums: npt.NDArray[np.uint32], lanes: int, target: npt.NDArray[np.uint3
         target[i] = (red[i] >> _BITS) | ((green[i] >> _BITS) << _GREEN) | ((blue[i] >> _BITS) << _BLUE)
 
 
-@njit(nogil=True, error_model="numpy")
+@_inner
 def _store(sums: npt.NDArray[np.uint32], lanes: int, target: npt.NDArray[np.uint8]) -> None:
     """Rounded sums as three bytes a pixel."""
     length = len(target) // 3

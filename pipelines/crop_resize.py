@@ -1,6 +1,7 @@
 """Cut boxes out of images of any size and resize them as PIL does, bit for bit: bilinear, antialiased.
 
-One code path for all devices; so far it has run on CPUs only.
+On CPUs `crop_resize_numba` does it and on GPUs `crop_resize_triton`, both exact for boxes of any size; what is here
+runs on any device, is what they are tested beside, and takes over, many times slower, where one of them is missing.
 
 PIL resizes in two passes, horizontal then vertical (from Pillow 13 on the other way round where a box shrinks more in
 height), and rounds to uint8 in between; each pass is a product with a banded matrix of fixed-point weights. Here both
@@ -11,12 +12,20 @@ Legend: M boxes, S side of the output, h x w the largest box of a chunk.
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Impl = Literal["auto", "torch", "numba", "triton"]
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 _WEIGHT_BITS = 22  # PIL's, after the binary point
@@ -45,14 +54,114 @@ class PackedImages:
 
 
 def crop_resize(
-    images: PackedImages, rows: npt.NDArray[np.int64], boxes: npt.NDArray[np.int32], output_size: int
+    images: PackedImages,
+    rows: npt.NDArray[np.int64],
+    boxes: npt.NDArray[np.int32],
+    output_size: int,
+    *,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Each box of its image as a square of ``output_size`` pixels: uint8 [M, S, S, 3] on the images' device.
 
-    rows: int64 [M], which image. boxes: int32 [M, 4] as (top, left, height, width), inside the image.
-    Equals ``PIL.Image.crop(...)``, resized with ``BILINEAR`` to the output's width, then to its height. (Sums over more
-    than 60 source pixels are no longer exact, so that a single pixel may be one level off.)
+    rows: int64 [M], which image. boxes: int32 [M, 4] as (top, left, height, width). impl: `auto` takes numba on a CPU,
+    triton on a GPU, and torch elsewhere or where they do not work.
+    Equals ``PIL.Image.crop(...)``, resized with ``BILINEAR`` to the output's width, then to its height. (By torch, sums
+    over more than 60 source pixels are no longer exact, so that a single pixel may be one level off.)
+    Raises ValueError for a box that is not inside its image, and if numba or triton cannot be used where it is asked
+    for.
     """
+    _require_boxes_inside(images, rows, boxes)
+    wanted = {"auto": "triton" if images.pixels.is_cuda else "numba"}.get(impl, impl)
+    find_obstacle = {"numba": _what_keeps_numba_out, "triton": _what_keeps_triton_out}.get(wanted)
+    obstacle = find_obstacle(images.pixels) if find_obstacle else "torch is asked for"
+    if obstacle is None:
+        if wanted == "triton":
+            from pipelines.crop_resize_triton import crop_resize_triton
+
+            return crop_resize_triton(images, rows, boxes, output_size)
+        from pipelines.crop_resize_numba import crop_resize_numba
+
+        return crop_resize_numba(images, rows, boxes, output_size, torch.get_num_threads())
+    if impl in ("numba", "triton"):
+        raise ValueError(f"{impl} cannot resize here, since {obstacle}; choose impl auto or torch")
+    return _crop_resize_torch(images, rows, boxes, output_size)
+
+
+def _require_boxes_inside(images: PackedImages, rows: npt.NDArray[np.int64], boxes: npt.NDArray[np.int32]) -> None:
+    """Compiled code would read whatever is there."""
+    heights, widths, offsets = images.heights[rows], images.widths[rows], images.offsets[rows]
+    top, left, height, width = boxes.astype(np.int64).T
+    inside = (top >= 0) & (left >= 0) & (height > 0) & (width > 0)
+    inside &= (top + height <= heights) & (left + width <= widths)
+    if not inside.all():
+        wrong = int(np.argmin(inside))
+        raise ValueError(
+            f"box {wrong} is {boxes[wrong].tolist()} as (top, left, height, width), and its image is "
+            f"{heights[wrong]} x {widths[wrong]} pixels: a box lies inside its image and has at least one pixel"
+        )
+    buffer = images.pixels.numel()
+    in_buffer = (offsets >= 0) & (offsets + 3 * heights * widths <= buffer)
+    if not in_buffer.all():
+        wrong = int(np.argmin(in_buffer))
+        raise ValueError(
+            f"image {rows[wrong]} of {heights[wrong]} x {widths[wrong]} pixels at byte {offsets[wrong]} does not end "
+            f"within the buffer of {buffer} bytes: offsets, heights and widths describe the images as they are packed"
+        )
+
+
+def _what_keeps_numba_out(pixels: Tensor) -> str | None:
+    if pixels.device.type != "cpu":
+        return f"the images are on {pixels.device}, and it knows only the CPU"
+    return _what_compiled_code_cannot_take(pixels) or _what_is_wrong_with_numba()
+
+
+def _what_keeps_triton_out(pixels: Tensor) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (pixels.is_cuda or (interpreted and pixels.device.type == "cpu")):
+        return f"the images are on {pixels.device}, and it needs a CUDA device"
+    return _what_compiled_code_cannot_take(pixels) or _what_is_wrong_with_triton(pixels.device)
+
+
+def _what_compiled_code_cannot_take(pixels: Tensor) -> str | None:
+    if pixels.dtype != torch.uint8 or pixels.ndim != 1 or not pixels.is_contiguous():
+        shape, strides = list(pixels.shape), list(pixels.stride())
+        return f"it takes one row of uint8 without gaps, and this is {pixels.dtype} {shape} of strides {strides}"
+    return None
+
+
+@cache
+def _what_is_wrong_with_numba() -> str | None:
+    """Imports numba and compiles, or says why not, once: it makes things faster, and must not stop a run."""
+    try:
+        from pipelines.crop_resize_numba import compiled_kernel
+
+        compiled_kernel()
+    except Exception as error:
+        log.warning("views are resized by torch, many times slower, since numba does not work here: %r", error)
+        return f"it does not work on this machine: {error!r}"
+    return None
+
+
+@cache
+def _what_is_wrong_with_triton(device: torch.device) -> str | None:
+    """Imports Triton and resizes one image of a single pixel, or says why not, once."""
+    try:
+        from pipelines.crop_resize_triton import crop_resize_triton
+
+        zero, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+        pixel = PackedImages(
+            pixels=torch.zeros(3, dtype=torch.uint8, device=device), offsets=zero, heights=one, widths=one
+        )
+        crop_resize_triton(pixel, zero, np.array([[0, 0, 1, 1]], dtype=np.int32), 2)
+    except Exception as error:
+        log.warning("views are resized by torch, several times slower, since Triton does not work here: %r", error)
+        return f"it does not work on this machine: {error!r}"
+    return None
+
+
+def _crop_resize_torch(
+    images: PackedImages, rows: npt.NDArray[np.int64], boxes: npt.NDArray[np.int32], output_size: int
+) -> Tensor:
     device = images.pixels.device
     output = torch.empty(len(rows), output_size, output_size, 3, dtype=torch.uint8, device=device)
     for chunk in _chunks_of_similar_size(boxes, output_size, _CHUNK_ELEMENTS.get(device.type, 1 << 24)):
