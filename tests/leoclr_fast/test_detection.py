@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from leoclr_fast.backbone import build_backbone
 from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint
 from leoclr_fast.config import BackboneConfig
+from leoclr_fast.evaluate.detection import synchronised_batchnorm
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, annotated_image
 from leoclr_fast.evaluate.detection.coco_annotations import read_coco
 from leoclr_fast.evaluate.detection.coco_ap import coco_average_precisions
@@ -181,17 +187,16 @@ def test_half_precision_does_not_round_boxes() -> None:
     assert (moved - exact).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path, precision: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path
 ) -> None:
-    """The first losses are near those of float32."""
+    """The first loss is near that of float32."""
     losses = {}
-    for name in ("fp32", precision):
+    for name in ("fp32", "bf16"):
         line = detect_line(backbone_run / "final.safetensors", voc, tmp_path / name, "--iterations=3")
-        succeeded(capsys, *line, "--precision", name, "--max-iterations=2")
+        succeeded(capsys, *line, "--precision", name, "--max-iterations=1")
         losses[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
-    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.03)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
 
 
 def test_images_without_boxes_train_and_are_searched() -> None:
@@ -454,8 +459,52 @@ dist.destroy_process_group()
 """
 
 
-def test_batchnorm_of_two_ranks_is_that_of_one_with_all_images(tmp_path: Path) -> None:
+class TwoRanks:
+    """Two threads that sum their tensors as two ranks do."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=60)
+        self.given: dict[int, torch.Tensor] = {}
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        self.given[threading.get_ident()] = tensor
+        self.barrier.wait()
+        total = torch.stack(list(self.given.values())).sum(dim=0)
+        self.barrier.wait()
+        tensor.copy_(total)
+        self.barrier.wait()
+
+
+def test_batchnorm_of_two_threads_is_that_of_one_with_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs, gradients and running statistics in float64, with 2 and 3 images on the ranks."""
+    monkeypatch.setattr(synchronised_batchnorm, "dist", TwoRanks())
+    torch.manual_seed(0)
+    truth = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4))
+    truth.double()
+    ours = [synchronised_batchnorm.synchronised(deepcopy(truth)) for _ in range(2)]
+    images, target = torch.randn(5, 3, 9, 7).double(), torch.randn(5, 4, 7, 5).double()
+    parts = (slice(0, 2), slice(2, 5))
+    (truth(images) * target).sum().backward()
+
+    def step(rank: int) -> torch.Tensor:
+        output: torch.Tensor = ours[rank](images[parts[rank]])
+        (output * target[parts[rank]]).sum().backward()
+        return output.detach()
+
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(step, range(2)))
+    expected = deepcopy(truth).train()(images).detach()
+    torch.testing.assert_close(torch.cat(outputs), expected, rtol=1e-10, atol=1e-10)
+    for whole, *pieces in zip(truth.parameters(), *(network.parameters() for network in ours), strict=True):
+        torch.testing.assert_close(pieces[0].grad + pieces[1].grad, whole.grad, rtol=1e-9, atol=1e-9)
+    for whole, *pieces in zip(truth.buffers(), *(network.buffers() for network in ours), strict=True):
+        for piece in pieces:
+            torch.testing.assert_close(piece, whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.long
+def test_batchnorm_of_two_ranks_is_that_of_one_with_all_images(tmp_path: Path) -> None:
+    """The same under torchrun with gloo."""
     (tmp_path / "program.py").write_text(RANK_PROGRAM)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
@@ -599,6 +648,14 @@ def test_a_small_detector_learns(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
 
 
+def kill_all_that_mention(path: Path) -> None:
+    """SIGKILL to torchrun and its workers, which are in sessions of their own: all have the path in their arguments."""
+    for arguments in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"{path}\0".encode() in arguments.read_bytes():
+                os.kill(int(arguments.parent.name), signal.SIGKILL)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_killed_detection_gives_the_same_numbers(tmp_path: Path, voc: Path, backbone_run: Path) -> None:
@@ -626,7 +683,7 @@ def test_a_killed_detection_gives_the_same_numbers(tmp_path: Path, voc: Path, ba
             while process.poll() is None and not any(list_checkpoints(killed)):
                 time.sleep(0.01)
             assert process.poll() is None
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all_that_mention(killed)
         assert not (killed / "result.json").exists()
         assert "resuming from" in finish(command(killed.name, ranks))
         results = [json.loads((tmp_path / name / "result.json").read_text()) for name in (killed.name, f"whole{ranks}")]

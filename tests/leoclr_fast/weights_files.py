@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from leoclr_fast.backbone import build_backbone
+from leoclr_fast.config import BackboneConfig
+
 
 def lively_resnet(arch: str, num_classes: int = 128, **options: Any) -> models.ResNet:
     """torchvision's network, random, with running statistics and scales that are not the initial 0 and 1."""
@@ -36,6 +39,13 @@ def moco_state(network: models.ResNet, version: int) -> dict[str, Tensor]:
     saved = {f"module.encoder_q.{name}": tensor for name, tensor in state.items()}
     saved |= {f"module.encoder_k.{name}": tensor.clone() for name, tensor in state.items()}
     return saved | {"module.queue": torch.randn(128, 64), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+
+
+def narrow_moco_state() -> dict[str, Tensor]:
+    """A MoCo-v2 state dict of a ResNet-18 of an eighth of the width: small and quick."""
+    network = build_backbone(BackboneConfig(arch="resnet18", width_multiplier=0.125))
+    network.fc = nn.Linear(network.feature_dim, 16)
+    return moco_state(network, 2)
 
 
 def write_moco(path: Path, state: dict[str, Tensor], arch: str = "resnet18") -> Path:
