@@ -75,6 +75,12 @@ TRANSFER_SETS = {
 }
 
 
+_CIFAR_FOLDERS = {
+    "cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"),
+    "cifar100": ("cifar-100-python", "cifar-100-binary"),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferData:
     """Train and test of one of the sets, with all that must be said about them."""
@@ -156,7 +162,8 @@ def _open(name: str, path: Path) -> tuple[ImageSource, tuple[str, ...]]:
         return birdsnap.source, tuple(
             f"{split} {image}" for split, images in birdsnap.missing.items() for image in images
         )
-    return open_source(path), ()
+    own = (path / folder for folder in _CIFAR_FOLDERS.get(name, ()))
+    return open_source(next((folder for folder in own if folder.is_dir()), path)), ()
 
 
 def _root_of(path: Path, folder: str, inside: str) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,25 @@ def test_pets_are_what_torchvision_reads(pets: Path) -> None:
         "train has 111 images, and 3,680 as published",
         "test has 37 images, and 3,669 as published",
     )
+
+
+def test_both_cifars_may_lie_in_one_folder(tmp_path: Path) -> None:
+    """As in torchvision's root."""
+    rng = np.random.default_rng(0)
+    for folder, classes, key, names in (
+        ("cifar-10-batches-py", 10, "labels", [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]),
+        ("cifar-100-python", 100, "fine_labels", ["train", "test"]),
+    ):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            batch = {"data": rng.integers(0, 256, (classes, 3072), dtype=np.uint8), key: list(range(classes))[::-1]}
+            (tmp_path / folder / name).write_bytes(pickle.dumps(batch))
+        meta = {"label_names" if classes == 10 else "fine_label_names": [f"c{n:02}" for n in range(classes)]}
+        (tmp_path / folder / ("batches.meta" if classes == 10 else "meta")).write_bytes(pickle.dumps(meta))
+    ten, hundred = (open_transfer_data(name, tmp_path) for name in ("cifar10", "cifar100"))
+    assert (len(ten.train), len(ten.test), len(hundred.train), len(hundred.test)) == (50, 10, 100, 100)
+    assert hundred.test.labels.tolist() == list(range(100))[::-1]
+    assert "train has 50 images, and 50,000 as published" in ten.notes
 
 
 def test_cars_are_what_torchvision_reads(tmp_path: Path) -> None:
