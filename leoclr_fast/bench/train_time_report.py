@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from leoclr_fast.bench.tables import markdown_table, number, percent, spread
+from leoclr_fast.bottleneck import find_bottleneck
 
 _PLOT_FORMATS = (".svg", ".png", ".pdf")
 _NAMES = {"leoclr": "LeOCLR", "mocov2": "MoCo-v2, ours"}
@@ -46,7 +47,7 @@ def train_time_markdown(document: dict[str, Any], command: str | None = None) ->
         ],
     )  # fmt: skip
     lines += [table]
-    lines += [f"- {line}" for line in ratio_lines(document)]
+    lines += [f"- {line}" for line in (*ratio_lines(document), *bottleneck_lines(document))]
     lines += ["", _projection(document["projection"])]
     return "\n".join(lines)
 
@@ -61,6 +62,25 @@ def ratio_lines(document: dict[str, Any]) -> list[str]:
         for peer, speedup in document["speedups"].get(data, {}).items():
             if speedup is not None:
                 lines.append(f"our MoCo-v2 over {peer}, {data} images: {_interval(speedup)} times as fast")
+    return lines
+
+
+def bottleneck_lines(document: dict[str, Any]) -> list[str]:
+    """What our methods waited for with real images, as sentences."""
+    rates = {(row["method"], row["data"]): row["images_per_s"] for row in document["rows"]}
+    lines = []
+    for row in document["rows"]:
+        if row["data"] != "real" or row["method"] not in _NAMES:
+            continue
+        found = find_bottleneck(
+            row["data_wait_fraction"],
+            loader=row["loader"],
+            on_cpu=document["environment"]["device"] == "cpu",
+            real_images_per_s=row["images_per_s"],
+            synthetic_images_per_s=rates.get((row["method"], "synthetic")),
+        )
+        if found is not None:
+            lines.append(f"{shown(row['method'])}, real images: {found}")
     return lines
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
+from leoclr_fast.bottleneck import Bottleneck, find_bottleneck
 from leoclr_fast.report.run_record import RunRecord, duration
-
-DATA_BOUND, PARTLY_DATA_BOUND = 0.5, 0.1
-"""Shares of the training time spent waiting for data, from which on a run is called so."""
 
 
 def verdict(run: RunRecord) -> str:
@@ -31,29 +29,22 @@ def verdict(run: RunRecord) -> str:
 
 def bound_sentence(run: RunRecord) -> str:
     """Data- or compute-bound, by the measured data wait; empty if it was not measured."""
-    wait = run.data_wait_fraction
-    if not math.isfinite(wait):
-        return ""
-    if wait < PARTLY_DATA_BOUND:
-        return f"it was compute-bound (its steps waited for data {100 * wait:.1f} % of the time)"
-    word = "data-bound" if wait >= DATA_BOUND else "partly data-bound"
-    faster = f", so that loading could speed it up at most {1 / (1 - wait):.2f} times" if wait < 1 else ""
-    return f"it was {word} (its steps waited for data {100 * wait:.0f} % of the time{faster})"
+    found = _bottleneck(run)
+    return f"it was {found.kind} ({found.reason})" if found else ""
 
 
 def remedy(run: RunRecord) -> str:
     """One thing to do against waiting for data; empty where there is nothing to mend."""
-    if not run.data_wait_fraction >= PARTLY_DATA_BOUND:
-        return ""
-    name = run.setting("speed.loader.name")
-    if str(run.environment.get("device", "")) == "cpu":
-        return (
-            "The device is the CPU, so cropping and training share its cores: part of this wait is work that a GPU's "
-            "host would do on the side."
-        )
-    if name in ("resident", "auto"):
-        return "Remedy: more CPU cores for --loader.workers; a resident loader has decoded everything already."
-    return "Remedy: raise --loader.workers to the number of cores, or --loader resident if all images fit in memory."
+    found = _bottleneck(run)
+    return f"{found.remedy[0].upper()}{found.remedy[1:]}." if found and found.remedy else ""
+
+
+def _bottleneck(run: RunRecord) -> Bottleneck | None:
+    return find_bottleneck(
+        run.data_wait_fraction,
+        loader=str(run.setting("speed.loader.name")),
+        on_cpu=str(run.environment.get("device", "")) == "cpu",
+    )
 
 
 def _backbone(run: RunRecord) -> str:
