@@ -237,7 +237,7 @@ def _between_steps(
     must_know = bool(knn_due or save_due or last or stopping)  # nothing goes on from a loss that is not finite
     if metrics.num_steps >= monitor.log_every_steps or must_know:
         metrics.send(step=step, epoch=epoch, lr=lr, **_speed(run, clock, meter))
-    _log_metrics(run, metrics, wait=must_know)
+    _log_metrics(run, metrics, must_know)
     with clock.paused():
         if knn_due:
             _evaluate(run)
@@ -259,7 +259,7 @@ def _speed(run: _Run, clock: TrainingClock, meter: DeviceMeter) -> dict[str, flo
     }
 
 
-def _log_metrics(run: _Run, metrics: StepMetrics, *, wait: bool) -> None:
+def _log_metrics(run: _Run, metrics: StepMetrics, wait: bool) -> None:
     try:
         for values in metrics.arrived(wait=wait):
             run.metrics_log.write("step", **values)

@@ -69,6 +69,12 @@ class TrainingState:
         everything = (*self.method.parameters(), *self.method.buffers(), *slots, *scale)
         return [tensor.detach() for tensor in everything if tensor is not None]
 
+    def forget_unfinished_step(self) -> None:
+        """Drop what a step leaves between its backward pass and its end, if it was cut short there."""
+        self.optimizer.zero_grad()
+        if self.scaler.is_enabled():
+            self.scaler._per_optimizer_states.clear()
+
     def state_dict(self, config: ResultConfig, data_fingerprint: str) -> dict[str, Any]:
         """What a checkpoint holds."""
         return {

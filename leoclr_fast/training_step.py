@@ -5,6 +5,7 @@ Legend: B images of this rank, V views, S side of a view, D projection, P keys o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,6 +21,8 @@ from leoclr_fast.telemetry import STEP_METRICS
 from leoclr_fast.training_state import TrainingState
 from pipelines.augment import AugmentParameters, augment_crops, draw_augmentation
 from pipelines.batch import CropBatch
+
+log = logging.getLogger(__name__)
 
 
 class TrainingStep:
@@ -47,12 +50,15 @@ class TrainingStep:
         self._common_size = ranks.local_size(batch_size)
         self._share = self._common_size / batch_size  # of the global batch, on this rank
         self._folded = FoldedEncoder(method.key_encoder) if config.result.method.key_batchnorm == "ema" else None
-        self._query_encoder: Callable[[Tensor], Tensor] = method.query_encoder
-        self._key_encoder: Callable[[Tensor], Tensor] = self._folded or method.key_encoder
-        if compiles_encoders(config.speed, device):
-            self._query_encoder = torch.compile(self._query_encoder, dynamic=False)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # sizes stay the same for a whole run
+        self._is_compiled = compiles_encoders(config.speed, device)
+        self._compiled_query_encoder: Callable[[Tensor], Tensor] = method.query_encoder
+        self._compiled_key_encoder: Callable[[Tensor], Tensor] = self._folded or method.key_encoder
+        if self._is_compiled:
+            self._compiled_query_encoder = torch.compile(method.query_encoder, dynamic=False)
             if config.result.method.key_batchnorm != "sync":  # which talks to other ranks
-                self._key_encoder = torch.compile(self._key_encoder, dynamic=False)
+                self._compiled_key_encoder = torch.compile(self._folded or method.key_encoder, dynamic=False)
         self._is_static = captures_step(config.speed, device, ranks.world_size) if static is None else static
         self._static: StaticFunction | None = None
 
@@ -64,9 +70,9 @@ class TrainingStep:
         """
         inputs = self._draw(batch)
         self.training.set_learning_rate(lr)
-        if self._is_static and len(batch.crops) == self._common_size:
-            if self._static is None:
-                self._static = StaticFunction(self._step, inputs, self.training.tensors())
+        if self._is_static and self._static is None and len(batch.crops) == self._common_size:
+            self._static = self._captured(inputs)
+        if self._static is not None and self._static.takes(inputs):
             metrics = self._static(inputs)
         else:
             metrics = self._step([tensor.to(self.device, non_blocking=True) for tensor in inputs])
@@ -74,9 +80,28 @@ class TrainingStep:
         return metrics
 
     def forget_captured(self) -> None:
-        """Give back the memory of a captured step and of the gradients; the next common batch is captured anew."""
+        """Give back the memory of a captured step, and of a step that was cut short; the next common batch is captured
+        anew."""
         self._static = None
-        self.training.optimizer.zero_grad()
+        self.training.forget_unfinished_step()
+
+    def _captured(self, inputs: Sequence[Tensor]) -> StaticFunction | None:
+        """The step as a static function; None where that fails and `auto` allows to go without."""
+        try:
+            return StaticFunction(self._step, inputs, self.training.tensors())
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.forget_captured()
+            if self._is_compiled and self._speed.compile == "auto":
+                log.warning("the step runs without torch.compile, slower, since it failed here: %s", error)
+                self._is_compiled = False
+                return self._captured(inputs)
+            if self._speed.cuda_graph != "auto":
+                raise
+            log.warning("the step is not captured as a CUDA graph, and slower, since that failed here: %s", error)
+            self._is_static = False
+            return None
 
     def _draw(self, batch: CropBatch) -> list[Tensor]:
         """Crops [B, V, S, S, 3], parameters of the augmentation, orders of the keys: what a step needs from outside.
@@ -93,9 +118,10 @@ class TrainingStep:
         crops, augmentation, *key_orders = inputs
         result, speed, training = self._result, self._speed, self.training
         method, optimizer, scaler, ranks = training.method, training.optimizer, training.scaler, training.method.ranks
-        is_common = len(crops) == self._common_size  # compiled code is for one size
-        query_encoder = self._query_encoder if is_common else method.query_encoder
-        key_encoder = self._key_encoder if is_common else self._folded or method.key_encoder
+        query_encoder: Callable[[Tensor], Tensor] = method.query_encoder
+        key_encoder: Callable[[Tensor], Tensor] = self._folded or method.key_encoder
+        if self._is_compiled and len(crops) == self._common_size:  # compiled code is for one size
+            query_encoder, key_encoder = self._compiled_query_encoder, self._compiled_key_encoder
         # ---- a single training step -------------------------------------------------------------------------
         query_view, *key_views = augment_crops(
             crops, AugmentParameters(augmentation), method.views, result.views, dtype=view_dtype(speed.precision)

@@ -63,7 +63,7 @@ def tiny_config(method: str = "leoclr", **changes: Any) -> RunConfig:
             optimizer=OptimizerConfig(base_lr=0.6),
             views=ViewConfig(image_size=16, center_crop_fraction=1.0),
         ),
-        speed=SpeedConfig(device="cpu", precision="fp64"),
+        speed=SpeedConfig(device="cpu", precision="fp64", compile="off"),
         monitor=MonitorConfig(knn_k=3, knn_every_epochs=2, log_every_steps=1),
     )
     for name, value in changes.items():

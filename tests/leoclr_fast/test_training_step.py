@@ -138,6 +138,53 @@ class TestStaticStep:
         assert_same_state(training, uninterrupted)
 
 
+class TestFailingCapture:
+    """With `auto`, what cannot be compiled or captured runs without, from the same state; asked for, it is an error."""
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_auto_goes_on_eagerly(
+        self, precision: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = tiny_config(speed__precision=precision, speed__compile="auto")
+        batches = crop_batches(config, 3)
+        eager, expected = train(config, batches)
+
+        def fails(*_: object) -> None:
+            raise RuntimeError("not permitted when stream is capturing")
+
+        training = TrainingState.fresh(config, Ranks(), CPU)
+        step = TrainingStep(training, config, CPU, static=True)
+        step._is_compiled, step._compiled_query_encoder = True, fails
+        with monkeypatch.context() as patch:  # the compiled encoder fails, then the end of the eager step does
+            patch.setattr(training.method, "enqueue", fails)
+            rate = learning_rate("cosine_per_step", config.result.lr, 0, 2 * NUM_STEPS, 1)
+            with pytest.raises(RuntimeError, match="not permitted"):
+                step(batches[0], rate)  # an error of the step itself comes out of the eager one
+        assert "without torch.compile" in caplog.text
+        assert "not captured as a CUDA graph" in caplog.text
+        training.load_state_dict(
+            TrainingState.fresh(config, Ranks(), CPU).state_dict(config.result, ""), config.result, "", "start"
+        )
+        training.forget_unfinished_step()
+        rows = [step(batch, 0.9**number * rate) for number, batch in enumerate(batches)]
+        assert torch.equal(torch.stack(rows), expected)
+        assert_same_state(training, eager)
+
+    def test_a_graph_that_is_asked_for_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = tiny_config(speed__cuda_graph="on")
+        training = TrainingState.fresh(config, Ranks(), CPU)
+        before = [tensor.clone() for tensor in training.tensors()]
+        step = TrainingStep(training, config, CPU, static=True)
+
+        def fails(*_: object) -> None:
+            raise RuntimeError("not permitted when stream is capturing")
+
+        monkeypatch.setattr(training.method, "enqueue", fails)
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            step(crop_batches(config, 1)[0], 0.1)
+        assert all(torch.equal(tensor, value) for tensor, value in zip(training.tensors(), before, strict=True))
+
+
 class TestWarmUp:
     """Before a capture the step runs a few times, and nobody may notice."""
 
@@ -214,7 +261,7 @@ class TestFoldedEncoder:
         training, metrics = train(config, batches)
         unfolded = TrainingState.fresh(config, Ranks(), CPU)
         step = TrainingStep(unfolded, config, CPU)
-        step._folded, step._key_encoder = None, unfolded.method.key_encoder
+        step._folded = None
         rate = learning_rate("cosine_per_step", config.result.lr, 0, 2 * NUM_STEPS, 1)
         rows = torch.stack([step(batch, 0.9**number * rate) for number, batch in enumerate(batches)])
         torch.testing.assert_close(metrics, rows, rtol=1e-10, atol=0)
