@@ -33,8 +33,8 @@ def test_the_reason_has_the_figures() -> None:
     found = find_bottleneck(0.75, loader="ffcv", on_cpu=False)
     assert str(found) == (
         "data-bound (its steps waited for data 75 % of the time, so that loading could speed it up at most 4.00 "
-        "times); raise --loader.workers to the number of cores, or convert the data with --short-side 400, so that there is "
-        "less to decode"
+        "times); raise --loader.workers to the number of cores, or convert the data with --short-side 400, so that "
+        "there is less to decode"
     )
     copying = find_bottleneck(0.01, loader="ffcv", on_cpu=False, real_images_per_s=800.0, synthetic_images_per_s=1000.0)
     assert copying is not None

@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from leoclr_fast.cli import run_command
+from tests.pipelines.pictures import picture
 
 ROOT = Path(__file__).parents[2]
 SMALLER = {"demo": ["--max-images", "200", "--max-steps", "3"], "pretrain": ["--max-images", "200"]}
@@ -44,7 +46,46 @@ def test_every_command_of_the_guides_runs(
     assert (tmp_path / "runs" / "demo" / "run" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("guide", ["docs/pretrain.md", "docs/evaluate.md", "README.md"])
+TINY_IMAGENET = shlex.split(
+    "--backbone.arch resnet18 --backbone.width-multiplier 0.0625 --views.image-size 32 --batch-size 8 "
+    "--method.queue-size 16 --method.key-batchnorm-group 4 --max-steps 1 --device cpu --monitor.knn-k 2"
+)
+
+
+def test_every_command_of_the_guide_to_converting_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/data and /fast are folders of the test; the machines that make the parts are this one, one after another."""
+    monkeypatch.chdir(tmp_path)
+    photographs, folder = Path("data/imagenet"), "train/n01440764"
+    for split, count in (("train", 40), ("val", 10)):
+        for index in range(count):
+            wnid = ("n01440764", "n01443537")[index % 2]
+            place = photographs / split / wnid / f"{wnid}_{index}.JPEG"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(40 + index, 60, "waves", index)).save(place)
+    (tmp_path / "semi_files").mkdir()
+    names = [path.name for path in sorted((photographs / folder).iterdir())[:3]]
+    (tmp_path / "semi_files" / "1percent.txt").write_text("\n".join(names) + "\n")
+    for part in ("1/2", "2/2"):
+        made = ["data/imagenet", f"fast/parts/{part[0]}", "--format", "ffcv", "--part", part, "--workers", "1"]
+        assert run_command(["convert", *made]) == 0
+    for words in commands("docs/convert.md"):
+        here = [word[1:] if word.startswith(("/data/", "/fast/")) else word for word in words]
+        here = [path for word in here for path in (sorted(map(str, tmp_path.glob(word))) if "*" in word else [word])]
+        if here[0] == "merge":
+            here[-1] = "fast/merged"  # one machine made the same data set above
+        small = {"pretrain": TINY_IMAGENET, "convert": ["--workers", "1"], "subset": []}.get(here[0], [])
+        assert run_command([*here, *small]) == 0, (here, capsys.readouterr())
+    assert (tmp_path / "fast/merged/train.beton").read_bytes() == (
+        tmp_path / "fast/imagenet-ffcv/train.beton"
+    ).read_bytes()
+    assert (tmp_path / "runs" / "leoclr" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "guide", ["docs/convert.md", "docs/pretrain.md", "docs/evaluate.md", "docs/time.md", "README.md"]
+)
 def test_the_files_that_a_guide_shows_and_links_exist(guide: str) -> None:
     path = ROOT / guide
     linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
