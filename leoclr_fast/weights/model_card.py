@@ -89,7 +89,7 @@ def _origin(pretrained: Pretrained) -> str:
     if summary is not None:
         state = f", {summary['epochs']:g} epochs ({summary['steps']:,} steps)"
         state += "" if summary["complete"] else ", stopped before its end"
-    elif pretrained.run:
+    elif pretrained.run and pretrained.path != pretrained.run.final_weights:
         state = f", a checkpoint on the way ({pretrained.path.name})"
     return f"pretrained with leoclr-fast, recipe {description.recipe}{state}"
 

@@ -20,6 +20,7 @@ from leoclr_fast.run_folder import RunFolder
 from leoclr_fast.weights.backbone_file import Description, backbone_bytes, read_backbone_file, weights_sha256
 from leoclr_fast.weights.export import export, fixed_images
 from leoclr_fast.weights.formats.detectron2 import detectron2_bytes, detectron2_name, read_detectron2
+from leoclr_fast.weights.formats.safetensors import SafetensorsFormat
 from leoclr_fast.weights.formats.torchvision import TorchvisionFormat
 from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import ViewConfig
@@ -240,7 +241,7 @@ def test_an_export_that_changes_the_features_is_not_kept(tmp_path: Path, monkeyp
     assert os.listdir(tmp_path) == ["weights.safetensors"]
 
 
-def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = BackboneConfig(arch="resnet18", width_multiplier=0.125)
     weights = write_weights(tmp_path / "weights.safetensors", build_backbone(config), config)
     line = ["export", weights, "--to"]
@@ -252,5 +253,8 @@ def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "is not a run folder" in refused(
         capsys, "export", tmp_path, "--to", "safetensors", "--out", tmp_path / "a.safetensors"
     )
+    monkeypatch.setattr(SafetensorsFormat, "packages", ("safetensors", "no-such-package"))
+    message = refused(capsys, *line, "safetensors", "--out", tmp_path / "a.safetensors")
+    assert "needs no-such-package; install them with: pip install 'leoclr-fast[export]'" in message
     with pytest.raises(ValueError, match="there is no export format 'caffe'; allowed: torchvision, timm"):
         export(weights, "caffe", tmp_path / "out.caffe")

@@ -30,7 +30,7 @@ def test_features_are_those_of_torchvisions_network(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arch: str, version: int
 ) -> None:
     network = lively_resnet(arch)
-    checkpoint = write_moco(tmp_path / "moco.pth.tar", moco_state(network, version), arch)
+    checkpoint = write_moco(tmp_path / "moco.pth.tar", moco_state(network, version), arch, zipped=version == 2)
     out = tmp_path / "moco.safetensors"
     result, text = succeeded(capsys, "import-moco", checkpoint, "--out", out)
     assert (result["arch"], result["stem"], result["width_multiplier"], result["epoch"]) == (arch, "imagenet", 1.0, 200)

@@ -48,6 +48,8 @@ def narrow_moco_state() -> dict[str, Tensor]:
     return moco_state(network, 2)
 
 
-def write_moco(path: Path, state: dict[str, Tensor], arch: str = "resnet18") -> Path:
-    torch.save({"epoch": 200, "arch": arch, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}, path)
+def write_moco(path: Path, state: dict[str, Tensor], arch: str = "resnet18", *, zipped: bool = True) -> Path:
+    """zipped: as PyTorch has saved since 1.6; MoCo's published files are older."""
+    document = {"epoch": 200, "arch": arch, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
+    torch.save(document, path, _use_new_zipfile_serialization=zipped)
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,12 @@ import numpy as np
 
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage
 from leoclr_fast.evaluate.detection.voc_ap import ImageDetections
+
+
+def require_pycocotools() -> None:
+    """Raises ValueError if it is not installed."""
+    if importlib.util.find_spec("pycocotools") is None:
+        raise ValueError("detection needs pycocotools; install it with: pip install 'leoclr-fast[detect]'")
 
 
 def coco_average_precisions(
@@ -27,12 +34,10 @@ def coco_average_precisions(
     difficult object, which a detection must overlap as any other (VOC); either may be found any number of times.
     Raises ValueError if pycocotools is not installed.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-        from pycocotools.mask import iou
-    except ImportError as error:
-        raise ValueError("detection needs pycocotools; install it with: pip install 'leoclr-fast[detect]'") from error
+    require_pycocotools()
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    from pycocotools.mask import iou
 
     class DifficultObjects(COCOeval):
         """Ignored truths are crowds to the matching, but not to the overlap."""

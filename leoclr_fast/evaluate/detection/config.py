@@ -54,6 +54,8 @@ class DetectionConfig:
         for name in ("warmup_iterations", "precise_bn_batches", "seed", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} is not allowed: give 0 or more")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed {self.seed} is not allowed: give a number below 2**31")
         for name in ("train_sides", "anchor_sizes"):
             values = getattr(self, name)
             if not values or min(values) < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4
 from leoclr_fast.evaluate.detection.synchronised_batchnorm import synchronised
 from leoclr_fast.precision import encoder_dtype
 from leoclr_fast.weights.pretrained import Pretrained
+
+log = logging.getLogger(__name__)
 
 _FORMAT = 1
 
@@ -31,6 +34,7 @@ class DetectorState:
     """Whether the running statistics were averaged after the last iteration."""
     origin: dict[str, Any]
     """Configuration, weights and data: what a checkpoint must agree in."""
+    world_size: int
 
     @classmethod
     def fresh(
@@ -68,6 +72,7 @@ class DetectorState:
             iteration=0,
             statistics_are_precise=False,
             origin=origin,
+            world_size=ranks.world_size,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,6 +85,7 @@ class DetectorState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "origin": self.origin,
+            "world_size": self.world_size,
         }
 
     def load_state_dict(self, state: dict[str, Any], path: object) -> None:
@@ -91,6 +97,13 @@ class DetectorState:
             raise ValueError(
                 f"{path} belongs to another detection run: {'; '.join(differences)}. Give the same weights, data and "
                 "options as there to continue it, or another --out"
+            )
+        if state["world_size"] != self.world_size:
+            log.warning(
+                "%s was written by %d ranks, now there are %d: other anchors and regions are sampled from here on",
+                path,
+                state["world_size"],
+                self.world_size,
             )
         self.detector.load_state_dict(state["detector"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -19,7 +19,7 @@ from leoclr_fast.distributed import Ranks, process_group
 from leoclr_fast.environment import environment
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImages
 from leoclr_fast.evaluate.detection.coco_annotations import read_coco
-from leoclr_fast.evaluate.detection.coco_ap import coco_average_precisions
+from leoclr_fast.evaluate.detection.coco_ap import coco_average_precisions, require_pycocotools
 from leoclr_fast.evaluate.detection.config import DetectionConfig
 from leoclr_fast.evaluate.detection.detector_state import DetectorState
 from leoclr_fast.evaluate.detection.image_batches import BatchReader, Wish, resized_boxes
@@ -59,6 +59,7 @@ def run_detection(
     Raises ValueError, FileNotFoundError, NonFiniteLossError, OSError (a full disk).
     """
     with process_group(device) as (ranks, chosen), ExitStack() as stack:
+        require_pycocotools()  # not only when the training is over
         pretrained = load_pretrained(weights)
         folder = _folder(pretrained, config, out)
         train, test = _read(data, config.train_sets, config), _read(data, (config.test_set,), config)
@@ -125,10 +126,10 @@ def run_detection(
             "environment": environment(chosen, ranks.world_size),
             "out": str(folder),
         }
-        if result["whole_test_set"]:
-            write_json(folder / _RESULT, result)
         if pretrained.run is not None:
             pretrained.run.add_evaluation(f"detect-{config.dataset}", result | {"data": str(data)})
+        if result["whole_test_set"]:
+            write_json(folder / _RESULT, result)
         return result
 
 
