@@ -14,6 +14,7 @@ from leoclr_fast.config import (
     OptimizerConfig,
     ResultConfig,
     RunConfig,
+    SpeedConfig,
 )
 from pipelines.config import ViewConfig
 
@@ -167,5 +168,6 @@ def _demo(recipe: str, method: MethodName) -> RunConfig:
             method=replace(small.result.method, loss_reduction="mean", queue_size=2048),
             optimizer=OptimizerConfig(base_lr=0.12, schedule="cosine_per_step", weight_decay=5e-4),
         ),
+        speed=SpeedConfig(compile="off"),  # it would take longer than the training
         monitor=MonitorConfig(knn_every_epochs=3, knn_k=20),
     )

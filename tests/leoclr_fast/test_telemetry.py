@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import sys
 import types
 from pathlib import Path
@@ -87,6 +89,30 @@ def test_fp16_stops_when_no_loss_scale_helps(tiny_data: Path, tmp_path: Path, mo
     with pytest.raises(NonFiniteLossError, match=r"overflowed in fp16.*choose another --precision"):
         pretrain(config, tiny_data, tmp_path / "run")
     assert len(RunFolder(tmp_path / "run").read_metrics("step")) == MAX_OVERFLOWS_IN_A_ROW - 1
+
+
+def test_what_a_run_tells_of_its_speed(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU: rates, data wait and the time left; nothing of a GPU."""
+    pretrain(tiny_config(monitor__knn_every_epochs=0), tiny_data, tmp_path / "run", max_steps=4)
+    records = RunFolder(tmp_path / "run").read_metrics("step")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert record["images_per_s"] > 0
+        assert record["seconds_left"] == pytest.approx((4 - record["step"]) * 12 / record["images_per_s_now"])
+        assert 0 <= record["data_wait_fraction"] <= 1
+        assert not record.keys() & {"mfu", "gpu_memory_gib", "gpu_energy_j", "gpu_power_w"}
+    seconds = sum(12 / record["images_per_s_now"] for record in records)
+    assert records[-1]["images_per_s"] == pytest.approx(4 * 12 / seconds, rel=0.2)
+    assert re.search(r"step 4/12 .* images/s  data wait \d+%  0:00:00 left", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("warnings", [None, [], ["NVIDIA A100 MIG 1g.10gb is a MIG slice"]])
+def test_what_makes_a_gpus_figures_worth_less_is_recorded(warnings: list[str] | None, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.write_environment(CPU, 1, warnings)
+    recorded = json.loads(run.environment_file.read_text())
+    assert recorded.get("gpu_warnings", None) == warnings
+    assert ("gpu_warnings" in recorded) == (warnings is not None)
 
 
 def test_clock_counts_laps(monkeypatch: pytest.MonkeyPatch) -> None:
