@@ -160,6 +160,19 @@ def test_region_losses_by_hand() -> None:
     assert losses["loss_classifier"].item() == pytest.approx(sum(rows) / 4)
 
 
+def test_proposal_losses_by_hand() -> None:
+    """One right anchor, two wrong ones and one between, of two images: sums over 256 anchors an image, box loss L1."""
+    network = small_detector().rpn
+    objectness = torch.tensor([[2.0], [0.0], [-1.0], [5.0]], dtype=torch.float64)
+    labels = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, -1.0])]
+    deltas = torch.tensor([[0.5, -0.5, 0.0, 1.0], *[[9.0] * 4] * 3], dtype=torch.float64)
+    targets = [torch.zeros(2, 4, dtype=torch.float64)] * 2
+    objectness_loss, box_loss = network.compute_loss(objectness, deltas, labels, targets)
+    expected = math.log(1 + math.e**-2) + math.log(2) + math.log(1 + math.e**-1)
+    assert objectness_loss.item() == pytest.approx(expected / 512)
+    assert box_loss.item() == pytest.approx(2 / 512)
+
+
 def test_detections_take_the_box_of_their_class() -> None:
     regions = small_detector(num_classes=2).eval().regions
     proposals = [torch.tensor([[10.0, 10.0, 30.0, 30.0], [40.0, 10.0, 60.0, 30.0]])]
