@@ -5,6 +5,7 @@ Legend: B queries, K negatives, D dimensions, P positives; V views, S side of a 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, get_args
 
 import numpy as np
@@ -35,6 +36,7 @@ def run(config: SuiteConfig, say: Say) -> Answer:
     rows = [*losses, *views]
     for row in rows:
         say(f"{row['subject']} {row['impl']} {row['case']}: {row.get('missing') or row['error']}")
+    ran = [row for row in rows if "missing" not in row]
     table = markdown_table(
         ("subject", "implementation", "case", "error of the value", "of the gradient", "reference", "verdict"),
         [
@@ -42,20 +44,26 @@ def run(config: SuiteConfig, say: Say) -> Answer:
                 row["subject"],
                 row["impl"],
                 row["case"],
-                _shown(row.get("error")),
+                _shown(row["error"]),
                 _shown(row.get("gradient_error")),
-                _shown(row.get("reference_error")),
-                row.get("missing") or ("good" if row["good"] else "**TOO FAR OFF**"),
+                _shown(row["reference_error"]),
+                "good" if row["good"] else "**TOO FAR OFF**",
             )
-            for row in rows
+            for row in ran
         ],
     )
-    bad = [row for row in rows if row.get("good") is False]
     note = (
         "Errors are relative to the largest value of the float64 truth. Good: at most twice the error of the reference "
         "(eager, in the same dtype), plus that dtype's rounding.\n\n"
     )
-    return Answer(result={"rows": rows, "too_far_off": len(bad)}, markdown=note + table)
+    absent = Counter(f"{row['subject']}, {row['impl']}: {row['missing']}" for row in rows if "missing" in row)
+    lines = [f"- did not run, {cases} cases: {what}" for what, cases in absent.items()]
+    result = {
+        "rows": rows,
+        "too_far_off": sum(not row["good"] for row in ran),
+        "kernels_that_did_not_run": sum(row["impl"] == "triton" for row in rows if "missing" in row),
+    }
+    return Answer(result=result, markdown=note + table + "\n".join(["", *lines, ""]))
 
 
 def loss_parity(device: torch.device, shapes: tuple[tuple[int, int, int, int], ...]) -> list[dict[str, Any]]:

@@ -93,6 +93,20 @@ def test_parity_catches_a_kernel_that_is_off(monkeypatch: pytest.MonkeyPatch):
     assert "TOO FAR OFF" in answer.markdown
 
 
+def test_a_kernel_that_breaks_is_counted(monkeypatch: pytest.MonkeyPatch):
+    exact = parity.info_nce
+
+    def broken(query: Any, keys: Any, queue: Any, temperature: float, impl: str) -> Any:
+        if impl == "triton":
+            raise RuntimeError("illegal memory access\nand so on")
+        return exact(query, keys, queue, temperature, "eager")
+
+    monkeypatch.setattr(parity, "info_nce", broken)
+    answer = parity.run(SuiteConfig(device="cpu", tiny=True), lambda _: None)
+    assert answer.result["kernels_that_did_not_run"] == 9  # 6 cases of the loss; the augmentation has no GPU here
+    assert "did not run, 6 cases: loss, triton: illegal memory access" in answer.markdown
+
+
 def test_the_short_pretraining_learns_and_is_watched(tmp_path: Path):
     data = write_tiny_images(tmp_path / "data", num_train=96, num_val=24)
     config = SuiteConfig(device="cpu", tiny=True, precision="fp32", data=data, epochs=2, soft_limit_s=600)
