@@ -49,6 +49,28 @@ class TestStepMetrics:
         assert [(record["step"], record["loss"]) for record in values] == [(2, 2.0), (1, 5.0)]
         assert list(metrics.arrived(wait=True)) == []
 
+    def test_what_has_not_arrived_is_not_waited_for_unless_it_must_be(self) -> None:
+        """With an event put in place of a GPU's."""
+        waited = []
+
+        class OnTheWay:
+            def query(self) -> bool:
+                return bool(waited)
+
+            def synchronize(self) -> None:
+                waited.append(True)
+
+        metrics = StepMetrics(Ranks(), 0)
+        for step in (1, 2):
+            metrics.add(row(float(step)))
+            metrics.send(step=step)
+            rows, _, context = metrics._sent[-1]
+            metrics._sent[-1] = (rows, OnTheWay(), context)  # type: ignore[assignment]
+        assert list(metrics.arrived()) == []
+        assert [values["step"] for values in metrics.arrived(wait=True)] == [1, 2]
+        assert waited == [True, True]
+        assert list(metrics.arrived()) == []
+
     def test_a_loss_that_is_not_finite_names_its_step(self) -> None:
         metrics = StepMetrics(Ranks(), 10, loss_is_scaled=True)
         for loss in (1.0, math.nan):
