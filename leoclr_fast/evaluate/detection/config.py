@@ -2,6 +2,9 @@
 
 From facebookresearch/moco's detection/configs (pascal_voc_R_50_C4_24k_moco, coco_R_50_C4_2x_moco), and where they are
 silent from detectron2's defaults.
+
+What differs from them: a whole global batch has one orientation, not the two images of a GPU; synchronised batch-norm
+counts every value once, not every rank; COCO is trained without masks; scores are not rounded before the evaluation.
 """
 
 from __future__ import annotations
