@@ -1,4 +1,4 @@
-"""Crops against Pillow's, bit for bit, and against themselves: one box or many.
+"""Crops against Pillow's, bit for bit, and against themselves: one box or many; by torch and by numba.
 
 Up to version 12 Pillow resizes horizontally, then vertically, with uint8 in between, and so do we. From 13 on it
 goes the other way for a box that shrinks more in height, which moves single pixels by one level. Asking Pillow for
@@ -17,7 +17,7 @@ from PIL import Image
 
 from dataset_tools.sources import open_source
 from pipelines import crop_resize as module
-from pipelines.crop_resize import PackedImages, crop_resize
+from pipelines.crop_resize import Impl, PackedImages, crop_resize
 from pipelines.crops import Boxes, full_image_boxes, random_resized_crop_boxes, random_resized_crop_draws
 from pipelines.decode import decode_rgb
 from tests.pipelines.pictures import picture
@@ -26,12 +26,17 @@ from tests.tolerances import CROP_RESIZE, Tolerance
 BILINEAR = Image.Resampling.BILINEAR
 
 
-def pack(*images: np.ndarray) -> PackedImages:
+CPU_IMPLS: tuple[Impl, ...] = ("torch", "numba")
+
+
+def pack(*images: np.ndarray, planar: bool = False) -> PackedImages:
+    flat = [(image.transpose(2, 0, 1) if planar else image).reshape(-1) for image in images]
     return PackedImages(
-        pixels=torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])),
+        pixels=torch.from_numpy(np.concatenate(flat)),
         offsets=np.cumsum([0, *(image.size for image in images[:-1])]),
         heights=np.array([image.shape[0] for image in images]),
         widths=np.array([image.shape[1] for image in images]),
+        planar=planar,
     )
 
 
@@ -72,33 +77,38 @@ SIZES = [
 @pytest.mark.parametrize(("height", "width", "size"), SIZES)
 def test_equals_pillow(height: int, width: int, size: int, kind: str) -> None:
     pixels, boxes = picture(height, width, kind), random_boxes(height, width, 8)
-    ours = crop_resize(pack(pixels), np.zeros(8, dtype=np.int64), boxes, size).numpy()
-    assert ours.shape == (8, size, size, 3)
     image = Image.fromarray(pixels)
-    assert np.array_equal(ours, np.stack([in_single_passes(image, box, size) for box in boxes.tolist()]))
+    expected = np.stack([in_single_passes(image, box, size) for box in boxes.tolist()])
+    for impl in CPU_IMPLS:
+        ours = crop_resize(pack(pixels), np.zeros(8, dtype=np.int64), boxes, size, impl=impl).numpy()
+        assert ours.shape == (8, size, size, 3)
+        assert np.array_equal(ours, expected), impl
     assert_close(ours, np.stack([in_one_call(image, box, size) for box in boxes.tolist()]), CROP_RESIZE)
 
 
-def test_a_box_of_the_output_s_size_is_copied() -> None:
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_a_box_of_the_output_s_size_is_copied(impl: Impl) -> None:
     pixels = picture(100, 120)
     boxes = np.array([[0, 0, 32, 32], [68, 88, 32, 32], [11, 13, 32, 32]], dtype=np.int32)
-    ours = crop_resize(pack(pixels), np.zeros(3, dtype=np.int64), boxes, 32)
+    ours = crop_resize(pack(pixels), np.zeros(3, dtype=np.int64), boxes, 32, impl=impl)
     for (top, left, height, width), crop in zip(boxes.tolist(), ours.numpy(), strict=True):
         assert np.array_equal(crop, pixels[top : top + height, left : left + width])
 
 
-def test_exact_halves_round_up() -> None:
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_exact_halves_round_up(impl: Impl) -> None:
     pixels = np.zeros((2, 2, 3), dtype=np.uint8)
     pixels[..., 0] = [[1, 2], [1, 2]]  # mean 1.5
     pixels[..., 1] = [[0, 0], [1, 1]]  # mean 0.5, in the second pass
     whole = full_image_boxes(np.array([2]), np.array([2]))
-    assert crop_resize(pack(pixels), np.array([0]), whole, 1).tolist() == [[[[2, 1, 0]]]]
+    assert crop_resize(pack(pixels), np.array([0]), whole, 1, impl=impl).tolist() == [[[[2, 1, 0]]]]
 
 
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
-def test_a_flat_image_stays_flat(value: int) -> None:
+def test_a_flat_image_stays_flat(value: int, impl: Impl) -> None:
     pixels = np.full((37, 53, 3), value, dtype=np.uint8)
-    ours = crop_resize(pack(pixels), np.zeros(9, dtype=np.int64), random_boxes(37, 53, 9), 17)
+    ours = crop_resize(pack(pixels), np.zeros(9, dtype=np.int64), random_boxes(37, 53, 9), 17, impl=impl)
     assert (ours == value).all()
 
 
@@ -113,25 +123,29 @@ class TestManyBoxes:
         shuffle = np.random.default_rng(0).permutation(len(rows))
         return pack(*self.images), rows[shuffle], boxes[shuffle]
 
-    def test_one_by_one(self) -> None:
+    @pytest.mark.parametrize("impl", CPU_IMPLS)
+    def test_one_by_one(self, impl: Impl) -> None:
         packed, rows, boxes = self.arguments()
-        together = crop_resize(packed, rows, boxes, 24)
+        together = crop_resize(packed, rows, boxes, 24, impl=impl)
         for number in range(len(rows)):
-            alone = crop_resize(packed, rows[number : number + 1], boxes[number : number + 1], 24)
+            alone = crop_resize(packed, rows[number : number + 1], boxes[number : number + 1], 24, impl=impl)
             assert torch.equal(together[number], alone[0])
 
-    def test_from_its_own_image(self) -> None:
-        packed, rows, boxes = self.arguments()
+    @pytest.mark.parametrize("impl", CPU_IMPLS)
+    @pytest.mark.parametrize("planar", [False, True])
+    def test_from_its_own_image(self, planar: bool, impl: Impl) -> None:
+        _, rows, boxes = self.arguments()
+        packed = pack(*self.images, planar=planar)
         sources = [Image.fromarray(self.images[row]) for row in rows]
         theirs = [in_single_passes(image, box, 24) for image, box in zip(sources, boxes.tolist(), strict=True)]
-        assert np.array_equal(crop_resize(packed, rows, boxes, 24).numpy(), np.stack(theirs))
+        assert np.array_equal(crop_resize(packed, rows, boxes, 24, impl=impl).numpy(), np.stack(theirs))
 
     @pytest.mark.parametrize("max_elements", [1, 5_000, 1 << 40])
     def test_any_chunks(self, max_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
         packed, rows, boxes = self.arguments()
-        expected = crop_resize(packed, rows, boxes, 24)
+        expected = crop_resize(packed, rows, boxes, 24, impl="numba")
         monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": max_elements})
-        assert torch.equal(crop_resize(packed, rows, boxes, 24), expected)
+        assert torch.equal(crop_resize(packed, rows, boxes, 24, impl="torch"), expected)
 
     @pytest.mark.parametrize("max_elements", [1, 5_000, 20_000, 1 << 40])
     def test_chunks_hold_each_box_once_and_stay_small(self, max_elements: int) -> None:
@@ -152,9 +166,10 @@ def test_nothing_is_read_back_from_the_device() -> None:
     assert ours.device.type == "meta"
 
 
-def test_no_boxes() -> None:
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_no_boxes(impl: Impl) -> None:
     packed = pack(picture(4, 4))
-    ours = crop_resize(packed, np.empty(0, dtype=np.int64), np.empty((0, 4), dtype=np.int32), 8)
+    ours = crop_resize(packed, np.empty(0, dtype=np.int64), np.empty((0, 4), dtype=np.int32), 8, impl=impl)
     assert ours.shape == (0, 8, 8, 3)
     assert ours.dtype == torch.uint8
 
@@ -189,8 +204,30 @@ def test_an_image_far_behind_in_the_buffer() -> None:
     )
     packed.pixels[2**31 :] = torch.from_numpy(pixels.reshape(-1))
     boxes = random_boxes(6, 7, 4)
-    ours = crop_resize(packed, np.zeros(4, dtype=np.int64), boxes, 8)
-    assert torch.equal(ours, crop_resize(pack(pixels), np.zeros(4, dtype=np.int64), boxes, 8))
+    expected = crop_resize(pack(pixels), np.zeros(4, dtype=np.int64), boxes, 8)
+    for impl in CPU_IMPLS:
+        assert torch.equal(crop_resize(packed, np.zeros(4, dtype=np.int64), boxes, 8, impl=impl), expected)
+
+
+class TestWhatIsNotThere:
+    """Compiled code checks no place in memory: what is outside is refused before."""
+
+    @pytest.mark.parametrize("impl", ["auto", *CPU_IMPLS])
+    @pytest.mark.parametrize(
+        "box", [[0, 0, 5, 3], [0, 0, 4, 4], [-1, 0, 2, 2], [0, -1, 2, 2], [3, 0, 2, 1], [0, 2, 1, 2], [0, 0, 0, 1]]
+    )
+    def test_a_box_that_leaves_its_image(self, box: list[int], impl: Impl) -> None:
+        packed = pack(picture(9, 9), picture(4, 3))
+        boxes = np.array([[0, 0, 9, 9], box], dtype=np.int32)
+        with pytest.raises(ValueError, match=r"box 1 is \[.*\] as \(top, left, height, width\), .* 4 x 3 pixels"):
+            crop_resize(packed, np.array([0, 1]), boxes, 8, impl=impl)
+
+    def test_an_image_that_leaves_the_buffer(self) -> None:
+        packed = pack(picture(9, 9), picture(4, 3))
+        boxes = full_image_boxes(packed.heights, packed.widths)
+        for offsets, wrong in (([0, 244], 1), ([-1, 243], 0)):
+            with pytest.raises(ValueError, match=rf"image {wrong} of .* does not end within the buffer of 279 bytes"):
+                crop_resize(replace(packed, offsets=np.array(offsets)), np.array([0, 1]), boxes, 8)
 
 
 @pytest.mark.real_data
@@ -202,6 +239,8 @@ def test_real_photographs(real_data: Path) -> None:
         draws = random_resized_crop_draws(0, 0, np.arange(3) + 3 * index, 16)
         boxes = random_resized_crop_boxes(*sizes, draws, (0.2, 1.0), (3 / 4, 4 / 3))
         boxes[2] = full_image_boxes(*sizes)[2]
-        ours = crop_resize(pack(np.asarray(image)), np.zeros(3, dtype=np.int64), boxes, 224).numpy()
-        assert np.array_equal(ours, np.stack([in_single_passes(image, box, 224) for box in boxes.tolist()]))
+        expected = np.stack([in_single_passes(image, box, 224) for box in boxes.tolist()])
+        for impl in CPU_IMPLS:
+            ours = crop_resize(pack(np.asarray(image)), np.zeros(3, dtype=np.int64), boxes, 224, impl=impl).numpy()
+            assert np.array_equal(ours, expected), impl
         assert_close(ours, np.stack([in_one_call(image, box, 224) for box in boxes.tolist()]), CROP_RESIZE)
