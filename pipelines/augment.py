@@ -232,8 +232,9 @@ def _what_is_wrong_with_triton(device: torch.device) -> str | None:
     try:
         from pipelines.augment_triton import augment_triton
 
-        crop, table = torch.zeros(1, 3, 3, 3, dtype=torch.uint8), torch.zeros(1, _COLUMNS, dtype=torch.float64)
-        augment_triton(crop.to(device), table.to(device), ViewConfig(image_size=3), torch.float32)
+        crop = torch.zeros(1, 3, 3, 3, dtype=torch.uint8, device=device)
+        table = torch.zeros(1, _COLUMNS, dtype=torch.float64, device=device)
+        augment_triton(crop, table, ViewConfig(image_size=3), torch.float32)
     except Exception as error:
         log.warning("views are augmented by torch, several times slower, since Triton does not work here: %r", error)
         return f"it does not work on this machine: {error!r}"

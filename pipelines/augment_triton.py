@@ -74,7 +74,11 @@ def launches(crops: Tensor, table: Tensor, config: ViewConfig, output: Tensor) -
     flips = {"FLIPS": config.flip_probability > 0}
     if jitters:
         yield KernelLaunch(
-            kernel=_sum_grays, grid=(count * tiles,), arguments=source | {"tiles": tiles}, constants={"TILE": _TILE}
+            kernel=_sum_grays,
+            grid=(count * tiles,),
+            arguments=source | {"tiles": tiles},
+            constants={"TILE": _TILE},
+            num_warps=8,
         )
 
     at_once = max(16, _PLANE_ELEMENTS // (3 * area) // 16 * 16) if blurs else count

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def info_nce() -> Iterator[tuple[str, KernelLaunch]]:
 def info_nce_odd() -> Iterator[tuple[str, KernelLaunch]]:
     """The loss in the third dtype, and at sizes that fit no tile."""
     yield from _info_nce(torch.float16, 256, 65536, 128, 2)
+    yield from _info_nce(torch.float32, 1, 1, 16, 1)
+    yield from _info_nce(torch.float16, 1, 1, 1, 1)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield from _info_nce(dtype, 3, 507, 33, 1)
         yield from _info_nce(dtype, 70, 4096, 300, 3)
@@ -114,13 +117,15 @@ def augment_odd() -> Iterator[tuple[str, KernelLaunch]]:
     for dtype in (torch.float32, torch.float16):
         yield from _augment(dtype, 224, 96)
         yield from _augment(dtype, 33, 5)
+    yield from _augment(torch.bfloat16, 32, 64, blur_probability=0.0)
+    yield from _augment(torch.float32, 3, 1)
 
 
-def _augment(dtype: torch.dtype, side: int, batch_size: int) -> Iterator[tuple[str, KernelLaunch]]:
+def _augment(dtype: torch.dtype, side: int, batch_size: int, **changes: Any) -> Iterator[tuple[str, KernelLaunch]]:
     crops = torch.empty(batch_size, 3, side, side, 3, dtype=torch.uint8, device="meta").transpose(0, 1)
     table = torch.empty(3 * batch_size, 13, dtype=torch.float64, device="meta")
     output = torch.empty(3 * batch_size, side, side, 3, dtype=dtype, device="meta")
-    all_launches = augment_triton.launches(crops, table, ViewConfig(image_size=side), output)
+    all_launches = augment_triton.launches(crops, table, replace(ViewConfig(image_size=side), **changes), output)
     for launch in {launch.kernel: launch for launch in all_launches}.values():
         yield f"{_TYPE_NAMES[dtype]} S={side} B={batch_size}", launch
 
