@@ -23,6 +23,7 @@ from tests.tolerances import INFO_NCE_TRITON
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 
+ROOT = Path(__file__).parents[2]
 HALVES_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -99,7 +100,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
     torch.save(accurate_cases() | other_cases(), folder / "cases.pt")
     module = "tests.leoclr_fast.interpreted_info_nce"
     command = [sys.executable, "-m", module, str(folder / "cases.pt"), str(folder / "results.pt")]
-    subprocess.run(command, check=True, timeout=280, env=os.environ | {"TRITON_INTERPRET": "1"})
+    subprocess.run(command, check=True, timeout=280, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"})
     results: dict[str, dict[str, Any]] = torch.load(folder / "results.pt")
     return results
 
@@ -161,7 +162,7 @@ def test_it_compiles_ahead_of_time_without_spills(sizes: str, tmp_path: Path) ->
     command = [sys.executable, "-m", "leoclr_fast.bench.ahead_of_time", sizes]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(command, check=True, timeout=280, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, timeout=280, cwd=ROOT, env=environment, capture_output=True, text=True)
     rows = json.loads(done.stdout)["rows"]
     assert {(row["kernel"], row["target"]) for row in rows} == {
         (kernel, target) for kernel in ("share_of_the_queue", "all_shares") for target in ("sm_80", "sm_90", "sm_100")
