@@ -61,9 +61,9 @@ def take_account(tensors: Mapping[str, Tensor], network: Mapping[str, Tensor]) -
             account.other_shape[name] = (tensors[name].shape, wanted.shape)
         elif tensors[name].is_floating_point() != wanted.is_floating_point():
             account.not_numbers.append(name)
-    account.left_over = {name: tensor.shape for name, tensor in tensors.items() if name not in network}
+    account.left_over = {name: tensors[name].shape for name in sorted(tensors.keys() - network.keys())}
     if not account.num_problems:
-        account.not_finite = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        account.not_finite = [name for name in network if not bool(tensors[name].isfinite().all())]
     return account
 
 

@@ -33,7 +33,7 @@ def recognised_backbone(tensors: Mapping[str, Tensor], origin: str, arch: str | 
     if arch is not None and arch not in ARCHITECTURES:
         raise ValueError(f"there is no architecture {arch!r}; allowed: {', '.join(ARCHITECTURES)}")
     if not any(_BACKBONE_NAME.match(name) for name in tensors):
-        names = ", ".join(list(tensors)[:4])
+        names = ", ".join(sorted(tensors)[:4])
         raise ValueError(
             f"{origin} holds no backbone: it has {len(tensors)} tensors ({names}…), none of them of a ResNet's stem or "
             "stages. A projection head alone cannot be evaluated or exported; give the whole encoder's weights"
