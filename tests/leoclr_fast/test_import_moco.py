@@ -155,7 +155,7 @@ def test_what_does_not_add_up_is_named(
 @pytest.mark.parametrize(
     ("network", "expected"),
     [
-        (lambda: models.resnet101(num_classes=16), "exactly a resnet50: left over: layer3.6.conv1.weight"),
+        (lambda: models.resnet101(num_classes=16), "exactly a resnet50: left over: layer3.10.bn1.bias [256]"),
         (
             lambda: models.wide_resnet50_2(num_classes=16),
             "does not hold exactly a resnet50",
