@@ -131,14 +131,13 @@ def _augment(dtype: torch.dtype, side: int, batch_size: int, **changes: Any) -> 
 
 
 def crop_resize() -> Iterator[tuple[str, KernelLaunch]]:
-    """The views of photographs at 224 pixels, interleaved and in planes."""
+    """The resize of photographs to 224 pixels, with their channels side by side."""
     yield from _crop_resize(224, 768, planar=False)
-    yield from _crop_resize(224, 768, planar=True)
 
 
 def crop_resize_odd() -> Iterator[tuple[str, KernelLaunch]]:
-    """The resize at a side that no tile fits, and at CIFAR's."""
-    for size, planar in ((33, False), (33, True), (32, False)):
+    """The resize of images in planes, to a side that no tile fits, and to CIFAR's."""
+    for size, planar in ((224, True), (33, False), (33, True), (32, False)):
         yield from _crop_resize(size, 5, planar=planar)
 
 
