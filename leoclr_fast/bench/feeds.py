@@ -40,10 +40,19 @@ class UnreadImages(Split):
 
 
 def training_images(data: Path | None, result: ResultConfig, max_images: int | None = None) -> Split:
-    """The images that `pretrain` would train on; without `data`, images that only the synthetic loader can use."""
+    """The images that `pretrain` would train on; without `data`, images that only the synthetic loader can use.
+
+    Raises ValueError for data that cannot be read, or with fewer images than one batch.
+    """
     if data is None:
         return UnreadImages(_SYNTHETIC_STEPS * result.batch_size)
-    return limited(choose_splits(open_source(data)).pretrain, max_images)
+    split = limited(choose_splits(open_source(data)).pretrain, max_images)
+    if len(split) < result.batch_size:
+        raise ValueError(
+            f"{data} has {len(split)} images to train on, fewer than one batch of {result.batch_size}; give more "
+            "images or a smaller --batch-size"
+        )
+    return split
 
 
 @contextmanager
@@ -53,7 +62,7 @@ def open_feeds(
     """Batches of each of `recipes`, epoch after epoch, from loaders with the same settings; and the loader's name.
 
     The images and the crops are those of the seed: the same in every feed.
-    Raises ValueError for fewer images than one batch, and what `make_loader` raises.
+    Raises what `make_loader` raises.
     """
     order = TrainOrder(num_images=len(split), batch_size=result.batch_size, seed=result.seed)
     settled = settle_loader(split, config, device)

@@ -81,12 +81,18 @@ def bench_train_time(config: TrainTimeConfig, data: Path | None, say: Say = lamb
     if config.peers:
         makers |= {name: partial(peer, config.setting, config.speed, device) for name, peer in load_peers().items()}
 
+    splits = {"synthetic": training_images(None, results["leoclr"])}
+    if data is not None:
+        if config.speed.loader.name == "synthetic":
+            raise ValueError(
+                "--data with the loader synthetic would never read the images; choose another --loader, or leave --data "
+                "out: synthetic images are always timed"
+            )
+        splits["real"] = training_images(data, results["leoclr"], config.max_images)
     prepared: list[Prepared] = []
     rows: list[dict[str, Any]] = []
-    kinds = ("synthetic", "real") if data is not None else ("synthetic",)
-    for number, kind in enumerate(kinds):
+    for number, (kind, split) in enumerate(splits.items()):
         loader = LoaderConfig(name="synthetic") if kind == "synthetic" else config.speed.loader
-        split = training_images(data if kind == "real" else None, results["leoclr"], config.max_images)
         with ExitStack() as stack:
             recipes = [method.views for method in METHODS.values()]
             feeds, loader_name = stack.enter_context(open_feeds(split, recipes, results["leoclr"], loader, device))
@@ -97,7 +103,7 @@ def bench_train_time(config: TrainTimeConfig, data: Path | None, say: Say = lamb
             say(f"{kind} images, loader {loader_name}")
             contestants = [entrant.contestant for entrant in prepared]
             left_s = config.turns.max_s - (time.perf_counter() - start)
-            max_s = max(1.0, left_s / (len(kinds) - number))
+            max_s = max(1.0, left_s / (len(splits) - number))
             turns = take_turns(contestants, feeds, device, replace(config.turns, max_s=max_s), say)
         rows += [
             _row(entrant, kind, own, results["leoclr"].batch_size, device, config.speed.precision)

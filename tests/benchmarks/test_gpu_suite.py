@@ -79,17 +79,17 @@ def test_parity_catches_a_kernel_that_is_off(monkeypatch: pytest.MonkeyPatch):
     wrong_by = 0.0
 
     def off(query: Any, keys: Any, queue: Any, temperature: float, impl: str) -> Any:
-        loss = exact(query, keys, queue, temperature, "eager")  # nothing is compiled here, which would take long
-        return loss * (1 + wrong_by) if impl == "compiled" else loss
+        loss = exact(query, keys, queue, temperature, "eager")
+        return loss * (1 + wrong_by) if impl == "triton" else loss
 
     monkeypatch.setattr(parity, "info_nce", off)
     answer = parity.run(SuiteConfig(device="cpu", tiny=True), lambda _: None)
     told = [row for row in answer.result["rows"] if "good" in row]
-    assert {row["impl"] for row in told} >= {"eager", "compiled", "torch", "numba"}
+    assert {row["impl"] for row in told} >= {"eager", "triton", "torch", "numba"}
     assert answer.result["too_far_off"] == 0
     wrong_by = 0.05
     answer = parity.run(SuiteConfig(device="cpu", tiny=True), lambda _: None)
-    assert {row["impl"] for row in answer.result["rows"] if row.get("good") is False} == {"compiled"}
+    assert {row["impl"] for row in answer.result["rows"] if row.get("good") is False} == {"triton"}
     assert "TOO FAR OFF" in answer.markdown
 
 

@@ -284,6 +284,21 @@ def test_a_peer_that_cannot_run_is_noted_and_the_others_go_on(monkeypatch: pytes
     assert document["ratio_real"] is None
 
 
+def test_too_few_images_are_told_before_anything_is_timed(tiny_data: Path):
+    said: list[str] = []
+    with pytest.raises(ValueError, match="has 40 images to train on, fewer than one batch of 64"):
+        bench_train_time(
+            TrainTimeConfig(setting=replace(TINY, batch_size=64, queue_size=64), speed=CPU), tiny_data, said.append
+        )
+    assert not any("round" in line for line in said)
+
+
+def test_synthetic_images_are_never_called_real(tiny_data: Path):
+    speed = SpeedConfig(device="cpu", loader=LoaderConfig(name="synthetic"))
+    with pytest.raises(ValueError, match="would never read the images"):
+        bench_train_time(TrainTimeConfig(setting=TINY, speed=speed, turns=SHORT), tiny_data)
+
+
 def test_peers_need_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(train_time.leoclr_fast, "__file__", str(tmp_path / "leoclr_fast" / "__init__.py"))
     with pytest.raises(ValueError, match="clone the repository"):
