@@ -52,7 +52,10 @@ def outcomes(report: ElementTree.Element) -> list[dict[str, Any]]:
         for child in case:
             if child.tag in ("failure", "error", "skipped"):
                 outcome = "skipped" if child.tag == "skipped" else "failed"
-                reason = (child.get("message") or "").strip().splitlines()[0] if child.get("message") else child.tag
+                lines = (child.get("message") or "").strip().splitlines()
+                if lines[:1] == ["collection failure"]:  # what failed stands at the end of the traceback
+                    lines = (child.text or "").strip().splitlines()[-1:]
+                reason = lines[0] if lines else child.tag
         module = (case.get("classname") or "").rsplit(".", 1)[-1]
         seconds = float(case.get("time") or 0)
         tests.append(

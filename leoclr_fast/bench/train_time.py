@@ -85,8 +85,8 @@ def bench_train_time(config: TrainTimeConfig, data: Path | None, say: Say = lamb
     if data is not None:
         if config.speed.loader.name == "synthetic":
             raise ValueError(
-                "--data with the loader synthetic would never read the images; choose another --loader, or leave --data "
-                "out: synthetic images are always timed"
+                "--data with the loader synthetic would never read the images; choose another --loader, or leave "
+                "--data out: synthetic images are always timed"
             )
         splits["real"] = training_images(data, results["leoclr"], config.max_images)
     prepared: list[Prepared] = []

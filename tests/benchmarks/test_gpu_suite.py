@@ -159,6 +159,8 @@ def test_outcomes_of_a_test_report():
         '<testcase classname="tests.gpu.test_a" name="two" time="0"><skipped message="no GPU"/></testcase>'
         '<testcase classname="tests.gpu.test_b" name="three" time="0"><failure message="2 != 3&#10;more"/></testcase>'
         '<testcase classname="tests.gpu.test_b" name="four" time="0"><error message=""/></testcase>'
+        '<testcase classname="" name="tests.gpu.test_c" time="0"><error message="collection failure">In test_c.py\n'
+        "E   ModuleNotFoundError: no scipy\n</error></testcase>"
         "</testsuite></testsuites>"
     )
     assert [(test["name"], test["outcome"], test["reason"]) for test in outcomes(report)] == [
@@ -166,6 +168,7 @@ def test_outcomes_of_a_test_report():
         ("test_a::two", "skipped", "no GPU"),
         ("test_b::three", "failed", "2 != 3"),
         ("test_b::four", "failed", "error"),
+        ("tests.gpu.test_c", "failed", "E   ModuleNotFoundError: no scipy"),
     ]
 
 
