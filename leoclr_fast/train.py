@@ -17,6 +17,7 @@ from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from dataset_tools.subsets import limited
+from leoclr_fast.bottleneck import Bottleneck, find_bottleneck
 from leoclr_fast.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -68,7 +69,7 @@ def pretrain(
     resume: `auto` continues a run in `out` of the same configuration, `never` wants an empty folder, a path is the
     checkpoint to start from. max_steps: stop when so many steps are done; the run can be continued.
     Returns the summary: run, epochs, steps, images_per_s (without evaluation), final_loss, knn_top1 (percent, None
-    without labels), knn_top1_untrained, data_wait_fraction.
+    without labels), knn_top1_untrained, data_wait_fraction, bottleneck (see `leoclr_fast.bottleneck`).
     Raises ValueError for what the user can mend, NonFiniteLossError, OSError (a full disk).
     """
     if max_steps is not None and max_steps < 1:
@@ -336,8 +337,15 @@ def _finish(run: _Run, clock: TrainingClock) -> dict[str, Any]:
         before = run.folder.read_summary()
         if before is not None and (before["steps"], before["complete"]) == (step, complete):
             return before
+    elif not run.training.synthetic and (bottleneck := _bottleneck(run, clock)) is not None:
+        summary |= {"bottleneck": bottleneck.kind}
+        run.display.say(f"{bottleneck}")
     write_json(run.folder.summary_file, summary)
     return summary
+
+
+def _bottleneck(run: _Run, clock: TrainingClock) -> Bottleneck | None:
+    return find_bottleneck(clock.data_wait_fraction, loader=run.loader.name, on_cpu=run.loader.device.type == "cpu")
 
 
 def _resume(training: TrainingState, config: RunConfig, folder: RunFolder, data_fingerprint: str, resume: str) -> None:

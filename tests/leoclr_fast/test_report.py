@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import leoclr_fast.report.page
+import leoclr_fast.run_diary
 import leoclr_fast.train
 from benchmarks.reference_curves import reference_curves
 from leoclr_fast.cli import run_command
@@ -205,21 +206,22 @@ def test_warnings_and_unreadable_images_are_in_the_report(tmp_path: Path) -> Non
     assert "train/a&lt;b.jpg: cut off" in page
 
 
-def test_a_checkpoint_writes_the_report_unless_that_takes_too_long(tiny_data: Path, tmp_path: Path) -> None:
-    """Every other step a checkpoint: the steps take milliseconds, so most of these reports are left out."""
-    written: list[float] = []
+@pytest.mark.parametrize(("share", "num_reports"), [(1e-9, 2), (1e9, 12)])
+def test_a_checkpoint_writes_the_report_unless_that_takes_too_long(
+    share: float, num_reports: int, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 11 checkpoints on the way the first writes it, then either none or all; and the end does."""
+    written: list[Path] = []
     original = leoclr_fast.report.page.write_report
 
     def counted(paths: list[Path], out: Path) -> dict[str, Any]:
-        written.append(time.perf_counter())
+        written.append(out)
         return original(paths, out)
 
-    leoclr_fast.report.page.write_report = counted
-    try:
-        pretrain(tiny_config(monitor__checkpoint_every_steps=1), tiny_data, tmp_path / "run")
-    finally:
-        leoclr_fast.report.page.write_report = original
-    assert 2 <= len(written) <= 4  # the first checkpoint and the end
+    monkeypatch.setattr(leoclr_fast.report.page, "write_report", counted)
+    monkeypatch.setattr(leoclr_fast.run_diary, "_MAX_REPORT_SHARE", share)
+    pretrain(tiny_config(monitor__checkpoint_every_steps=1), tiny_data, tmp_path / "run")
+    assert written == num_reports * [tmp_path / "run" / "report.html"]
 
 
 def test_reference_curves_are_those_of_the_committed_logs() -> None:
