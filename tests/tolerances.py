@@ -37,6 +37,8 @@ DALI_EDGE = 2
 """Pixels at each side of a crop, where DALI's filter reads beyond the box. (2)"""
 DALI_GPU_CROPS = Tolerance(max=24, mean=1.5)
 """The same with nvJPEG's decoders, not measured yet: their inverse transform and chroma differ from libjpeg-turbo's."""
+NVJPEG_CROPS = Tolerance(max=24, mean=1.5)
+"""Levels of 255, torchvision's nvJPEG decoder and our resize on a GPU against the oracle's, not measured yet."""
 DALI_CROP_MEAN = 0.5
 """Mean over a whole crop of a photograph at 224 pixels, edges and all. (0.37)"""
 
