@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from leoclr_fast.acceleration import compiles_encoders
 from leoclr_fast.bench.contestant import OurMethod
@@ -192,10 +193,18 @@ def _parts(ours: OurMethod, batch: CropBatch, device: torch.device) -> dict[str,
         query.grad = None
         method.loss(query, keys, speed.loss_impl).backward()
 
-    def optimize() -> None:
+    def gradients() -> list[torch.Tensor]:
         if any(weight.grad is None for weight in weights):
             query_forward_and_backward()  # its gradients are zero: the weights only decay
+        return [weight.grad for weight in weights if weight.grad is not None]
+
+    def optimize() -> None:
+        gradients()
         training.optimizer.step()
+
+    def metrics() -> None:
+        get_total_norm(gradients())
+        method.similarities(query, keys)
 
     return {
         "augmentation": augment,
@@ -204,5 +213,6 @@ def _parts(ours: OurMethod, batch: CropBatch, device: torch.device) -> dict[str,
         "query forward and backward": query_forward_and_backward,
         "loss forward and backward": loss,
         "optimizer": optimize,
+        "metrics: gradient norm and similarities": metrics,
         "enqueue": lambda: method.enqueue(keys, size),
     }

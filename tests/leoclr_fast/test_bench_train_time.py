@@ -173,6 +173,7 @@ def test_step_parts_and_whole():
             "query forward and backward",
             "loss forward and backward",
             "optimizer",
+            "metrics: gradient norm and similarities",
             "enqueue",
             WHOLE,
         ]
