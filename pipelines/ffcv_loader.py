@@ -35,6 +35,7 @@ from pipelines.batch import CropBatch
 from pipelines.cores import available_cores
 from pipelines.crops import Boxes
 from pipelines.decode import UnreadableImageError, decode_rgb, next_index
+from pipelines.device_copies import DeviceCopies, PendingCopy
 from pipelines.loader import Loader
 from pipelines.views import draw_boxes
 
@@ -87,7 +88,7 @@ class FfcvLoader(Loader):
         self._hangs = False
         self._passes: list[_Pass] = []
         """The one in progress, if any."""
-        self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._copies = DeviceCopies(self.device)
         weakref.finalize(self, _close_all, self._passes)  # also when Python ends, before its threads are cut off
 
     @property
@@ -101,17 +102,14 @@ class FfcvLoader(Loader):
         self._passes.append(current)
         try:
             current.start()
-            upcoming = deque[CropBatch]()
+            upcoming = deque[tuple[CropBatch, PendingCopy]]()
             for step in range(start_step, self.steps_per_epoch):
                 if not upcoming:
                     upcoming.append(self._finished(current.next_batch(), epoch))
-                if self._copy_stream is not None and step + 1 < self.steps_per_epoch and current.has_next:
+                if self._copies.run_beside and step + 1 < self.steps_per_epoch and current.has_next:
                     upcoming.append(self._finished(current.next_batch(), epoch))  # copied while this one is used
-                batch = upcoming.popleft()
-                if self._copy_stream is not None:
-                    stream = torch.cuda.current_stream(self.device)
-                    stream.wait_stream(self._copy_stream)
-                    batch.crops.record_stream(stream)
+                batch, copy = upcoming.popleft()
+                copy.wait()
                 yield batch
         finally:
             current.close()
@@ -121,24 +119,20 @@ class FfcvLoader(Loader):
     def close(self) -> None:
         _close_all(self._passes)
 
-    def _finished(self, batch: _HostBatch, epoch: int) -> CropBatch:
-        """On the device, and with the rows mended that FFCV could not decode."""
+    def _finished(self, batch: _HostBatch, epoch: int) -> tuple[CropBatch, PendingCopy]:
+        """On its way to the device, and with the rows mended that FFCV could not decode."""
         for row in np.flatnonzero(batch.failed).tolist():
             self._mend(batch, row, epoch)
-        if self._copy_stream is None:
-            crops = batch.crops.to(self.device)
-        else:
-            # Pinned memory is not used again before its copies are done: torch's allocator sees to that.
-            with torch.cuda.stream(self._copy_stream):
-                crops = batch.crops.to(self.device, non_blocking=True)
-        return CropBatch(
-            crops=crops,
+        copy = self._copies.start(batch.crops)
+        crop_batch = CropBatch(
+            crops=copy.tensor,
             labels=torch.from_numpy(self.split.labels[batch.indices]),
             indices=batch.indices,
             boxes=batch.boxes,
             epoch=epoch,
             step=batch.step,
         )
+        return crop_batch, copy
 
     def _mend(self, batch: _HostBatch, row: int, epoch: int) -> None:
         """What TurboJPEG refuses or only warns of is up to Pillow, as in the other loaders."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from pipelines.config import ViewConfig
 from pipelines.cores import available_cores
 from pipelines.crops import Boxes
 from pipelines.decode import UnreadableImageError, decode_rgb, next_index
+from pipelines.device_copies import DeviceCopies, PendingCopy
 from pipelines.loader import Loader, max_unreadable
 from pipelines.order import Order, TrainOrder
 from pipelines.views import ViewRecipe, draw_boxes
@@ -32,6 +34,7 @@ class TorchvisionLoader(Loader):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         workers = available_cores() if self.config.workers is None else self.config.workers
+        self._copies = DeviceCopies(self.device)
         self._sampler = _StepSampler(self.order)
         self._loader: DataLoader[_HostBatch] = DataLoader(
             _CropDataset(self.split, self.views, self.view_config, self.seed),
@@ -47,20 +50,32 @@ class TorchvisionLoader(Loader):
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
         position = self._sampler.position = (epoch, start_step)
+        for batch, copy in self._copied_ahead(epoch, start_step):
+            copy.wait()
+            yield batch
+            # The workers serve one pass at a time; another one would take this one's batches.
+            assert self._sampler.position is position, "another pass over this loader has begun"
+
+    def _copied_ahead(self, epoch: int, start_step: int) -> Iterator[tuple[CropBatch, PendingCopy]]:
+        """On a GPU the copy of a batch begins before the one before it is handed out."""
+        upcoming = deque[tuple[CropBatch, PendingCopy]]()
         for step, batch in enumerate(self._host_batches(), start=start_step):
             self._num_decodes += batch.num_decodes
             for index, reason in batch.unreadable.items():
                 self.report_unreadable(index, reason)  # raises where a worker gave up
-            yield CropBatch(
-                crops=batch.crops.to(self.device, non_blocking=True),
+            copy = self._copies.start(batch.crops)
+            crop_batch = CropBatch(
+                crops=copy.tensor,
                 labels=torch.from_numpy(self.split.labels[batch.indices]),
                 indices=batch.indices,
                 boxes=batch.boxes,
                 epoch=epoch,
                 step=step,
             )
-            # The workers serve one pass at a time; another one would take this one's batches.
-            assert self._sampler.position is position, "another pass over this loader has begun"
+            upcoming.append((crop_batch, copy))
+            if len(upcoming) > self._copies.run_beside:
+                yield upcoming.popleft()
+        yield from upcoming
 
     def _host_batches(self) -> Iterator[_HostBatch]:
         """Raises RuntimeError soon after a worker has died, and when none has answered for ``stall_timeout_s``."""

@@ -10,10 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numba
@@ -30,6 +29,7 @@ from dataset_tools.sources import Split, open_source
 from dataset_tools.sources.converted import ConvertedSplit
 from pipelines import ffcv_loader
 from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.device_copies import DeviceCopies
 from pipelines.factory import make_loader
 from pipelines.ffcv_loader import FfcvLoader
 from pipelines.order import Order, SequentialOrder, TrainOrder
@@ -183,12 +183,9 @@ class TestPixels:
         self, world_size: int, beton: ConvertedSplit, open_ffcv: OpenFfcv, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What is done for a GPU, without one: tests/gpu has the rest."""
-        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+        monkeypatch.setattr(DeviceCopies, "run_beside", True)
         order = SequentialOrder(num_images=23, batch_size=11, rank=world_size - 1, world_size=world_size)
         loader = open_ffcv(beton, order)
-        loader._copy_stream = SimpleNamespace()
         for start in range(4):
             steps = []
             for batch in loader.batches(2, start):

@@ -24,6 +24,7 @@ from dataset_tools.sources import Split
 from pipelines import torchvision_loader
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.decode import decode_rgb
+from pipelines.device_copies import DeviceCopies
 from pipelines.order import SequentialOrder, TrainOrder
 from pipelines.torchvision_loader import TorchvisionLoader
 from pipelines.views import LEOCLR_VIEWS
@@ -198,6 +199,20 @@ def test_abandoned_epochs_leave_nothing(workers: int, split: Split) -> None:
     (*before, memory), (*after, memory_later) = states
     assert after == before
     assert memory_later.rss <= memory.rss + 8 * 2**20
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copying_ahead_keeps_the_order(workers: int, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done for a GPU, without one."""
+    with open_torchvision(split, workers) as loader:
+        expected = list(loader.batches(2))
+        monkeypatch.setattr(DeviceCopies, "run_beside", True)
+        for start in range(6):
+            batches = list(loader.batches(2, start))
+            assert [batch.step for batch in batches] == list(range(start, 5))
+            for batch, other in zip(batches, expected[start:], strict=True):
+                assert torch.equal(batch.crops, other.crops)
+                assert np.array_equal(batch.indices, other.indices)
 
 
 def test_one_decode_for_each_image(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
