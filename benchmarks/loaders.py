@@ -1,7 +1,8 @@
 """Our loaders against what people use: `python -m benchmarks.loaders --help`.
 
 Every contestant makes three views of each image of one epoch, as uint8 on the CPU, from JPEGs that lie in the page
-cache. Ours draw our boxes; the stock pipelines draw their own, three random crops of the same distribution.
+cache: the uncropped original and two random crops (three random crops, where FFCV decodes by itself). Ours draw our
+boxes, the stock pipelines their own of the same distribution.
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
+
+_J_PER_KWH = 3.6e6
 
 
 class EnergyMeter:
@@ -56,3 +59,10 @@ def energy_between(before_j: float | None, after_j: float | None) -> float | Non
     if before_j is None or after_j is None or after_j < before_j:
         return None
     return after_j - before_j
+
+
+def energy_kwh(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """The sum of `gpu_energy_j` over the step records of a run; None if there are none, or one lacks it."""
+    joules = [record.get("gpu_energy_j") for record in records]
+    known = [value for value in joules if value is not None]
+    return sum(known) / _J_PER_KWH if known and len(known) == len(joules) else None

@@ -29,6 +29,7 @@ from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields
 from leoclr_fast.device_meter import DeviceMeter
 from leoclr_fast.distributed import Ranks, process_group
+from leoclr_fast.energy import energy_kwh
 from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
 from leoclr_fast.gpu_state import gpu_state
 from leoclr_fast.memory import explained_out_of_memory
@@ -69,7 +70,8 @@ def pretrain(
     resume: `auto` continues a run in `out` of the same configuration, `never` wants an empty folder, a path is the
     checkpoint to start from. max_steps: stop when so many steps are done; the run can be continued.
     Returns the summary: run, epochs, steps, images_per_s (without evaluation), final_loss, knn_top1 (percent, None
-    without labels), knn_top1_untrained, data_wait_fraction, bottleneck (see `leoclr_fast.bottleneck`).
+    without labels), knn_top1_untrained, data_wait_fraction, energy_kwh (of one GPU; None where it is not known),
+    bottleneck (see `leoclr_fast.bottleneck`).
     Raises ValueError for what the user can mend, NonFiniteLossError, OSError (a full disk).
     """
     if max_steps is not None and max_steps < 1:
@@ -330,6 +332,7 @@ def _finish(run: _Run, clock: TrainingClock) -> dict[str, Any]:
         "knn_top1": accuracies[-1]["top1"] if accuracies else None,
         "knn_top1_untrained": accuracies[0]["top1"] if accuracies and accuracies[0]["step"] == 0 else None,
         "data_wait_fraction": clock.data_wait_fraction if trained else None,
+        "energy_kwh": energy_kwh(losses) if run.ranks.world_size == 1 else None,
         "unreadable_images": unreadable,
     }
     if not trained:

@@ -60,11 +60,12 @@ def crop_resize(
     output_size: int,
     *,
     impl: Impl = "auto",
+    num_threads: int | None = None,
 ) -> Tensor:
     """Each box of its image as a square of ``output_size`` pixels: uint8 [M, S, S, 3] on the images' device.
 
     rows: int64 [M], which image. boxes: int32 [M, 4] as (top, left, height, width). impl: `auto` takes numba on a CPU,
-    triton on a GPU, and torch elsewhere or where they do not work.
+    triton on a GPU, and torch elsewhere or where they do not work. num_threads: numba's; by default as many as torch's.
     Equals ``PIL.Image.crop(...)``, resized with ``BILINEAR`` to the output's width, then to its height. (By torch, sums
     over more than 60 source pixels are no longer exact, so that a single pixel may be one level off.)
     Raises ValueError for a box that is not inside its image, and if numba or triton cannot be used where it is asked
@@ -81,7 +82,7 @@ def crop_resize(
             return crop_resize_triton(images, rows, boxes, output_size)
         from pipelines.crop_resize_numba import crop_resize_numba
 
-        return crop_resize_numba(images, rows, boxes, output_size, torch.get_num_threads())
+        return crop_resize_numba(images, rows, boxes, output_size, num_threads or torch.get_num_threads())
     if impl in ("numba", "triton"):
         raise ValueError(f"{impl} cannot resize here, since {obstacle}; choose impl auto or torch")
     return _crop_resize_torch(images, rows, boxes, output_size)

@@ -66,8 +66,8 @@ def loader_class(name: str) -> type[Loader]:
 def choose_loader(split: Split, config: LoaderConfig, device: torch.device | None = None) -> str:
     """The name that ``auto`` stands for with this split; logs the choice and its reason.
 
-    device: by default CUDA where there is some: DALI decodes there, or torchvision's nvJPEG. On a CPU torchvision's
-    worker processes are as fast as DALI, and FFCV, which reads .betons, is faster.
+    device: by default CUDA where there is some: DALI decodes there, or torchvision's nvJPEG. On a CPU FFCV, which reads
+    .betons, is the fastest, then DALI, then torchvision's worker processes (benchmarks/results/loaders_cpu.md).
     """
     gib = estimate_decoded_bytes(split) / 2**30
     on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
@@ -75,14 +75,13 @@ def choose_loader(split: Split, config: LoaderConfig, device: torch.device | Non
         name, size, why_not = "resident", f"the decoded images take about {gib:.2f} GiB", ""
     else:
         size = f"the decoded images would take about {gib:.0f} GiB"
+        missing = "; not dali, which is not installed: pip install 'leoclr-fast[dali]'"
         if not on_gpu and _is_beton(split) and _is_installed("ffcv"):
-            name, why_not = "ffcv", "; not torchvision, which is slower on a .beton"
-        elif not on_gpu:
-            name, why_not = "torchvision", "; not dali, which is no faster on a CPU"
-        elif not _is_installed("nvidia.dali"):
-            name, why_not = "nvjpeg", "; not dali, which is not installed: pip install 'leoclr-fast[dali]'"
+            name, why_not = "ffcv", "; not dali or torchvision, which are slower on a .beton"
+        elif _is_installed("nvidia.dali"):
+            name, why_not = "dali", f"; not torchvision, which {'decodes on the CPU' if on_gpu else 'is slower'}"
         else:
-            name, why_not = "dali", "; not torchvision, which decodes on the CPU"
+            name, why_not = "nvjpeg" if on_gpu else "torchvision", missing
     log.info("loader %s: %s (resident up to %g GiB)%s", name, size, config.resident_limit_gib, why_not)
     return name
 

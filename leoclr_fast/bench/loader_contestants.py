@@ -1,8 +1,9 @@
 """Who takes part in `bench loader`: our loaders, what people use instead, and the ceilings over both.
 
 Every contestant is a generator function; each `next` handles all images once and yields a `LoaderTurn`. All but the
-ceilings make the same number of views of each image, as uint8 on the device. Ours draw our boxes, the uncropped
-original among them; the others draw their own, all of them random crops of the same distribution.
+ceilings make the same views of each image, as uint8 on the device: LeOCLR's original and two random crops, or MoCo-v2's
+two crops. Ours draw our boxes, the others their own of the same distribution. (FFCV's own decoders cannot scale a whole
+image, so that it makes random crops alone.)
 Legend: B images, V views, S side of a view.
 """
 
@@ -62,12 +63,14 @@ class LoaderTurn:
 
 
 Turns = Iterator[LoaderTurn]
+VIEWS = {2: MOCOV2_VIEWS, 3: LEOCLR_VIEWS}
+"""Number of views -> the recipe that has so many."""
 
 
 def ours(name: str, task: LoaderTask) -> Turns:
     """One of `pipelines.factory.LOADERS`."""
     device = torch.device(task.device)
-    views = {2: MOCOV2_VIEWS, 3: LEOCLR_VIEWS}[task.views]
+    views = VIEWS[task.views]
     loader = None
     for split in _splits(task):
         order = TrainOrder(num_images=len(split), batch_size=task.batch_size, seed=0)
@@ -91,7 +94,7 @@ def ours(name: str, task: LoaderTask) -> Turns:
 
 
 def stock_torchvision(task: LoaderTask) -> Turns:
-    """A DataLoader over a data set of Pillow images and torchvision's RandomResizedCrop, once for each view."""
+    """A DataLoader over a data set of Pillow images, with torchvision's Resize and RandomResizedCrop."""
     from torch.utils.data import DataLoader
 
     split = next(_splits(task))
@@ -116,18 +119,20 @@ def stock_torchvision(task: LoaderTask) -> Turns:
 
 class _StockDataset(torch.utils.data.Dataset[Any]):
     def __init__(self, split: Split, task: LoaderTask) -> None:
-        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms import RandomResizedCrop, Resize
 
         config = task.view_config
-        self._split, self._views = split, task.views
-        self._crop = RandomResizedCrop(task.image_size, scale=config.crop_scale, ratio=config.crop_ratio)
+        crop = RandomResizedCrop(task.image_size, scale=config.crop_scale, ratio=config.crop_ratio)
+        whole = Resize((task.image_size, task.image_size))
+        self._split = split
+        self._views = [whole if view.geometry == "original" else crop for view in VIEWS[task.views]]
 
     def __len__(self) -> int:
         return len(self._split)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image = decode_rgb(self._split, index)
-        crops = np.stack([np.asarray(self._crop(image)) for _ in range(self._views)])
+        crops = np.stack([np.asarray(view(image)) for view in self._views])
         return torch.from_numpy(crops), 1
 
 
@@ -170,7 +175,7 @@ def stock_ffcv(task: LoaderTask) -> Turns:
 
 
 def stock_dali(task: LoaderTask) -> Turns:
-    """DALI's own reader of a folder or of tars, one decode, and its random_resized_crop once for each view."""
+    """DALI's own reader of a folder or of tars, one decode, its resize and its random_resized_crop."""
     from nvidia.dali import fn, pipeline_def, types
 
     config, on_gpu = task.view_config, task.device != "cpu"
@@ -186,15 +191,18 @@ def stock_dali(task: LoaderTask) -> Turns:
         images = fn.decoders.image(
             encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
         )
+        side = (task.image_size, task.image_size)
         crops = [
-            fn.random_resized_crop(
+            fn.resize(images, size=side, antialias=True)
+            if view.geometry == "original"
+            else fn.random_resized_crop(
                 images,
-                size=(task.image_size, task.image_size),
+                size=side,
                 random_area=config.crop_scale,
                 random_aspect_ratio=config.crop_ratio,
                 antialias=True,
             )
-            for _ in range(task.views)
+            for view in VIEWS[task.views]
         ]
         return fn.stack(*crops)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.energy import EnergyMeter, energy_between
+from leoclr_fast.energy import EnergyMeter, energy_between, energy_kwh
 from leoclr_fast.flops import (
     encoder_macs,
     forward_macs,
@@ -128,3 +128,9 @@ def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     meter = EnergyMeter.of(torch.device("cuda"))
     assert meter.read_j() is None
     assert "nvidia-ml-py" in str(meter.missing)
+
+
+def test_energy_of_a_run() -> None:
+    assert energy_kwh([{"gpu_energy_j": 1.8e6}, {"gpu_energy_j": 5.4e6}]) == 2.0
+    assert energy_kwh([]) is None
+    assert energy_kwh([{"gpu_energy_j": 1.8e6}, {"loss": 1.0}]) is None  # an unknown energy is not zero

@@ -13,7 +13,27 @@ from leoclr_fast.cli import run_command
 from tests.pipelines.pictures import picture
 
 ROOT = Path(__file__).parents[2]
-SMALLER = {"demo": ["--max-images", "200", "--max-steps", "3"], "pretrain": ["--max-images", "200"]}
+SMALLER = {
+    "demo": ["--max-images", "200", "--max-steps", "3"],
+    "pretrain": ["--max-images", "200"],
+    "linear": ["--epochs", "1", "--max-images", "100"],
+    "finetune": ["--epochs", "1", "--batch-size", "8", "--max-images", "100"],
+    "bench train-time": [
+        "--rounds",
+        "2",
+        "--steps",
+        "1",
+        "--warmup-steps",
+        "1",
+        "--batch-size",
+        "8",
+        "--max-images",
+        "64",
+    ],
+    "bench step": ["--repeats", "2", "--warmup", "1", "--batch-size", "8"],
+    "bench loader": ["--rounds", "1", "--loaders", "torchvision", "--max-images", "64", "--workers", "1"],
+    "parity": ["--max-images", "40", "--workers", "1"],
+}
 
 
 def commands(guide: str) -> list[list[str]]:
@@ -30,14 +50,14 @@ def commands(guide: str) -> list[list[str]]:
 def test_every_command_of_the_guides_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the order in which a reader types them: pretraining first, then evaluation, in one folder."""
+    """In the order in which a reader types them: pretraining first, then evaluation and timing, in one folder."""
     monkeypatch.chdir(tmp_path)
-    for guide in ("docs/pretrain.md", "docs/evaluate.md"):
+    for guide in ("docs/pretrain.md", "docs/evaluate.md", "docs/time.md"):
         for words in commands(guide):
             small = [
                 "3" if before == "--max-steps" else word for before, word in zip(["", *words], words, strict=False)
             ]
-            small += SMALLER.get(words[0], [])
+            small += SMALLER.get(words[0], SMALLER.get(" ".join(words[:2]), []))
             if words[0] == "pretrain":
                 small += ["--device", "cpu", *([] if "--max-steps" in words else ["--max-steps", "5"])]
             code = run_command(small)

@@ -66,13 +66,24 @@ class TestAuto:
         message = f"loader resident: the decoded images take about 0.00 GiB (resident up to {gib:g} GiB)"
         assert message in package_log.messages
 
-    def test_large_data_do_not(self, split: Split, package_log: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("has_dali", [True, False])
+    def test_large_data_do_not(
+        self, has_dali: bool, split: Split, package_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipelines.factory._is_installed", lambda package: has_dali and package == "nvidia.dali")
         gib = estimate_decoded_bytes(split) / 2**30
         config = LoaderConfig(workers=0, resident_limit_gib=gib / 2)
-        assert isinstance(make(split, config), TorchvisionLoader)
-        (message,) = (message for message in package_log.messages if message.startswith("loader "))
+        chosen = choose_loader(split, config, torch.device("cpu"))
+        assert chosen == ("dali" if has_dali else "torchvision")
+        why_not = (
+            "not torchvision, which is slower"
+            if has_dali
+            else "not dali, which is not installed: pip install 'leoclr-fast[dali]'"
+        )
         size = f"the decoded images would take about 0 GiB (resident up to {gib / 2:g} GiB)"
-        assert message == f"loader torchvision: {size}; not dali, which is no faster on a CPU"
+        assert package_log.messages == [f"loader {chosen}: {size}; {why_not}"]
+        if not has_dali:
+            assert isinstance(make(split, config), TorchvisionLoader)
 
     @pytest.mark.parametrize("has_dali", [True, False])
     def test_large_data_on_a_gpu(
@@ -102,20 +113,20 @@ class TestAuto:
     ) -> None:
         convert(split.root, tmp_path / "beton", ConvertOptions(format="ffcv"), workers=1)  # type: ignore[attr-defined]
         beton = open_source(tmp_path / "beton").splits["train"].subset([3, 1, 2])
-        monkeypatch.setattr("pipelines.factory._is_installed", lambda _: has_ffcv)
+        monkeypatch.setattr("pipelines.factory._is_installed", lambda package: has_ffcv or package != "ffcv")
         config = LoaderConfig(resident_limit_gib=0.0)
-        assert choose_loader(beton, config, torch.device("cpu")) == ("ffcv" if has_ffcv else "torchvision")
+        assert choose_loader(beton, config, torch.device("cpu")) == ("ffcv" if has_ffcv else "dali")
         why_not = (
-            "not torchvision, which is slower on a .beton" if has_ffcv else "not dali, which is no faster on a CPU"
+            "not dali or torchvision, which are slower on a .beton" if has_ffcv else "not torchvision, which is slower"
         )
         assert package_log.messages[-1].endswith(f"(resident up to 0 GiB); {why_not}")
-        assert choose_loader(split, config, torch.device("cpu")) == "torchvision"
+        assert choose_loader(split, config, torch.device("cpu")) == "dali"
 
     def test_never_synthetic_and_never_silent(self, split: Split, package_log: pytest.LogCaptureFixture) -> None:
         for limit in (0.0, 1e-6, 8.0):
             package_log.clear()
             name = choose_loader(split, LoaderConfig(resident_limit_gib=limit), torch.device("cpu"))
-            assert name in ("resident", "torchvision")
+            assert name in ("resident", "dali", "torchvision")
             assert [message.split(":")[0] for message in package_log.messages] == [f"loader {name}"]
 
     def test_data_of_which_nothing_can_be_read(self, split: Split, damage: Callable[..., None]) -> None:

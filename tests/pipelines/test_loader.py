@@ -26,7 +26,6 @@ from pipelines.order import Order, SequentialOrder, TrainOrder
 from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS, MOCOV2_VIEWS, ViewRecipe, draw_boxes
 from tests.pipelines.optional_packages import needs_dali, needs_ffcv
 from tests.pipelines.pictures import picture
-from tests.tolerances import DALI_CROPS, DALI_EDGE
 
 SEED = 11
 VIEWS = ViewConfig(image_size=16)
@@ -95,34 +94,13 @@ def plain_batch(
     return {"indices": indices, "labels": split.labels[indices], "boxes": boxes, "crops": crops}
 
 
-def assert_is(batch: CropBatch, expected: dict[str, np.ndarray], decoder: str = "pillow") -> None:
-    """Everything is equal; but crops by DALI only nearly so, inside their edges."""
+def assert_is(batch: CropBatch, expected: dict[str, np.ndarray]) -> None:
+    """Everything is equal."""
     assert batch.crops.dtype == torch.uint8
     assert batch.labels.dtype == torch.int64
     assert batch.boxes.dtype == np.int32
     for name, value in expected.items():
-        if name == "crops" and decoder == "dali":
-            differences = inside_differences(batch, value)
-            assert differences.size == 0 or differences.max() <= DALI_CROPS.max
-            assert differences.size == 0 or differences.mean() <= DALI_CROPS.mean
-        else:
-            assert np.array_equal(np.asarray(getattr(batch, name)), value), name
-
-
-def inside_differences(batch: CropBatch, crops: np.ndarray) -> np.ndarray:
-    """Absolute differences from ``crops``, but for the edges where DALI reads pixels from outside of the box.
-
-    The edge is DALI_EDGE wide; in an enlarged crop it is half a pixel of the image.
-    """
-    size = crops.shape[2]
-    differences = []
-    for row, column in np.ndindex(*crops.shape[:2]):
-        _, _, height, width = batch.boxes[row, column].tolist()
-        top, left = (max(DALI_EDGE, -(-size // (2 * side))) for side in (height, width))
-        inner = np.s_[top : size - top, left : size - left]
-        ours, theirs = batch.crops[row, column].numpy()[inner], crops[row, column][inner]
-        differences.append(np.abs(ours.astype(int) - theirs.astype(int)).ravel())
-    return np.concatenate(differences) if differences else np.empty(0, dtype=int)
+        assert np.array_equal(np.asarray(getattr(batch, name)), value), name
 
 
 def assert_same(ours: list[CropBatch], theirs: list[CropBatch]) -> None:
@@ -142,7 +120,7 @@ class TestEveryLoader:
             for batch in batches:
                 indices = loader.order.indices(epoch, batch.step)
                 assert batch.crops.shape == (5, 3, 16, 16, 3)
-                assert_is(batch, plain_batch(split, indices, epoch), kind[0])
+                assert_is(batch, plain_batch(split, indices, epoch))
         assert loader.unreadable == {}
 
     @pytest.mark.parametrize("world_size", [2, 3])
@@ -176,7 +154,7 @@ class TestEveryLoader:
         for epoch in (1, 0, 5):
             list(islice(loader.batches(epoch + 100), 1))
             for batch in loader.batches(epoch):
-                assert_is(batch, plain_batch(split, loader.order.indices(epoch, batch.step), epoch), kind[0])
+                assert_is(batch, plain_batch(split, loader.order.indices(epoch, batch.step), epoch))
 
     @pytest.mark.parametrize("world_size", [1, 2])
     def test_evaluation_sees_every_image_once(
@@ -192,7 +170,7 @@ class TestEveryLoader:
             for batch in batches:
                 indices = order.indices(0, batch.step)
                 assert batch.crops.shape == (len(indices), 1, 16, 16, 3)
-                assert_is(batch, plain_batch(split, indices, 0, CENTER_CROP_VIEWS), kind[0])
+                assert_is(batch, plain_batch(split, indices, 0, CENTER_CROP_VIEWS))
                 seen += indices.tolist()
         assert sorted(seen) == list(range(23))
 
@@ -227,7 +205,7 @@ class TestEveryLoader:
             for batch in loader.batches(epoch):
                 assert (batch.labels == -1).all()
                 # Converting encodes some of them anew.
-                assert_is(batch, plain_batch(loader.split, loader.order.indices(epoch, batch.step), epoch), kind[0])
+                assert_is(batch, plain_batch(loader.split, loader.order.indices(epoch, batch.step), epoch))
 
 
 class TestLoadersAgree:
@@ -281,7 +259,7 @@ class TestUnreadableImages:
             for batch in loader.batches(epoch):
                 wanted = loader.order.indices(epoch, batch.step)
                 taken = np.array([substitutes.get(index, index) for index in wanted.tolist()])
-                assert_is(batch, plain_batch(split, taken, epoch), kind[0])
+                assert_is(batch, plain_batch(split, taken, epoch))
         assert sorted(loader.unreadable) == sorted(bad)
         warnings = [record.getMessage() for record in package_log.records if record.levelno == logging.WARNING]
         assert len(warnings) == len(bad)
@@ -300,7 +278,7 @@ class TestUnreadableImages:
         (batch,) = loader.batches(0)
         assert list(loader.unreadable) == [3]
         taken = np.array([4 if index == 3 else index for index in range(23)])
-        assert_is(batch, plain_batch(split, taken, 0), kind[0])
+        assert_is(batch, plain_batch(split, taken, 0))
 
     @pytest.mark.parametrize("num_images", [1, 7, 10])
     def test_none_can_be_read(
