@@ -1,9 +1,9 @@
 """NVIDIA DALI decodes each image once; on a GPU it also cuts all of its views, on the CPU `crop_resize` does.
 
 The order, the boxes and the encoded bytes are ours and are fed in, so that the crops are those of every other loader.
-On the CPU they are Pillow's to the last bit; DALI's own resize takes several times as long. On a GPU it is DALI's: its
-filter reads beyond the box in the outer two pixels of a crop; inside, it differed from Pillow's by at most one level when
-it was tried on a CPU. The GPU path was written without a GPU at hand and has not run yet.
+On the CPU they are Pillow's to the last bit; DALI's own resize takes several times as long. On a GPU it is DALI's,
+whose filter reads beyond the box in the outer two pixels of a crop; inside, it differed from Pillow's by at most one
+level when it was tried on a CPU. The GPU path was written without a GPU at hand and has not run yet.
 
 The graph is a classic `Pipeline`: DALI's dynamic mode took 3 to 6 % more CPU time for the same work, and is
 experimental.
