@@ -135,7 +135,8 @@ class TestAuto:
             make(split, LoaderConfig())
 
 
-def test_settling_replaces_auto_alone(split: Split) -> None:
+def test_settling_replaces_auto_alone(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.factory._is_installed", lambda _: False)
     auto = LoaderConfig(workers=3, prefetch_batches=5, resident_limit_gib=0.0)
     settled = settle_loader(split, auto, torch.device("cpu"))
     assert settled == LoaderConfig(name="torchvision", workers=3, prefetch_batches=5, resident_limit_gib=0.0)
