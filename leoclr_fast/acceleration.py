@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import shutil
-from functools import cache
 
 import torch
 
+from leoclr_fast.compiling import what_compiling_lacks
 from leoclr_fast.config import SpeedConfig
 
 log = logging.getLogger(__name__)
-
-
-@cache
-def what_compiling_lacks(device_type: str) -> str | None:
-    """What torch.compile would need for a device of this type (`cpu`, `cuda`) and does not find; None if nothing."""
-    if device_type == "cpu":
-        return None if _any_program("CXX", "g++", "clang++", "c++") else "a C++ compiler (g++ or clang++)"
-    if not _any_program("CC", "gcc", "clang", "cc"):
-        return "a C compiler (gcc or clang)"
-    return None if importlib.util.find_spec("triton") else "the package triton"
 
 
 def compiles_encoders(speed: SpeedConfig, device: torch.device) -> bool:
@@ -57,7 +44,3 @@ def captures_step(speed: SpeedConfig, device: torch.device, world_size: int) -> 
     if obstacle and speed.cuda_graph == "on":
         raise ValueError(f"--cuda-graph on is not possible: {obstacle}; choose --cuda-graph auto or off")
     return obstacle is None
-
-
-def _any_program(variable: str, *names: str) -> bool:
-    return any(shutil.which(name) for name in (os.environ.get(variable), *names) if name)

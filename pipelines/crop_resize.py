@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -23,6 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipelines.packed_images import PackedImages
+
 log = logging.getLogger(__name__)
 
 Impl = Literal["auto", "torch", "numba", "triton"]
@@ -30,27 +31,6 @@ Impl = Literal["auto", "torch", "numba", "triton"]
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 _WEIGHT_BITS = 22  # PIL's, after the binary point
 _LOW_BITS = 11
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedImages:
-    """Decoded images of any size behind one another in one buffer.
-
-    The geometry stays on the host, where the boxes are drawn; only pixels live on the device.
-    """
-
-    pixels: Tensor
-    """uint8 [total bytes], each image as [height, width, 3] RGB, or as [3, height, width] where `planar`."""
-    offsets: npt.NDArray[np.int64]
-    """int64 [N]: first byte of each image."""
-    heights: npt.NDArray[np.int64]
-    """int64 [N], pixels."""
-    widths: npt.NDArray[np.int64]
-    """int64 [N], pixels."""
-    planar: bool = False
-
-    def __len__(self) -> int:
-        return len(self.offsets)
 
 
 def crop_resize(

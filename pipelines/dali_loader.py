@@ -34,10 +34,11 @@ from dataset_tools.sources.converted import ConvertedSplit
 from dataset_tools.sources.split import SubsetSplit
 from pipelines.batch import CropBatch
 from pipelines.cores import available_cores
-from pipelines.crop_resize import PackedImages, crop_resize
+from pipelines.crop_resize import crop_resize
 from pipelines.decode import UnreadableImageError, decode_rgb
 from pipelines.encoded_batches import EncodedBatch, EncodedBatches
 from pipelines.loader import Loader
+from pipelines.packed_images import PackedImages
 from pipelines.worker_threads import WorkerThreads
 
 T = TypeVar("T")

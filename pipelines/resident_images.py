@@ -12,8 +12,8 @@ import torch
 
 from dataset_tools.sources import Split
 from pipelines.cores import available_cores
-from pipelines.crop_resize import PackedImages
 from pipelines.decode import UnreadableImageError, decode_rgb, image_size, next_index, none_readable
+from pipelines.packed_images import PackedImages
 
 _SIZE_SAMPLES = 64
 _MEMORY_SHARE = 0.8

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leoclr_fast.acceleration import what_compiling_lacks
 from leoclr_fast.bench.device_timing import captured, first_results, interleaved_ms, peak_extra_mib
 from leoclr_fast.bench.kernel_page import kernel_page
 from leoclr_fast.bench.statistics import median_interval, quantiles
 from leoclr_fast.bench.tables import number, spread
+from leoclr_fast.compiling import what_compiling_lacks
 from leoclr_fast.config import MethodName
 from leoclr_fast.environment import environment
 from leoclr_fast.methods import METHODS

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from leoclr_fast.compiling import what_compiling_lacks
 from leoclr_fast.losses.info_nce_eager import info_nce_eager
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,6 @@ def _choose(query: Tensor, keys: Sequence[Tensor], queue: Tensor) -> Literal["ea
 @cache
 def _can_compile() -> bool:
     """Whether Triton and torch.compile can work on a GPU here; says why not, once."""
-    from leoclr_fast.acceleration import what_compiling_lacks  # which imports what imports this file
-
     missing = what_compiling_lacks("cuda")
     if missing:
         log.warning("the loss is not fused because %s is missing; the eager one runs instead", missing)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from leoclr_fast import acceleration
-from leoclr_fast.acceleration import captures_step, compiles_encoders, what_compiling_lacks
+from leoclr_fast import acceleration, compiling
+from leoclr_fast.acceleration import captures_step, compiles_encoders
 from leoclr_fast.backbone import Encoder
+from leoclr_fast.compiling import what_compiling_lacks
 from leoclr_fast.config import BackboneConfig, MethodConfig, RunConfig, SpeedConfig
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.folded_encoder import FoldedEncoder
@@ -312,9 +313,9 @@ class TestBadInput:
         assert not compiles_encoders(SpeedConfig(compile="auto"), CPU)
 
     def test_triton_is_missing(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-        monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda _: None)
+        monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda _: None)
         monkeypatch.setattr(acceleration, "what_compiling_lacks", what_compiling_lacks.__wrapped__)
-        monkeypatch.setattr(acceleration.shutil, "which", lambda name: name)
+        monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
         cuda = torch.device("cuda", 0)
         assert not compiles_encoders(SpeedConfig(), cuda)
         assert "not compiled because the package triton is missing" in caplog.text
