@@ -242,7 +242,7 @@ def test_paths_that_lead_out_are_refused(tmp_path: Path, format: str, name: str,
     assert not Path("/etc/evil.jpg").exists()
 
 
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/b", "..", ""])
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/b", "..", ""])
 def test_a_manifest_that_leads_out_is_refused(data: Path, name: str) -> None:
     content = json.loads((data / "manifest.json").read_text())
     content["splits"]["train"]["files"][0]["name"] = name
