@@ -113,12 +113,12 @@ def test_a_training_is_torchs(tiny_data: Path, tmp_path: Path) -> None:
 def test_it_learns(tiny_data: Path, tmp_path: Path) -> None:
     """The images that it learned from, by their centre crops: most of them right, where chance is a third."""
     loader = train_loader(tiny_data)
-    training = Training(lr=0.1, weight_decay=0.0, momentum=0.9, total_steps=150, batch_size=8)
+    training = Training(lr=0.02, weight_decay=0.0, momentum=0.9, total_steps=300, batch_size=8)
     own = tuner(backbone_of_seed(0), loader, "fp32")
     network = own.train(training, Checkpoints(tmp_path / "none", 60, Ranks()))
     assert network is not None
     scores, labels = own.scores(network, loader)
-    assert (scores.argmax(dim=1).cpu() == labels).double().mean() > 0.65
+    assert (scores.argmax(dim=1).cpu() == labels).double().mean() > 0.8
 
 
 def test_the_protocol_is_simclrs_with_the_papers_epochs() -> None:
