@@ -28,12 +28,13 @@ from leoclr_fast.checkpoint import (
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields
 from leoclr_fast.device_meter import DeviceMeter
-from leoclr_fast.distributed import Ranks, process_group
+from leoclr_fast.distributed import Ranks
 from leoclr_fast.energy import energy_kwh
 from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
 from leoclr_fast.gpu_state import gpu_state
 from leoclr_fast.memory import explained_out_of_memory
 from leoclr_fast.methods import METHODS
+from leoclr_fast.process_group import process_group
 from leoclr_fast.run_diary import RunDiary
 from leoclr_fast.run_folder import RunFolder, write_json
 from leoclr_fast.schedules import learning_rate

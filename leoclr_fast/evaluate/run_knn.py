@@ -11,10 +11,10 @@ import torch
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from leoclr_fast.config import MonitorConfig, SpeedConfig
-from leoclr_fast.distributed import process_group
 from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
 from leoclr_fast.evaluate.subject import load_subject, require_real_images
 from leoclr_fast.precision import encoder_dtype
+from leoclr_fast.process_group import process_group
 
 
 def run_knn(

@@ -11,12 +11,12 @@ from rich.console import Console
 from dataset_tools.subsets import limited
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed import process_group
 from leoclr_fast.evaluate.evaluation_folder import evaluation_folder
 from leoclr_fast.evaluate.grid import GridSearch, Trial
 from leoclr_fast.evaluate.protocols import TransferProtocol
 from leoclr_fast.evaluate.subject import load_subject, require_real_images, view_settings
 from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS, open_transfer_data
+from leoclr_fast.process_group import process_group
 
 log = logging.getLogger(__name__)
 
