@@ -5,7 +5,6 @@ What the interpreter cannot show is in tests/gpu: the tensor cores' products, an
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from torch import Tensor
 from leoclr_fast.losses.info_nce import info_nce
 from tests.leoclr_fast.test_info_nce import cross_entropies, unit_vectors
 from tests.tolerances import INFO_NCE_TRITON
+from tests.triton_processes import assert_compiles_without_spills
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 
@@ -159,13 +159,4 @@ def test_a_cpu_without_the_interpreter() -> None:
 
 @pytest.mark.parametrize("sizes", ["info_nce", pytest.param("info_nce_odd", marks=pytest.mark.long)])
 def test_it_compiles_ahead_of_time_without_spills(sizes: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "leoclr_fast.bench.ahead_of_time", sizes]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(command, check=True, timeout=280, cwd=ROOT, env=environment, capture_output=True, text=True)
-    rows = json.loads(done.stdout)["rows"]
-    assert {(row["kernel"], row["target"]) for row in rows} == {
-        (kernel, target) for kernel in ("share_of_the_queue", "all_shares") for target in ("sm_80", "sm_90", "sm_100")
-    }
-    assert [row for row in rows if row["spilled_bytes"]] == []
-    assert all(16 <= row["registers"] <= 255 for row in rows)
+    assert_compiles_without_spills(sizes, {"share_of_the_queue", "all_shares"}, tmp_path)

@@ -1,0 +1,43 @@
+"""Triton in processes of their own: its interpreter, and its compiler for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[1]
+
+
+def assert_passes_in_the_interpreter(tests: Path, marked: str, at_least: int) -> None:
+    """Run a file of tests with TRITON_INTERPRET=1: at least so many pass, none fails or is skipped.
+
+    marked: pytest's `-m`.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, str(tests)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= at_least
+    assert "skipped" not in done.stdout
+
+
+def assert_compiles_without_spills(sizes: str, kernels: set[str], cache: Path) -> None:
+    """Compile these kernels, and no others, for an A100, an H100 and a B200.
+
+    sizes: which of `leoclr_fast.bench.ahead_of_time`. cache: Triton's, an empty folder.
+    """
+    command = [sys.executable, "-m", "leoclr_fast.bench.ahead_of_time", sizes]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run(command, check=True, timeout=280, cwd=_ROOT, env=environment, capture_output=True, text=True)
+    rows = json.loads(done.stdout)["rows"]
+    expected = {(kernel, target) for kernel in kernels for target in ("sm_80", "sm_90", "sm_100")}
+    assert {(row["kernel"], row["target"]) for row in rows} == expected
+    assert [row for row in rows if row["spilled_bytes"]] == []
+    assert all(16 <= row["registers"] <= 255 for row in rows)
