@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import io
 import logging
 import os
 import re
@@ -14,12 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -32,10 +29,10 @@ from pipelines.dali_loader import DaliLoader, _decoder_hints
 from pipelines.encoded_batches import EncodedBatches
 from pipelines.loader import Loader
 from pipelines.order import Order, SequentialOrder, TrainOrder
-from pipelines.torchvision_loader import TorchvisionLoader
 from pipelines.views import LEOCLR_VIEWS
 from tests.pipelines.optional_packages import HAS_DALI, needs_dali
-from tests.pipelines.pictures import picture
+from tests.pipelines.oracle import assert_like_the_oracle, cpu_loader
+from tests.pipelines.pictures import encode, picture, write_images
 
 CPU = torch.device("cpu")
 L = TypeVar("L", bound=Loader)
@@ -50,44 +47,9 @@ def open_dali() -> Iterator[Open]:
 
         def start(split: Split, order: Order | None = None, *, image_size: int = 16, **config: Any) -> DaliLoader:
             settings = LoaderConfig(**({"workers": 1} | config))
-            return stack.enter_context(_open(DaliLoader, split, order, image_size, settings))
+            return stack.enter_context(cpu_loader(DaliLoader, split, order, image_size=image_size, config=settings))
 
         yield start
-
-
-def _open(kind: type[L], split: Split, order: Order | None, image_size: int, config: LoaderConfig) -> L:
-    order = order or TrainOrder(num_images=len(split), batch_size=4, seed=3)
-    return kind(split, LEOCLR_VIEWS, ViewConfig(image_size=image_size), config, order, seed=3, device=CPU)
-
-
-def oracle(split: Split, order: Order | None = None, *, image_size: int = 16) -> TorchvisionLoader:
-    return _open(TorchvisionLoader, split, order, image_size, LoaderConfig(workers=0))
-
-
-def assert_like_the_oracle(loader: DaliLoader, epochs: int = 1) -> None:
-    """Everything is equal."""
-    truth = oracle(loader.split, loader.order, image_size=loader.view_config.image_size)
-    for epoch in range(epochs):
-        for batch, expected in zip(loader.batches(epoch), truth.batches(epoch), strict=True):
-            assert (batch.epoch, batch.step) == (expected.epoch, expected.step)
-            assert np.array_equal(batch.indices, expected.indices)
-            assert np.array_equal(batch.boxes, expected.boxes)
-            assert torch.equal(batch.labels, expected.labels)
-            assert torch.equal(batch.crops, expected.crops)
-    assert sorted(loader.unreadable) == sorted(truth.unreadable)
-
-
-def write_images(folder: Path, images: dict[str, bytes]) -> Split:
-    folder.mkdir()
-    for name, data in images.items():
-        (folder / name).write_bytes(data)
-    return open_source(folder).splits["train"]
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    encoded = io.BytesIO()
-    image.save(encoded, kind, **options)
-    return encoded.getvalue()
 
 
 @pytest.fixture
@@ -249,41 +211,6 @@ class TestOddImages:
         assert sorted(loader.unreadable) == [7, 8, 20]
         assert len(started) == 3  # once, and again for each of two batches
 
-    def test_larger_than_the_data_set_says(self, tmp_path: Path, split: Split, open_dali: Open) -> None:
-        """The boxes are those of the image's true size."""
-        convert(tmp_path / "images", tmp_path / "ffcv", ConvertOptions(format="ffcv", order="source"), workers=1)
-        converted = open_source(tmp_path / "ffcv").splits["train"]
-        records = converted.records  # type: ignore[attr-defined]
-        for side, shrunk in (("width", {3: 7, 12: 1}), ("height", {12: 9000})):
-            column = np.array(records.columns[side])
-            for index, value in shrunk.items():
-                column[index] = value
-            records.columns[side] = column
-        loader = open_dali(converted, SequentialOrder(num_images=23, batch_size=6))
-        assert_like_the_oracle(loader, epochs=2)
-        assert loader.unreadable == {}
-        assert sorted(loader._batches._sizes) == [3, 12]
-
-    @pytest.mark.parametrize("kind", ["ffcv", "webdataset", "tar"])
-    def test_a_file_that_is_cut_while_training(
-        self, kind: str, tmp_path: Path, write_split: Callable[..., Split], open_dali: Open
-    ) -> None:
-        split = write_split(60)
-        if kind == "tar":
-            subprocess.run(["tar", "-cf", tmp_path / "x.tar", "-C", tmp_path, "images"], check=True)
-            path, source = tmp_path / "x.tar", open_source(tmp_path / "x.tar")
-        else:
-            convert(tmp_path / "images", tmp_path / kind, ConvertOptions(format=kind), workers=1)  # type: ignore[arg-type]
-            source = open_source(tmp_path / kind)
-            (path,) = (path for path in (tmp_path / kind).iterdir() if path.suffix in (".beton", ".tar"))
-        loader = open_dali(source.splits["train"], SequentialOrder(num_images=len(split), batch_size=6))
-        batches = loader.batches(0)
-        next(batches)
-        os.truncate(path, path.stat().st_size // 4)
-        with pytest.raises(RuntimeError, match=r"11 of 60 images cannot be read.*cut short"):
-            for _ in batches:
-                pass
-
     def test_a_folder_that_is_deleted_while_training(
         self, write_split: Callable[..., Split], damage: Callable[..., None], open_dali: Open
     ) -> None:
@@ -297,36 +224,13 @@ class TestOddImages:
                 pass
 
 
-def state() -> tuple[int, int, int]:
-    """Threads of this process, DALI's among them; open files; memory in bytes."""
-    process = psutil.Process()
-    return len(os.listdir("/proc/self/task")), process.num_fds(), process.memory_info().rss
-
-
 @needs_dali
 class TestNothingIsLeft:
-    def test_fifty_epochs_that_were_left_early(self, write_split: Callable[..., Split], open_dali: Open) -> None:
-        split = write_split(40)
-        loader = open_dali(split, image_size=64, prefetch_batches=3)
-        states = []
-        for epoch in range(50):
-            batches = loader.batches(epoch)
-            list(islice(batches, epoch % 5))
-            if epoch % 2:
-                batches.close()
-            if epoch in (9, 49):
-                list(loader.batches(100))
-                states.append(state())
-        (threads, files, memory), (threads_later, files_later, memory_later) = states
-        assert threads_later == threads
-        assert files_later == files
-        assert memory_later - memory < 10 * 2**20
-
     def test_closing(self, split: Split, open_dali: Open) -> None:
         list(open_dali(split, workers=2).batches(0))  # DALI keeps what it has loaded, and our resize its threads
         threads, names = len(os.listdir("/proc/self/task")), set(threading.enumerate())
         for how in ("unused", "one batch", "one epoch", "two epochs"):
-            with _open(DaliLoader, split, None, 16, LoaderConfig(workers=2)) as loader:
+            with cpu_loader(DaliLoader, split, config=LoaderConfig(workers=2)) as loader:
                 if how == "one batch":
                     next(loader.batches(0))
                 elif how != "unused":
@@ -338,21 +242,6 @@ class TestNothingIsLeft:
             while len(os.listdir("/proc/self/task")) > threads and time.monotonic() < patience:
                 time.sleep(0.01)
             assert len(os.listdir("/proc/self/task")) <= threads, how
-
-    def test_it_works_again_after_closing(self, split: Split, open_dali: Open) -> None:
-        loader = open_dali(split)
-        first = list(loader.batches(1))
-        loader.close()
-        for batch, other in zip(loader.batches(1), first, strict=True):
-            assert torch.equal(batch.crops, other.crops)
-
-    def test_a_pass_that_another_one_overtook(self, split: Split, open_dali: Open) -> None:
-        loader = open_dali(split)
-        overtaken = loader.batches(0)
-        next(overtaken)
-        assert len(list(loader.batches(1))) == loader.steps_per_epoch
-        with pytest.raises(AssertionError, match="another pass over this loader has begun"):
-            next(overtaken)
 
     def test_a_program_that_ends_without_closing(self, split: Split) -> None:
         """DALI aborts where its own clean-up meets a thread that still waits for it."""
@@ -447,19 +336,6 @@ class TestErrorsComeSoon:
         finally:
             released.set()
 
-    @pytest.mark.parametrize("role", ["_readers", "_feeder"])
-    def test_a_thread_that_died(self, role: str, split: Split, open_dali: Open) -> None:
-        loader = open_dali(split, prefetch_batches=1)
-        batches = loader.batches(0)
-        next(batches)
-        worker = getattr(loader, role)
-        for _ in worker._threads:
-            worker._calls.put(None)
-        for thread in worker._threads:
-            thread.join()
-        with pytest.raises(RuntimeError, match=f"a {worker.name} thread has died while "):
-            list(batches)
-
 
 class TestWhatIsNotThere:
     def test_dali(self, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,7 +352,7 @@ class TestWhatIsNotThere:
             r"it by `pip install 'leoclr-fast\[dali\]'` .* --loader auto, resident and torchvision work$"
         )
         with pytest.raises(ImportError, match=message):
-            _open(DaliLoader, split, None, 16, LoaderConfig())
+            cpu_loader(DaliLoader, split)
 
     @pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
     @pytest.mark.parametrize(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -24,21 +20,14 @@ from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.sources import Split, open_source
 from pipelines import nvjpeg_loader
 from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.loader import Loader
 from pipelines.nvjpeg_loader import NvjpegLoader
 from pipelines.order import Order, SequentialOrder, TrainOrder
-from pipelines.torchvision_loader import TorchvisionLoader
 from pipelines.views import LEOCLR_VIEWS
-from tests.pipelines.pictures import picture
+from tests.pipelines.oracle import assert_like_the_oracle, cpu_loader
+from tests.pipelines.pictures import encode, picture, write_images
 
 CPU = torch.device("cpu")
 Open = Callable[..., NvjpegLoader]
-
-
-def _open(kind: type[Loader], split: Split, order: Order | None, image_size: int, **config: Any) -> Any:
-    order = order or TrainOrder(num_images=len(split), batch_size=4, seed=3)
-    views = ViewConfig(image_size=image_size)
-    return kind(split, LEOCLR_VIEWS, views, LoaderConfig(**config), order, seed=3, device=CPU)
 
 
 @pytest.fixture
@@ -47,35 +36,10 @@ def open_nvjpeg(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     with ExitStack() as stack:
 
         def start(split: Split, order: Order | None = None, image_size: int = 16, **config: Any) -> NvjpegLoader:
-            loader: NvjpegLoader = _open(NvjpegLoader, split, order, image_size, **({"workers": 2} | config))
-            return stack.enter_context(loader)
+            settings = LoaderConfig(**({"workers": 2} | config))
+            return stack.enter_context(cpu_loader(NvjpegLoader, split, order, image_size=image_size, config=settings))
 
         yield start
-
-
-def assert_like_the_oracle(loader: NvjpegLoader, epochs: int = 1) -> None:
-    truth = _open(TorchvisionLoader, loader.split, loader.order, loader.view_config.image_size, workers=0)
-    for epoch in range(epochs):
-        for batch, expected in zip(loader.batches(epoch), truth.batches(epoch), strict=True):
-            assert (batch.epoch, batch.step) == (expected.epoch, expected.step)
-            assert np.array_equal(batch.indices, expected.indices)
-            assert np.array_equal(batch.boxes, expected.boxes)
-            assert torch.equal(batch.labels, expected.labels)
-            assert torch.equal(batch.crops, expected.crops)
-    assert sorted(loader.unreadable) == sorted(truth.unreadable)
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    encoded = io.BytesIO()
-    image.save(encoded, kind, **options)
-    return encoded.getvalue()
-
-
-def write_images(folder: Path, images: dict[str, bytes]) -> Split:
-    folder.mkdir()
-    for name, data in images.items():
-        (folder / name).write_bytes(data)
-    return open_source(folder).splits["train"]
 
 
 class TestWhatIsDecodedWhere:
@@ -174,34 +138,6 @@ class TestFaults:
         with pytest.raises(RuntimeError, match=message):
             list(open_nvjpeg(split).batches(0))
 
-    def test_larger_than_the_data_set_says(self, tmp_path: Path, split: Split, open_nvjpeg: Open) -> None:
-        convert(tmp_path / "images", tmp_path / "ffcv", ConvertOptions(format="ffcv", order="source"), workers=1)
-        converted = open_source(tmp_path / "ffcv").splits["train"]
-        records = converted.records  # type: ignore[attr-defined]
-        for side, wrong in (("width", {3: 7, 12: 1}), ("height", {12: 9000})):
-            column = np.array(records.columns[side])
-            for index, value in wrong.items():
-                column[index] = value
-            records.columns[side] = column
-        loader = open_nvjpeg(converted, SequentialOrder(num_images=23, batch_size=6))
-        assert_like_the_oracle(loader, epochs=2)
-        assert sorted(loader._batches._sizes) == [3, 12]
-
-    def test_a_file_that_is_cut_while_training(
-        self, tmp_path: Path, write_split: Callable[..., Split], open_nvjpeg: Open
-    ) -> None:
-        split = write_split(60)
-        convert(tmp_path / "images", tmp_path / "ffcv", ConvertOptions(format="ffcv"), workers=1)
-        (path,) = (tmp_path / "ffcv").glob("*.beton")
-        order = SequentialOrder(num_images=len(split), batch_size=6)
-        batches = open_nvjpeg(open_source(tmp_path / "ffcv").splits["train"], order).batches(0)
-        next(batches)
-        os.truncate(path, path.stat().st_size // 4)
-        began = time.monotonic()
-        with pytest.raises(RuntimeError, match=r"11 of 60 images cannot be read.*cut short"):
-            list(batches)
-        assert time.monotonic() - began < 10
-
 
 class TestThreads:
     @pytest.mark.parametrize("place", ["prepare", "decode", "crop_resize"])
@@ -239,54 +175,6 @@ class TestThreads:
                 list(loader.batches(0))
         finally:
             released.set()
-
-    @pytest.mark.parametrize("role", ["_readers", "_decoder"])
-    def test_a_thread_that_died(self, role: str, split: Split, open_nvjpeg: Open) -> None:
-        loader = open_nvjpeg(split, prefetch_batches=1)
-        batches = loader.batches(0)
-        next(batches)
-        worker = getattr(loader, role)
-        for _ in worker._threads:
-            worker._calls.put(None)
-        for thread in worker._threads:
-            thread.join()
-        with pytest.raises(RuntimeError, match=f"a {worker.name} thread has died while "):
-            list(batches)
-
-    def test_abandoned_epochs_leave_nothing(self, write_split: Callable[..., Split], open_nvjpeg: Open) -> None:
-        split = write_split(40)
-        loader = open_nvjpeg(split, image_size=64, prefetch_batches=3)
-        process, states = psutil.Process(), []
-        for epoch in range(60):
-            batches = loader.batches(epoch)
-            list(islice(batches, epoch % 5))
-            if epoch % 2:
-                batches.close()
-            if epoch in (9, 59):
-                list(loader.batches(100))
-                states.append((process.num_threads(), process.num_fds(), process.memory_info().rss))
-        (*before, memory), (*after, memory_later) = states
-        assert after == before
-        assert memory_later - memory < 10 * 2**20
-
-    def test_closing_and_going_on(self, split: Split, open_nvjpeg: Open) -> None:
-        threads = set(threading.enumerate())
-        loader = open_nvjpeg(split)
-        first = list(loader.batches(1))
-        next(loader.batches(2))
-        loader.close()
-        loader.close()
-        assert set(threading.enumerate()) == threads
-        for batch, other in zip(loader.batches(1), first, strict=True):
-            assert torch.equal(batch.crops, other.crops)
-
-    def test_a_pass_that_another_one_overtook(self, split: Split, open_nvjpeg: Open) -> None:
-        loader = open_nvjpeg(split)
-        overtaken = loader.batches(0)
-        next(overtaken)
-        assert len(list(loader.batches(1))) == loader.steps_per_epoch
-        with pytest.raises(AssertionError, match="another pass over this loader has begun"):
-            next(overtaken)
 
 
 @pytest.mark.parametrize(
