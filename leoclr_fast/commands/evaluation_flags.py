@@ -10,6 +10,7 @@ import tyro
 
 from dataset_tools.command_line import CommonFlags
 from leoclr_fast.config import SpeedConfig
+from leoclr_fast.evaluate.options import EvaluationOptions
 from pipelines.config import LoaderConfig
 
 
@@ -45,3 +46,14 @@ class TrainingEvaluationFlags(EvaluationFlags):
     """Where it works, and continues after a kill; by default a folder in the run that the settings determine."""
     checkpoint_every_s: float = 60.0
     """A checkpoint at the end of an epoch, once the last one is so many seconds old."""
+
+    @property
+    def options(self) -> EvaluationOptions:
+        return EvaluationOptions(
+            speed=self.speed,
+            untrained=self.untrained,
+            image_size=self.image_size,
+            max_images=self.max_images,
+            out=self.out,
+            checkpoint_every_s=self.checkpoint_every_s,
+        )

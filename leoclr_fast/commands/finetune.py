@@ -36,15 +36,10 @@ class Finetune(TrainingEvaluationFlags):
             self.weights,
             self.data,
             self.protocol,
-            self.speed,
+            self.options,
             percents=self.percent,
             list_file=self.list,
             subset_seed=self.subset_seed,
-            out=self.out,
-            untrained=self.untrained,
-            image_size=self.image_size,
-            max_images=self.max_images,
-            checkpoint_every_s=self.checkpoint_every_s,
             console=console,
         )
         for result in results:

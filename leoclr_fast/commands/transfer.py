@@ -34,12 +34,7 @@ class Transfer(TrainingEvaluationFlags):
             self.dataset,
             self.data,
             self.protocol,
-            self.speed,
-            out=self.out,
-            untrained=self.untrained,
-            image_size=self.image_size,
-            max_images=self.max_images,
-            checkpoint_every_s=self.checkpoint_every_s,
+            self.options,
             console=console,
         )
         if result:

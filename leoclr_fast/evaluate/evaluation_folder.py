@@ -20,6 +20,7 @@ from leoclr_fast.checkpoint import load_newest_checkpoint, save_checkpoint
 from leoclr_fast.config_file import differing_fields
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.environment import environment
+from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.subject import Subject
 from leoclr_fast.run_folder import RunFolder, write_json
 
@@ -67,21 +68,19 @@ def evaluation_folder(
     evaluator: str,
     settings: dict[str, Any],
     subject: Subject,
+    options: EvaluationOptions,
     ranks: Ranks,
-    *,
-    out: Path | None = None,
-    checkpoint_every_s: float = 60.0,
 ) -> Iterator[EvaluationFolder]:
     """The folder of an evaluation with these settings (plain JSON), held against a second process.
 
-    out: the folder; by default one in the run, and for a file of weights a temporary one that cannot be resumed.
-    Raises ValueError if `out` holds an evaluation with other settings, RuntimeError if another process works in it.
+    By default it lies in the run; of a file of weights it is a temporary one, that cannot be resumed.
+    Raises ValueError if it holds an evaluation with other settings, RuntimeError if another process works in it.
     """
     settings = json.loads(json.dumps({"weights_sha256": subject.sha256, **settings}))
     digest = hashlib.sha256(json.dumps([evaluator, settings], sort_keys=True).encode()).hexdigest()
     with ExitStack() as stack:
         finished: dict[str, Any] | None = None
-        path = out
+        path = options.out
         if path is None and subject.run is not None:
             path = subject.run.path / "evaluations" / f"{evaluator}-{digest[:12]}"
         if ranks.is_main:
@@ -97,7 +96,7 @@ def evaluation_folder(
             settings=settings,
             finished=finished,
             run=subject.run,
-            checkpoint_every_s=checkpoint_every_s,
+            checkpoint_every_s=options.checkpoint_every_s,
             ranks=ranks,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -56,13 +56,6 @@ def extract_features(
             labels[rows] = batch_labels.cpu()
             done += len(outputs)
     return features, labels
-
-
-def unreadable_images(loaders: Iterable[Loader], ranks: Ranks) -> dict[str, str]:
-    """Name → reason of the images that could not be read, on all ranks; others stood in for them."""
-    return ranks.merged(
-        {loader.split.names[index]: why for loader in loaders for index, why in loader.unreadable.items()}
-    )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.evaluation_folder import evaluation_folder
 from leoclr_fast.evaluate.grid import GridSearch, Trial
 from leoclr_fast.evaluate.labelled_data import LabelledData, open_labelled_data, require_every_class
+from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 from leoclr_fast.evaluate.subject import Subject, load_subject, require_real_images, view_settings
 from leoclr_fast.process_group import process_group
@@ -35,16 +36,11 @@ def run_finetune(
     weights: Path,
     data: Path,
     protocol: FineTuneProtocol,
-    speed: SpeedConfig,
+    options: EvaluationOptions,
     *,
     percents: Sequence[float] = (),
     list_file: Path | None = None,
     subset_seed: int = 0,
-    out: Path | None = None,
-    untrained: bool = False,
-    image_size: int | None = None,
-    max_images: int | None = None,
-    checkpoint_every_s: float = 60.0,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Fine-tune a run's network, or that of a file of weights, once for each share of the labels.
@@ -57,11 +53,12 @@ def run_finetune(
     """
     if bool(percents) == (list_file is not None):
         raise ValueError("give either --percent P … or --list FILE")
-    if out is not None and len(percents) > 1:
+    if options.out is not None and len(percents) > 1:
         raise ValueError(f"--out is for one share of the labels, but {len(percents)} are asked for")
+    speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
     with process_group(speed.device) as (ranks, device):
-        subject = load_subject(weights, untrained=untrained)
+        subject = load_subject(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)
         subsets: list[tuple[npt.NDArray[np.int64], dict[str, Any]]]
         if list_file is not None:
@@ -72,7 +69,7 @@ def run_finetune(
                 (percent_of(labelled.train, percent, subset_seed), {"percent": percent, "subset_seed": subset_seed})
                 for percent in percents
             ]
-        views = subject.view_config(protocol.crop_scale, image_size)
+        views = subject.view_config(protocol.crop_scale, options.image_size)
         results = []
         for indices, subset in subsets:
             part = labelled.train.subset(indices)
@@ -88,9 +85,7 @@ def run_finetune(
                 "data_fingerprint": labelled.fingerprint,
                 "max_images": max_images,
             }
-            with evaluation_folder(
-                "finetune", settings, subject, ranks, out=out, checkpoint_every_s=checkpoint_every_s
-            ) as folder:
+            with evaluation_folder("finetune", settings, subject, options, ranks) as folder:
                 result = folder.finished
                 if result is None:
                     if ranks.is_main:

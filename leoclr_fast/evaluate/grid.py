@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -23,15 +23,13 @@ from leoclr_fast.config import SpeedConfig
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.accuracy import Accuracy, accuracy
 from leoclr_fast.evaluate.evaluation_folder import EvaluationFolder
-from leoclr_fast.evaluate.features import unreadable_images
 from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
+from leoclr_fast.evaluate.loaders import EvaluationLoaders
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.run_folder import write_atomically, write_json
-from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.factory import make_loader, settle_loader
+from pipelines.config import ViewConfig
+from pipelines.factory import settle_loader
 from pipelines.loader import Loader
-from pipelines.order import SequentialOrder, TrainOrder
-from pipelines.views import CENTER_CROP_VIEWS, LINEAR_TRAIN_VIEWS
 
 log = logging.getLogger(__name__)
 
@@ -84,18 +82,18 @@ class GridSearch:
         if len(self.trials) > 1:
             grid, num_held_out = self._try_all(folder, console)
             chosen = self._choose(grid)
-        with ExitStack() as stack:
-            tuner, training, test = self._prepare(self.train, self.val, stack, console)
-            checkpoints = folder.checkpoints("final")
-            training = replace(training, **asdict(chosen))
-            network = tuner.train(training, checkpoints)
+        with (
+            self._loaders(self.train) as loaders,
+            self._prepared(self.train, self.val, loaders, console) as (tuner, training, test),
+        ):
+            network = tuner.train(replace(training, **asdict(chosen)), folder.checkpoints("final"))
             if network is None:
                 raise ValueError(
                     f"the loss became infinite or NaN with learning rate {chosen.lr:g} and weight decay "
                     f"{chosen.weight_decay:g}; give a lower learning rate"
                 )
             found = accuracy(*tuner.scores(network, test))
-            unreadable = unreadable_images((tuner.loader, test), self.ranks)
+            unreadable = loaders.unreadable_images()
             if self.ranks.is_main:
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
                 write_atomically(folder.path / "network.safetensors", save(tensors))
@@ -117,8 +115,10 @@ class GridSearch:
                 "with; give a single learning rate"
             )
         grid = []
-        with ExitStack() as stack:
-            tuner, training, test = self._prepare(rest, held_out, stack, console)
+        with (
+            self._loaders(rest) as loaders,
+            self._prepared(rest, held_out, loaders, console) as (tuner, training, test),
+        ):
             for number, trial in enumerate(self.trials, start=1):
                 name = f"trial-{number:03}"
                 found = self.ranks.from_main(_read(folder, name))
@@ -144,32 +144,30 @@ class GridSearch:
             )
         return self.trials[scores.index(max(good))]
 
-    def _prepare(
-        self, train: Split, test: Split, stack: ExitStack, console: Console | None
-    ) -> tuple[FineTuner, Training, Loader]:
-        """A tuner on `train`, its training without the values of a trial, and the images to test on."""
-        ranks = self.ranks
-        loader_config = settle_loader(train, self.speed.loader, self.device)
-        order = TrainOrder(
-            num_images=len(train),
+    def _loaders(self, train: Split) -> EvaluationLoaders:
+        return EvaluationLoaders(
+            views=self.views,
+            config=settle_loader(train, self.speed.loader, self.device),
             batch_size=self.batch_size,
             seed=self.seed,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            device=self.device,
+            ranks=self.ranks,
         )
-        loader = stack.enter_context(
-            make_loader(train, LINEAR_TRAIN_VIEWS, self.views, loader_config, order, seed=self.seed, device=self.device)
-        )
+
+    @contextmanager
+    def _prepared(
+        self, train: Split, test: Split, loaders: EvaluationLoaders, console: Console | None
+    ) -> Iterator[tuple[FineTuner, Training, Loader]]:
+        """A tuner on `train`, its training without the values of a trial, and the images to test on."""
+        order = loaders.train_order(train)
         total_steps = self.steps or (self.epochs or 0) * order.steps_per_epoch
-        display = EvaluationProgress(console, total_steps, enabled=ranks.is_main)
-        stack.callback(display.close)
         tuner = FineTuner(
             backbone=self.backbone,
             num_classes=len(train.classes),
-            loader=loader,
+            loader=loaders.random_crops(train, order),
             precision=self.speed.precision,
-            ranks=ranks,
-            display=display,
+            ranks=self.ranks,
+            display=EvaluationProgress(console, total_steps, enabled=self.ranks.is_main),
         )
         training = Training(
             lr=self.trials[0].lr,
@@ -180,18 +178,8 @@ class GridSearch:
             batchnorm_momentum=min(10 / order.steps_per_epoch, 0.1) if self.adapted_batchnorm else 0.1,
             seed=self.seed,
         )
-        return tuner, training, self._sequential(test, loader_config, stack)
-
-    def _sequential(self, split: Split, loader_config: LoaderConfig, stack: ExitStack) -> Loader:
-        order = SequentialOrder(
-            num_images=len(split),
-            batch_size=self.batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-        )
-        return stack.enter_context(
-            make_loader(split, CENTER_CROP_VIEWS, self.views, loader_config, order, seed=self.seed, device=self.device)
-        )
+        with closing(tuner.display):
+            yield tuner, training, loaders.center_crops(test)
 
 
 def _read(folder: EvaluationFolder, name: str) -> dict[str, Any] | None:

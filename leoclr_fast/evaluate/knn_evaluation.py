@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from dataset_tools.sources import Split
 from dataset_tools.splits import EvaluationSplits
 from dataset_tools.subsets import limited
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.knn import KnnAccuracy, knn_accuracy
+from leoclr_fast.evaluate.loaders import EvaluationLoaders
 from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.factory import make_loader
 from pipelines.loader import Loader
-from pipelines.order import SequentialOrder
-from pipelines.views import CENTER_CROP_VIEWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,19 +73,12 @@ def knn_evaluation(
             f"kNN with k = {k} needs at least as many labelled images, but the bank has {len(bank)}; "
             "lower --k, or --monitor.knn-k in pretrain"
         )
-    with ExitStack() as stack:
-
-        def sequential(split: Split) -> Loader:
-            order = SequentialOrder(
-                num_images=len(split), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size
-            )
-            return stack.enter_context(
-                make_loader(split, CENTER_CROP_VIEWS, views, loader, order, seed=0, device=device)
-            )
-
+    with EvaluationLoaders(
+        views=views, config=loader, batch_size=batch_size, seed=0, device=device, ranks=ranks
+    ) as loaders:
         yield KnnEvaluation(
-            bank=sequential(bank),
-            queries=sequential(queries),
+            bank=loaders.center_crops(bank),
+            queries=loaders.center_crops(queries),
             k=k,
             temperature=temperature,
             precision=precision,

@@ -23,14 +23,15 @@ from torch.nn import functional as F
 from dataset_tools.sources import Split
 from dataset_tools.splits import hold_out
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
-from leoclr_fast.config import SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints, EvaluationFolder, evaluation_folder
-from leoclr_fast.evaluate.features import encode_batch, extract_features, unreadable_images
+from leoclr_fast.evaluate.features import encode_batch, extract_features
 from leoclr_fast.evaluate.labelled_data import open_labelled_data
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
+from leoclr_fast.evaluate.loaders import EvaluationLoaders
+from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.evaluate.subject import freeze, load_subject, require_real_images, view_settings
@@ -39,10 +40,9 @@ from leoclr_fast.process_group import process_group
 from leoclr_fast.run_folder import write_atomically
 from leoclr_fast.telemetry import TrainingClock
 from leoclr_fast.weights.backbone_file import weights_sha256
-from pipelines.factory import make_loader, settle_loader
+from pipelines.factory import settle_loader
 from pipelines.loader import Loader
-from pipelines.order import SequentialOrder, TrainOrder
-from pipelines.views import CENTER_CROP_VIEWS, LINEAR_TRAIN_VIEWS
+from pipelines.order import TrainOrder
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,8 @@ def run_linear(
     weights: Path,
     data: Path,
     protocol: LinearProtocol,
-    speed: SpeedConfig,
+    options: EvaluationOptions,
     *,
-    out: Path | None = None,
-    untrained: bool = False,
-    image_size: int | None = None,
-    max_images: int | None = None,
-    checkpoint_every_s: float = 60.0,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Linear classification on a run's frozen backbone, or on that of a file of weights.
@@ -72,11 +67,12 @@ def run_linear(
     named linear_cached_features where it is the quick estimate.
     Raises ValueError for what the user can mend, BackboneChangedError if the backbone did not stay as it was.
     """
+    speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
     with process_group(speed.device) as (ranks, device), ExitStack() as stack:
-        subject = load_subject(weights, untrained=untrained)
+        subject = load_subject(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)
-        views = subject.view_config(protocol.crop_scale, image_size)
+        views = subject.view_config(protocol.crop_scale, options.image_size)
         settings = {
             **as_plain(protocol),
             "lr_drops": protocol.lr_drops,
@@ -86,9 +82,7 @@ def run_linear(
             "max_images": max_images,
         }
         evaluator = "linear_cached_features" if protocol.cached_features else "linear"
-        folder = stack.enter_context(
-            evaluation_folder(evaluator, settings, subject, ranks, out=out, checkpoint_every_s=checkpoint_every_s)
-        )
+        folder = stack.enter_context(evaluation_folder(evaluator, settings, subject, options, ranks))
         if folder.finished is not None:
             return folder.finished if ranks.is_main else {}
 
@@ -103,40 +97,25 @@ def run_linear(
                     f"{data} has no class of two images or more, so none can be held out to choose from --lr-grid; "
                     "give one --lr"
                 )
-        loader_config = settle_loader(train, speed.loader, device)
-        loaders: list[Loader] = []
-
-        def sequential(split: Split) -> Loader:
-            order = SequentialOrder(
-                num_images=len(split), batch_size=protocol.batch_size, rank=ranks.rank, world_size=ranks.world_size
+        loaders = stack.enter_context(
+            EvaluationLoaders(
+                views=views,
+                config=settle_loader(train, speed.loader, device),
+                batch_size=protocol.batch_size,
+                seed=protocol.seed,
+                device=device,
+                ranks=ranks,
             )
-            loaders.append(
-                stack.enter_context(
-                    make_loader(
-                        split, CENTER_CROP_VIEWS, views, loader_config, order, seed=protocol.seed, device=device
-                    )
-                )
-            )
-            return loaders[-1]
-
-        order = TrainOrder(
-            num_images=len(train),
-            batch_size=protocol.batch_size,
-            seed=protocol.seed,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            keep_incomplete=True,
         )
+        order = loaders.train_order(train, keep_incomplete=True)
         batches: _LiveFeatures | _CachedFeatures
         if protocol.cached_features:
-            cached = extract_features(backbone, sequential(train), speed.precision, ranks, normalized=False)
-            batches = _CachedFeatures(*cached, order)
-        else:
-            loader = stack.enter_context(
-                make_loader(train, LINEAR_TRAIN_VIEWS, views, loader_config, order, seed=protocol.seed, device=device)
+            crops = loaders.center_crops(train)
+            batches = _CachedFeatures(
+                *extract_features(backbone, crops, speed.precision, ranks, normalized=False), order
             )
-            loaders.append(loader)
-            batches = _LiveFeatures(backbone, loader, speed.precision, ranks)
+        else:
+            batches = _LiveFeatures(backbone, loaders.random_crops(train, order), speed.precision, ranks)
         classifiers = LinearClassifiers(
             protocol.lrs,
             backbone.feature_dim,
@@ -157,14 +136,14 @@ def run_linear(
         grid = _grid(
             classifiers,
             losses,
-            sequential(held_out) if held_out is not None else None,
+            loaders.center_crops(held_out) if held_out is not None else None,
             backbone,
             speed.precision,
             ranks,
         )
         chosen = _choose(grid, protocol)
         features, labels = extract_features(
-            backbone, sequential(labelled.val), speed.precision, ranks, normalized=False
+            backbone, loaders.center_crops(labelled.val), speed.precision, ranks, normalized=False
         )
         found = accuracy(F.linear(features, classifiers.weight[chosen], classifiers.bias[chosen]), labels)
         after = weights_sha256(backbone.state_dict())
@@ -181,7 +160,7 @@ def run_linear(
             "backbone_sha256_before": before,
             "backbone_sha256_after": after,
             **labelled.describe(),
-            "unreadable_images": unreadable_images(loaders, ranks),
+            "unreadable_images": loaders.unreadable_images(),
             "world_size": ranks.world_size,
             "note": labelled.note,
         }

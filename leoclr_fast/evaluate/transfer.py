@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from dataset_tools.subsets import limited
-from leoclr_fast.config import SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.evaluate.evaluation_folder import evaluation_folder
 from leoclr_fast.evaluate.grid import GridSearch, Trial
+from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.protocols import TransferProtocol
 from leoclr_fast.evaluate.subject import load_subject, require_real_images, view_settings
 from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS, open_transfer_data
@@ -26,13 +26,8 @@ def run_transfer(
     dataset: str,
     data: Path,
     protocol: TransferProtocol,
-    speed: SpeedConfig,
+    options: EvaluationOptions,
     *,
-    out: Path | None = None,
-    untrained: bool = False,
-    image_size: int | None = None,
-    max_images: int | None = None,
-    checkpoint_every_s: float = 60.0,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a run's network, or that of a file of weights, on one of `TRANSFER_SETS`.
@@ -42,12 +37,13 @@ def run_transfer(
     other than the first.
     Raises ValueError for what the user can mend.
     """
+    speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
     with process_group(speed.device) as (ranks, device):
         transfer = open_transfer_data(dataset, data)
         published = TRANSFER_SETS[dataset]
-        subject = load_subject(weights, untrained=untrained)
-        views = subject.view_config(protocol.crop_scale, image_size)
+        subject = load_subject(weights, untrained=options.untrained)
+        views = subject.view_config(protocol.crop_scale, options.image_size)
         settings = {
             "dataset": dataset,
             **as_plain(protocol),
@@ -56,9 +52,7 @@ def run_transfer(
             "data_fingerprint": transfer.fingerprint,
             "max_images": max_images,
         }
-        with evaluation_folder(
-            "transfer", settings, subject, ranks, out=out, checkpoint_every_s=checkpoint_every_s
-        ) as folder:
+        with evaluation_folder("transfer", settings, subject, options, ranks) as folder:
             if folder.finished is not None:
                 return folder.finished if ranks.is_main else {}
             if ranks.is_main and transfer.missing:

@@ -11,6 +11,7 @@ import torch
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.evaluate.finetune import run_finetune
 from leoclr_fast.evaluate.linear import run_linear
+from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.protocols import FineTuneProtocol, LinearProtocol
 from leoclr_fast.train import pretrain
 from pipelines.config import LoaderConfig
@@ -33,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def linear(run: Path, out: Path, device: str, precision: Any) -> dict[str, Any]:
     speed = SpeedConfig(device=device, precision=precision, loader=LoaderConfig(name="resident"))
     protocol = LinearProtocol(epochs=5, batch_size=16, lr_grid=(0.1, 3.0))
-    return run_linear(run, run.parent / "data", protocol, speed, out=out)
+    return run_linear(run, run.parent / "data", protocol, EvaluationOptions(speed=speed, out=out))
 
 
 def test_linear_in_float64_is_the_cpus(run: Path, tmp_path: Path) -> None:
@@ -54,6 +55,7 @@ def test_linear_leaves_the_backbone_alone(run: Path, tmp_path: Path, precision: 
 def test_fine_tuning_runs_in_every_precision(run: Path, tmp_path: Path, precision: Any) -> None:
     speed = SpeedConfig(device="cuda", precision=precision, loader=LoaderConfig(name="resident"))
     protocol = FineTuneProtocol(epochs=30, batch_size=8, base_lr=3.0)
-    (found,) = run_finetune(run, run.parent / "data", protocol, speed, percents=(100,), out=tmp_path / "out")
+    options = EvaluationOptions(speed=speed, out=tmp_path / "out")
+    (found,) = run_finetune(run, run.parent / "data", protocol, options, percents=(100,))
     assert found["steps"] == 150
     assert 0 <= found["top1"] <= 100

@@ -28,6 +28,7 @@ from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints
 from leoclr_fast.evaluate.linear import BackboneChangedError, run_linear
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
+from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from tests.leoclr_fast.evaluated import copy_of, evaluated, kept_results, pretrained_run
 from tests.leoclr_fast.test_bad_input import refused
@@ -144,6 +145,10 @@ def test_linear_and_what_it_leaves(
     assert [record["untrained"] for record in kept_results(run)] == [False, True]
 
 
+def on_cpu(out: Path, precision: Any = "fp32") -> EvaluationOptions:
+    return EvaluationOptions(speed=SpeedConfig(device="cpu", precision=precision), out=out)
+
+
 def test_a_backbone_that_changes_is_noticed(
     monkeypatch: pytest.MonkeyPatch, tiny_data: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
@@ -151,7 +156,7 @@ def test_a_backbone_that_changes_is_noticed(
     monkeypatch.setattr(linear_module, "freeze", lambda backbone: backbone.requires_grad_(False).train())
     protocol = LinearProtocol(epochs=1, batch_size=16)
     with pytest.raises(BackboneChangedError, match="changed during linear evaluation"):
-        run_linear(tiny_run, tiny_data, protocol, SpeedConfig(device="cpu"), out=tmp_path / "out")
+        run_linear(tiny_run, tiny_data, protocol, on_cpu(tmp_path / "out"))
 
 
 def test_the_grid_is_chosen_without_a_look_at_val(
@@ -180,18 +185,11 @@ def test_the_grid_is_chosen_without_a_look_at_val(
 
 def test_a_grid_of_one_pass_is_each_learning_rate_alone(tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
     """The same held-out images, the same features: what a classifier becomes does not depend on its neighbours."""
-    speed = SpeedConfig(device="cpu", precision="fp64")
-    together = run_linear(
-        tiny_run, tiny_data, LinearProtocol(epochs=2, batch_size=16, lr_grid=(0.1, 2.0)), speed, out=tmp_path / "both"
-    )
+    both = LinearProtocol(epochs=2, batch_size=16, lr_grid=(0.1, 2.0))
+    together = run_linear(tiny_run, tiny_data, both, on_cpu(tmp_path / "both", "fp64"))
     for entry in together["grid"]:
-        alone = run_linear(
-            tiny_run,
-            tiny_data,
-            LinearProtocol(epochs=2, batch_size=16, lr_grid=(entry["lr"],)),
-            speed,
-            out=tmp_path / f"{entry['lr']}",
-        )
+        one = LinearProtocol(epochs=2, batch_size=16, lr_grid=(entry["lr"],))
+        alone = run_linear(tiny_run, tiny_data, one, on_cpu(tmp_path / f"{entry['lr']}", "fp64"))
         assert alone["grid"][0]["holdout_top1"] == entry["holdout_top1"]
         assert alone["grid"][0]["train_loss"] == pytest.approx(entry["train_loss"], rel=1e-12)
 
@@ -268,8 +266,8 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(
     monkeypatch: pytest.MonkeyPatch, tiny_data: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
     """After five steps of three an epoch: nothing is learned twice, and nothing left out."""
-    protocol, speed = LinearProtocol(epochs=4, batch_size=16), SpeedConfig(device="cpu", precision="fp64")
-    whole = run_linear(tiny_run, tiny_data, protocol, speed, out=tmp_path / "whole")
+    protocol, stopped = LinearProtocol(epochs=4, batch_size=16), on_cpu(tmp_path / "stopped", "fp64")
+    whole = run_linear(tiny_run, tiny_data, protocol, on_cpu(tmp_path / "whole", "fp64"))
     step = LinearClassifiers.step
 
     def terminated(self: LinearClassifiers, *args: Any) -> torch.Tensor:
@@ -281,8 +279,8 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(
     terminated.steps = 0  # type: ignore[attr-defined]
     monkeypatch.setattr(LinearClassifiers, "step", terminated)
     with pytest.raises(StoppedBySignalError, match="stopped by SIGTERM after step 5 of 12"):
-        run_linear(tiny_run, tiny_data, protocol, speed, out=tmp_path / "stopped")
-    assert run_linear(tiny_run, tiny_data, protocol, speed, out=tmp_path / "stopped") == whole
+        run_linear(tiny_run, tiny_data, protocol, stopped)
+    assert run_linear(tiny_run, tiny_data, protocol, stopped) == whole
     assert terminated.steps == 12  # type: ignore[attr-defined]
 
 
