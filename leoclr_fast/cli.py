@@ -22,6 +22,7 @@ from leoclr_fast.commands.bench_train_time import BenchTrainTime
 from leoclr_fast.commands.compare import Compare
 from leoclr_fast.commands.demo import Demo
 from leoclr_fast.commands.detect import Detect
+from leoclr_fast.commands.doctor import Doctor
 from leoclr_fast.commands.export import Export
 from leoclr_fast.commands.finetune import Finetune
 from leoclr_fast.commands.import_moco import ImportMoco
@@ -51,6 +52,7 @@ COMMANDS: dict[str, type[Any]] = {
     "parity": Parity,
     "report": Report,
     "watch": Watch,
+    "doctor": Doctor,
     "bench loader": BenchLoader,
     "bench augment": BenchAugment,
     "bench loss": BenchLoss,

@@ -1,0 +1,157 @@
+"""GPUs, their driver, and what they can compute."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from leoclr_fast.doctor.finding import Finding, Trouble, failed, judged, not_applicable, ok, warning
+
+_NO_GPU = "no GPU: training runs on the CPU, for demos and tests"
+_HEALTH_FIELDS = ("index", "temperature.gpu", "ecc.errors.uncorrected.volatile.total")
+_HOT_C = 88.0
+_SMI_LIMIT_S = 30.0
+
+
+def gpus() -> Finding:
+    """Each visible GPU: name, memory, compute capability, who else uses it, and whether it computes rightly."""
+    import torch
+
+    from leoclr_fast.gpu_state import gpu_state
+
+    if not torch.cuda.device_count():
+        return explain_no_gpu(torch.version.cuda)
+    told, troubles = [], []
+    for number in range(torch.cuda.device_count()):
+        device = torch.device("cuda", number)
+        state = gpu_state(device)
+        assert state is not None
+        told.append(
+            f"{number}: {state['name']}, {state['memory_gib']} GiB, compute capability {state['compute_capability']}"
+        )
+        shared = "Look who with `nvidia-smi`, or choose others by CUDA_VISIBLE_DEVICES."
+        troubles += [Trouble("warning", f"{number}: {text}", shared) for text in state["warnings"]]
+        a = torch.arange(64, dtype=torch.float32).view(8, 8)
+        try:
+            right = torch.equal((a.to(device) @ a.to(device)).cpu(), a @ a)
+            wrong = "a product of small whole numbers is wrong"
+        except RuntimeError as error:
+            right, wrong = False, f"it cannot compute ({str(error).splitlines()[0]})"
+        if not right:
+            what, remedy = f"{number}: {wrong}", "Install a torch built for it: see pytorch.org, Get Started."
+            troubles.append(Trouble("failed", what, remedy))
+    return judged("; ".join(told), troubles)
+
+
+def explain_no_gpu(
+    cuda_of_torch: str | None, environ: Mapping[str, str] = os.environ, root: Path = Path("/")
+) -> Finding:
+    """Why torch sees no GPU: because there is none, or because something is between them."""
+    devices = sorted((root / "dev").glob("nvidia[0-9]*"))
+    driver = (root / "proc/driver/nvidia/version").exists()
+    if not devices and not driver:
+        return not_applicable(_NO_GPU)
+    signs = (
+        f"{len(devices)} NVIDIA device files in /dev, {'a' if driver else 'no'} driver loaded, but torch sees no GPU"
+    )
+    hidden = environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and (not hidden or hidden.startswith("-")):
+        return warning(f"{signs}: CUDA_VISIBLE_DEVICES={hidden!r} hides all", "`unset CUDA_VISIBLE_DEVICES`.")
+    if cuda_of_torch is None:
+        return failed(f"{signs}: this torch is built without CUDA", "Install one with: see pytorch.org, Get Started.")
+    if not devices:
+        return failed(signs, "Hand the GPUs to the container: `docker run --gpus all` (SLURM: `--gpus-per-node 8`).")
+    return failed(signs, "Compare the driver of `nvidia-smi` with the CUDA of torch, and look at `dmesg` for errors.")
+
+
+def gpu_health() -> Finding:
+    """What nvidia-smi says: memory errors, temperature, other programs."""
+    fields = _smi(f"--query-gpu={','.join(_HEALTH_FIELDS)}")
+    if fields is None:
+        return not_applicable("nvidia-smi is not here or gives no answer")
+    told, troubles = [], []
+    for values in fields:
+        if len(values) != len(_HEALTH_FIELDS):
+            continue
+        number, temperature, errors = values
+        told.append(f"{number}: {temperature} °C, {errors} uncorrected memory errors")
+        if errors.isdecimal() and int(errors) > 0:
+            remedy = "Restart the machine, and have the GPU exchanged if they come again: `nvidia-smi -q -d ECC`."
+            troubles.append(Trouble("failed", f"GPU {number} has lost bits of its memory", remedy))
+        if temperature.isdecimal() and int(temperature) >= _HOT_C:
+            remedy = "Look at its fans and at `nvidia-smi -q -d PERFORMANCE`."
+            troubles.append(Trouble("warning", f"GPU {number} is so hot that it slows down", remedy))
+    programs = _smi("--query-compute-apps=pid,used_memory") or []
+    told.append(f"{len(programs)} programs on them" + "".join(f", {pid}: {mib} MiB" for pid, mib in programs[:4]))
+    if programs:
+        troubles.append(
+            Trouble("warning", "others compute on these GPUs", "Look who with `nvidia-smi`, or choose other GPUs.")
+        )
+    return judged("; ".join(told), troubles)
+
+
+def driver() -> Finding:
+    """The driver's CUDA version against that of torch's build."""
+    import torch
+
+    if torch.version.cuda is None:
+        return not_applicable("this torch is built without CUDA")
+    version = _driver_cuda_version()
+    if version is None:
+        return not_applicable(f"no NVIDIA driver; torch is built for CUDA {torch.version.cuda}")
+    return compare_cuda(version, torch.version.cuda)
+
+
+def compare_cuda(driver_version: int, build: str) -> Finding:
+    """driver_version: as cuDriverGetVersion says, 13020 is 13.2. build: as torch says, "13.2"."""
+    of_driver = driver_version // 1000, driver_version % 1000 // 10
+    major, minor = (int(part) for part in build.split(".")[:2])
+    found = f"the driver has CUDA {of_driver[0]}.{of_driver[1]}, torch is built for {build}"
+    if of_driver[0] < major:
+        remedy = f"Update the driver, or install a torch for CUDA {of_driver[0]}: see pytorch.org, Get Started."
+        return failed(f"{found}: too old", remedy)
+    if of_driver < (major, minor):
+        return ok(f"{found}: older, but compatible within CUDA {major}")
+    return ok(found)
+
+
+def bf16() -> Finding:
+    """Whether `--precision bf16` runs on the GPU."""
+    import torch
+
+    from leoclr_fast.precision import require_precision
+
+    if not torch.cuda.is_available():
+        return not_applicable(_NO_GPU)
+    try:
+        require_precision("bf16", torch.device("cuda", 0))
+    except ValueError as error:
+        return warning(str(error), "Give `--precision fp16` there.")
+    ones = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
+    if (ones @ ones).sum().item() != 64**3:
+        return failed("a product in bf16 is wrong", "Give `--precision fp32`, and look at `dmesg`.")
+    return ok("computes in bf16")
+
+
+def _smi(query: str) -> list[list[str]] | None:
+    """Rows of nvidia-smi's answer; None where there is none."""
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_LIMIT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode != 0:
+        return None
+    return [[value.strip() for value in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+
+
+def _driver_cuda_version() -> int | None:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    return version.value if library.cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value else None

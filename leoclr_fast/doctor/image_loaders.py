@@ -1,0 +1,140 @@
+"""Image loaders, each tried on two small JPEGs."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from leoclr_fast.doctor.finding import Finding, failed, not_applicable, ok, warning
+
+_SIDE = 16
+_SIZE = (48, 40)
+_MAX_MEAN_DIFFERENCE = 2.0
+_PACKAGES = {
+    "dali": ("nvidia.dali", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "`pip install 'leoclr-fast[dali]'`"),
+    "ffcv": (
+        "ffcv",
+        ("ffcv",),
+        "`apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++`, then `make ffcv` (or `pip install "
+        "'leoclr-fast[ffcv]'`)",
+    ),
+}  # fmt: skip
+"""Loader → what is imported, the packages it may come from, and how to get it."""
+
+
+def pillow() -> Finding:
+    """Encodes and decodes a JPEG, by libjpeg-turbo."""
+    from PIL import Image, __version__, features
+
+    with Image.open(io.BytesIO(draw_jpeg(0))) as image:
+        pixel = image.convert("RGB").getpixel((24, 20))
+    assert isinstance(pixel, tuple)
+    found = f"Pillow {__version__}, libjpeg {features.version_codec('jpg')}"
+    if max(abs(got - drawn) for got, drawn in zip(pixel, (96, 100, 44), strict=True)) > 12:
+        return failed(
+            f"{found}: a decoded pixel is {pixel}, not (96, 100, 44)", "Install it again: `pip install pillow`."
+        )
+    if not features.check_feature("libjpeg_turbo"):
+        return warning(f"{found}, without libjpeg-turbo", "Decode faster: `pip install --force-reinstall pillow`.")
+    return ok(f"{found}, with libjpeg-turbo")
+
+
+def loader(name: str) -> Finding:
+    """One batch of two drawn JPEGs through a loader of ours; the uncropped view is compared with Pillow's resize."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "nvjpeg" and device.type == "cpu":
+        return not_applicable("no GPU: nvJPEG decodes there")
+    if name in _PACKAGES and not _is_installed(_PACKAGES[name][0]):
+        return _explain_missing(name, on_gpu=device.type == "cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            crops, truth = _load(name, Path(folder), device)
+        except Exception as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:250]}"
+            instead = "Train with `--loader torchvision`" if name != "torchvision" else "Train with `--loader resident`"
+            how = f", or install it again: {_PACKAGES[name][2]}" if name in _PACKAGES else ""
+            return failed(f"{_version(name)}does not load two JPEGs ({why})", f"{instead}{how}.")
+    difference = float((crops.double().cpu() - truth.double()).abs().mean())
+    found = (
+        f"{_version(name)}two JPEGs on {device.type}, {difference:.3f} levels of 255 from Pillow's pixels on average"
+    )
+    if difference > _MAX_MEAN_DIFFERENCE:
+        return failed(found, "Train with another `--loader`, and tell us the versions.")
+    return ok(found)
+
+
+def draw_jpeg(number: int) -> bytes:
+    """A JPEG of 48 x 40 pixels with soft colours."""
+    import numpy as np
+    from PIL import Image
+
+    y, x = np.mgrid[: _SIZE[1], : _SIZE[0]]
+    pixels = np.stack([4 * x, 5 * y, x + y + 40 * number], axis=-1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def _load(name: str, folder: Path, device: Any) -> tuple[Any, Any]:
+    """The uncropped views of both images, and the truth: uint8 [2, S, S, 3]."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from dataset_tools.sources import open_source
+    from pipelines.config import LoaderConfig, ViewConfig
+    from pipelines.factory import make_loader
+    from pipelines.order import TrainOrder
+    from pipelines.views import LEOCLR_VIEWS
+
+    truths = []
+    for number in range(2):
+        file = folder / "images" / "train" / f"class{number}" / f"{number}.jpg"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(draw_jpeg(number))
+        with Image.open(file) as image:
+            truths.append(np.asarray(image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)))
+    data = folder / "images"
+    if name == "ffcv":
+        from dataset_tools.conversion.convert import convert
+        from dataset_tools.conversion.options import ConvertOptions
+
+        data = folder / "beton"
+        convert(folder / "images", data, ConvertOptions(format="ffcv"), workers=1)
+    split = open_source(data).splits["train"]
+    order = TrainOrder(num_images=2, batch_size=2, seed=0)
+    config = LoaderConfig(name=name, workers=1)
+    views = ViewConfig(image_size=_SIDE)
+    with make_loader(split, LEOCLR_VIEWS, views, config, order, seed=0, device=device) as opened:
+        batch = next(opened.batches(0))
+        uncropped = torch.as_tensor(batch.crops[:, 0]).clone()
+        return uncropped, torch.from_numpy(np.stack([truths[index] for index in batch.indices]))
+
+
+def _explain_missing(name: str, *, on_gpu: bool) -> Finding:
+    found, remedy = "not installed; everything else works without it", f"Install it: {_PACKAGES[name][2]}."
+    if name == "dali" and on_gpu:
+        return warning("not installed; on a GPU it is the loader that --loader auto would take", remedy)
+    return not_applicable(f"{found}. {remedy}")
+
+
+def _version(name: str) -> str:
+    for package in _PACKAGES.get(name, ("", ("torchvision",), ""))[1]:
+        try:
+            return f"{package} {metadata.version(package)}: "
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # not even what it is part of
+        return False
