@@ -88,6 +88,8 @@ def out_speed(path: str) -> Finding:
         return failed(f"{folder}: {error.strerror}", "Give another `--out`.")
     write_speed, read_speed = (bytes_ / _MIB / max(s, 1e-9) for bytes_, s in ((written, write_s), (read, read_s)))
     how = "past the page cache" if bypassed else "perhaps out of the page cache, which could not be bypassed"
+    if mount_of(folder).kind in _MEMORY:
+        how = "from memory: what is written there is lost when the machine stops"
     troubles = []
     if write_speed < _SLOW_MIB_PER_S:
         what = f"a checkpoint of 0.5 GiB would take {512 / write_speed:.0f} s"
@@ -121,6 +123,8 @@ def data_folder(path: str) -> Finding:
     if not data.exists():
         return failed(f"there is nothing at {data}", "Give the right `--data`, or mount the disk.")
     mount = mount_of(data)
+    if not data.is_file() and not data.is_dir():
+        return failed(f"{data} is neither a file nor a folder", "Give the right `--data`.")
     try:
         kind, readable = ("a file", _first_byte(data)) if data.is_file() else ("a folder", _first_file(data))
     except OSError as error:

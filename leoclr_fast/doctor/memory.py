@@ -23,7 +23,7 @@ def memory(root: Path = Path("/")) -> Finding:
         kib = {line.split(":")[0]: int(line.split()[1]) for line in (root / "proc/meminfo").read_text().splitlines()}
     except (OSError, ValueError, IndexError) as error:
         return not_applicable(f"/proc/meminfo cannot be read: {error}")
-    total_gib, left_gib = kib["MemTotal"] / 2**20, kib.get("MemAvailable", kib["MemFree"]) / 2**20
+    total_gib, left_gib = kib["MemTotal"] / 2**20, kib.get("MemAvailable", kib.get("MemFree", 0)) / 2**20
     found = f"{left_gib:.1f} of {total_gib:.1f} GiB available"
     group = memory_left_bytes(root)
     if group is not None:
