@@ -46,7 +46,7 @@ def commands(guide: str) -> list[list[str]]:
     return [line[1:] for line in words]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_every_command_of_the_guides_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
