@@ -53,6 +53,9 @@ class MethodConfig:
     (EMAN, CVPR 2021). plain: over each rank's batch."""
     key_batchnorm_group: int = 32
     """split: least number of images in a group; MoCo-v2 had 32 on each of 8 GPUs."""
+    query_batchnorm: Literal["plain", "sync"] = "plain"
+    """Batch-norm of the query encoder. plain: over each rank's images, as DistributedDataParallel leaves it. sync: over
+    those of all ranks; with a key_batchnorm of sync (or ema) too, any number of ranks learns the same thing."""
     key_passes: Literal["separate", "joint"] = "separate"
     """separate: one forward of the key encoder for each crop (Algorithm 1). joint: one forward for all of them, with
     batch statistics over all of them."""
@@ -73,6 +76,11 @@ class MethodConfig:
     def num_keys(self) -> int:
         """Momentum-encoded views of each image."""
         return 2 if self.name == "leoclr" else 1
+
+    @property
+    def depends_on_ranks(self) -> bool:
+        """Whether the number of ranks changes the result by more than rounding: some batch-norm is a rank's own."""
+        return self.query_batchnorm != "sync" or self.key_batchnorm not in ("sync", "ema")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +106,18 @@ class OptimizerConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultConfig:
     """Everything that changes the result. Two runs that agree here, on the same data and on as many ranks (each has
-    its own batch-norm), learn the same thing.
+    its own batch-norm, unless both encoders synchronise it), learn the same thing.
     """
 
     epochs: int = 200
     batch_size: int = 256
     """Images per step over all ranks: the global batch."""
+    micro_batches: int = 1
+    """Parts of the global batch that a step works through one after the other (gradient accumulation), so that less
+    memory is needed. Every key of the step is made first, from one moving average; the queue, the moving average, the
+    optimizer and the schedule move once a step, and the negatives are the same for all parts. Batch-norm and the
+    shuffle of the keys see one part at a time, and the query's running statistics move with each: that changes the
+    result. Each part is shared by all ranks, so that it holds the same images for any number of ranks."""
     seed: int = 0
     max_images: int | None = None
     """Pretrain on at most this many images, a class-balanced choice; all if not given."""
@@ -119,6 +133,11 @@ class ResultConfig:
             raise ValueError(f"{self.epochs} epochs are not allowed: give --epochs of at least 1")
         if self.batch_size < 1:
             raise ValueError(f"batch size {self.batch_size} is not allowed: give a global --batch-size of at least 1")
+        if not 1 <= self.micro_batches <= self.batch_size:
+            raise ValueError(
+                f"{self.micro_batches} micro-batches are not allowed for a batch of {self.batch_size}: give "
+                f"--micro-batches from 1 to {self.batch_size}"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} is not allowed: give a number from 0 to 2**63 - 1")
         if self.max_images is not None and self.max_images < 1:
@@ -154,6 +173,9 @@ class SpeedConfig:
     """The whole step as one captured CUDA graph. auto: on a single GPU, except in fp64."""
     loss_impl: InfoNCEImpl = "auto"
     """auto (triton on a GPU, eager on a CPU), eager, compiled or triton."""
+    gradient_compression: Literal["none", "bf16", "fp16"] = "none"
+    """What the gradients are rounded to, and summed in, on their way between ranks: half the bytes. fp16 overflows
+    above 65,504 and loses what is below 6e-8. Batch statistics are never rounded."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
 

@@ -30,6 +30,17 @@ def from_yaml(config_type: type[Config], text: str, origin: str) -> Config:
         raise ValueError(f"{origin} cannot be read as a {config_type.__name__}: {error}") from error
 
 
+def from_plain(config_type: type[Config], plain: Any, origin: str) -> Config:
+    """The dataclass that `as_plain` took apart; fields that it did not have yet get their defaults.
+
+    Raises ValueError, naming `origin` and the field, if it does not fit.
+    """
+    try:
+        return _build(config_type, plain, "")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{origin} cannot be read as a {config_type.__name__}: {error}") from error
+
+
 def as_plain(config: Any) -> dict[str, Any]:
     """A (nested) dataclass as dicts, lists and scalars."""
     return {key: _plain(value) for key, value in asdict(config).items()}

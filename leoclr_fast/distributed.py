@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leoclr_fast.communication_meter import CommunicationMeter
 from pipelines.order import rank_slice
 
 Value = TypeVar("Value")
@@ -21,6 +23,8 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+    meter: CommunicationMeter | None = field(default=None, compare=False, repr=False)
+    """Counts the collectives of tensors, where a benchmark wants that."""
 
     @property
     def is_main(self) -> bool:
@@ -31,13 +35,21 @@ class Ranks:
         part = rank_slice(global_size, self.rank, self.world_size)
         return part.stop - part.start
 
-    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
-        """Sum tensors over the ranks, in place, as one flat buffer: its layout, and so the order of summation, is
-        the same in every step and after every resume."""
+    def all_reduce_sum(self, tensors: Sequence[Tensor], wire_dtype: torch.dtype | None = None) -> None:
+        """Sum tensors of one dtype over the ranks, in place, as one flat buffer.
+
+        Its layout, and so the order of summation, is the same in every step and after every resume. That is why there
+        is no DistributedDataParallel here: from its second step on it sums in buckets by the order in which gradients
+        became ready in the first, so that from 3 ranks on a resumed run would differ in the last bits.
+        wire_dtype: what the tensors are rounded to before they travel; the backend sums in it, too.
+        """
         if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
+        if wire_dtype is not None:
+            flat = flat.to(wire_dtype)
+        with self._metered("all_reduce", flat):
+            dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
@@ -46,12 +58,30 @@ class Ranks:
         if self.world_size == 1:
             return rows
         largest = -(-global_size // self.world_size)
-        padded = rows.new_zeros(largest, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded)
+        gathered = self.all_gather_padded(rows, largest).unflatten(0, (self.world_size, largest))
         slices = [rank_slice(global_size, rank, self.world_size) for rank in range(self.world_size)]
-        return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, slices, strict=True)])
+        return torch.cat([part[: s.stop - s.start] for part, s in zip(gathered, slices, strict=True)])
+
+    def all_gather_padded(self, rows: Tensor, most: int) -> Tensor:
+        """Rows of all ranks in rank order, [world size * most, ...]: `most` from each, zeros after those it has."""
+        if self.world_size == 1:
+            return rows
+        padded = rows
+        if len(rows) < most:
+            padded = torch.cat((rows, rows.new_zeros(most - len(rows), *rows.shape[1:])))
+        gathered = rows.new_empty(self.world_size * most, *rows.shape[1:])
+        with self._metered("all_gather", gathered):
+            dist.all_gather_into_tensor(gathered, padded.contiguous())
+        return gathered
+
+    def all_to_all_rows(self, rows: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        """Hand out rows, the first `send_sizes[0]` to rank 0 and so on; returns those that came, from rank 0 first."""
+        if self.world_size == 1:
+            return rows
+        received = rows.new_empty(sum(receive_sizes), *rows.shape[1:])
+        with self._metered("all_to_all", rows):
+            dist.all_to_all_single(received, rows.contiguous(), receive_sizes, send_sizes)
+        return received
 
     def main_says(self, answer: bool, device: torch.device) -> bool:
         """The first rank's answer, on every rank."""
@@ -92,3 +122,6 @@ class Ranks:
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
+
+    def _metered(self, kind: str, tensor: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self.meter is None else self.meter.collective(kind, tensor)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leoclr_fast.batch_statistics import batch_statistics
 from leoclr_fast.config import MethodConfig
 from leoclr_fast.distributed import Ranks
 
@@ -65,15 +66,8 @@ class KeyBatchNorm2d(nn.BatchNorm2d):
         return (unit * self.weight[:, None, None] + self.bias[:, None, None]).to(images.dtype)
 
     def _normalise_over_ranks(self, images: Tensor) -> Tensor:
-        wide = images.double() if images.dtype == torch.float64 else images.float()
-        dims = (0, 2, 3)
-        total = torch.cat((wide.sum(dims), wide.new_full((1,), wide.numel() / wide.shape[1])))
-        self.ranks.all_reduce_sum([total])
-        mean, count = total[:-1] / total[-1], total[-1]
-        # A second pass over the deviations: sums of squares would cancel.
-        variance = (wide - mean[:, None, None]).square().sum(dims)
-        self.ranks.all_reduce_sum([variance])
-        return F.batch_norm(images, mean, variance / count, self.weight, self.bias, training=False, eps=self.eps)
+        mean, variance, _ = batch_statistics(images, self.ranks)
+        return F.batch_norm(images, mean, variance, self.weight, self.bias, training=False, eps=self.eps)
 
 
 def convert_key_batchnorm(key_encoder: nn.Module, config: MethodConfig, ranks: Ranks) -> None:

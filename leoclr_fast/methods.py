@@ -2,12 +2,12 @@
 
 The first view is the query's, all others are keys': LeOCLR has (original, crop, crop), MoCo-v2 (crop, crop). With the
 sum over the keys in `info_nce`, that list is the whole difference.
-Legend: B images of this rank, S side of a view, D projection, P key views.
+Legend: B images of this rank, G of all ranks together, S side of a view, D projection, P key views.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import ClassVar
 
@@ -21,16 +21,15 @@ from leoclr_fast.key_batchnorm import convert_key_batchnorm
 from leoclr_fast.key_queue import KeyQueue
 from leoclr_fast.losses.info_nce import InfoNCEImpl, info_nce
 from leoclr_fast.momentum import update_key_encoder
-from pipelines.counter_rng import KEY_SHUFFLE_STREAM, permutation
-from pipelines.order import rank_slice
+from leoclr_fast.sync_batchnorm import convert_query_batchnorm
 from pipelines.views import LEOCLR_VIEWS, MOCOV2_VIEWS, ViewRecipe
 
 
 class MomentumContrast(nn.Module):
     """A query encoder, its moving average for the keys, and a queue of negatives.
 
-    A step calls, in moco's order: `update_key_encoder`, `encode_keys` with its `key_orders`, `query_encoder`, `loss`,
-    and after the backward pass `enqueue`, so that the logits see the queue as it was.
+    A step calls, in moco's order: `update_key_encoder`, `encode_keys` in the order of a `KeySchedule`, `query_encoder`,
+    `loss`, and after the backward pass `enqueue`, so that the logits see the queue as it was.
     """
 
     views: ClassVar[ViewRecipe]
@@ -42,6 +41,8 @@ class MomentumContrast(nn.Module):
         self.query_encoder = Encoder(backbone, config.projection_dim)
         self.key_encoder = deepcopy(self.query_encoder).requires_grad_(False)
         convert_key_batchnorm(self.key_encoder, config, self.ranks)
+        if config.query_batchnorm == "sync" and self.ranks.world_size > 1:
+            convert_query_batchnorm(self.query_encoder, self.ranks)
         self.queue = KeyQueue(config.queue_size, config.projection_dim)
 
     def update_key_encoder(self) -> None:
@@ -51,47 +52,28 @@ class MomentumContrast(nn.Module):
             self.key_encoder, self.query_encoder, self.config.key_momentum, include_buffers=include_buffers
         )
 
-    def key_orders(self, num_images: int, global_batch: int, seed: int, step: int) -> list[Tensor]:
-        """The order of the images in each pass of the key encoder, a permutation that (seed, step) determine.
-
-        num_images: of this rank. Returns int64 tensors on the host; none where batch-norm does not depend on the order.
-        """
-        if not self._shuffles:
-            return []
-        views_a_pass = self.config.num_keys if self.config.key_passes == "joint" else 1
-        length = views_a_pass * (global_batch if self._shuffles_across_ranks else num_images)
-        num_passes = self.config.num_keys // views_a_pass
-        streams = range(KEY_SHUFFLE_STREAM, KEY_SHUFFLE_STREAM + num_passes)
-        return [torch.from_numpy(permutation(seed, step, length, stream)) for stream in streams]
-
     @torch.no_grad()
     def encode_keys(
         self,
-        views: Sequence[Tensor],
-        orders: Sequence[Tensor],
-        global_batch: int,
+        passes: Iterable[Tensor],
+        restore: Tensor,
+        most: int,
         encoder: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
-        """Keys of the key views: P tensors [B, D], unit rows, in the order of the images.
+        """Keys of all ranks: P tensors [G, D], unit rows, in the order of the images. One collective.
 
-        views: P tensors [B, 3, S, S]. orders: those of `key_orders`, on the device of the views. encoder: what stands
-        for the key encoder, and computes the same.
+        passes: the views that this rank encodes in each pass of the key encoder, [n, 3, S, S]; made when their turn
+        comes, if it is a generator. restore, most: of the step's `KeyOrder` and `KeySchedule`; restore is on the
+        device of the views. encoder: what stands for the key encoder, and computes the same.
         """
         encoder = self.key_encoder if encoder is None else encoder
-        passes = [list(views)] if self.config.key_passes == "joint" else [[images] for images in views]
-        if not self._shuffles:
-            keys = [encoder(_joined(images)).chunk(len(images)) for images in passes]
-        else:
-            keys = [
-                self._encode_shuffled(images, order, global_batch, encoder)
-                for images, order in zip(passes, orders, strict=True)
-            ]
-        return [key for one_pass in keys for key in one_pass]
+        keys = self.ranks.all_gather_padded(torch.cat([encoder(views) for views in passes]), most)
+        return list(keys.index_select(0, restore).chunk(self.config.num_keys))
 
     def loss(self, query: Tensor, keys: Sequence[Tensor], impl: InfoNCEImpl = "auto") -> Tensor:
         """Eq. 2 of the paper over this rank's images: the sum, or mean, over the keys of the InfoNCE batch means.
 
-        query and each of keys: [B, D], unit rows. Returns a scalar.
+        query and each of keys: [B, D], unit rows, of the same images. Returns a scalar.
         """
         total = info_nce(query, keys, self.queue.keys, self.config.temperature, impl)
         return total if self.config.loss_reduction == "sum" else total / len(keys)
@@ -103,37 +85,10 @@ class MomentumContrast(nn.Module):
         negative = (query @ self.queue.keys.mean(dim=0)).mean()
         return positive, negative
 
-    def enqueue(self, keys: Sequence[Tensor], global_batch: int) -> None:
-        """Put the step's keys (P tensors [B, D]) of all ranks into the queue: the first crop's, or all."""
+    def enqueue(self, keys: Sequence[Tensor]) -> None:
+        """Put the step's keys of all ranks (P tensors [G, D]) into the queue: the first crop's, or all."""
         for key in keys if self.config.enqueue == "all" else keys[:1]:
-            self.queue.enqueue(self.ranks.all_gather_rows(key, global_batch))
-
-    @property
-    def _shuffles(self) -> bool:
-        return self.config.key_batchnorm in ("shuffle", "split")
-
-    @property
-    def _shuffles_across_ranks(self) -> bool:
-        return self.config.key_batchnorm == "shuffle" and self.ranks.world_size > 1
-
-    def _encode_shuffled(
-        self, views: Sequence[Tensor], order: Tensor, global_batch: int, encoder: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, ...]:
-        """One forward of the key encoder over one or several views, its images in `order`."""
-        ranks, across_ranks = self.ranks, self._shuffles_across_ranks
-        images = _joined([ranks.all_gather_rows(view, global_batch) if across_ranks else view for view in views])
-        own = rank_slice(len(images), ranks.rank, ranks.world_size) if across_ranks else slice(None)
-        shuffled_keys = encoder(images[order[own]])
-        if across_ranks:
-            shuffled_keys = ranks.all_gather_rows(shuffled_keys, len(images))
-        keys = torch.empty_like(shuffled_keys).index_copy_(0, order, shuffled_keys).chunk(len(views))
-        local = rank_slice(global_batch, ranks.rank, ranks.world_size) if across_ranks else slice(None)
-        return tuple(key[local] for key in keys)
-
-
-def _joined(views: Sequence[Tensor]) -> Tensor:
-    """One batch of them all; a single one is not copied."""
-    return views[0] if len(views) == 1 else torch.cat(list(views))
+            self.queue.enqueue(key)
 
 
 class LeOCLR(MomentumContrast):

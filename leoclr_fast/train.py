@@ -85,6 +85,7 @@ def pretrain(
         order = TrainOrder(
             num_images=len(split),
             batch_size=config.result.batch_size,
+            micro_batches=config.result.micro_batches,
             seed=config.result.seed,
             rank=ranks.rank,
             world_size=ranks.world_size,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leoclr_fast.config import ResultConfig, RunConfig
-from leoclr_fast.config_file import as_plain, differing_fields
+from leoclr_fast.config_file import as_plain, differing_fields, from_plain
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.methods import MomentumContrast, build_method
 from leoclr_fast.precision import encoder_dtype
@@ -98,7 +98,8 @@ class TrainingState:
         """
         if state.get("format") != _FORMAT:
             raise ValueError(f"{origin} has checkpoint format {state.get('format')}; this version reads {_FORMAT}")
-        differences = differing_fields(state["result_config"], as_plain(config))
+        saved = from_plain(ResultConfig, state["result_config"], f"the configuration in {origin}")
+        differences = differing_fields(as_plain(saved), as_plain(config))
         if differences:
             raise ValueError(
                 f"{origin} belongs to another configuration: {'; '.join(differences)}. Give the same options as there, "
@@ -113,7 +114,7 @@ class TrainingState:
             raise ValueError(
                 f"{origin} is of a run on {'synthetic' if state['synthetic'] else 'real'} images; start anew"
             )
-        if state["world_size"] != self.method.ranks.world_size:
+        if state["world_size"] != self.method.ranks.world_size and config.method.depends_on_ranks:
             log.warning(
                 "%s was written by %d ranks, now there are %d: batch-norm sees other groups of images from here on",
                 origin,

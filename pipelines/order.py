@@ -1,4 +1,4 @@
-"""Which images form a batch: a pure function of (seed, epoch, step); a rank takes a contiguous slice."""
+"""Which images form a batch: a pure function of (seed, epoch, step); a rank takes a share."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
     return slice(start, start + base + (rank < extra))
 
 
+def rank_slices(batch_size: int, rank: int, world_size: int, micro_batches: int = 1) -> list[slice]:
+    """What ``rank`` takes of each micro-batch, as slices of the global batch.
+
+    The global batch is cut into micro-batches first and each of these is shared by the ranks, so that a micro-batch
+    holds the same images for any number of ranks.
+    """
+    slices = []
+    for number in range(micro_batches):
+        part = rank_slice(batch_size, number, micro_batches)
+        own = rank_slice(part.stop - part.start, rank, world_size)
+        slices.append(slice(part.start + own.start, part.start + own.stop))
+    return slices
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order(ABC):
     """Global batches of image indices, the same for any number of ranks, and each rank's slice of them."""
@@ -28,10 +42,21 @@ class Order(ABC):
     """Images per global batch, over all ranks."""
     rank: int = 0
     world_size: int = 1
+    micro_batches: int = 1
+    """Parts of a global batch that are worked through one after the other; each is shared by all ranks."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch size {self.batch_size} is not allowed: give a global --batch-size of at least 1")
+        if self.micro_batches < 1:
+            raise ValueError(f"micro_batches {self.micro_batches} is not allowed: give --micro-batches of at least 1")
+        least = self.micro_batches * self.world_size
+        if self.micro_batches > 1 and self.batch_size < least:
+            raise ValueError(
+                f"a global batch of {self.batch_size} in {self.micro_batches} micro-batches cannot be shared by "
+                f"{self.world_size} rank{'s' if self.world_size > 1 else ''}: each needs at least one image of every "
+                f"micro-batch; raise --batch-size to {least} or more, or lower --micro-batches"
+            )
         if self.batch_size < self.world_size:
             raise ValueError(
                 f"a global batch of {self.batch_size} cannot be shared by {self.world_size} ranks: each needs at least "
@@ -48,15 +73,17 @@ class Order(ABC):
         """Indices of the whole batch: int64 [at most batch_size]."""
 
     def indices(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
-        """Indices of this rank's slice of the batch: int64 [local batch]; may be empty where a batch is not full."""
+        """Indices of this rank's share of the batch, micro-batch by micro-batch: int64 [local batch]; may be empty
+        where a batch is not full."""
         batch = self.global_indices(epoch, step)
-        return batch[rank_slice(len(batch), self.rank, self.world_size)]
+        slices = rank_slices(len(batch), self.rank, self.world_size, self.micro_batches)
+        return batch[slices[0]] if len(slices) == 1 else np.concatenate([batch[part] for part in slices])
 
     @property
     def max_local_batch_size(self) -> int:
         """Images of this rank in a full batch."""
-        part = rank_slice(self.batch_size, self.rank, self.world_size)
-        return part.stop - part.start
+        slices = rank_slices(self.batch_size, self.rank, self.world_size, self.micro_batches)
+        return sum(part.stop - part.start for part in slices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from leoclr_fast.acceleration import compiles_encoders
+from leoclr_fast.batch_layout import BatchLayout
 from leoclr_fast.bench.contestant import OurMethod
 from leoclr_fast.bench.feeds import open_feeds, training_images
 from leoclr_fast.bench.setting import BenchSetting, bench_device, departures_from_paper, setting_header
@@ -22,6 +23,7 @@ from leoclr_fast.config_file import as_plain
 from leoclr_fast.environment import environment
 from leoclr_fast.flops import mfu, peak_flops_per_s
 from leoclr_fast.gpu_state import gpu_state
+from leoclr_fast.key_schedule import KeySchedule
 from leoclr_fast.methods import METHODS
 from leoclr_fast.precision import encoder_precision, view_dtype
 from pipelines.augment import augmented_views
@@ -169,11 +171,14 @@ def _parts(ours: OurMethod, batch: CropBatch, device: torch.device) -> dict[str,
         return augmented_views(batch, ours.views, result.views, seed=seed, dtype=view_dtype(speed.precision))
 
     query_view, *key_views = augment()
+    schedule = KeySchedule(result.method, BatchLayout(batch_size=size))
+    order = schedule.draw(seed, training.step)
+    restore = torch.from_numpy(order.restore).to(device)
+    passes = torch.cat(key_views)[torch.from_numpy(order.encoded[0]).to(device)].split(schedule.pass_sizes)
 
     def encode_keys() -> list[torch.Tensor]:
         with encoder_precision(speed.precision, device):
-            orders = [order.to(device) for order in method.key_orders(len(batch.crops), size, seed, training.step)]
-            return method.encode_keys(key_views, orders, size, key_encoder)
+            return method.encode_keys(passes, restore, schedule.most, key_encoder)
 
     weights = list(method.query_encoder.parameters())
 
@@ -214,5 +219,5 @@ def _parts(ours: OurMethod, batch: CropBatch, device: torch.device) -> dict[str,
         "loss forward and backward": loss,
         "optimizer": optimize,
         "metrics: gradient norm and similarities": metrics,
-        "enqueue": lambda: method.enqueue(keys, size),
+        "enqueue": lambda: method.enqueue(keys),
     }

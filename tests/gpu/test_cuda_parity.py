@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from leoclr_fast.batch_layout import BatchLayout
+from leoclr_fast.key_schedule import KeySchedule
 from leoclr_fast.methods import build_method
 from leoclr_fast.run_folder import RunFolder
 from leoclr_fast.train import pretrain
@@ -77,14 +79,15 @@ def test_keys_loss_and_queue_do_not_wait_for_the_host() -> None:
     config = tiny_config().result
     method = build_method(config.backbone, config.method, seed=0).cuda()
     views = [torch.randn(12, 3, 16, 16, device="cuda") for _ in range(3)]
+    schedule = KeySchedule(config.method, BatchLayout(batch_size=12))
 
     def step(number: int) -> torch.Tensor:
         method.update_key_encoder()
-        orders = [order.pin_memory().to("cuda", non_blocking=True) for order in method.key_orders(12, 12, 0, number)]
-        keys = method.encode_keys(views[1:], orders, 12)
+        restore = torch.from_numpy(schedule.draw(0, number).restore).pin_memory().to("cuda", non_blocking=True)
+        keys = method.encode_keys(views[1:], restore, schedule.most)
         loss = method.loss(method.query_encoder(views[0]), keys, "eager")
         loss.backward()
-        method.enqueue(keys, 12)
+        method.enqueue(keys)
         return loss.detach()
 
     step(0)

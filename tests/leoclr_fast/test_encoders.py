@@ -10,10 +10,12 @@ import torchvision
 from torch import nn
 
 from leoclr_fast.backbone import Encoder, build_backbone
+from leoclr_fast.batch_layout import BatchLayout
 from leoclr_fast.config import BackboneConfig, MethodConfig
 from leoclr_fast.distributed import Ranks
 from leoclr_fast.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
-from leoclr_fast.methods import build_method
+from leoclr_fast.key_schedule import KeySchedule
+from leoclr_fast.methods import MomentumContrast, build_method
 from leoclr_fast.momentum import update_key_encoder
 
 TINY = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)
@@ -131,19 +133,27 @@ def test_plain_shuffle_and_ema_batchnorm() -> None:
     assert torch.equal(averaged.running_mean, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
 
 
+def keys_of(method: MomentumContrast, views: list[torch.Tensor], step: int) -> list[torch.Tensor]:
+    """The keys of a step on one rank, whose passes see the views in the order of the schedule."""
+    schedule = KeySchedule(method.config, BatchLayout(batch_size=len(views[0])))
+    order = schedule.draw(0, step)
+    passes = torch.cat(views)[torch.from_numpy(order.encoded[0])].split(schedule.pass_sizes)
+    return method.encode_keys(passes, torch.from_numpy(order.restore), schedule.most)
+
+
 def test_keys_do_not_depend_on_their_place_in_the_batch_but_on_their_group() -> None:
     """Shuffling is undone: key i is image i's; and another step groups the images differently."""
     method = build_method(TINY, MethodConfig(queue_size=64, projection_dim=8, key_batchnorm_group=4), seed=0).double()
     views = [
         torch.randn(12, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1)
     ]
-    first, again = (method.encode_keys(views, method.key_orders(12, 12, 0, 5), 12) for _ in range(2))
+    first, again = (keys_of(method, views, 5) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    other = method.encode_keys(views, method.key_orders(12, 12, 0, 6), 12)
+    other = keys_of(method, views, 6)
     assert not torch.allclose(first[0], other[0])
     eman = MethodConfig(queue_size=64, projection_dim=8, key_batchnorm="ema")
     method = build_method(TINY, eman, seed=0).double()
-    keys = method.encode_keys(views, method.key_orders(12, 12, 0, 0), 12)
+    keys = keys_of(method, views, 0)
     alone = [method.key_encoder(image[None]) for image in views[0]]  # no batch statistics: images are independent
     torch.testing.assert_close(keys[0], torch.cat(alone), rtol=1e-12, atol=1e-14)
 

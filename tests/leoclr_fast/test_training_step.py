@@ -201,13 +201,13 @@ class TestWarmUp:
 
         def counted(inputs: Any) -> Tensor:
             runs.append([tensor.clone() for tensor in training.tensors()])
-            return step._step(inputs)
+            return step._step(inputs, step._common)
 
-        static = StaticFunction(counted, step._draw(batches[2]), training.tensors())
+        static = StaticFunction(counted, step._inputs(batches[2], step._common), training.tensors())
         assert len(runs) == 1
         assert all(torch.equal(tensor, value) for tensor, value in zip(training.tensors(), before, strict=True))
         assert [tensor.data_ptr() for tensor in training.tensors()] == addresses
-        static(step._draw(batches[2]))
+        static(step._inputs(batches[2], step._common))
         changed = [not torch.equal(tensor, value) for tensor, value in zip(training.tensors(), before, strict=True)]
         assert sum(changed) > 0.7 * len(changed)  # so the comparison above could have failed
 
