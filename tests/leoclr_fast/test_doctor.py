@@ -148,6 +148,7 @@ class TestProcesses:
         assert "Traceback" not in done.stdout + done.stderr
         assert "FAILED  required packages" in done.stdout
 
+    @pytest.mark.long
     def test_an_interface_that_is_not_there_is_told(self, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         """gloo and its settings, for real, with a left-over variable."""
         names = ["gloo", "communication settings"]
