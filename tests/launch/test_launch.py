@@ -196,14 +196,6 @@ def spec() -> dict[str, Any]:
     return parsed
 
 
-@pytest.fixture(scope="module")
-def spec() -> dict[str, Any]:
-    """What the Kubernetes file asks for."""
-    document: dict[str, Any] = yaml.safe_load(KUBERNETES.read_text())
-    assert (document["apiVersion"], document["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
-    return document["spec"]  # type: ignore[no-any-return]
-
-
 class TestKubernetes:
     def test_numbers_that_must_agree(self, spec: dict[str, Any]) -> None:
         worker = spec["pytorchReplicaSpecs"]["Worker"]
