@@ -51,7 +51,7 @@ Parse = Callable[[list[str]], Command | None]
 def run_command_line(parse: Parse, arguments: Sequence[str] | None = None) -> int:
     """Run a command line (`sys.argv` by default).
 
-    Returns the exit code: 0 done, 1 failed, 2 misused, 130 stopped by a signal.
+    Returns the exit code: 0 done, 1 failed, 2 misused, 130 stopped by a signal, or the `exit_code` of an error.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, TextIOWrapper):
@@ -76,7 +76,7 @@ def run_command_line(parse: Parse, arguments: Sequence[str] | None = None) -> in
         if debug:
             raise
         print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
-        return 130 if isinstance(error, StoppedBySignalError) else 1
+        return 130 if isinstance(error, StoppedBySignalError) else int(getattr(error, "exit_code", 1))
 
 
 Parsed = TypeVar("Parsed")

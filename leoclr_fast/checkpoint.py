@@ -6,11 +6,13 @@ one rename, after both files are on the disk, so a name without a dot is a whole
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import logging
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,23 @@ class DamagedCheckpointError(RuntimeError):
     """A checkpoint whose files are missing, cut short or changed."""
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], keep: int, *, keep_also: Collection[int] = ()
+) -> Path:
     """Write `state` as the checkpoint of `step` in `folder` and delete all but the `keep` newest.
 
+    keep_also: steps whose checkpoints stay, however old they are.
     Raises OSError if it cannot be written (a full disk, say); what was there before is then untouched.
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.tmp"
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getvalue()
+    content = buffer.getbuffer()
     try:
         shutil.rmtree(temporary, ignore_errors=True)
+        if shutil.disk_usage(folder).free < len(content):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {len(content) / 1e6:,.0f} MB are needed")
         temporary.mkdir()
         _write_synced(temporary / _STATE, content)
         _write_synced(temporary / _SUMS, f"{hashlib.sha256(content).hexdigest()}  {_STATE}\n".encode())
@@ -49,9 +56,21 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         newest = list_checkpoints(folder)[-1:]
         kept = f"the last good checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
         raise OSError(error.errno, f"cannot write checkpoint {final}: {error.strerror}; {kept}") from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    drop_old_checkpoints(folder, keep, keep_also)
     return final
+
+
+def drop_old_checkpoints(folder: Path, keep: int, keep_also: Collection[int] = ()) -> None:
+    """Delete all checkpoints but the `keep` newest and those of the steps `keep_also`."""
+    for old in list_checkpoints(folder)[:-keep]:
+        if step_of(old) not in keep_also:
+            shutil.rmtree(old)
+
+
+def drop_unfinished_checkpoints(folder: Path) -> None:
+    """Delete what a killed process has left half written."""
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -69,6 +88,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
     Raises FileNotFoundError if there is none, DamagedCheckpointError if it is not whole.
     """
+    return state_of(read_checkpoint(path), device)
+
+
+def read_checkpoint(path: Path) -> bytes:
+    """The content of a checkpoint, its checksum verified; `state_of` makes the state out of it. Raises as
+    `load_checkpoint`."""
     if not (path / _STATE).exists() and not (path / _SUMS).exists():
         raise FileNotFoundError(f"there is no checkpoint {path}; give a folder such as RUN/checkpoints/step-00000123")
     try:
@@ -81,6 +106,11 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             f"checkpoint {path} is damaged: {_STATE} ({len(content)} bytes) does not have the checksum in {_SUMS}; "
             "it was cut short or changed. Delete that folder to resume from the one before."
         )
+    return content
+
+
+def state_of(content: bytes, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state in the content of a checkpoint."""
     state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     return state
 
@@ -90,11 +120,17 @@ def load_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Raises DamagedCheckpointError if there are checkpoints but none is whole.
     """
+    newest = read_newest_checkpoint(folder)
+    return None if newest is None else (newest[0], state_of(newest[1]))
+
+
+def read_newest_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
+    """As `load_newest_checkpoint`, but the content."""
     checkpoints = list_checkpoints(folder)
     damaged = []
     for path in reversed(checkpoints):
         try:
-            return path, load_checkpoint(path)
+            return path, read_checkpoint(path)
         except (DamagedCheckpointError, FileNotFoundError) as error:
             log.warning("%s Trying the one before.", error)
             damaged.append(path.name)
@@ -105,7 +141,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def _write_synced(path: Path, content: bytes | memoryview) -> None:
     with open(path, "wb") as file:
         file.write(content)
         file.flush()

@@ -197,6 +197,16 @@ class MonitorConfig:
     """Further checkpoints within an epoch."""
     keep_checkpoints: int = 2
     """The newest so many are kept."""
+    keep_best: bool = True
+    """The checkpoint with the best kNN top-1 is kept, too; `best.json` in the run folder names it."""
+    join_limit_s: float = 300.0
+    """How long ranks wait for each other at the start."""
+    silence_limit_s: float = 15.0
+    """A rank whose process gives no sign of life for so long ends the run."""
+    hang_limit_s: float = 30.0
+    """So does a rank that makes no progress in a step for so long; at least ten times the longest step so far."""
+    phase_limit_s: float = 1800.0
+    """The same for what may take longer than a step: the start, the first step, evaluation, a checkpoint."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into the run folder."""
     wandb: bool = False
@@ -206,6 +216,9 @@ class MonitorConfig:
         for name in ("knn_k", "log_every_steps", "checkpoint_every_epochs", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not allowed: give at least 1")
+        for name in ("join_limit_s", "silence_limit_s", "hang_limit_s", "phase_limit_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give a positive number of seconds")
         if self.knn_every_epochs < 0:
             raise ValueError(f"knn_every_epochs {self.knn_every_epochs} is not allowed: give 0 or more")
         if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:

@@ -119,6 +119,12 @@ class RunDiary:
             write_json(self._folder.data_file, document)
             write_preview(self._folder.preview_file, split, views, config, seed=seed, rows=rows)
 
+    def cut_short(self, reason: str) -> None:
+        """Record the end of a process that is ended from outside its main thread; there is no time for a report."""
+        if self._enabled:
+            with _harmless("record the end of the run"):
+                self._metrics_log.write("end", step=self._training.step, status="failed", reason=reason)
+
     def report(self) -> None:
         """Write `report.html`, unless that would take more than a twentieth of the time since the last one."""
         if self._enabled and time.perf_counter() >= self._next_report:

@@ -30,8 +30,8 @@ _LOCK_TRIES, _LOCK_PAUSE_S = 5, 0.05
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """The files of a run: `config.yaml`, `environment.json`, `data.json` and `preview.png` (what it trains on),
-    `metrics.jsonl`, `checkpoints/`, `report.html`, after an orderly end `summary.json` and `final.safetensors`, and
-    `evaluations.jsonl` once it was evaluated.
+    `metrics.jsonl`, `checkpoints/`, `best.json` (which of them is the best), `report.html`, after an orderly end
+    `summary.json` and `final.safetensors`, and `evaluations.jsonl` once it was evaluated.
     """
 
     path: Path
@@ -63,6 +63,10 @@ class RunFolder:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def best_file(self) -> Path:
+        return self.path / "best.json"
 
     @property
     def summary_file(self) -> Path:

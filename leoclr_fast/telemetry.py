@@ -48,6 +48,9 @@ class StepMetrics:
         self._overflows_in_a_row = 0
         self._rows: list[Tensor] = []
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None, dict[str, Any]]] = deque()
+        self._num_read = 0
+        self.device_wait_s = 0.0
+        """Seconds that `add` has waited for the device."""
         self._unfinished_steps: deque[torch.cuda.Event] = deque()
 
     def add(self, row: Tensor) -> None:
@@ -56,7 +59,9 @@ class StepMetrics:
         if row.is_cuda:
             self._unfinished_steps.append(_event())
             if len(self._unfinished_steps) > MAX_STEPS_AHEAD:
+                start = time.perf_counter()
                 self._unfinished_steps.popleft().synchronize()
+                self.device_wait_s += time.perf_counter() - start
 
     def send(self, **context: Any) -> None:
         """Start the way to the host for all that was added since the last time. context: comes back with the means."""
@@ -69,20 +74,30 @@ class StepMetrics:
         on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
         self._sent.append((on_host, _event(), context))
 
-    def arrived(self, *, wait: bool = False) -> Iterator[dict[str, Any]]:
+    @property
+    def num_arrived(self) -> int:
+        """How many of all that were ever sent are on the host."""
+        number = self._num_read
+        for _, event, _ in self._sent:
+            if event is not None and not event.query():
+                break
+            number += 1
+        return number
+
+    def arrived(self, up_to: int | None = None, *, wait: bool = False) -> Iterator[dict[str, Any]]:
         """For each `send` that has arrived, in order: its context and the means over its steps; of the gradient norm,
-        over the steps where it was finite. wait: for all that were sent.
+        over the steps where it was finite. up_to: how many of all that were ever sent, all that have arrived if not
+        given; the same on all ranks, so that they see the same at the same step. wait: for all that were sent.
 
         Raises NonFiniteLossError, with the step, if one of their losses was not finite, or a gradient that should be,
         or too many gradients in a row of a loss that is scaled.
         """
-        while self._sent:
-            rows, event, context = self._sent[0]
-            if event is not None and wait:
+        limit = self.num_arrived if up_to is None else up_to
+        while self._sent and (wait or self._num_read < limit):
+            rows, event, context = self._sent.popleft()
+            if event is not None:
                 event.synchronize()
-            elif event is not None and not event.query():
-                return
-            self._sent.popleft()
+            self._num_read += 1
             yield context | self._means(rows)
 
     @property
@@ -154,6 +169,11 @@ class TrainingClock:
         """Training is over."""
         self._end = time.perf_counter()
 
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds in which the step waited for its batch."""
+        return self._data_wait_s
+
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items; the time they let us wait is data wait."""
         iterator = iter(items)
@@ -197,7 +217,11 @@ class MetricsLog:
             self._file.write(line)
             self._file.flush()
         if kind in ("step", "knn"):
-            numbers = {f"{kind}/{name}": float(value) for name, value in values.items() if name != "step"}
+            numbers = {
+                f"{kind}/{name}": float(value)
+                for name, value in values.items()
+                if name != "step" and not isinstance(value, list)
+            }
             for tracker in self._trackers:
                 tracker.log(values["step"], numbers)
 

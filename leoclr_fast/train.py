@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -15,16 +15,12 @@ from rich.console import Console
 
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
-from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
+from dataset_tools.stop_signals import StoppedBySignalError, StopSignals, stop_signals
 from dataset_tools.subsets import limited
 from leoclr_fast.bottleneck import Bottleneck, find_bottleneck
-from leoclr_fast.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    load_newest_checkpoint,
-    save_checkpoint,
-    step_of,
-)
+from leoclr_fast.checkpoint import list_checkpoints, read_checkpoint, read_newest_checkpoint, state_of, step_of
+from leoclr_fast.checkpoint_writer import CheckpointWriter
+from leoclr_fast.communication_meter import CommunicationMeter
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields
 from leoclr_fast.device_meter import DeviceMeter
@@ -34,10 +30,14 @@ from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
 from leoclr_fast.gpu_state import gpu_state
 from leoclr_fast.memory import explained_out_of_memory
 from leoclr_fast.methods import METHODS
-from leoclr_fast.process_group import process_group
+from leoclr_fast.process_group import Rendezvous, process_group
+from leoclr_fast.rank_agreement import require_same_everywhere
+from leoclr_fast.rank_times import RankTimes, StepStopwatch
 from leoclr_fast.run_diary import RunDiary
 from leoclr_fast.run_folder import RunFolder, write_json
 from leoclr_fast.schedules import learning_rate
+from leoclr_fast.side_group import SideGroup
+from leoclr_fast.step_agreement import StepAgreement, StepReport
 from leoclr_fast.telemetry import (
     MetricsLog,
     NonFiniteLossError,
@@ -48,6 +48,7 @@ from leoclr_fast.telemetry import (
 from leoclr_fast.trackers import open_trackers, require_trackers
 from leoclr_fast.training_state import TrainingState
 from leoclr_fast.training_step import TrainingStep
+from leoclr_fast.watchdog import Watchdog, WatchdogLimits, watched
 from leoclr_fast.weights.backbone_file import save_backbone
 from pipelines.batch import CropBatch
 from pipelines.factory import make_loader, settle_loader
@@ -78,8 +79,21 @@ def pretrain(
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"--max-steps {max_steps} is not allowed: give at least 1")
     require_trackers(config.monitor)
-    with process_group(config.speed.device) as (ranks, device), ExitStack() as stack:
-        source = open_source(data)
+    monitor, last_words = config.monitor, _LastWords()
+    limits = WatchdogLimits(
+        silence_s=monitor.silence_limit_s, step_s=monitor.hang_limit_s, phase_s=monitor.phase_limit_s
+    )
+    with (
+        process_group(config.speed.device, monitor.join_limit_s) as (joined_ranks, device),
+        watched(Rendezvous.of_environment(), limits, last_words) as watchdog,
+        SideGroup(joined_ranks) as side,
+        ExitStack() as stack,
+    ):
+        ranks = joined_ranks
+        if ranks.world_size > 1 and device.type == "cpu":
+            ranks = replace(ranks, meter=CommunicationMeter())  # tells how long a rank waits for the others
+        source = side.together(lambda: open_source(data))
+        require_same_everywhere(side, config, source.fingerprint, {"resume": resume, "max_steps": max_steps})
         splits = choose_splits(source, holdout_seed=config.result.holdout_seed)
         split = limited(splits.pretrain, config.result.max_images)
         order = TrainOrder(
@@ -95,13 +109,13 @@ def pretrain(
         training = TrainingState.fresh(config, ranks, device)
         step = TrainingStep(training, config, device)
         folder = RunFolder(out)
-        if ranks.is_main:
+
+        def open_folder() -> None:
             folder.create()
             stack.enter_context(folder.locked())
-        ranks.barrier()
 
-        _resume(training, config, folder, source.fingerprint, resume)
-        ranks.require_equal(training.step, "the step to continue from", device)
+        side.from_main(open_folder)
+        _resume(training, config, folder, source.fingerprint, resume, side)
         gpu = gpu_state(device)
         gpu_warnings = None if gpu is None else gpu["warnings"]
         if ranks.is_main:
@@ -112,7 +126,14 @@ def pretrain(
         metrics_log = MetricsLog(folder.metrics_file, enabled=ranks.is_main, trackers=trackers)
         stack.callback(metrics_log.close)
         diary = RunDiary(folder, metrics_log, training, total_steps, enabled=ranks.is_main)
+        last_words.diary = diary
         stack.enter_context(diary.kept(last_step, order.steps_per_epoch, ranks.world_size))
+        stack.enter_context(watchdog.explained())
+        writer = None
+        if ranks.is_main:
+            writer = CheckpointWriter(folder, monitor.keep_checkpoints, keep_best=monitor.keep_best)
+            writer.continue_from(training.step)
+            stack.enter_context(writer.finished())
 
         display = ProgressDisplay(console or Console(), total_steps, enabled=ranks.is_main)
         stack.callback(display.close)
@@ -159,6 +180,9 @@ def pretrain(
             loader=loader,
             knn=knn,
             ranks=ranks,
+            side=side,
+            watchdog=watchdog,
+            writer=writer,
             display=display,
             metrics_log=metrics_log,
             diary=diary,
@@ -179,6 +203,10 @@ class _Run:
     loader: Loader
     knn: KnnEvaluation | None
     ranks: Ranks
+    side: SideGroup
+    watchdog: Watchdog
+    writer: CheckpointWriter | None
+    """Of the first rank."""
     display: ProgressDisplay
     metrics_log: MetricsLog
     diary: RunDiary
@@ -186,32 +214,89 @@ class _Run:
     last_step: int
 
 
-def _train(run: _Run) -> dict[str, Any]:
-    result, training, ranks = run.config.result, run.training, run.ranks
-    steps_per_epoch = run.loader.steps_per_epoch
-    if training.step == 0:
-        _evaluate(run)
-    metrics = StepMetrics(ranks, training.step, loss_is_scaled=training.scaler.is_enabled())
-    meter = DeviceMeter(result, run.config.speed.precision, ranks.world_size, run.loader.device)
-    clock = TrainingClock(training.step)
+class _LastWords:
+    """For the diary, before the watchdog ends the process."""
 
-    with stop_signals(enabled=ranks.world_size == 1) as stop:
+    def __init__(self) -> None:
+        self.diary: RunDiary | None = None
+
+    def __call__(self, sentence: str) -> None:
+        if self.diary is not None:
+            self.diary.cut_short(sentence)
+
+
+def _train(run: _Run) -> dict[str, Any]:
+    result, training, ranks, watchdog = run.config.result, run.training, run.ranks, run.watchdog
+    steps_per_epoch = run.loader.steps_per_epoch
+    with stop_signals(enabled=True) as stop:
+        if training.step == 0:
+            _evaluate(run)
+        metrics = StepMetrics(ranks, training.step, loss_is_scaled=training.scaler.is_enabled())
+        meter = DeviceMeter(result, run.config.speed.precision, ranks.world_size, run.loader.device)
+        agreement, rank_times, stopping = StepAgreement(run.side), RankTimes(), False
+        clock = TrainingClock(training.step)
+        stopwatch = StepStopwatch(lambda: clock.data_wait_s, _waits_for_others(ranks, metrics))
         remaining_batches = islice(_batches_from(run.loader, training.step), max(0, run.last_step - training.step))
-        for batch in clock.timed(remaining_batches):
+        watchdog.start_steps(training.step)
+        for batch in clock.timed(_announced(remaining_batches, watchdog)):
             lr = learning_rate(result.optimizer.schedule, result.lr, training.step, steps_per_epoch, result.epochs)
-            with explained_out_of_memory(run.step, batch):
+            with explained_out_of_memory(run.step, batch), _first_of(clock, training, watchdog):
                 metrics.add(run.step(batch, lr))
-            _between_steps(run, metrics, clock, meter, batch.epoch, lr, stopping=stop.requested)
-            if stop.requested:
+            step_s, data_wait_s, own_s = stopwatch.read()
+            reports = agreement.exchange(
+                StepReport(
+                    stop=stop.requested,
+                    rows_on_host=metrics.num_arrived,
+                    step_s=step_s,
+                    data_wait_s=data_wait_s,
+                    own_s=own_s,
+                )
+            )
+            stopping = any(report.stop for report in reports)
+            rank_times.add(reports)
+            on_host = min((report.rows_on_host for report in reports), default=0)
+            _between_steps(run, metrics, clock, meter, rank_times, on_host, batch.epoch, lr, stopping=stopping)
+            watchdog.progress(training.step)
+            if stopping:
                 break
+            stopwatch.start()
         clock.stop()
-    if stop.requested:
-        _save(run)
-        raise StoppedBySignalError(
-            f"stopped by {stop.name} after step {training.step}; a checkpoint was saved, and the same command "
-            "continues from there"
-        )
+        stopping = any(report.stop for report in agreement.settle()) or stopping
+        if stopping:
+            _stop(run, stop)
     return _finish(run, clock)
+
+
+def _stop(run: _Run, stop: StopSignals) -> None:
+    """Save, on all ranks at the same step, and raise StoppedBySignalError."""
+    stop.saving = True
+    names = [name for name in run.side.gathered(stop.name) if name]
+    with run.watchdog.phase("the last checkpoint"):
+        run.side.from_main(lambda: _save(run, wait=True))
+    raise StoppedBySignalError(
+        f"stopped by {names[0] if names else 'a signal'} after step {run.training.step}; a checkpoint was saved, and "
+        "the same command continues from there"
+    )
+
+
+def _waits_for_others(ranks: Ranks, metrics: StepMetrics) -> Callable[[], float]:
+    """For how long this rank has waited: on a CPU in collectives; on a GPU for the device, which waits in them."""
+    meter = ranks.meter
+    return meter.seconds if meter is not None else lambda: metrics.device_wait_s
+
+
+def _announced(batches: Iterator[CropBatch], watchdog: Watchdog) -> Iterator[CropBatch]:
+    """The batches; the first one may take its time."""
+    with watchdog.phase("the start of the loader"):
+        first = next(batches, None)
+    if first is not None:
+        yield first
+        yield from batches
+
+
+def _first_of(clock: TrainingClock, training: TrainingState, watchdog: Watchdog) -> AbstractContextManager[None]:
+    """The first step may take its time: it compiles."""
+    return watchdog.phase("the first step") if training.step == clock.first_step else nullcontext()
 
 
 def _batches_from(loader: Loader, step: int) -> Iterator[CropBatch]:
@@ -226,6 +311,8 @@ def _between_steps(
     metrics: StepMetrics,
     clock: TrainingClock,
     meter: DeviceMeter,
+    rank_times: RankTimes,
+    on_host: int,
     epoch: int,
     lr: float,
     stopping: bool,
@@ -241,13 +328,14 @@ def _between_steps(
     )
     must_know = bool(knn_due or save_due or last or stopping)  # nothing goes on from a loss that is not finite
     if metrics.num_steps >= monitor.log_every_steps or must_know:
-        metrics.send(step=step, epoch=epoch, lr=lr, **_speed(run, clock, meter))
-    _log_metrics(run, metrics, must_know)
+        metrics.send(step=step, epoch=epoch, lr=lr, **_speed(run, clock, meter), **rank_times.take())
+    _log_metrics(run, metrics, on_host, must_know)
+    if run.writer is not None:
+        run.writer.raise_error()
     with clock.paused():
-        if knn_due:
-            _evaluate(run)
-        if save_due:
-            _save(run)
+        top1 = _evaluate(run) if knn_due else None
+        if save_due or (run.writer is not None and top1 is not None and run.writer.is_best(top1)):
+            _save(run, top1)
             run.diary.report()
 
 
@@ -264,12 +352,14 @@ def _speed(run: _Run, clock: TrainingClock, meter: DeviceMeter) -> dict[str, flo
     }
 
 
-def _log_metrics(run: _Run, metrics: StepMetrics, wait: bool) -> None:
+def _log_metrics(run: _Run, metrics: StepMetrics, on_host: int, wait: bool) -> None:
     try:
-        for values in metrics.arrived(wait=wait):
+        for values in metrics.arrived(on_host, wait=wait):
             run.metrics_log.write("step", **values)
             run.display.update(values["step"], values["epoch"], values)
     except NonFiniteLossError as error:
+        if run.writer is not None:
+            run.writer.flush()
         checkpoints = list_checkpoints(run.folder.checkpoints)
         kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
         epoch = (run.training.step - 1) // run.loader.steps_per_epoch
@@ -279,11 +369,12 @@ def _log_metrics(run: _Run, metrics: StepMetrics, wait: bool) -> None:
         ) from None
 
 
-def _evaluate(run: _Run) -> None:
-    """kNN of the query encoder's backbone, to the log and the display."""
+def _evaluate(run: _Run) -> float | None:
+    """kNN of the query encoder's backbone, to the log and the display; returns the top-1 in percent."""
     if run.knn is None:
-        return
-    accuracy = run.knn.run(run.training.method.query_encoder.backbone)
+        return None
+    with run.watchdog.phase("evaluation"):
+        accuracy = run.knn.run(run.training.method.query_encoder.backbone)
     step = run.training.step
     run.metrics_log.write(
         "knn",
@@ -298,12 +389,17 @@ def _evaluate(run: _Run) -> None:
         f"epoch {step / run.loader.steps_per_epoch:g}: kNN top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % "
         f"(k = {accuracy.k}, temperature {accuracy.temperature:g})"
     )
+    return accuracy.top1
 
 
-def _save(run: _Run) -> None:
-    if run.ranks.is_main:
-        state = run.training.state_dict(run.config.result, run.data_fingerprint)
-        save_checkpoint(run.folder.checkpoints, run.training.step, state, run.config.monitor.keep_checkpoints)
+def _save(run: _Run, top1: float | None = None, *, wait: bool = False) -> None:
+    """On the first rank, start to write a checkpoint. top1: its accuracy, if known. wait: until it is on the disk."""
+    if run.writer is None:
+        return
+    with run.watchdog.phase("a checkpoint"):
+        run.writer.save(run.training.step, run.training.state_dict(run.config.result, run.data_fingerprint), top1)
+        if wait:
+            run.writer.flush()
 
 
 def _finish(run: _Run, clock: TrainingClock) -> dict[str, Any]:
@@ -311,11 +407,13 @@ def _finish(run: _Run, clock: TrainingClock) -> dict[str, Any]:
     step, steps_per_epoch = run.training.step, run.loader.steps_per_epoch
     trained = step > clock.first_step
     if trained:
-        _save(run)
+        _save(run, wait=True)
     # Only the first rank reads the log: it may still be writing to it when another one comes here.
     knn_is_missing = run.ranks.is_main and not run.folder.has_knn_of(step)
     if run.ranks.main_says(knn_is_missing, run.loader.device):
-        _evaluate(run)
+        top1 = _evaluate(run)
+        if trained and run.writer is not None and top1 is not None:
+            run.writer.mark_best(step, top1)
     unreadable = run.ranks.merged({run.loader.split.names[i]: why for i, why in run.loader.unreadable.items()})
     if not run.ranks.is_main:
         return {}
@@ -353,14 +451,45 @@ def _bottleneck(run: _Run, clock: TrainingClock) -> Bottleneck | None:
     return find_bottleneck(clock.data_wait_fraction, loader=run.loader.name, on_cpu=run.loader.device.type == "cpu")
 
 
-def _resume(training: TrainingState, config: RunConfig, folder: RunFolder, data_fingerprint: str, resume: str) -> None:
-    """Load the checkpoint that `--resume` means, if any. Every rank reads it by itself."""
+def _resume(
+    training: TrainingState, config: RunConfig, folder: RunFolder, data_fingerprint: str, resume: str, side: SideGroup
+) -> None:
+    """Load the checkpoint that `--resume` means, if any. The first rank reads it, the others get it from there."""
+    found: list[tuple[Path, bytes]] = []
+
+    def find() -> str | None:
+        checkpoint = _checkpoint_to_resume(config, folder, resume)
+        found.extend([] if checkpoint is None else [checkpoint])
+        return None if checkpoint is None else str(checkpoint[0])
+
+    path = side.from_main(find)
+    if path is None:
+        return
+    content = side.bytes_from_main(found[0][1] if found else None)
+    side.together(lambda: training.load_state_dict(state_of(content), config.result, data_fingerprint, path))
+    if resume == "auto":
+        log.info("resuming from %s", path)
+        return
+
+    def require_newest() -> None:
+        later = [other.name for other in list_checkpoints(folder.checkpoints) if step_of(other) > training.step]
+        if later:
+            raise ValueError(
+                f"{folder.path} holds later checkpoints than {path} ({', '.join(later)}); give another --out to go on "
+                "from there, and nothing is lost"
+            )
+
+    side.from_main(require_newest)
+
+
+def _checkpoint_to_resume(config: RunConfig, folder: RunFolder, resume: str) -> tuple[Path, bytes] | None:
+    """Its path and content; None for a new run."""
     if resume == "never":
         if folder.exists():
             raise ValueError(
                 f"{folder.path} already holds a run and --resume never forbids to continue it; give another --out"
             )
-        return
+        return None
     if folder.exists():
         saved = folder.read_config()
         differences = differing_fields(as_plain(saved.result), as_plain(config.result))
@@ -370,20 +499,8 @@ def _resume(training: TrainingState, config: RunConfig, folder: RunFolder, data_
                 "continue it, or another --out for a new run."
             )
     if resume != "auto":
-        path = Path(resume)
-        training.load_state_dict(load_checkpoint(path), config.result, data_fingerprint, path)
-        later = [other for other in list_checkpoints(folder.checkpoints) if step_of(other) > training.step]
-        if later:
-            raise ValueError(
-                f"{folder.path} holds later checkpoints than {path} ({', '.join(other.name for other in later)}); give "
-                "another --out to go on from there, and nothing is lost"
-            )
-        return
-    newest = load_newest_checkpoint(folder.checkpoints)
-    if newest is not None:
-        path, state = newest
-        training.load_state_dict(state, config.result, data_fingerprint, path)
-        log.info("resuming from %s", path)
+        return Path(resume), read_checkpoint(Path(resume))
+    return read_newest_checkpoint(folder.checkpoints)
 
 
 def _headline(config: RunConfig, num_images: int, steps_per_epoch: int, device: torch.device, ranks: Ranks) -> str:
