@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ class TorchvisionLoader(Loader):
             batch_sampler=self._sampler,
             num_workers=workers,
             collate_fn=_already_a_batch,
+            worker_init_fn=_stay_out_of_signals,
             prefetch_factor=self.config.prefetch_batches if workers else None,
             persistent_workers=workers > 0 and isinstance(self.order, TrainOrder),  # evaluations are rare
             pin_memory=self.device.type == "cuda",
@@ -168,3 +171,12 @@ class _CropDataset(Dataset[_HostBatch]):
 
 def _already_a_batch(batch: Any) -> Any:
     return batch
+
+
+def _stay_out_of_signals(_worker: int) -> None:
+    """Ctrl-C, torchrun and SLURM signal whole groups of processes. How the run ends is then for the main process to say: it
+    may still have to save, and a worker that dies would break that. SIGTERM to a worker alone still ends it.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

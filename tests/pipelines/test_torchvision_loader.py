@@ -172,6 +172,24 @@ def test_a_worker_that_was_killed(split: Split) -> None:
         assert time.monotonic() - began < 10
 
 
+def test_signals_to_the_group_of_the_run_leave_its_workers_alone(split: Split) -> None:
+    """torchrun sends SIGTERM to a rank's whole group of processes; the rank still has a checkpoint to write."""
+    with open_torchvision(split, 2) as loader:
+        expected = [batch.indices.tolist() for batch in loader.batches(0)]
+        batches = loader.batches(0)
+        seen = [next(batches).indices.tolist()]
+        workers = [process.pid or 0 for process in multiprocessing.active_children()]
+        assert len(workers) == 2
+        assert os.getpgid(0) not in [os.getpgid(worker) for worker in workers]
+        for worker in workers:
+            os.kill(worker, signal.SIGINT)
+            os.kill(worker, signal.SIGUSR1)
+        assert seen + [batch.indices.tolist() for batch in batches] == expected
+        assert {process.pid for process in multiprocessing.active_children()} == set(workers)
+        loader.close()
+        assert not multiprocessing.active_children()
+
+
 def test_a_worker_that_hangs(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "read", lambda _: time.sleep(60))
     began = time.monotonic()
