@@ -46,7 +46,12 @@ def on_both(nodes: tuple[Node, Node], data: Path, out: Path, logs: Path, *flags:
     """torchrun on each node, as docs/launch.md has it; their output goes to `logs/HOST.log`."""
     torchrun = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=0"),
-        *("--rdzv-backend=c10d", f"--rdzv-endpoint={nodes[0].host}:29500", "--rdzv-id=leoclr"),
+        *(
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={nodes[0].host}:29500",
+            "--rdzv-id=leoclr",
+            "--rdzv-conf=read_timeout=20",
+        ),
     ]
     started = []
     for node in nodes:
