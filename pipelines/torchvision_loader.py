@@ -174,8 +174,8 @@ def _already_a_batch(batch: Any) -> Any:
 
 
 def _stay_out_of_signals(_worker: int) -> None:
-    """Ctrl-C, torchrun and SLURM signal whole groups of processes. How the run ends is then for the main process to say: it
-    may still have to save, and a worker that dies would break that. SIGTERM to a worker alone still ends it.
+    """Ctrl-C, torchrun and SLURM signal whole groups of processes. The main process then ends the run, and may have to
+    save first; a worker that dies would break that. SIGTERM to a worker alone still ends it.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
