@@ -50,7 +50,6 @@ def on_both(nodes: tuple[Node, Node], data: Path, out: Path, logs: Path, *flags:
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={nodes[0].host}:29500",
             "--rdzv-id=leoclr",
-            "--rdzv-conf=read_timeout=20",
         ),
     ]
     started = []
