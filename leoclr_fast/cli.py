@@ -17,6 +17,7 @@ from dataset_tools.command_line import Command, parse_flags, print_commands, run
 from leoclr_fast.commands.bench_augment import BenchAugment
 from leoclr_fast.commands.bench_loader import BenchLoader
 from leoclr_fast.commands.bench_loss import BenchLoss
+from leoclr_fast.commands.bench_scaling import BenchScaling
 from leoclr_fast.commands.bench_step import BenchStep
 from leoclr_fast.commands.bench_train_time import BenchTrainTime
 from leoclr_fast.commands.compare import Compare
@@ -58,6 +59,7 @@ COMMANDS: dict[str, type[Any]] = {
     "bench loss": BenchLoss,
     "bench step": BenchStep,
     "bench train-time": BenchTrainTime,
+    "bench scaling": BenchScaling,
 }
 """A name may be of two words; its first word alone lists what follows it."""
 
