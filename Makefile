@@ -9,6 +9,7 @@ PYTHON ?= python3
 FFCV ?= yes
 DEMO_ARGS ?= --out runs/demo
 TEST_ARGS ?=
+TEST_JOBS ?= 2
 
 bin := .venv/bin
 stamp := .venv/setup.stamp
@@ -18,7 +19,7 @@ timed = @TIMEFORMAT='[make] $(1): %0R s'; time
 
 help:
 	@echo 'make demo       set up, draw a small data set, pretrain LeOCLR on it    DEMO_ARGS="$(DEMO_ARGS)"'
-	@echo 'make test       set up, lint, run the tests                             TEST_ARGS="-k queue"'
+	@echo 'make test       set up, lint, run the tests                             TEST_ARGS="-k queue" TEST_JOBS=4'
 	@echo 'make test-long  set up, run the long campaigns                          TEST_ARGS="-k queue"'
 	@echo 'make lint       set up, then ruff, mypy and import-linter'
 	@echo 'make setup      everything into .venv; takes no time when up to date    PYTHON=python3.12 FFCV=no CHROMIUM=no'
@@ -39,7 +40,7 @@ demo: setup
 	$(call timed,demo) $(bin)/leoclr-fast demo $(DEMO_ARGS)
 
 test: lint
-	$(call timed,tests) $(bin)/python -m pytest -m "not long" --durations=15 $(TEST_ARGS)
+	$(call timed,tests) OMP_WAIT_POLICY=PASSIVE $(bin)/python -m pytest -m "not long" --numprocesses=$(TEST_JOBS) --dist=loadfile --durations=15 $(TEST_ARGS)
 
 test-long: setup
 	$(call timed,long tests) $(bin)/python -m pytest -m long --durations=15 $(TEST_ARGS)

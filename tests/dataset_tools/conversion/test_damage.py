@@ -352,9 +352,9 @@ def test_damage_to_what_lies_around_an_image_names_the_sample(data: Path, format
 
 def test_files_that_are_cut_short_or_missing(data: Path, format: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = sorted(set(os.listdir(data)) - {"manifest.json", "quarantine.jsonl"})
-    for name in names if format == "ffcv" else [*names[:3], *names[-3:]]:
+    for name in names if format == "ffcv" else [names[0], *names[-3:]]:
         kept = (data / name).read_bytes()
-        for size in (0, 1, len(kept) // 2, len(kept) - 1, len(kept) + 1):
+        for size in (0, len(kept) // 2, len(kept) - 1, len(kept) + 1):
             (data / name).write_bytes((kept + b"\0")[:size])
             expected = f"{name}: it has {size:,} bytes and not {len(kept):,}"
             assert expected in problems(data)
@@ -370,12 +370,13 @@ def test_files_that_are_cut_short_or_missing(data: Path, format: str, capsys: py
     assert problems(data) == []
 
 
-def test_every_byte_of_the_manifest(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.long)])
+def test_every_byte_of_the_manifest(data: Path, capsys: pytest.CaptureFixture[str], stride: int) -> None:
     """Any flip of any bit: none goes unseen, and none makes a mess."""
     path = data / "manifest.json"
     text = path.read_bytes()
     chance = random.Random(11)
-    for at in range(len(text)):
+    for at in range(0, len(text), stride):
         path.write_bytes(text[:at] + bytes([text[at] ^ (1 << chance.randrange(8))]) + text[at + 1 :])
         with pytest.raises(ValueError, match=f"{path} cannot be used: "):
             Manifest.load(data)

@@ -175,7 +175,7 @@ def test_a_disk_that_fills_up(disks: Any, commands: Any, source: Path, expected:
     assert os.listdir(disk.path) == ["made"]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["ffcv", pytest.param("webdataset", marks=pytest.mark.long)])
 def test_a_disk_that_fills_up_near_the_end(
     disks: Any, commands: Any, source: Path, expected: dict[str, Path], format: str
 ) -> None:
@@ -254,7 +254,7 @@ def test_the_disk_is_full_at_one_file(
     assert contents(disk.path / "made") == contents(expected[format])
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["ffcv", pytest.param("webdataset", marks=pytest.mark.long)])
 def test_a_merge_whose_disk_fills_up(
     disks: Any, commands: Any, source: Path, expected: dict[str, Path], tmp_path: Path, format: str
 ) -> None:

@@ -262,7 +262,7 @@ def test_kills_between_the_calls_that_change_files(small_case: Case) -> None:
     total = count_calls(small_case)
     chance = random.Random(5)
     assert total > 40
-    calls = [*chance.sample(range(1, total - 20), 8), *chance.sample(range(total - 20, total + 1), 12)]
+    calls = [*chance.sample(range(1, total - 20), 4), *chance.sample(range(total - 20, total + 1), 6)]
     kill_at_each(small_case, calls, chance)
 
 
