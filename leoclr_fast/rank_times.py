@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 STRAGGLER_FACTOR = 1.5
 """A rank is slow if its own part of a step takes so many times as long as the ranks' median."""
 _LEAST_SHARE = 0.1
+_LEAST_STEPS = 10
 
 
 class StepStopwatch:
@@ -39,42 +40,54 @@ class StepStopwatch:
 class RankTimes:
     """The times of all ranks between two looks at the metrics. The same on every rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, warns: bool = True) -> None:
+        """warns: whether this rank is the one that tells of slow ones."""
+        self._warns = warns
         self._reports: list[list[StepReport]] = []
+        self._judged: list[list[StepReport]] = []
         self._slow: set[int] = set()
 
     def add(self, reports: list[StepReport]) -> None:
         """The reports of all ranks on one step."""
         if len(reports) > 1:
             self._reports.append(reports)
+            self._judged.append(reports)
 
     def take(self) -> dict[str, list[float]]:
         """Means over the steps since the last time, one number for each rank: rank_step_s, rank_data_wait_s,
         rank_own_s (without waiting for other ranks, or on a GPU for the device); empty for a single rank.
 
-        Warns of a rank that makes the others wait, once until it is as fast as they are.
+        Warns of a rank that makes the others wait for ten steps or longer, once until it is as fast as they are.
         """
-        if not self._reports:
-            return {}
-        means = {
-            f"rank_{name}": [
-                statistics.fmean(getattr(r, name) for r in rank) for rank in zip(*self._reports, strict=True)
-            ]
-            for name in ("step_s", "data_wait_s", "own_s")
-        }
+        if len(self._judged) >= _LEAST_STEPS:
+            self._judge(_means(self._judged))
+            self._judged = []
+        means = _means(self._reports) if self._reports else {}
         self._reports = []
-        slow = slow_ranks(means["rank_own_s"], statistics.median(means["rank_step_s"]))
-        for rank in sorted(slow - self._slow):
+        return {name: [round(value, 6) for value in values] for name, values in means.items()}
+
+    def _judge(self, means: dict[str, list[float]]) -> None:
+        own_s = means["rank_own_s"]
+        slow = slow_ranks(own_s, statistics.median(means["rank_step_s"]))
+        for rank in sorted(slow - self._slow) if self._warns else ():
             log.warning(
                 "rank %d is slow: %.3f s of its own in a step, the ranks' median is %.3f s, and all wait for it; data "
                 "wait %.3f s",
                 rank,
-                means["rank_own_s"][rank],
-                statistics.median(means["rank_own_s"]),
+                own_s[rank],
+                statistics.median_low(own_s),
                 means["rank_data_wait_s"][rank],
             )
         self._slow = slow
-        return {name: [round(value, 6) for value in values] for name, values in means.items()}
+
+
+def _means(reports: list[list[StepReport]]) -> dict[str, list[float]]:
+    """Over the steps, one for each rank."""
+    by_rank = list(zip(*reports, strict=True))
+    return {
+        f"rank_{name}": [statistics.fmean(getattr(report, name) for report in rank) for rank in by_rank]
+        for name in ("step_s", "data_wait_s", "own_s")
+    }
 
 
 def slow_ranks(own_s: list[float], step_s: float) -> set[int]:

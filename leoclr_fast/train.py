@@ -233,7 +233,7 @@ def _train(run: _Run) -> dict[str, Any]:
             _evaluate(run)
         metrics = StepMetrics(ranks, training.step, loss_is_scaled=training.scaler.is_enabled())
         meter = DeviceMeter(result, run.config.speed.precision, ranks.world_size, run.loader.device)
-        agreement, rank_times, stopping = StepAgreement(run.side), RankTimes(), False
+        agreement, rank_times, stopping = StepAgreement(run.side), RankTimes(warns=ranks.is_main), False
         clock = TrainingClock(training.step)
         stopwatch = StepStopwatch(lambda: clock.data_wait_s, _waits_for_others(ranks, metrics))
         remaining_batches = islice(_batches_from(run.loader, training.step), max(0, run.last_step - training.step))
