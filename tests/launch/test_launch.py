@@ -168,7 +168,8 @@ def test_every_machine_gets_the_same_meeting_point(job: dict[str, str]) -> None:
     words = [line[1:-1] for line in told.splitlines() if line.startswith("[")]
     assert code == 0
     assert "--cpus-per-task=7" in words
-    assert f"--rdzv-endpoint=localhost:{10_000 + int(JOB_ID) % 20_000}" in words
+    assert "--master-addr=localhost" in words
+    assert f"--master-port={10_000 + int(JOB_ID) % 20_000}" in words
     assert "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in words
     assert words[words.index("pretrain") : words.index("--out")] == ["pretrain", "leoclr_demo", "--data", job["DATA"]]
 
