@@ -28,24 +28,26 @@ class StopSignals:
     name: str = ""
     saving: bool = False
     """Set it before what must not be cut short: from then on every further signal is ignored."""
+    repeats_insist: bool = True
+    """Whether a second signal of any kind interrupts at once; else only a second Ctrl-C half a second later does."""
     _since_s: float = 0.0
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
-        """The signal handler.
-
-        A scheduler and torchrun may both send the same signal, so that repeated ones mean nothing new. A second Ctrl-C
-        half a second later means it, and interrupts at once.
-        """
+        """The signal handler."""
         if not self.requested:
             self.requested, self.name, self._since_s = True, signal.Signals(number).name, time.monotonic()
-        elif number == signal.SIGINT and not self.saving and time.monotonic() - self._since_s > _AT_ONCE_AFTER_S:
+        elif not self.saving and (self.repeats_insist or self._is_meant(number)):
             raise KeyboardInterrupt
+
+    def _is_meant(self, number: int) -> bool:
+        """Not sent by a scheduler and torchrun both, nor by a terminal to a whole group of processes."""
+        return number == signal.SIGINT and time.monotonic() - self._since_s > _AT_ONCE_AFTER_S
 
 
 @contextmanager
-def stop_signals(enabled: bool) -> Iterator[StopSignals]:
-    """Receive signals instead of dying of them; the handlers of before come back at the end."""
-    stop = StopSignals()
+def stop_signals(enabled: bool, *, repeats_insist: bool = True) -> Iterator[StopSignals]:
+    """Receive signals instead of dying of them; the handlers of before come back at the end. See `StopSignals`."""
+    stop = StopSignals(repeats_insist=repeats_insist)
     if not enabled or threading.current_thread() is not threading.main_thread():
         yield stop
         return

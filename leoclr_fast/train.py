@@ -228,7 +228,7 @@ class _LastWords:
 def _train(run: _Run) -> dict[str, Any]:
     result, training, ranks, watchdog = run.config.result, run.training, run.ranks, run.watchdog
     steps_per_epoch = run.loader.steps_per_epoch
-    with stop_signals(enabled=True) as stop:
+    with stop_signals(enabled=True, repeats_insist=False) as stop:
         if training.step == 0:
             _evaluate(run)
         metrics = StepMetrics(ranks, training.step, loss_is_scaled=training.scaler.is_enabled())
