@@ -43,7 +43,9 @@ from tests.leoclr_fast.rank_program import (
     trained_config,
 )
 
-LIMIT_S = 240
+LIMIT_S = 270
+
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
