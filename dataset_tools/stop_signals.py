@@ -56,4 +56,5 @@ def stop_signals(enabled: bool, *, repeats_insist: bool = True) -> Iterator[Stop
         yield stop
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == stop.receive:
+                signal.signal(number, handler)

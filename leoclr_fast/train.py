@@ -85,6 +85,8 @@ def pretrain(
     )
     with (
         process_group(config.speed.device, monitor.join_limit_s) as (joined_ranks, device),
+        # torchrun sends SIGTERM to all when one has died: there must be time to say which one.
+        stop_signals(enabled=joined_ranks.world_size > 1, repeats_insist=False) as stop,
         watched(Rendezvous.of_environment(), limits, last_words) as watchdog,
         SideGroup(joined_ranks) as side,
         ExitStack() as stack,
@@ -181,6 +183,7 @@ def pretrain(
             knn=knn,
             ranks=ranks,
             side=side,
+            stop=stop if ranks.world_size > 1 else None,
             watchdog=watchdog,
             writer=writer,
             display=display,
@@ -204,6 +207,8 @@ class _Run:
     knn: KnnEvaluation | None
     ranks: Ranks
     side: SideGroup
+    stop: StopSignals | None
+    """Of several ranks: from the start on. A single one can be stopped at once until its first step."""
     watchdog: Watchdog
     writer: CheckpointWriter | None
     """Of the first rank."""
@@ -228,7 +233,8 @@ class _LastWords:
 def _train(run: _Run) -> dict[str, Any]:
     result, training, ranks, watchdog = run.config.result, run.training, run.ranks, run.watchdog
     steps_per_epoch = run.loader.steps_per_epoch
-    with stop_signals(enabled=True, repeats_insist=False) as stop:
+    own_signals = stop_signals(enabled=True, repeats_insist=False) if run.stop is None else nullcontext(run.stop)
+    with own_signals as stop:
         if training.step == 0:
             _evaluate(run)
         metrics = StepMetrics(ranks, training.step, loss_is_scaled=training.scaler.is_enabled())

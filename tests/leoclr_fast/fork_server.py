@@ -25,6 +25,8 @@ from leoclr_fast.cli import run_command
 
 def rank_main(arguments: list[str], pids: str) -> None:
     """One rank, until its end."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)  # the agent's are inherited
     rank = os.environ.get("RANK", "0")
     (Path(pids) / f"rank-{rank}").write_text(str(os.getpid()))
     code = run_command(arguments)
