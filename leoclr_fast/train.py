@@ -235,16 +235,18 @@ def _train(run: _Run) -> dict[str, Any]:
     steps_per_epoch = run.loader.steps_per_epoch
     own_signals = stop_signals(enabled=True, repeats_insist=False) if run.stop is None else nullcontext(run.stop)
     with own_signals as stop:
-        if training.step == 0:
+        if training.step == 0 or (_knn_is_due(run) and _lacks_knn(run)):
             _evaluate(run)
         metrics = StepMetrics(ranks, training.step, loss_is_scaled=training.scaler.is_enabled())
         meter = DeviceMeter(result, run.config.speed.precision, ranks.world_size, run.loader.device)
         agreement, rank_times, stopping = StepAgreement(run.side), RankTimes(warns=ranks.is_main), False
         clock = TrainingClock(training.step)
         stopwatch = StepStopwatch(lambda: clock.data_wait_s, _waits_for_others(ranks, metrics))
-        remaining_batches = islice(_batches_from(run.loader, training.step), max(0, run.last_step - training.step))
+        remaining_batches = islice(
+            _batches_from(run.loader, training.step, watchdog), max(0, run.last_step - training.step)
+        )
         watchdog.start_steps(training.step)
-        for batch in clock.timed(_announced(remaining_batches, watchdog)):
+        for batch in clock.timed(remaining_batches):
             lr = learning_rate(result.optimizer.schedule, result.lr, training.step, steps_per_epoch, result.epochs)
             with explained_out_of_memory(run.step, batch), _first_of(clock, training, watchdog):
                 metrics.add(run.step(batch, lr))
@@ -270,7 +272,8 @@ def _train(run: _Run) -> dict[str, Any]:
         stopping = any(report.stop for report in agreement.settle()) or stopping
         if stopping:
             _stop(run, stop)
-    return _finish(run, clock)
+    with watchdog.phase("the end of the run"):
+        return _finish(run, clock)
 
 
 def _stop(run: _Run, stop: StopSignals) -> None:
@@ -291,25 +294,39 @@ def _waits_for_others(ranks: Ranks, metrics: StepMetrics) -> Callable[[], float]
     return meter.seconds if meter is not None else lambda: metrics.device_wait_s
 
 
-def _announced(batches: Iterator[CropBatch], watchdog: Watchdog) -> Iterator[CropBatch]:
-    """The batches; the first one may take its time."""
-    with watchdog.phase("the start of the loader"):
-        first = next(batches, None)
-    if first is not None:
-        yield first
-        yield from batches
-
-
 def _first_of(clock: TrainingClock, training: TrainingState, watchdog: Watchdog) -> AbstractContextManager[None]:
     """The first step may take its time: it compiles."""
     return watchdog.phase("the first step") if training.step == clock.first_step else nullcontext()
 
 
-def _batches_from(loader: Loader, step: int) -> Iterator[CropBatch]:
-    """The batches of all epochs to come, from the one that follows `step` finished steps."""
+def _batches_from(loader: Loader, step: int, watchdog: Watchdog) -> Iterator[CropBatch]:
+    """The batches of all epochs to come, from the one that follows `step` finished steps; an epoch's first one may take
+    its time.
+    """
     first_epoch, start_step = divmod(step, loader.steps_per_epoch)
     for epoch in count(first_epoch):
-        yield from loader.batches(epoch, start_step if epoch == first_epoch else 0)
+        batches = loader.batches(epoch, start_step if epoch == first_epoch else 0)
+        with watchdog.phase(f"the start of epoch {epoch}"):
+            first = next(batches, None)
+        if first is not None:
+            yield first
+        yield from batches
+
+
+def _knn_is_due(run: _Run) -> bool:
+    """Whether the step that was finished last is followed by an evaluation; the last one of all has its own."""
+    epochs, step_in_epoch = divmod(run.training.step, run.loader.steps_per_epoch)
+    every = run.config.monitor.knn_every_epochs
+    return bool(every) and step_in_epoch == 0 and epochs % every == 0 and run.training.step != run.last_step
+
+
+def _lacks_knn(run: _Run) -> bool:
+    """Whether the log has no evaluation of the step that was finished last.
+
+    Only the first rank reads the log: it may still be writing to it when another one comes here.
+    """
+    missing = run.ranks.is_main and not run.folder.has_knn_of(run.training.step)
+    return run.ranks.main_says(missing, run.loader.device)
 
 
 def _between_steps(
@@ -327,7 +344,7 @@ def _between_steps(
     step, monitor = run.training.step, run.config.monitor
     finished_epochs, step_in_epoch = divmod(step, run.loader.steps_per_epoch)
     epoch_ends, last = step_in_epoch == 0, step == run.last_step
-    knn_due = epoch_ends and not last and monitor.knn_every_epochs and finished_epochs % monitor.knn_every_epochs == 0
+    knn_due = _knn_is_due(run)
     save_due = not last and (
         (epoch_ends and finished_epochs % monitor.checkpoint_every_epochs == 0)
         or (monitor.checkpoint_every_steps is not None and step % monitor.checkpoint_every_steps == 0)
@@ -339,10 +356,18 @@ def _between_steps(
     if run.writer is not None:
         run.writer.raise_error()
     with clock.paused():
+        if save_due:  # before the evaluation, which may take longer than a scheduler's patience
+            _save(run)
         top1 = _evaluate(run) if knn_due else None
-        if save_due or (run.writer is not None and top1 is not None and run.writer.is_best(top1)):
-            _save(run, top1)
-            run.diary.report()
+        if run.writer is not None and top1 is not None:
+            run.writer.flush()
+            if save_due:
+                run.writer.mark_best(step, top1)
+            elif run.writer.is_best(top1):
+                _save(run, top1)
+        if save_due or knn_due:
+            with run.watchdog.phase("the report"):
+                run.diary.report()
 
 
 def _speed(run: _Run, clock: TrainingClock, meter: DeviceMeter) -> dict[str, float]:
@@ -414,9 +439,7 @@ def _finish(run: _Run, clock: TrainingClock) -> dict[str, Any]:
     trained = step > clock.first_step
     if trained:
         _save(run, wait=True)
-    # Only the first rank reads the log: it may still be writing to it when another one comes here.
-    knn_is_missing = run.ranks.is_main and not run.folder.has_knn_of(step)
-    if run.ranks.main_says(knn_is_missing, run.loader.device):
+    if _lacks_knn(run):
         top1 = _evaluate(run)
         if trained and run.writer is not None and top1 is not None:
             run.writer.mark_best(step, top1)

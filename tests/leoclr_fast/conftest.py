@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from leoclr_fast.config import (
     SpeedConfig,
 )
 from pipelines.config import ViewConfig
+from tests.leoclr_fast.forked_runs import ForkedRuns, fork_server
 
 
 def write_tiny_images(folder: Path, *, num_train: int = 40, num_val: int = 12) -> Path:
@@ -74,3 +76,10 @@ def tiny_config(method: str = "leoclr", **changes: Any) -> RunConfig:
 def _changed(config: Any, path: list[str], value: Any) -> Any:
     head, *rest = path
     return replace(config, **{head: _changed(getattr(config, head), rest, value) if rest else value})
+
+
+@pytest.fixture(scope="session")
+def runs() -> Iterator[ForkedRuns]:
+    """Starts runs in processes of their own."""
+    with fork_server() as server:
+        yield server

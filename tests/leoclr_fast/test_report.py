@@ -7,8 +7,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +31,10 @@ from leoclr_fast.run_folder import RunFolder
 from leoclr_fast.telemetry import NonFiniteLossError
 from leoclr_fast.train import pretrain
 from tests.leoclr_fast.conftest import tiny_config, write_tiny_images
+from tests.leoclr_fast.forked_runs import ForkedRuns, finished_steps
 from tests.leoclr_fast.test_bad_input import pretrain_line, refused
 from tests.leoclr_fast.test_cli import succeeded
-from tests.leoclr_fast.test_resume import command, environment, finished_steps, run_and_kill
+from tests.leoclr_fast.test_resume import run_and_kill, start_run
 from tests.leoclr_fast.written_run import knn, start, step_record, written_run
 
 
@@ -116,10 +115,10 @@ def test_elements_escape_everything_that_is_not_markup() -> None:
 
 @pytest.mark.timeout(300)
 def test_a_killed_run_has_a_report_that_says_so(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], runs: ForkedRuns, tiny_data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    run_and_kill(command(tiny_data, run), run, kill_at=9)
+    run_and_kill(start_run(runs, tiny_data, run), run, kill_at=9)
     left = (run / "report.html").read_text()  # of its last checkpoint
     assert "Running, after step" in left
     assert "a run that was killed since could not say so" in left
@@ -136,16 +135,12 @@ def test_a_killed_run_has_a_report_that_says_so(
 
 
 @pytest.mark.timeout(300)
-def test_a_stopped_run_says_by_what(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_says_by_what(runs: ForkedRuns, tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with subprocess.Popen(
-        command(tiny_data, run, extra=("--epochs=200",)), env=environment(), stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        while finished_steps(run) < 3 and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 130
+    process = start_run(runs, tiny_data, run, extra=("--epochs=200",))
+    process.wait_for_step(run, 3)
+    os.kill(process.process, signal.SIGTERM)
+    assert process.wait(60) == 130
     page = (run / "report.html").read_text()
     assert re.search(
         r"Stopped after step \d+ of 600 .*: stopped by SIGTERM after step \d+; a checkpoint was saved", page

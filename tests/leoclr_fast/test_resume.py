@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint
 from leoclr_fast.run_folder import RunFolder
-from tests.leoclr_fast.forked_runs import ForkedRun, ForkedRuns, finished_steps, fork_server
+from tests.leoclr_fast.forked_runs import ForkedRun, ForkedRuns, finished_steps
 
 NUM_STEPS = 24  # eight epochs of three steps
 FLAGS = [
@@ -34,13 +33,7 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def runs() -> Iterator[ForkedRuns]:
-    with fork_server() as server:
-        yield server
-
-
-def start(runs: ForkedRuns, data: Path, out: Path, ranks: int = 1, extra: tuple[str, ...] = ()) -> ForkedRun:
+def start_run(runs: ForkedRuns, data: Path, out: Path, ranks: int = 1, extra: tuple[str, ...] = ()) -> ForkedRun:
     arguments = ["pretrain", "leoclr_demo", f"--data={data}", f"--out={out}", *FLAGS, *extra]
     return runs.start(arguments, out.with_suffix(".log"), ranks=ranks)
 
@@ -91,13 +84,13 @@ def assert_identical(interrupted: Path, uninterrupted: Path) -> None:
 def test_sigkill_at_five_random_steps_changes_nothing(runs: ForkedRuns, tiny_data: Path, tmp_path: Path) -> None:
     """Killed five times on its way, in the middle of epochs too: each time it continues from its last checkpoint."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_to_the_end(start(runs, tiny_data, whole))
+    run_to_the_end(start_run(runs, tiny_data, whole))
     kill_points = sorted(random.Random(0).sample(range(2, NUM_STEPS - 2), 5))
     assert any(step % 3 for step in kill_points)
     for kill_at in kill_points:
-        run_and_kill(start(runs, tiny_data, killed), killed, kill_at)
+        run_and_kill(start_run(runs, tiny_data, killed), killed, kill_at)
         assert not (killed / "final.safetensors").exists()
-    run_to_the_end(start(runs, tiny_data, killed))
+    run_to_the_end(start_run(runs, tiny_data, killed))
     assert_identical(killed, whole)
 
 
@@ -105,17 +98,17 @@ def test_sigkill_at_five_random_steps_changes_nothing(runs: ForkedRuns, tiny_dat
 def test_two_ranks_killed_in_the_middle_of_an_epoch(runs: ForkedRuns, tiny_data: Path, tmp_path: Path) -> None:
     """The same with gloo under torch's elastic agent, with shuffled batch-norm between the ranks."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_to_the_end(start(runs, tiny_data, whole, ranks=2))
+    run_to_the_end(start_run(runs, tiny_data, whole, ranks=2))
     for kill_at in (7, 16):
-        run_and_kill(start(runs, tiny_data, killed, ranks=2), killed, kill_at)
-    run_to_the_end(start(runs, tiny_data, killed, ranks=2))
+        run_and_kill(start_run(runs, tiny_data, killed, ranks=2), killed, kill_at)
+    run_to_the_end(start_run(runs, tiny_data, killed, ranks=2))
     assert_identical(killed, whole)
 
 
 @pytest.mark.timeout(300)
 def test_sigterm_saves_and_the_same_command_continues(runs: ForkedRuns, tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run = start(runs, tiny_data, out, extra=("--epochs=200",))
+    run = start_run(runs, tiny_data, out, extra=("--epochs=200",))
     run.wait_for_step(out, 5)
     os.kill(run.process, signal.SIGTERM)
     assert run.wait(60) == 130, run.output()

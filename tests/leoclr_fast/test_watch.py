@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -18,8 +17,9 @@ from rich.console import Console
 from leoclr_fast.report.run_record import read_run
 from leoclr_fast.report.watch import seconds_left, sparkline, watch
 from leoclr_fast.run_folder import RunFolder
+from tests.leoclr_fast.forked_runs import ForkedRuns
 from tests.leoclr_fast.test_cli import succeeded
-from tests.leoclr_fast.test_resume import command, environment, finished_steps
+from tests.leoclr_fast.test_resume import start_run
 from tests.leoclr_fast.written_run import end, knn, start, step_record, written_run
 
 STEPS = [step_record(step) for step in range(10, 101, 10)]
@@ -112,15 +112,11 @@ def test_a_narrow_terminal_and_a_run_without_anything(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_real_run_is_watched_from_another_process(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_real_run_is_watched_from_another_process(runs: ForkedRuns, tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with subprocess.Popen(
-        command(tiny_data, run), env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    ) as process:
-        while finished_steps(run) < 2 and process.poll() is None:
-            time.sleep(0.01)
-        console = terminal()
-        document = watch(run, console, every_s=0.1)
-        assert process.wait(120) == 0
+    process = start_run(runs, tiny_data, run)
+    process.wait_for_step(run, 2)
+    document = watch(run, terminal(), every_s=0.1)
+    assert process.wait() == 0
     assert (document["state"], document["step"]) == ("finished", 24)
     assert document["loss"] == RunFolder(run).read_metrics("step")[-1]["loss"]
