@@ -20,7 +20,7 @@ class Compare(CommonFlags):
     """Run folders; those that differ in nothing but the seed are averaged."""
 
     def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.evaluation_table import evaluation_table
+        from leoclr_fast.report.evaluation_table import evaluation_table
 
         table = evaluation_table(self.runs)
         say(console, table.as_markdown())

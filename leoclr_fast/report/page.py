@@ -14,7 +14,6 @@ from typing import Any
 from PIL import Image
 
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.evaluation_table import METRICS
 from leoclr_fast.recipes import RECIPES
 from leoclr_fast.report.comparison import (
     Pair,
@@ -27,6 +26,7 @@ from leoclr_fast.report.comparison import (
 from leoclr_fast.report.curves import plots_of
 from leoclr_fast.report.document import Section, document
 from leoclr_fast.report.elements import Content, Markup, element, joined, table
+from leoclr_fast.report.evaluation_table import METRICS
 from leoclr_fast.report.figure import figure
 from leoclr_fast.report.plots import MAX_POINTS, svg_of
 from leoclr_fast.report.reference import Reference, find_reference

@@ -12,8 +12,8 @@ import pytest
 
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import RunConfig
-from leoclr_fast.evaluation_table import EvaluationTable, Row, evaluation_table
 from leoclr_fast.recipes import get_recipe
+from leoclr_fast.report.evaluation_table import EvaluationTable, Row, evaluation_table
 from leoclr_fast.run_folder import RunFolder
 from tests.leoclr_fast.test_bad_input import refused
 from tests.leoclr_fast.written_run import end, knn, start, step_record, written_run
