@@ -283,6 +283,7 @@ def test_duplicates_are_refused(write_tar, again: str) -> None:
         (b"PK\x03\x04" + bytes(2000), "unpack other archives"),
         (gzip.compress(b"not a tar" * 1000), "cannot be used: it is damaged or cut short"),
     ],
+    ids=["empty", "a JPEG", "a zip", "another thing in gzip"],
 )
 def test_files_that_are_no_tar(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "file"
