@@ -81,14 +81,20 @@ class Command:
         self.log = log
         log.write_bytes(b"")
         self.code: int | None = None
+        leads, tells = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
+            os.setsid()
+            os.close(tells)
+            os.close(leads)
             self._run([str(argument) for argument in arguments], prepare)
+        os.close(tells)
+        os.read(leads, 1)  # ends when the process leads its session: whoever kills the group finds it
+        os.close(leads)
 
     def _run(self, arguments: list[str], prepare: Callable[[], None]) -> None:
         code = 99
         try:
-            os.setsid()
             descriptor = os.open(self.log, os.O_WRONLY | os.O_APPEND)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
