@@ -28,7 +28,7 @@ from leoclr_fast.bench.tables import markdown_table, percent, spread
 from leoclr_fast.checkpoint_writer import CheckpointWriter
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.environment import environment
-from leoclr_fast.process_group import resolve_device
+from leoclr_fast.ranks.process_group import resolve_device
 from leoclr_fast.run_folder import RunFolder
 from pipelines.config import LoaderConfig
 

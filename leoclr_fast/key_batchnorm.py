@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leoclr_fast.batch_statistics import batch_statistics
 from leoclr_fast.config import MethodConfig
-from leoclr_fast.distributed import Ranks
+from leoclr_fast.ranks.batch_statistics import batch_statistics
+from leoclr_fast.ranks.collectives import Ranks
 
 
 class KeyBatchNorm2d(nn.BatchNorm2d):

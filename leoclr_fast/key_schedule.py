@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from leoclr_fast.batch_layout import BatchLayout, Indices
 from leoclr_fast.config import MethodConfig
+from leoclr_fast.ranks.batch_layout import BatchLayout, Indices
 from pipelines.counter_rng import KEY_SHUFFLE_STREAM, permutation
 from pipelines.order import rank_slice
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from leoclr_fast.backbone import Encoder
 from leoclr_fast.config import BackboneConfig, MethodConfig
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.key_batchnorm import convert_key_batchnorm
 from leoclr_fast.key_queue import KeyQueue
 from leoclr_fast.losses.info_nce import InfoNCEImpl, info_nce
 from leoclr_fast.momentum import update_key_encoder
-from leoclr_fast.sync_batchnorm import convert_query_batchnorm
+from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.ranks.sync_batchnorm import convert_query_batchnorm
 from pipelines.views import LEOCLR_VIEWS, MOCOV2_VIEWS, ViewRecipe
 
 

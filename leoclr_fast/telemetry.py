@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from leoclr_fast.distributed import Ranks
+from leoclr_fast.ranks.collectives import Ranks
 from leoclr_fast.trackers import Tracker
 
 Item = TypeVar("Item")

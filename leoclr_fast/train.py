@@ -20,24 +20,25 @@ from dataset_tools.subsets import limited
 from leoclr_fast.bottleneck import Bottleneck, find_bottleneck
 from leoclr_fast.checkpoint import list_checkpoints, read_checkpoint, read_newest_checkpoint, state_of, step_of
 from leoclr_fast.checkpoint_writer import CheckpointWriter
-from leoclr_fast.communication_meter import CommunicationMeter
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields
 from leoclr_fast.device_meter import DeviceMeter
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.energy import energy_kwh
 from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
 from leoclr_fast.gpu_state import gpu_state
 from leoclr_fast.memory import explained_out_of_memory
 from leoclr_fast.methods import METHODS
-from leoclr_fast.process_group import Rendezvous, process_group
-from leoclr_fast.rank_agreement import require_same_everywhere
-from leoclr_fast.rank_times import RankTimes, StepStopwatch
+from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.ranks.communication_meter import CommunicationMeter
+from leoclr_fast.ranks.process_group import Rendezvous, process_group
+from leoclr_fast.ranks.same_start import require_same_everywhere
+from leoclr_fast.ranks.side_group import SideGroup
+from leoclr_fast.ranks.step_agreement import StepAgreement, StepReport
+from leoclr_fast.ranks.step_times import RankTimes, StepStopwatch
+from leoclr_fast.ranks.watchdog import Watchdog, WatchdogLimits, watched
 from leoclr_fast.run_diary import RunDiary
 from leoclr_fast.run_folder import RunFolder, write_json
 from leoclr_fast.schedules import learning_rate
-from leoclr_fast.side_group import SideGroup
-from leoclr_fast.step_agreement import StepAgreement, StepReport
 from leoclr_fast.telemetry import (
     MetricsLog,
     NonFiniteLossError,
@@ -48,7 +49,6 @@ from leoclr_fast.telemetry import (
 from leoclr_fast.trackers import open_trackers, require_trackers
 from leoclr_fast.training_state import TrainingState
 from leoclr_fast.training_step import TrainingStep
-from leoclr_fast.watchdog import Watchdog, WatchdogLimits, watched
 from leoclr_fast.weights.backbone_file import save_backbone
 from pipelines.batch import CropBatch
 from pipelines.factory import make_loader, settle_loader
@@ -140,7 +140,7 @@ def pretrain(
         display = ProgressDisplay(console or Console(), total_steps, enabled=ranks.is_main)
         stack.callback(display.close)
         headline = _headline(config, len(split), order.steps_per_epoch, device, ranks)
-        for line in (splits.note, headline, *(gpu_warnings or [])):
+        for line in (splits.note, headline, ranks.placement, *(gpu_warnings or [])):
             if line:
                 display.say(line)
         views = METHODS[config.result.method.name].views

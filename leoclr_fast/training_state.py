@@ -11,9 +11,9 @@ from torch import Tensor
 
 from leoclr_fast.config import ResultConfig, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields, from_plain
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.methods import MomentumContrast, build_method
 from leoclr_fast.precision import encoder_dtype
+from leoclr_fast.ranks.collectives import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from leoclr_fast.acceleration import captures_step, compiles_encoders
-from leoclr_fast.batch_layout import BatchLayout
 from leoclr_fast.config import RunConfig
 from leoclr_fast.folded_encoder import FoldedEncoder
-from leoclr_fast.gradient_compression import wire_dtype
 from leoclr_fast.graph_capture import StaticFunction
 from leoclr_fast.key_schedule import KeyOrder, KeySchedule
 from leoclr_fast.precision import encoder_precision, require_precision, view_dtype
+from leoclr_fast.ranks.batch_layout import BatchLayout
+from leoclr_fast.ranks.gradient_compression import wire_dtype
 from leoclr_fast.telemetry import STEP_METRICS
 from leoclr_fast.training_state import TrainingState
 from pipelines.augment import AugmentParameters, augment_crops, draw_augmentation

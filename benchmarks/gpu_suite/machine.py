@@ -11,7 +11,7 @@ from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig
 from leoclr_fast.energy import EnergyMeter
 from leoclr_fast.environment import environment
 from leoclr_fast.gpu_state import gpu_state
-from leoclr_fast.process_group import resolve_device
+from leoclr_fast.ranks.process_group import resolve_device
 
 _OPTIONAL = ("triton", "nvidia.dali", "ffcv", "lightly", "pynvml", "tyro", "yaml", "pytest")
 _SHOWN = ("torch", "triton", "torchvision", "numpy", "lightly")

@@ -25,7 +25,7 @@ from leoclr_fast.bench.tables import markdown_table, number, percent, spread
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.environment import environment
 from leoclr_fast.gpu_state import gpu_state
-from leoclr_fast.process_group import resolve_device
+from leoclr_fast.ranks.process_group import resolve_device
 from pipelines.cores import available_cores
 from pipelines.factory import LOADERS
 

@@ -17,7 +17,7 @@ import torch
 from dataset_tools.sources import Split, open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
-from leoclr_fast.process_group import resolve_device
+from leoclr_fast.ranks.process_group import resolve_device
 from pipelines.batch import CropBatch
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.factory import LOADERS, make_loader

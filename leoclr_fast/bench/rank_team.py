@@ -19,11 +19,11 @@ import torch.distributed as dist
 from leoclr_fast.bench.feeds import training_images
 from leoclr_fast.bench.own_process import OwnProcess
 from leoclr_fast.bench.stopwatch import synchronize
-from leoclr_fast.communication_meter import CommunicationMeter
 from leoclr_fast.config import ResultConfig, RunConfig, SpeedConfig
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.methods import METHODS
-from leoclr_fast.process_group import resolve_device
+from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.ranks.communication_meter import CommunicationMeter
+from leoclr_fast.ranks.process_group import resolve_device
 from leoclr_fast.training_state import TrainingState
 from leoclr_fast.training_step import TrainingStep
 from pipelines.config import LoaderConfig

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-from leoclr_fast.batch_layout import BatchLayout
 from leoclr_fast.bench.communication_volume import communication_volume
 from leoclr_fast.bench.rank_team import RankTeam, RankTurn, TeamConfig, TeamTurn
 from leoclr_fast.bench.scaling_model import FORMULA, ScalingPoint, fit_scaling_model, projected_row
@@ -20,6 +19,7 @@ from leoclr_fast.config import MethodName, ResultConfig, SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.environment import environment
 from leoclr_fast.gpu_state import gpu_state
+from leoclr_fast.ranks.batch_layout import BatchLayout
 from leoclr_fast.recipes import get_recipe
 from pipelines.order import TrainOrder
 

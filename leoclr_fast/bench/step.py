@@ -10,7 +10,6 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from leoclr_fast.acceleration import compiles_encoders
-from leoclr_fast.batch_layout import BatchLayout
 from leoclr_fast.bench.contestant import OurMethod
 from leoclr_fast.bench.feeds import open_feeds, training_images
 from leoclr_fast.bench.setting import BenchSetting, bench_device, departures_from_paper, setting_header
@@ -26,6 +25,7 @@ from leoclr_fast.gpu_state import gpu_state
 from leoclr_fast.key_schedule import KeySchedule
 from leoclr_fast.methods import METHODS
 from leoclr_fast.precision import encoder_precision, view_dtype
+from leoclr_fast.ranks.batch_layout import BatchLayout
 from pipelines.augment import augmented_views
 from pipelines.batch import CropBatch
 from pipelines.config import LoaderConfig

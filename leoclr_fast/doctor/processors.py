@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from leoclr_fast.doctor.control_groups import cpu_quota
 from leoclr_fast.doctor.finding import Finding, Trouble, judged, not_applicable
@@ -56,47 +55,23 @@ def threads(environ: Mapping[str, str] = os.environ) -> Finding:
 
 def numa(root: Path = Path("/")) -> Finding:
     """Memory nodes, and whether this process may use the cores beside each GPU."""
-    nodes = {
-        int(folder.name.removeprefix("node")): cpu_list((folder / "cpulist").read_text())
-        for folder in (root / "sys/devices/system/node").glob("node[0-9]*")
-    }
-    nodes = {number: cpus for number, cpus in sorted(nodes.items()) if cpus}
+    import torch
+
+    from leoclr_fast.memory_nodes import gpu_node, node_cores
+
+    nodes = node_cores(root)
     if len(nodes) < 2:
         return not_applicable(f"{len(nodes)} memory node: all memory is equally near")
     mine = os.sched_getaffinity(0)
     found = ", ".join(f"node {number}: {len(cpus & mine)} of {len(cpus)} cores" for number, cpus in nodes.items())
     troubles = []
-    for gpu, node in _gpu_nodes(root).items():
+    for gpu in range(torch.cuda.device_count()):
+        node = gpu_node(gpu, root)
+        if node is None:
+            continue
         found += f"; GPU {gpu} at node {node}"
         if node in nodes and not nodes[node] & mine:
             what = f"no core beside GPU {gpu} may be used"
             remedy = "Ask for them (SLURM: `--gpu-bind=closest`; by hand: `numactl --cpunodebind`)."
             troubles.append(Trouble("warning", what, remedy))
     return judged(found, troubles)
-
-
-def cpu_list(text: str) -> set[int]:
-    """`0-3,8` as numbers."""
-    numbers: set[int] = set()
-    for part in text.strip().split(","):
-        if part:
-            first, _, last = part.partition("-")
-            numbers |= set(range(int(first), int(last or first) + 1))
-    return numbers
-
-
-def _gpu_nodes(root: Path) -> dict[int, int]:
-    """Number of a GPU → its memory node, of those for which the kernel knows it."""
-    import torch
-
-    nodes = {}
-    for number in range(torch.cuda.device_count()):
-        about: Any = torch.cuda.get_device_properties(number)
-        address = f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
-        try:
-            node = int((root / "sys/bus/pci/devices" / address / "numa_node").read_text())
-        except (OSError, ValueError):
-            continue
-        if node >= 0:
-            nodes[number] = node
-    return nodes

@@ -17,14 +17,14 @@ from dataset_tools.sources import Split
 from dataset_tools.subset_lists import percent_of, read_subset_list, subset_text, write_subset_list
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, SpeedConfig
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.evaluation_folder import evaluation_folder
 from leoclr_fast.evaluate.grid import GridSearch, Trial
 from leoclr_fast.evaluate.labelled_data import LabelledData, open_labelled_data, require_every_class
 from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 from leoclr_fast.evaluate.subject import Subject, load_subject, require_real_images, view_settings
-from leoclr_fast.process_group import process_group
+from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.ranks.process_group import process_group
 from pipelines.config import ViewConfig
 
 log = logging.getLogger(__name__)

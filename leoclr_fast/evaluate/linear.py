@@ -24,7 +24,6 @@ from dataset_tools.sources import Split
 from dataset_tools.splits import hold_out
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints, EvaluationFolder, evaluation_folder
 from leoclr_fast.evaluate.features import encode_batch, extract_features
@@ -36,7 +35,8 @@ from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.evaluate.subject import freeze, load_subject, require_real_images, view_settings
 from leoclr_fast.precision import encoder_dtype
-from leoclr_fast.process_group import process_group
+from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.ranks.process_group import process_group
 from leoclr_fast.run_folder import write_atomically
 from leoclr_fast.telemetry import TrainingClock
 from leoclr_fast.weights.backbone_file import weights_sha256

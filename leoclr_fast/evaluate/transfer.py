@@ -16,7 +16,7 @@ from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.protocols import TransferProtocol
 from leoclr_fast.evaluate.subject import load_subject, require_real_images, view_settings
 from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS, open_transfer_data
-from leoclr_fast.process_group import process_group
+from leoclr_fast.ranks.process_group import process_group
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from leoclr_fast.config import RunConfig
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.memory import OutOfMemoryError, explained_out_of_memory
+from leoclr_fast.ranks.collectives import Ranks
 from leoclr_fast.telemetry import STEP_METRICS, StepMetrics
 from leoclr_fast.training_state import TrainingState
 from leoclr_fast.training_step import TrainingStep

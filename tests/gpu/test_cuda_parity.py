@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from leoclr_fast.batch_layout import BatchLayout
 from leoclr_fast.key_schedule import KeySchedule
 from leoclr_fast.methods import build_method
+from leoclr_fast.ranks.batch_layout import BatchLayout
 from leoclr_fast.run_folder import RunFolder
 from leoclr_fast.train import pretrain
 from pipelines.augment import augment, draw_augmentation

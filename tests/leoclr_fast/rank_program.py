@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leoclr_fast.communication_meter import CommunicationMeter
 from leoclr_fast.config import RunConfig
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.key_batchnorm import KeyBatchNorm2d
-from leoclr_fast.process_group import process_group
-from leoclr_fast.sync_batchnorm import SyncBatchNorm2d
+from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.ranks.communication_meter import CommunicationMeter
+from leoclr_fast.ranks.process_group import process_group
+from leoclr_fast.ranks.sync_batchnorm import SyncBatchNorm2d
 from leoclr_fast.telemetry import STEP_METRICS
 from leoclr_fast.train import pretrain
 from leoclr_fast.training_state import TrainingState

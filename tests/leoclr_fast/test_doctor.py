@@ -17,8 +17,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from leoclr_fast import memory_nodes
 from leoclr_fast.cli import run_command
 from leoclr_fast.doctor import disks, gpus, launchers, limits, memory, processors, python_packages, system
 from leoclr_fast.doctor.checks import CHECKS, Check
@@ -256,8 +258,8 @@ class TestProcessors:
         assert "OMP_NUM_THREADS=many is no number of threads" in finding.found
 
     def test_lists_of_cores(self) -> None:
-        assert processors.cpu_list("0-3,8,10-11\n") == {0, 1, 2, 3, 8, 10, 11}
-        assert processors.cpu_list("\n") == set()
+        assert memory_nodes.cpu_list("0-3,8,10-11\n") == {0, 1, 2, 3, 8, 10, 11}
+        assert memory_nodes.cpu_list("\n") == frozenset()
 
     def test_a_gpu_whose_cores_are_not_ours_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         nodes = tmp_path / "sys/devices/system/node"
@@ -265,7 +267,8 @@ class TestProcessors:
         assert processors.numa(tmp_path).status == "not applicable"
         write(nodes / "node1/cpulist", "4-7\n")
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-        monkeypatch.setattr(processors, "_gpu_nodes", lambda root: {0: 0, 1: 1})
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(memory_nodes, "gpu_node", lambda number, root: number)
         finding = processors.numa(tmp_path)
         assert finding.status == "warning"
         assert finding.found == (

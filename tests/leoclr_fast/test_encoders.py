@@ -10,13 +10,13 @@ import torchvision
 from torch import nn
 
 from leoclr_fast.backbone import Encoder, build_backbone
-from leoclr_fast.batch_layout import BatchLayout
 from leoclr_fast.config import BackboneConfig, MethodConfig
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
 from leoclr_fast.key_schedule import KeySchedule
 from leoclr_fast.methods import MomentumContrast, build_method
 from leoclr_fast.momentum import update_key_encoder
+from leoclr_fast.ranks.batch_layout import BatchLayout
+from leoclr_fast.ranks.collectives import Ranks
 
 TINY = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)
 

@@ -19,11 +19,11 @@ from dataset_tools.sources import open_source
 from leoclr_fast.backbone import build_backbone
 from leoclr_fast.checkpoint import list_checkpoints
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints
 from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
+from leoclr_fast.ranks.collectives import Ranks
 from pipelines.augment import augmented_views
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.factory import make_loader

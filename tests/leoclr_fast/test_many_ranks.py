@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leoclr_fast.config import SpeedConfig
-from leoclr_fast.distributed import Ranks
-from leoclr_fast.gradient_compression import wire_dtype
 from leoclr_fast.methods import METHODS, build_method
-from leoclr_fast.sync_batchnorm import SyncBatchNorm2d
+from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.ranks.gradient_compression import wire_dtype
+from leoclr_fast.ranks.sync_batchnorm import SyncBatchNorm2d
 from pipelines.augment import draw_augmentation
 from pipelines.counter_rng import KEY_SHUFFLE_STREAM, permutation
 from pipelines.order import TrainOrder

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leoclr_fast.config import ResultConfig, RunConfig
-from leoclr_fast.distributed import Ranks
+from leoclr_fast.ranks.collectives import Ranks
 from leoclr_fast.telemetry import STEP_METRICS
 from leoclr_fast.training_state import TrainingState
 from leoclr_fast.training_step import TrainingStep

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint
+from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint, step_of
 from leoclr_fast.run_folder import RunFolder
 from tests.leoclr_fast.forked_runs import ForkedRun, ForkedRuns, finished_steps
 
@@ -116,3 +116,23 @@ def test_sigterm_saves_and_the_same_command_continues(runs: ForkedRuns, tiny_dat
     assert "Traceback" not in run.output()
     newest = list_checkpoints(out / "checkpoints")[-1]
     assert load_checkpoint(newest)["step"] == finished_steps(out)
+
+
+@pytest.mark.timeout(600)
+def test_another_number_of_ranks_continues_at_the_same_step(runs: ForkedRuns, tiny_data: Path, tmp_path: Path) -> None:
+    """As after an elastic restart, in the middle of an epoch each time: two ranks, then three, then one. In float64 and
+    with batch statistics over all of them, every loss, and so every image of every step, is the undisturbed run's.
+    """
+    flags = ("--precision=fp64", "--method.query-batchnorm=sync", "--method.key-batchnorm=sync")
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    run_to_the_end(start_run(runs, tiny_data, whole, extra=flags))
+    for ranks, kill_at in ((2, 7), (3, 14)):
+        run_and_kill(start_run(runs, tiny_data, changed, ranks=ranks, extra=flags), changed, kill_at)
+    resumed_at = step_of(list_checkpoints(changed / "checkpoints")[-1])
+    last = start_run(runs, tiny_data, changed, extra=flags)
+    run_to_the_end(last)
+    assert f"resuming from {changed}/checkpoints/step-{resumed_at:08d}" in last.output()
+    expected = [(record["step"], record["loss"]) for record in RunFolder(whole).read_metrics("step")]
+    found = [(record["step"], record["loss"]) for record in RunFolder(changed).read_metrics("step")]
+    assert [step for step, _ in found] == [step for step, _ in expected] == list(range(1, NUM_STEPS + 1))
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-9)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from leoclr_fast import device_meter, memory
 from leoclr_fast.device_meter import DeviceMeter
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.flops import training_flops_per_image
 from leoclr_fast.memory import OutOfMemoryError, explained_out_of_memory, largest_batch
 from leoclr_fast.methods import MomentumContrast
+from leoclr_fast.ranks.collectives import Ranks
 from leoclr_fast.run_folder import RunFolder
 from leoclr_fast.telemetry import MAX_OVERFLOWS_IN_A_ROW, MetricsLog, NonFiniteLossError, StepMetrics, TrainingClock
 from leoclr_fast.trackers import open_trackers

@@ -16,11 +16,11 @@ from leoclr_fast.acceleration import captures_step, compiles_encoders
 from leoclr_fast.backbone import Encoder
 from leoclr_fast.compiling import what_compiling_lacks
 from leoclr_fast.config import BackboneConfig, MethodConfig, RunConfig, SpeedConfig
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.folded_encoder import FoldedEncoder
 from leoclr_fast.graph_capture import StaticFunction, unchanged
 from leoclr_fast.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
 from leoclr_fast.precision import require_precision
+from leoclr_fast.ranks.collectives import Ranks
 from leoclr_fast.schedules import learning_rate
 from leoclr_fast.telemetry import STEP_METRICS
 from leoclr_fast.training_state import TrainingState

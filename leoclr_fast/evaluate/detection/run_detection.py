@@ -15,7 +15,6 @@ import torch
 
 from leoclr_fast.checkpoint import load_newest_checkpoint
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed import Ranks
 from leoclr_fast.environment import environment
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImages
 from leoclr_fast.evaluate.detection.coco_annotations import read_coco
@@ -27,7 +26,8 @@ from leoclr_fast.evaluate.detection.train_detector import DetectorTraining
 from leoclr_fast.evaluate.detection.voc_annotations import read_voc
 from leoclr_fast.evaluate.detection.voc_ap import COCO_THRESHOLDS, ImageDetections, voc_average_precisions
 from leoclr_fast.precision import encoder_dtype, encoder_precision
-from leoclr_fast.process_group import process_group
+from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.ranks.process_group import process_group
 from leoclr_fast.run_folder import RunFolder, write_json
 from leoclr_fast.weights.pretrained import Pretrained, load_pretrained
 

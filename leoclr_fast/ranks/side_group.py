@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dataset_tools.stop_signals import StoppedBySignalError
-from leoclr_fast.distributed import Ranks
+from leoclr_fast.ranks.collectives import Ranks
 
 Value = TypeVar("Value")
 

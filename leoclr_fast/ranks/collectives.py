@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leoclr_fast.communication_meter import CommunicationMeter
+from leoclr_fast.ranks.communication_meter import CommunicationMeter
 from pipelines.order import rank_slice
 
 Value = TypeVar("Value")
@@ -25,6 +25,8 @@ class Ranks:
     world_size: int = 1
     meter: CommunicationMeter | None = field(default=None, compare=False, repr=False)
     """Counts the collectives of tensors, where a benchmark wants that."""
+    placement: str | None = field(default=None, compare=False, repr=False)
+    """Cores, threads and memory nodes of all ranks, in a line; None for a single one."""
 
     @property
     def is_main(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from leoclr_fast.config import SpeedConfig
-from leoclr_fast.distributed import Ranks
+from leoclr_fast.ranks.collectives import Ranks
 
 _WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dataset_tools.stop_signals import StoppedBySignalError
-from leoclr_fast.heartbeat import Heartbeat, Pulse, in_collective, place_of_thread
-from leoclr_fast.process_group import Rendezvous
-from leoclr_fast.side_group import OTHER_RANK_EXIT_CODE, OtherRankError, describe
+from leoclr_fast.ranks.heartbeat import Heartbeat, Pulse, in_collective, place_of_thread
+from leoclr_fast.ranks.process_group import Rendezvous
+from leoclr_fast.ranks.side_group import OTHER_RANK_EXIT_CODE, OtherRankError, describe
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leoclr_fast.distributed import Ranks
+from leoclr_fast.ranks.collectives import Ranks
 
 CHANNEL_DIMS = (0, 2, 3)
 """What is summed over in [B, C, H, W]."""

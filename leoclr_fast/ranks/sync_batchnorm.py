@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from leoclr_fast.batch_statistics import CHANNEL_DIMS, BatchStatistics, batch_statistics, widened
-from leoclr_fast.distributed import Ranks
+from leoclr_fast.ranks.batch_statistics import CHANNEL_DIMS, BatchStatistics, batch_statistics, widened
+from leoclr_fast.ranks.collectives import Ranks
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):

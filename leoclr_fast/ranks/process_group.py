@@ -14,7 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from leoclr_fast.distributed import Ranks
+from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.ranks.placement import Place, settled
 
 JOIN_LIMIT_S = 300.0
 """How long a rank waits for the others before it says who is missing."""
@@ -184,18 +185,21 @@ def process_group(device: str, join_limit_s: float = JOIN_LIMIT_S) -> Iterator[t
     if rendezvous is None:
         yield Ranks(), chosen
         return
+    rank, world_size = rendezvous.rank, rendezvous.world_size
     store = rendezvous.connect(join_limit_s)
+    Place.here(chosen).tell(store, rank)
     rendezvous.wait_for_all(store, join_limit_s)
-    dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=rendezvous.rank,
-        world_size=rendezvous.world_size,
-        timeout=_COLLECTIVE_TIMEOUT,
-    )
-    yield Ranks(dist.get_rank(), dist.get_world_size()), chosen
-    # Not after an exception: closing may wait for ranks that wait for this one, and the error must be told first.
-    dist.destroy_process_group()
+    with settled(store, rank, world_size, chosen) as placement:  # before NCCL, gloo and the loaders begin threads
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=_COLLECTIVE_TIMEOUT,
+        )
+        yield Ranks(rank, world_size, placement=placement), chosen
+        # Not after an exception: closing may wait for ranks that wait for this one, and the error must be told first.
+        dist.destroy_process_group()
 
 
 def listed_ranks(ranks: list[int]) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.process_group import listed_ranks
-from leoclr_fast.side_group import SideGroup
+from leoclr_fast.ranks.process_group import listed_ranks
+from leoclr_fast.ranks.side_group import SideGroup
 
 _PACKAGES = ("leoclr-fast", "torch", "torchvision", "numpy", "numba", "triton")
 _MAX_FIELDS = 8

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leoclr_fast.side_group import SideGroup
+from leoclr_fast.ranks.side_group import SideGroup
 
 _COLUMNS = ("stop", "rows_on_host", "step_s", "data_wait_s", "own_s")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import leoclr_fast
-from leoclr_fast import step_agreement
+from leoclr_fast.ranks import step_agreement
 
 _OURS = Path(leoclr_fast.__file__).parents[1]
 _COLLECTIVES = str(Path(dist.__file__).parent)

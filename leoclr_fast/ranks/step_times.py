@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from leoclr_fast.step_agreement import StepReport
+from leoclr_fast.ranks.step_agreement import StepReport
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,123 @@
+"""Checkpoints beside the training: what is copied when, what is kept, and errors that come later."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leoclr_fast import checkpoint_writer
+from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint
+from leoclr_fast.checkpoint_writer import CheckpointWriter
+from leoclr_fast.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    return folder
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"step": step, "nested": [{"weights": torch.full((3,), float(step))}]}
+
+
+def kept(folder: RunFolder) -> list[str]:
+    return [path.name for path in list_checkpoints(folder.checkpoints)]
+
+
+def names(*steps: int) -> list[str]:
+    return [f"step-{step:08d}" for step in steps]
+
+
+def test_steps_that_follow_do_not_change_what_is_saved(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writing begins after the weights have changed."""
+    may_write, write = threading.Event(), checkpoint_writer.save_checkpoint
+
+    def write_later(*given: Any, **options: Any) -> None:
+        assert may_write.wait(30)
+        write(*given, **options)
+
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", write_later)
+    writer, training = CheckpointWriter(folder, keep=2), state(5)
+    writer.save(5, training)
+    training["nested"][0]["weights"].zero_()
+    may_write.set()
+    writer.flush()
+    saved = load_checkpoint(folder.checkpoints / "step-00000005")
+    assert saved["step"] == 5
+    assert saved["nested"][0]["weights"].tolist() == [5.0, 5.0, 5.0]
+
+
+def test_the_newest_and_the_best_are_kept(folder: RunFolder) -> None:
+    writer = CheckpointWriter(folder, keep=2)
+    for step, top1 in ((1, 20.0), (2, 50.0), (3, 40.0), (4, None), (5, 50.0)):
+        if top1 is None or not writer.is_best(top1):
+            writer.save(step, state(step))
+        else:
+            writer.save(step, state(step), top1)
+        writer.flush()
+    assert kept(folder) == names(2, 4, 5)
+    assert json.loads(folder.best_file.read_text()) == {
+        "step": 2,
+        "checkpoint": "checkpoints/step-00000002",
+        "knn_top1": 50.0,
+    }
+    writer.mark_best(5, 50.5)
+    assert kept(folder) == names(4, 5)
+    assert json.loads(folder.best_file.read_text())["step"] == 5
+
+
+def test_the_best_of_before_is_kept_after_a_resume(folder: RunFolder) -> None:
+    writer = CheckpointWriter(folder, keep=1)
+    writer.save(1, state(1), 30.0)
+    writer.save(2, state(2))
+    writer.flush()
+    resumed = CheckpointWriter(folder, keep=1)
+    resumed.continue_from(2)
+    assert not resumed.is_best(29.0)
+    resumed.save(3, state(3))
+    resumed.flush()
+    assert kept(folder) == names(1, 3)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"step": 7, "knn_top1": 90}', '{"knn_top1": 90}'])
+def test_a_best_that_is_not_there_or_damaged(folder: RunFolder, content: str) -> None:
+    folder.best_file.write_text(content)
+    writer = CheckpointWriter(folder, keep=1)
+    writer.continue_from(3)
+    assert writer.is_best(1.0)
+
+
+def test_without_a_best(folder: RunFolder) -> None:
+    writer = CheckpointWriter(folder, keep=1, keep_best=False)
+    writer.save(1, state(1), 30.0)
+    writer.save(2, state(2))
+    writer.flush()
+    assert kept(folder) == names(2)
+    assert not folder.best_file.exists()
+
+
+def test_an_error_comes_with_the_next_step(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any, **options: Any) -> None:
+        raise ZeroDivisionError("of the writer")
+
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", fails)
+    writer = CheckpointWriter(folder, keep=1)
+    writer.save(4, state(4))
+    with pytest.raises(OSError, match="cannot write the checkpoint of step 4: ZeroDivisionError: of the writer"):
+        writer.flush()
+    writer.raise_error()  # once
+
+
+def test_what_is_being_written_is_finished_after_an_error_elsewhere(folder: RunFolder) -> None:
+    writer = CheckpointWriter(folder, keep=1)
+    writer.save(6, state(6))
+    with pytest.raises(KeyError), writer.finished():
+        raise KeyError
+    assert kept(folder) == names(6)

@@ -1,0 +1,274 @@
+"""Ranks that are silent, hang or are slow, and stores and masters that are not there. The ranks here are threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import pytest
+import torch.distributed as dist
+
+from leoclr_fast.ranks import heartbeat, watchdog
+from leoclr_fast.ranks.heartbeat import Heartbeat, Pulse
+from leoclr_fast.ranks.process_group import JoinError, Rendezvous
+from leoclr_fast.ranks.step_agreement import StepReport
+from leoclr_fast.ranks.step_times import RankTimes
+from leoclr_fast.ranks.watchdog import Watchdog, WatchdogLimits
+
+LIMIT_S = 30.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def rendezvous(rank: int, port: int, *, has_host: bool = True) -> Rendezvous:
+    return Rendezvous(address="localhost", port=port, rank=rank, world_size=2, attempt=0, has_host=has_host)
+
+
+class Rank:
+    """A rank whose main thread is a thread, and which notes its end instead of ending the process."""
+
+    def __init__(self, rank: int, port: int, limits: WatchdogLimits, work: Callable[[Watchdog], None]) -> None:
+        self.sentence = ""
+        self.code: int | None = None
+        self.ended = threading.Event()
+        self.watchdog: Watchdog | None = None
+        self._made = threading.Event()
+
+        def main() -> None:
+            self.watchdog = Watchdog(
+                rendezvous(rank, port), limits, last_words=self._last_words, end_process=self._end_process
+            )
+            self._made.set()
+            work(self.watchdog)
+
+        threading.Thread(target=main, daemon=True).start()
+        assert self._made.wait(LIMIT_S)
+
+    def _last_words(self, sentence: str) -> None:
+        self.sentence = sentence
+
+    def _end_process(self, code: int) -> None:
+        assert self.watchdog is not None
+        self.code = code
+        self.watchdog.close()
+        self.ended.set()
+
+
+@pytest.fixture(autouse=True)
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Processes that would have been, and by what: it would be this one."""
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda process, number: killed.append((process, number)))
+    return killed
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Of a store that lives as long as the test; the watchdogs look ten times as often as usual."""
+    monkeypatch.setattr(watchdog, "_BEAT_S", 0.1)
+    monkeypatch.setattr(watchdog, "_LAST_WORDS_S", 0.5)
+    number = free_port()
+    store = dist.TCPStore("localhost", number, 2, is_master=True, wait_for_workers=False)
+    yield number
+    del store
+
+
+@contextmanager
+def two_ranks(
+    port: int, limits: WatchdogLimits, first: Callable[[Watchdog], None], second: Callable[[Watchdog], None]
+) -> Iterator[tuple[Rank, Rank]]:
+    ranks = Rank(0, port, limits, first), Rank(1, port, limits, second)
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            assert rank.watchdog is not None
+            rank.watchdog.close()
+
+
+def trains(own: Watchdog, steps: int = 600) -> None:
+    own.start_steps(0)
+    for step in range(1, steps + 1):
+        time.sleep(0.05)
+        own.progress(step)
+
+
+def hangs_after_three_steps(own: Watchdog) -> None:
+    trains(own, 3)
+    time.sleep(LIMIT_S)
+
+
+def limits(**given: float) -> WatchdogLimits:
+    return WatchdogLimits(**{"silence_s": 20.0, "step_s": 20.0, "phase_s": 20.0} | given)
+
+
+def test_a_rank_that_hangs_is_named_by_all(port: int) -> None:
+    with two_ranks(port, limits(step_s=1.0), trains, hangs_after_three_steps) as ranks:
+        for rank in ranks:
+            assert rank.ended.wait(LIMIT_S)
+            assert rank.code == 75
+            assert rank.sentence.startswith(f"rank 1 on {socket.gethostname()} (process ")
+            assert "last step 3, in training" in rank.sentence
+            assert "no progress for" in rank.sentence
+
+
+def test_a_phase_may_take_longer_than_a_step(port: int) -> None:
+    def evaluates(own: Watchdog) -> None:
+        own.start_steps(0)
+        with own.phase("evaluation"):
+            time.sleep(2.0)
+        trains(own)
+
+    with two_ranks(port, limits(step_s=0.6), trains, evaluates) as ranks:
+        assert not ranks[0].ended.wait(2.5)
+    with two_ranks(port, limits(step_s=0.6, phase_s=0.7), trains, evaluates) as ranks:
+        assert ranks[0].ended.wait(LIMIT_S)
+        assert "last step 0, in evaluation" in ranks[0].sentence
+
+
+def test_a_rank_that_is_silent(port: int, killed: list[tuple[int, int]]) -> None:
+    """Its process is killed where it is a sibling: one that is stopped would outlive torchrun's SIGTERM."""
+
+    def falls_silent(own: Watchdog) -> None:
+        trains(own, 5)
+        own.close()  # no more signs of life, as of a process that is stopped
+
+    with two_ranks(port, limits(silence_s=1.0), trains, falls_silent) as ranks:
+        assert ranks[0].ended.wait(LIMIT_S)
+        assert ranks[0].code == 75
+        assert ranks[0].sentence.startswith(f"rank 1 on {socket.gethostname()} (process ")
+        assert "no sign of life for 1 s" in ranks[0].sentence
+        assert killed == [(os.getpid(), signal.SIGKILL)]
+
+
+def test_nobody_is_given_up_while_all_train(port: int) -> None:
+    with two_ranks(port, limits(silence_s=2.0, step_s=2.0), trains, trains) as ranks:
+        assert not ranks[0].ended.wait(4.0)
+        assert not ranks[1].ended.is_set()
+
+
+def test_a_store_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_BEAT_S", 0.1)
+    port = free_port()
+    store = dist.TCPStore("localhost", port, 2, is_master=True, wait_for_workers=False)
+    with two_ranks(port, limits(silence_s=2.0), trains, trains) as ranks:
+        time.sleep(0.5)
+        del store
+        assert ranks[1].ended.wait(LIMIT_S)
+        assert ranks[1].code == 75
+        assert ranks[1].sentence.startswith(f"the store of the run at localhost:{port} has not answered for ")
+
+
+def test_clocks_of_other_hosts_do_not_matter() -> None:
+    """A heartbeat holds no time of the day: what counts is when the reader heard something new."""
+    assert {field.name for field in fields(Heartbeat)} == {
+        "number", "step", "phase", "overdue_s", "waits", "place", "host", "process",
+    }  # fmt: skip
+    pulse = Pulse()
+    pulse.heard_s -= 50
+    assert 50 <= pulse.silent_s < 60
+    pulse.hear(Heartbeat(number=1, step=0, phase="start"))
+    assert pulse.silent_s < 10
+    pulse.heard_s -= 50
+    pulse.hear(Heartbeat(number=1, step=0, phase="start"))
+    assert pulse.silent_s >= 50
+
+
+def test_where_a_thread_is() -> None:
+    place, waits = heartbeat.place_of_thread(threading.get_ident())
+    assert place.startswith("place_of_thread, leoclr_fast/ranks/heartbeat.py line ")
+    assert not waits
+    assert heartbeat.place_of_thread(1) == ("", False)
+
+
+class TestJoining:
+    """Each wait is bounded and ends in what to do."""
+
+    def test_a_port_that_another_program_has(self) -> None:
+        with socket.create_server(("", 0)) as other:
+            port = other.getsockname()[1]
+            with pytest.raises(ValueError, match=rf"port {port}, which the ranks .* choose another MASTER_PORT"):
+                rendezvous(0, port, has_host=False).connect(5)
+
+    def test_something_else_listens_at_the_port(self) -> None:
+        with socket.create_server(("", 0)) as other:
+            port, start_s = other.getsockname()[1], time.monotonic()
+            with pytest.raises(JoinError, match=rf"found no torch store at localhost:{port}.*another MASTER_PORT"):
+                rendezvous(1, port).connect(1)
+            assert time.monotonic() - start_s < LIMIT_S
+
+    def test_a_master_that_does_not_come(self) -> None:
+        port = free_port()
+        with pytest.raises(JoinError, match=rf"waited 0.5 s for the master localhost:{port}.*--monitor.join-limit-s"):
+            rendezvous(1, port).connect(0.5)
+
+    def test_a_rank_that_does_not_come(self) -> None:
+        first = rendezvous(0, free_port(), has_host=False)
+        with pytest.raises(JoinError, match=r"after 0.5 s, rank 1 of 2 did not come to localhost:\d+; here: rank 0 on"):
+            first.wait_for_all(first.connect(5), 0.5)
+
+    @pytest.mark.parametrize(
+        ("changed", "told"),
+        [
+            ({"MASTER_PORT": None}, "RANK and WORLD_SIZE are set and MASTER_PORT not"),
+            ({"RANK": "one"}, "RANK=one is not allowed: give a number"),
+            ({"RANK": "2"}, "RANK=2 is not allowed with WORLD_SIZE=2: ranks count from 0"),
+        ],
+    )
+    def test_an_environment_that_is_not_whole(
+        self, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str | None], told: str
+    ) -> None:
+        whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+        for name, value in (whole | changed).items():
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=told):
+            Rendezvous.of_environment()
+
+
+def reports(*own_s: float) -> list[StepReport]:
+    longest = max(own_s)
+    return [StepReport(stop=False, rows_on_host=0, step_s=longest, data_wait_s=own / 4, own_s=own) for own in own_s]
+
+
+class TestStragglers:
+    def test_a_slow_rank_is_told_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        times = RankTimes()
+        for own_s in (0.1, 0.4, 0.4):
+            for _ in range(10):
+                times.add(reports(0.1, 0.1, own_s))
+            with caplog.at_level(logging.WARNING):
+                means = times.take()
+            assert means == {
+                "rank_step_s": [own_s] * 3,
+                "rank_data_wait_s": [0.025, 0.025, own_s / 4],
+                "rank_own_s": [0.1, 0.1, own_s],
+            }
+        assert [record.getMessage() for record in caplog.records] == [
+            "rank 2 is slow: 0.400 s of its own in a step, the ranks' median is 0.100 s, and all wait for it; data "
+            "wait 0.100 s"
+        ]
+
+    def test_the_noise_of_a_step_is_none(self, caplog: pytest.LogCaptureFixture) -> None:
+        times = RankTimes()
+        for own_s in (0.1, 0.5, *[0.1] * 18):
+            times.add(reports(0.1, own_s))
+        times.take()
+        assert not caplog.records
+
+    def test_a_single_rank_has_no_times(self) -> None:
+        times = RankTimes()
+        times.add(reports(0.1))
+        assert times.take() == {}
