@@ -18,13 +18,13 @@ from dataset_tools.subset_lists import percent_of, read_subset_list, subset_text
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.evaluate.evaluation_folder import evaluation_folder
+from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.grid import GridSearch, Trial
 from leoclr_fast.evaluate.labelled_data import LabelledData, open_labelled_data, require_every_class
 from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 from leoclr_fast.evaluate.subject import Subject, load_subject, require_real_images, view_settings
 from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.ranks.process_group import process_group
 from pipelines.config import ViewConfig
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def run_finetune(
         raise ValueError(f"--out is for one share of the labels, but {len(percents)} are asked for")
     speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
-    with process_group(speed.device) as (ranks, device):
+    with evaluation_ranks(speed.device) as (ranks, device):
         subject = load_subject(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)
         subsets: list[tuple[npt.NDArray[np.int64], dict[str, Any]]]

@@ -26,6 +26,7 @@ from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints, EvaluationFolder, evaluation_folder
+from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.features import encode_batch, extract_features
 from leoclr_fast.evaluate.labelled_data import open_labelled_data
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
@@ -36,7 +37,6 @@ from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.evaluate.subject import freeze, load_subject, require_real_images, view_settings
 from leoclr_fast.precision import encoder_dtype
 from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.ranks.process_group import process_group
 from leoclr_fast.run_folder import write_atomically
 from leoclr_fast.telemetry import TrainingClock
 from leoclr_fast.weights.backbone_file import weights_sha256
@@ -69,7 +69,7 @@ def run_linear(
     """
     speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
-    with process_group(speed.device) as (ranks, device), ExitStack() as stack:
+    with evaluation_ranks(speed.device) as (ranks, device), ExitStack() as stack:
         subject = load_subject(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)
         views = subject.view_config(protocol.crop_scale, options.image_size)

@@ -11,10 +11,10 @@ import torch
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from leoclr_fast.config import MonitorConfig, SpeedConfig
+from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
 from leoclr_fast.evaluate.subject import load_subject, require_real_images
 from leoclr_fast.precision import encoder_dtype
-from leoclr_fast.ranks.process_group import process_group
 
 
 def run_knn(
@@ -36,7 +36,7 @@ def run_knn(
     file to those of MoCo's CIFAR demo.
     """
     require_real_images(speed.loader)
-    with process_group(speed.device) as (ranks, device):
+    with evaluation_ranks(speed.device) as (ranks, device):
         subject = load_subject(weights, untrained=untrained)
         monitor = subject.run.read_config().monitor if subject.run else MonitorConfig()
         backbone = subject.backbone.to(device, encoder_dtype(speed.precision)).to(memory_format=torch.channels_last)

@@ -11,12 +11,12 @@ from rich.console import Console
 from dataset_tools.subsets import limited
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.evaluate.evaluation_folder import evaluation_folder
+from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.grid import GridSearch, Trial
 from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.protocols import TransferProtocol
 from leoclr_fast.evaluate.subject import load_subject, require_real_images, view_settings
 from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS, open_transfer_data
-from leoclr_fast.ranks.process_group import process_group
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def run_transfer(
     """
     speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
-    with process_group(speed.device) as (ranks, device):
+    with evaluation_ranks(speed.device) as (ranks, device):
         transfer = open_transfer_data(dataset, data)
         published = TRANSFER_SETS[dataset]
         subject = load_subject(weights, untrained=options.untrained)

@@ -25,9 +25,9 @@ from leoclr_fast.evaluate.detection.image_batches import BatchReader, Wish, resi
 from leoclr_fast.evaluate.detection.train_detector import DetectorTraining
 from leoclr_fast.evaluate.detection.voc_annotations import read_voc
 from leoclr_fast.evaluate.detection.voc_ap import COCO_THRESHOLDS, ImageDetections, voc_average_precisions
+from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.precision import encoder_dtype, encoder_precision
 from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.ranks.process_group import process_group
 from leoclr_fast.run_folder import RunFolder, write_json
 from leoclr_fast.weights.pretrained import Pretrained, load_pretrained
 
@@ -59,7 +59,7 @@ def run_detection(
     ended it.
     Raises ValueError, FileNotFoundError, NonFiniteLossError, OSError (a full disk).
     """
-    with process_group(device) as (ranks, chosen), ExitStack() as stack:
+    with evaluation_ranks(device) as (ranks, chosen), ExitStack() as stack:
         require_pycocotools()  # not only when the training is over
         pretrained = load_pretrained(weights)
         folder = _folder(pretrained, config, out)
