@@ -49,7 +49,7 @@ def largest_batch(available_bytes: float, peaks: dict[int, int]) -> int:
 
 
 def _advice(step: TrainingStep, batch: CropBatch) -> str:
-    general = "Give a smaller --batch-size, --precision bf16, or more GPUs."
+    general = "Give a smaller --batch-size, more --micro-batches, --precision bf16, or more GPUs."
     if step.training.method.ranks.world_size > 1 or len(batch.crops) <= max(_PROBE_SIZES):
         return general  # a probe would wait for the other ranks, or would not fit either
     try:

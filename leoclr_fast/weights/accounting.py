@@ -27,9 +27,13 @@ class Account:
     """With NaN or infinite values."""
 
     @property
+    def num_misfits(self) -> int:
+        """Tensors that another network would fit better."""
+        return sum(len(part) for part in (self.missing, self.left_over, self.other_shape, self.not_numbers))
+
+    @property
     def num_problems(self) -> int:
-        parts = (self.missing, self.left_over, self.other_shape, self.not_numbers, self.not_finite)
-        return sum(len(part) for part in parts)
+        return self.num_misfits + len(self.not_finite)
 
     def __str__(self) -> str:
         parts = []
@@ -62,7 +66,7 @@ def take_account(tensors: Mapping[str, Tensor], network: Mapping[str, Tensor]) -
         elif tensors[name].is_floating_point() != wanted.is_floating_point():
             account.not_numbers.append(name)
     account.left_over = {name: tensors[name].shape for name in sorted(tensors.keys() - network.keys())}
-    if not account.num_problems:
+    if not account.num_misfits:
         account.not_finite = [name for name in network if not bool(tensors[name].isfinite().all())]
     return account
 

@@ -45,7 +45,7 @@ def recognised_backbone(tensors: Mapping[str, Tensor], origin: str, arch: str | 
         for stem in ("imagenet", "small")
     ]
     accounts = [(take_account(tensors, network_tensors(config)), config) for config in candidates]
-    account, nearest = min(accounts, key=lambda pair: pair[0].num_problems)
+    account, nearest = min(accounts, key=lambda pair: pair[0].num_misfits)
     require_exact(account, nearest, origin)
     return nearest
 

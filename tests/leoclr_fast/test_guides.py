@@ -104,7 +104,7 @@ def test_every_command_of_the_guide_to_converting_runs(
 
 
 @pytest.mark.parametrize(
-    "guide", ["docs/convert.md", "docs/pretrain.md", "docs/evaluate.md", "docs/time.md", "README.md"]
+    "guide", ["docs/convert.md", "docs/pretrain.md", "docs/evaluate.md", "docs/time.md", "docs/launch.md", "README.md"]
 )
 def test_the_files_that_a_guide_shows_and_links_exist(guide: str) -> None:
     path = ROOT / guide

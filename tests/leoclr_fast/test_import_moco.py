@@ -74,6 +74,16 @@ def test_stem_and_width_are_recognised(tmp_path: Path, config: BackboneConfig) -
     assert (moco.num_head_tensors, moco.num_other_tensors) == (4, 0)
 
 
+def test_many_nans_do_not_look_like_another_stem() -> None:
+    config = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.125)
+    tensors = Encoder(config, 16).backbone.state_dict()
+    for name in list(tensors)[:4]:
+        if tensors[name].is_floating_point():
+            tensors[name] = torch.full_like(tensors[name], torch.nan)
+    with pytest.raises(ValueError, match=r"a resnet18 with the small stem of width 0.125: with NaN .*: conv1.weight,"):
+        recognised_backbone(tensors, "the file")
+
+
 def renamed(state: dict[str, Tensor]) -> None:
     state["module.encoder_q.layer2.1.convolution.weight"] = state.pop("module.encoder_q.layer2.1.conv2.weight")
 
