@@ -19,10 +19,10 @@ def node_cores(root: Path = Path("/")) -> dict[int, frozenset[int]]:
 def gpu_node(number: int, root: Path = Path("/")) -> int | None:
     """The node that the GPU `cuda:number` is at; None where the kernel does not know it."""
     about: Any = torch.cuda.get_device_properties(number)
-    address = f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
     try:
+        address = f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
         node = int((root / "sys/bus/pci/devices" / address / "numa_node").read_text())
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return None
     return node if node >= 0 else None
 
