@@ -1,0 +1,1 @@
+"""The sections of a report: one a file, each made of run records and their labels."""
