@@ -20,6 +20,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
+_ASIDE = ".before.tmp"
 _STATE, _SUMS = "state.pt", "SHA256SUMS"
 
 
@@ -47,12 +48,15 @@ def save_checkpoint(
         temporary.mkdir()
         _write_synced(temporary / _STATE, content)
         _write_synced(temporary / _SUMS, f"{hashlib.sha256(content).hexdigest()}  {_STATE}\n".encode())
+        aside = folder / f".{final.name}{_ASIDE}"
+        shutil.rmtree(aside, ignore_errors=True)
         if final.exists():  # a damaged one, or one that a resumed run has reached again
-            shutil.rmtree(final)
+            os.rename(final, aside)
         os.rename(temporary, final)
         _sync_folder(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        drop_unfinished_checkpoints(folder)
         newest = list_checkpoints(folder)[-1:]
         kept = f"the last good checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
         raise OSError(error.errno, f"cannot write checkpoint {final}: {error.strerror}; {kept}") from error
@@ -64,11 +68,18 @@ def drop_old_checkpoints(folder: Path, keep: int, keep_also: Collection[int] = (
     """Delete all checkpoints but the `keep` newest and those of the steps `keep_also`."""
     for old in list_checkpoints(folder)[:-keep]:
         if step_of(old) not in keep_also:
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:  # the new one is safe
+                log.warning("cannot delete the old checkpoint %s: %s", old, error.strerror)
 
 
 def drop_unfinished_checkpoints(folder: Path) -> None:
-    """Delete what a killed process has left half written."""
+    """Delete what a killed process has left half written; what it had put aside for that comes back."""
+    for aside in folder.glob(f".step-*{_ASIDE}"):
+        final = folder / aside.name.removeprefix(".").removesuffix(_ASIDE)
+        if not final.exists():
+            os.rename(aside, final)
     for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 

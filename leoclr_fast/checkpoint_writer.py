@@ -58,6 +58,12 @@ class CheckpointWriter:
             self._thread = None
         self.raise_error()
 
+    def wait(self, limit_s: float) -> None:
+        """Wait for what is being written, from any thread, at most so many seconds."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(limit_s)
+
     def is_best(self, top1: float) -> bool:
         """Whether a checkpoint of this accuracy would be the best."""
         return self._keep_best and (self._best is None or top1 > self._best["knn_top1"])

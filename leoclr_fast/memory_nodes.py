@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 
 
 def node_cores(root: Path = Path("/")) -> dict[int, frozenset[int]]:
-    """Number of a node → its cores, in order of the numbers; nodes without a core are left out."""
+    """Number of a node → its cores, in order of the numbers; nodes without a core, or hidden ones, are left out."""
     nodes = {}
     for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
-        nodes[int(folder.name.removeprefix("node"))] = cpu_list((folder / "cpulist").read_text())
+        with suppress(OSError, ValueError):
+            nodes[int(folder.name.removeprefix("node"))] = cpu_list((folder / "cpulist").read_text())
     return {number: cores for number, cores in sorted(nodes.items()) if cores}
 
 

@@ -87,7 +87,13 @@ def pretrain(
         process_group(config.speed.device, monitor.join_limit_s) as (joined_ranks, device),
         # torchrun sends SIGTERM to all when one has died: there must be time to say which one.
         stop_signals(enabled=joined_ranks.world_size > 1, repeats_insist=False) as stop,
-        watched(Rendezvous.of_environment(), limits, last_words) as watchdog,
+        watched(
+            Rendezvous.of_environment(),
+            limits,
+            last_words=last_words,
+            finish_writing=last_words.finish_writing,
+            advice="A rank that was only slow: raise --monitor.hang-limit-s or --monitor.silence-limit-s.",
+        ) as watchdog,
         SideGroup(joined_ranks) as side,
         ExitStack() as stack,
     ):
@@ -136,6 +142,7 @@ def pretrain(
             writer = CheckpointWriter(folder, monitor.keep_checkpoints, keep_best=monitor.keep_best)
             writer.continue_from(training.step)
             stack.enter_context(writer.finished())
+            last_words.writer = writer
 
         display = ProgressDisplay(console or Console(), total_steps, enabled=ranks.is_main)
         stack.callback(display.close)
@@ -192,6 +199,7 @@ def pretrain(
             data_fingerprint=source.fingerprint,
             last_step=last_step,
         )
+        stack.callback(watchdog.end_steps)  # before all else is closed
         return _train(run)
 
 
@@ -220,10 +228,15 @@ class _Run:
 
 
 class _LastWords:
-    """For the diary, before the watchdog ends the process."""
+    """For the diary and the checkpoint that is being written, before the watchdog ends the process."""
 
     def __init__(self) -> None:
         self.diary: RunDiary | None = None
+        self.writer: CheckpointWriter | None = None
+
+    def finish_writing(self, limit_s: float) -> None:
+        if self.writer is not None:
+            self.writer.wait(limit_s)
 
     def __call__(self, sentence: str) -> None:
         if self.diary is not None:
@@ -295,8 +308,9 @@ def _waits_for_others(ranks: Ranks, metrics: StepMetrics) -> Callable[[], float]
 
 
 def _first_of(clock: TrainingClock, training: TrainingState, watchdog: Watchdog) -> AbstractContextManager[None]:
-    """The first step may take its time: it compiles."""
-    return watchdog.phase("the first step") if training.step == clock.first_step else nullcontext()
+    """The first two steps may take their time: one compiles, and nobody knows yet how long the other should take."""
+    number = training.step - clock.first_step
+    return watchdog.first_steps(typical=number == 1) if number < 2 else nullcontext()
 
 
 def _batches_from(loader: Loader, step: int, watchdog: Watchdog) -> Iterator[CropBatch]:
@@ -360,10 +374,11 @@ def _between_steps(
             _save(run)
         top1 = _evaluate(run) if knn_due else None
         if run.writer is not None and top1 is not None:
-            run.writer.flush()
-            if save_due:
-                run.writer.mark_best(step, top1)
-            elif run.writer.is_best(top1):
+            with run.watchdog.phase("a checkpoint"):
+                run.writer.flush()
+                if save_due:
+                    run.writer.mark_best(step, top1)
+            if not save_due and run.writer.is_best(top1):
                 _save(run, top1)
         if save_due or knn_due:
             with run.watchdog.phase("the report"):
@@ -390,7 +405,8 @@ def _log_metrics(run: _Run, metrics: StepMetrics, on_host: int, wait: bool) -> N
             run.display.update(values["step"], values["epoch"], values)
     except NonFiniteLossError as error:
         if run.writer is not None:
-            run.writer.flush()
+            with run.watchdog.phase("a checkpoint"):
+                run.writer.flush()
         checkpoints = list_checkpoints(run.folder.checkpoints)
         kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
         epoch = (run.training.step - 1) // run.loader.steps_per_epoch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from leoclr_fast.doctor.control_groups import memory_left_bytes
+from leoclr_fast.control_groups import memory_left_bytes
 from leoclr_fast.doctor.finding import Finding, Trouble, failed, judged, not_applicable
 
 _GIB = 2**30

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from leoclr_fast.doctor.control_groups import cpu_quota
+from leoclr_fast.control_groups import cpu_quota
 from leoclr_fast.doctor.finding import Finding, Trouble, judged, not_applicable
 
 _FEW_CORES = 2

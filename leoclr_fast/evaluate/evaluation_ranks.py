@@ -18,6 +18,10 @@ _LIMITS = WatchdogLimits(silence_s=45.0, step_s=math.inf, phase_s=math.inf)
 @contextmanager
 def evaluation_ranks(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     """As `process_group`; a rank that dies or stops ends the evaluation on all others, which say which one it was."""
-    with process_group(device) as (ranks, chosen), watched(Rendezvous.of_environment(), _LIMITS):
+    with (
+        process_group(device) as (ranks, chosen),
+        watched(Rendezvous.of_environment(), _LIMITS) as watchdog,
+        watchdog.phase("evaluation"),
+    ):
         yield ranks, chosen
         ranks.barrier()  # whoever left before the others would seem to have died

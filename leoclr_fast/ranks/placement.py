@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Self
@@ -15,9 +16,12 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from leoclr_fast.control_groups import cpu_quota
 from leoclr_fast.environment import boot_id
 from leoclr_fast.memory_nodes import gpu_node, node_cores
 from pipelines.cores import sharing_cores
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,10 @@ class Place:
     nodes: tuple[tuple[int, tuple[int, ...]], ...] = ()
     """Memory nodes of the machine, with their cores."""
     gpu_node: int | None = None
+    quota: float | None = None
+    """Cores' worth of time that its container may use; None without a limit."""
+    container: str = ""
+    """The same for ranks that share the quota."""
 
     @classmethod
     def here(cls, device: torch.device) -> Self:
@@ -41,6 +49,8 @@ class Place:
             cores=tuple(sorted(os.sched_getaffinity(0))),
             nodes=tuple((number, tuple(sorted(cores))) for number, cores in node_cores().items()),
             gpu_node=gpu_node(device.index) if on_gpu else None,
+            quota=cpu_quota(),
+            container=socket.gethostname(),
         )
 
     def tell(self, store: dist.Store, rank: int) -> None:
@@ -75,14 +85,18 @@ def settle(places: Sequence[Place]) -> list[Settled]:
     A rank on a GPU keeps to the cores beside it, if ranks of the machine are beside all nodes within its reach: with
     one rank at one of two nodes, half of the machine would lie idle. Whoever started the ranks may have given each its
     own cores already (`torchrun --numa-binding`, `srun --cpu-bind`): that is kept. Cores that several ranks may use are
-    shared equally.
+    shared equally, and so is the quota of a container.
     """
     kept = [_beside_gpu(place, [other for other in places if other.machine == place.machine]) for place in places]
     users = Counter((place.machine, core) for place, _ in kept for core in place.cores)
-    return [
-        Settled(place.cores, max(1, int(sum(Fraction(1, users[place.machine, core]) for core in place.cores))), node)
-        for place, node in kept
-    ]
+    in_container = Counter((place.machine, place.container) for place in places)
+    outcome = []
+    for place, node in kept:
+        share = sum(Fraction(1, users[place.machine, core]) for core in place.cores)
+        if place.quota is not None:
+            share = min(share, Fraction(place.quota) / in_container[place.machine, place.container])
+        outcome.append(Settled(place.cores, max(1, int(share)), node))
+    return outcome
 
 
 def _beside_gpu(place: Place, neighbours: list[Place]) -> tuple[Place, int | None]:
@@ -123,8 +137,10 @@ def _key(rank: int) -> str:
 
 def _keep_to(cores: Sequence[int] | set[int]) -> None:
     """The threads that begin from now on keep to them, too. Where it is not allowed, all goes on as it was."""
-    with suppress(OSError):
+    try:
         os.sched_setaffinity(0, cores)
+    except OSError as error:
+        log.warning("this process cannot be kept to the cores beside its GPU: %s", error.strerror)
 
 
 def _told(outcome: Sequence[Settled], torch_threads: int) -> str:

@@ -87,7 +87,11 @@ class Rendezvous:
 
     @property
     def _prefix(self) -> str:
-        """Another one after every restart, and after nodes came or went, so that nothing of before is read."""
+        """In torchrun's store another one after every restart, so that nothing of before is read. The first rank's own
+        begins anew, and torchruns that joined the run later have counted fewer restarts.
+        """
+        if not self.has_host:
+            return "leoclr_fast"
         return f"leoclr_fast/{self.attempt}/{self.world_size}"
 
     def wait_for_all(self, store: dist.Store, limit_s: float) -> None:

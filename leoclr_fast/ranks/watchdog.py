@@ -36,6 +36,7 @@ _ASLEEP_S = 5.0
 _LAST_WORDS_S = 3.0
 _EXIT_GRACE_S = 5.0
 _LAST_RESORT_S = 20
+_CHECKPOINT_S = 20.0  # less than torchrun waits for a rank after SIGTERM
 _VERDICT, _FAILURE = "verdict", "failure"
 
 
@@ -60,9 +61,15 @@ class Watchdog:
         limits: WatchdogLimits,
         *,
         last_words: Callable[[str], None] = lambda _: None,
+        finish_writing: Callable[[float], None] = lambda _: None,
+        advice: str = "",
         end_process: Callable[[int], None] = os._exit,
     ) -> None:
-        """last_words: gets the line that is said before the process is ended from outside its main thread."""
+        """last_words: gets the line that is said before the process is ended from outside its main thread.
+        finish_writing: waits for what must not be cut off, at most so many seconds. advice: follows the line.
+        """
+        self._finish_writing = finish_writing
+        self._advice = advice
         self._limits = limits
         self._last_words = last_words
         self._end_process = end_process
@@ -107,6 +114,20 @@ class Watchdog:
             yield
         finally:
             self._enter(*before)
+
+    @contextmanager
+    def first_steps(self, *, typical: bool) -> Iterator[None]:
+        """One of the first steps of this process may take its time. typical: the following ones take as long."""
+        start_s = time.monotonic()
+        with self.phase("the first steps"):
+            yield
+        if typical:
+            with self._lock:
+                self._longest_step_s = max(self._longest_step_s, time.monotonic() - start_s)
+
+    def end_steps(self) -> None:
+        """From here on, what is left to do may take its time."""
+        self._enter("the end of the run", self._limits.phase_s)
 
     def start_steps(self, step: int) -> None:
         """From here on, with `step` finished steps, the limit is that of a step."""
@@ -278,25 +299,33 @@ class Watchdog:
         words = threading.Thread(target=self._say, args=(sentence,), daemon=True)
         words.start()
         words.join(_LAST_WORDS_S)
+        self._finish_writing(_CHECKPOINT_S)
         self._kill_silent_siblings()
         if own == 0:
             time.sleep(_LAST_WORDS_S)  # the others read the verdict before this end confuses them
         self._end_process(OTHER_RANK_EXIT_CODE)
 
     def _say(self, sentence: str) -> None:
-        line = f"{sentence}. This run ends; the same command continues it from its last checkpoint."
+        line = f"{sentence}. This process ends; the same command continues from the last checkpoint. {self._advice}"
+        line = line.rstrip()
         print(f"error: rank {self._rank}: {line}", file=sys.stderr, flush=True)
         if self._rank == 0:
-            self._store.set(_VERDICT, sentence)
+            with suppress(RuntimeError):  # the store may be what is gone
+                self._store.set(_VERDICT, sentence)
         self._last_words(sentence)
 
 
 @contextmanager
 def watched(
-    rendezvous: Rendezvous | None, limits: WatchdogLimits, last_words: Callable[[str], None] = lambda _: None
+    rendezvous: Rendezvous | None,
+    limits: WatchdogLimits,
+    *,
+    last_words: Callable[[str], None] = lambda _: None,
+    finish_writing: Callable[[float], None] = lambda _: None,
+    advice: str = "",
 ) -> Iterator[Watchdog]:
     """A watchdog that watches while this is open. See `Watchdog` for the arguments, `Watchdog.explained` for errors."""
-    watchdog = Watchdog(rendezvous, limits, last_words=last_words)
+    watchdog = Watchdog(rendezvous, limits, last_words=last_words, finish_writing=finish_writing, advice=advice)
     try:
         with watchdog.explained():
             yield watchdog

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from leoclr_fast import checkpoint_writer
-from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint
+from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from leoclr_fast.checkpoint_writer import CheckpointWriter
 from leoclr_fast.run_folder import RunFolder
 
@@ -101,6 +104,52 @@ def test_without_a_best(folder: RunFolder) -> None:
     writer.flush()
     assert kept(folder) == names(2)
     assert not folder.best_file.exists()
+
+
+def test_an_old_one_that_cannot_be_deleted(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new one is safe, so training goes on."""
+    writer, delete = CheckpointWriter(folder, keep=1), shutil.rmtree
+
+    def busy(path: Path, **options: Any) -> None:
+        if path.name.startswith("step-"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        delete(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for step in (1, 2):
+        writer.save(step, state(step))
+    writer.flush()
+    assert kept(folder) == names(1, 2)
+    assert "step-00000001: Device or resource busy" in caplog.text
+
+
+@pytest.mark.parametrize("dies_at", [1, 2])
+def test_the_one_before_of_the_same_step_is_not_lost(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, dies_at: int
+) -> None:
+    """Killed between the calls that put it aside and the new one in its place."""
+    writer, rename = CheckpointWriter(folder, keep=2), os.rename
+    writer.save(3, state(3))
+    writer.flush()
+    renames = 0
+
+    def dies(*paths: Any) -> None:
+        nonlocal renames
+        renames += 1
+        if renames == dies_at:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(folder.checkpoints, 3, state(30), keep=2)
+    monkeypatch.setattr(os, "rename", rename)
+    CheckpointWriter(folder, keep=2).continue_from(3)
+    assert kept(folder) == names(3)
+    assert load_checkpoint(folder.checkpoints / "step-00000003")["step"] == 3
+    assert [path.name for path in folder.checkpoints.iterdir()] == names(3)
 
 
 def test_an_error_comes_with_the_next_step(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

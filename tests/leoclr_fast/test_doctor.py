@@ -22,9 +22,9 @@ from rich.console import Console
 
 from leoclr_fast import memory_nodes
 from leoclr_fast.cli import run_command
+from leoclr_fast.control_groups import cpu_quota, memory_left_bytes
 from leoclr_fast.doctor import disks, gpus, launchers, limits, memory, processors, python_packages, system
 from leoclr_fast.doctor.checks import CHECKS, Check
-from leoclr_fast.doctor.control_groups import cpu_quota, memory_left_bytes
 from leoclr_fast.doctor.examination import chosen_checks, run_apart
 from leoclr_fast.doctor.finding import Trouble, failed, judged, not_applicable, ok, warning
 from leoclr_fast.doctor.table import outcome, table

@@ -43,6 +43,12 @@ class TestSettle:
         assert shares([at(None, cores=(0, 1, 2, 3)), at(None, cores=(2, 3, 4, 5))]) == [3, 3]
         assert shares([at(None, cores=(0, 1, 2))] * 2 + [at(None, cores=(2,))]) == [1, 1, 1]
 
+    def test_ranks_of_a_container_share_its_quota(self) -> None:
+        pod = replace(at(None), quota=6.0, container="pod 1")
+        assert shares([pod, pod, replace(pod, container="pod 2", quota=2.5), replace(pod, quota=None)]) == [2, 2, 2, 4]
+        assert shares([replace(pod, quota=0.5)]) == [1]
+        assert shares([replace(pod, quota=64.0)]) == [16]
+
     def test_a_rank_on_a_gpu_keeps_to_the_cores_beside_it(self) -> None:
         outcome = settle([at(0), at(0), at(1)])
         assert [rank.node for rank in outcome] == [0, 0, 1]

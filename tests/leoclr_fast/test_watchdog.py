@@ -137,6 +137,37 @@ def test_a_phase_may_take_longer_than_a_step(port: int) -> None:
         assert "last step 0, in evaluation" in ranks[0].sentence
 
 
+def test_slow_steps_are_known_from_the_second_one(port: int) -> None:
+    """The first one compiles; ten times the second one is what the others may take."""
+
+    def trains_slowly(own: Watchdog) -> None:
+        own.start_steps(0)
+        with own.first_steps(typical=False):
+            time.sleep(0.5)
+        own.progress(1)
+        with own.first_steps(typical=True):
+            time.sleep(0.3)
+        own.progress(2)
+        time.sleep(1.5)
+        own.progress(3)
+        own.end_steps()
+        time.sleep(LIMIT_S)
+
+    with two_ranks(port, limits(step_s=0.2), trains, trains_slowly) as ranks:
+        assert not ranks[0].ended.wait(4.5)
+
+
+def test_what_is_being_written_is_waited_for(port: int) -> None:
+    waited: list[float] = []
+    hanging = rendezvous(0, port), limits(step_s=0.5)
+    ended = threading.Event()
+    own = Watchdog(*hanging, finish_writing=waited.append, advice="Advice.", end_process=lambda code: ended.set())
+    own.start_steps(7)
+    assert ended.wait(LIMIT_S)
+    own.close()
+    assert waited[0] == watchdog._CHECKPOINT_S
+
+
 def test_a_rank_that_is_silent(port: int, killed: list[tuple[int, int]]) -> None:
     """Its process is killed where it is a sibling: one that is stopped would outlive torchrun's SIGTERM."""
 
@@ -165,9 +196,10 @@ def test_a_store_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     with two_ranks(port, limits(silence_s=2.0), trains, trains) as ranks:
         time.sleep(0.5)
         del store
-        assert ranks[1].ended.wait(LIMIT_S)
-        assert ranks[1].code == 75
-        assert ranks[1].sentence.startswith(f"the store of the run at localhost:{port} has not answered for ")
+        for rank in ranks:
+            assert rank.ended.wait(LIMIT_S)
+            assert rank.code == 75
+            assert rank.sentence.startswith(f"the store of the run at localhost:{port} has not answered for ")
 
 
 def test_clocks_of_other_hosts_do_not_matter() -> None:

@@ -73,7 +73,7 @@ def run_detection(
         state = DetectorState.fresh(
             *(config, pretrained, len(train.classes), train.fingerprint, precision, ranks, chosen)
         )
-        finished = _finished_result(folder, state, test)
+        finished = ranks.from_main(_finished_result(folder, state, test) if ranks.is_main else None)
         if finished is not None and max_test_images is None:
             log.info("%s is finished; its result stands", folder)
             return finished if ranks.is_main else {}
