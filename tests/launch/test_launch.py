@@ -20,24 +20,17 @@ from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint, step_of
 from leoclr_fast.recipes import RECIPES
 from tests.launch.slurm_stubs import REQUEUED, STEP_PID, descendants, install
 from tests.leoclr_fast.conftest import write_tiny_images
+from tests.leoclr_fast.tiny_flags import TINY_FLAGS
 
 ROOT = Path(__file__).parents[2]
 SLURM, KUBERNETES = ROOT / "launch" / "slurm.sbatch", ROOT / "launch" / "kubernetes.yaml"
 JOB_ID = str(30_000 + os.getpid())
 NUM_STEPS = 60
 FLAGS = [
+    *TINY_FLAGS,
     "--epochs=20",
-    "--batch-size=12",
-    "--backbone.width-multiplier=0.0625",
-    "--method.queue-size=40",
-    "--method.projection-dim=8",
-    "--method.key-batchnorm-group=4",
-    "--views.image-size=16",
-    "--monitor.knn-k=3",
     "--monitor.knn-every-epochs=20",
-    "--monitor.log-every-steps=1",
     "--monitor.checkpoint-every-epochs=20",
-    "--device=cpu",
 ]
 
 

@@ -20,16 +20,7 @@ from leoclr_fast.run_folder import RunFolder
 from leoclr_fast.telemetry import NonFiniteLossError
 from leoclr_fast.train import pretrain
 from tests.leoclr_fast.conftest import tiny_config
-
-TINY_FLAGS = [
-    "--batch-size=12",
-    "--epochs=2",
-    "--backbone.width-multiplier=0.0625",
-    "--views.image-size=16",
-    "--method.queue-size=40",
-    "--monitor.knn-k=3",
-    "--device=cpu",
-]
+from tests.leoclr_fast.tiny_flags import TINY_FLAGS
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -45,7 +36,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def pretrain_line(data: Path, out: Path, *flags: str) -> list[object]:
-    return ["pretrain", "leoclr_demo", "--data", data, "--out", out, *TINY_FLAGS, *flags]
+    return ["pretrain", "leoclr_demo", "--data", data, "--out", out, *TINY_FLAGS, "--epochs=2", *flags]
 
 
 def test_missing_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

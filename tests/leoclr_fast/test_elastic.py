@@ -12,8 +12,8 @@ import pytest
 
 from leoclr_fast.run_folder import RunFolder
 from tests.leoclr_fast.forked_runs import finished_steps
+from tests.leoclr_fast.free_port import free_port
 from tests.leoclr_fast.test_resume import FLAGS
-from tests.leoclr_fast.test_watchdog import free_port
 
 LIMIT_S = 150.0
 EPOCHS = 60

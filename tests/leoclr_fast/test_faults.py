@@ -9,7 +9,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,24 +19,18 @@ import pytest
 from leoclr_fast.checkpoint import list_checkpoints, step_of
 from leoclr_fast.run_folder import RunFolder
 from tests.leoclr_fast.forked_runs import ForkedRun, ForkedRuns, finished_steps, fork_server
+from tests.leoclr_fast.free_port import free_port
+from tests.leoclr_fast.tiny_flags import TINY_FLAGS
 
 NUM_STEPS = 24  # eight epochs of three steps
 CHECKPOINT_EVERY = 2
 END_LIMIT_S = 60.0
 FLAGS = [
+    *TINY_FLAGS,
     "--epochs=8",
-    "--batch-size=12",
-    "--backbone.width-multiplier=0.0625",
-    "--method.queue-size=40",
-    "--method.projection-dim=8",
-    "--method.key-batchnorm-group=4",
-    "--views.image-size=16",
-    "--monitor.knn-k=3",
     "--monitor.knn-every-epochs=4",
-    "--monitor.log-every-steps=1",
     f"--monitor.checkpoint-every-steps={CHECKPOINT_EVERY}",
     "--monitor.silence-limit-s=6",
-    "--device=cpu",
     "--precision=fp64",
 ]
 KINDS = (
@@ -294,9 +287,3 @@ def test_ranks_that_never_come(campaign: Campaign, tiny_data: Path, tmp_path: Pa
         assert f"after 2 s, rank 1 of 2 did not come to localhost:{port}; here: rank 0 on " in run.output()
     else:
         assert f"waited 2 s for the master localhost:{port} and cannot connect to it" in run.output()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

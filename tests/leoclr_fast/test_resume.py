@@ -14,22 +14,15 @@ import torch
 from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint, step_of
 from leoclr_fast.run_folder import RunFolder
 from tests.leoclr_fast.forked_runs import ForkedRun, ForkedRuns, finished_steps
+from tests.leoclr_fast.tiny_flags import TINY_FLAGS
 
 NUM_STEPS = 24  # eight epochs of three steps
 FLAGS = [
+    *TINY_FLAGS,
     "--epochs=8",
-    "--batch-size=12",
-    "--backbone.width-multiplier=0.0625",
-    "--method.queue-size=40",
-    "--method.projection-dim=8",
-    "--method.key-batchnorm-group=4",
-    "--views.image-size=16",
     "--views.blur-probability=0.5",
-    "--monitor.knn-k=3",
     "--monitor.knn-every-epochs=3",
-    "--monitor.log-every-steps=1",
     "--monitor.checkpoint-every-steps=2",
-    "--device=cpu",
 ]
 
 

@@ -17,18 +17,8 @@ import pytest
 from leoclr_fast.checkpoint import list_checkpoints, step_of
 from leoclr_fast.run_folder import RunFolder
 from tests.leoclr_fast.network_namespaces import INTERFACE, Node, NoNamespacesError, two_nodes
+from tests.leoclr_fast.tiny_flags import TINY_FLAGS
 
-FLAGS = [
-    "--batch-size=12",
-    "--backbone.width-multiplier=0.0625",
-    "--method.queue-size=40",
-    "--method.projection-dim=8",
-    "--method.key-batchnorm-group=4",
-    "--views.image-size=16",
-    "--monitor.knn-k=3",
-    "--monitor.log-every-steps=1",
-    "--device=cpu",
-]
 END_WITHIN_S = 60
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 MEASURED = ("step", "epoch", "loss", "positive_similarity", "negative_similarity", "gradient_norm", "lr")
@@ -60,7 +50,7 @@ def on_both(nodes: tuple[Node, Node], data: Path, out: Path, logs: Path, *flags:
 
 
 def pretrain(data: Path, out: Path, *flags: str) -> list[str]:
-    return ["-m", "leoclr_fast", "pretrain", "leoclr_demo", f"--data={data}", f"--out={out}", *FLAGS, *flags]
+    return ["-m", "leoclr_fast", "pretrain", "leoclr_demo", f"--data={data}", f"--out={out}", *TINY_FLAGS, *flags]
 
 
 def codes_of(processes: list[subprocess.Popen[bytes]], limit_s: float) -> list[int]:

@@ -21,14 +21,9 @@ from leoclr_fast.ranks.process_group import JoinError, Rendezvous
 from leoclr_fast.ranks.step_agreement import StepReport
 from leoclr_fast.ranks.step_times import RankTimes
 from leoclr_fast.ranks.watchdog import Watchdog, WatchdogLimits
+from tests.leoclr_fast.free_port import free_port
 
 LIMIT_S = 30.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def rendezvous(rank: int, port: int, *, has_host: bool = True) -> Rendezvous:
@@ -159,7 +154,7 @@ def test_slow_steps_are_known_from_the_second_one(port: int) -> None:
 
 def test_what_is_being_written_is_waited_for(port: int) -> None:
     waited: list[float] = []
-    hanging = rendezvous(0, port), limits(step_s=0.5)
+    hanging = rendezvous(0, port), limits(step_s=0.5, silence_s=1.0)
     ended = threading.Event()
     own = Watchdog(*hanging, finish_writing=waited.append, advice="Advice.", end_process=lambda code: ended.set())
     own.start_steps(7)
