@@ -48,6 +48,8 @@ class RunRecord:
     """`data.json`: path, fingerprint, images, classes, quarantined, views."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metrics: MetricsFile
+    is_being_written: bool = False
+    """Whether a process held the folder just before or just after its files were read."""
     problems: list[str] = field(default_factory=list)
 
     def setting(self, dotted: str, default: Any = None) -> Any:
@@ -215,7 +217,7 @@ class RunRecord:
             if self.summary.get("complete"):
                 return RunState(kind="finished", sentence=f"Finished {at}.")
             return RunState(kind="paused", sentence=f"Paused {at}: not all steps were asked for.")
-        if _is_locked(self.path):
+        if self.is_being_written:
             return RunState(kind="running", sentence=f"Running, {at}.")
         if not metrics.num_steps_kept and not metrics.starts and not metrics.knn:
             return RunState(kind="empty", sentence="Nothing was logged in this folder yet.")
@@ -289,9 +291,7 @@ def read_run(path: Path) -> RunRecord:
         raise FileNotFoundError(
             f"{path} is not a run folder: it has neither config.yaml nor metrics.jsonl; give the --out of a pretrain"
         )
-    metrics = MetricsFile(path=folder.metrics_file)
-    metrics.update()
-    record = RunRecord(path=path, metrics=metrics)
+    record = RunRecord(path=path, metrics=MetricsFile(path=folder.metrics_file))
     record.config = _read(record, folder.config_file, yaml.safe_load)
     refresh(record)
     return record
@@ -300,12 +300,14 @@ def read_run(path: Path) -> RunRecord:
 def refresh(record: RunRecord) -> bool:
     """Read what the run has written since; whether it has logged anything."""
     folder = RunFolder(record.path)
+    was_locked = _is_locked(record.path)  # asked first: a run that ends while its log is read was not killed
     changed = record.metrics.update()
     record.problems = [line for line in record.problems if line.startswith(str(folder.config_file))]
     record.environment = _read(record, folder.environment_file, json.loads)
     record.summary = _read(record, folder.summary_file, json.loads)
     record.data = _read(record, folder.data_file, json.loads)
     record.evaluations = _read_lines(record, folder.evaluations_file)
+    record.is_being_written = was_locked or _is_locked(record.path)  # or it began while its log was read
     record.__dict__.pop("steps_per_epoch", None)
     return changed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from leoclr_fast.report.metrics_file import MetricsFile
 from leoclr_fast.report.run_record import read_run
 from leoclr_fast.report.watch import seconds_left, sparkline, watch
 from leoclr_fast.run_folder import RunFolder
@@ -99,6 +101,32 @@ def test_it_follows_a_run_to_its_end(tmp_path: Path, console: Console) -> None:
     assert "Running, after step 20 of 552" in text
     assert "Finished after step 100" in text
     assert "The queue fills until step 32" in text  # at the beginning
+
+
+@pytest.mark.parametrize("when", ["it ends", "it begins"])
+def test_a_run_that_changes_while_it_is_read_was_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The log is read between two moments; in one of them only a process holds the folder."""
+    run = written_run(tmp_path / "run", [start(), *STEPS])
+    read_log = MetricsFile.update
+    with contextlib.ExitStack() as held:
+
+        def update(metrics: MetricsFile) -> bool:
+            changed = read_log(metrics)
+            if when == "it ends":
+                append(run, end(100, "finished"))
+                held.close()
+            else:
+                held.enter_context(RunFolder(run).locked())
+            return changed
+
+        if when == "it ends":
+            held.enter_context(RunFolder(run).locked())
+        monkeypatch.setattr(MetricsFile, "update", update)
+        assert read_run(run).state.kind == "running"
+        monkeypatch.setattr(MetricsFile, "update", read_log)
+        assert read_run(run).state.kind == ("finished" if when == "it ends" else "running")
 
 
 def test_a_narrow_terminal_and_a_run_without_anything(tmp_path: Path) -> None:
