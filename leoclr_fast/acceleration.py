@@ -8,6 +8,7 @@ import torch
 
 from leoclr_fast.compiling import what_compiling_lacks
 from leoclr_fast.config import SpeedConfig
+from leoclr_fast.ranks.collectives import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +28,25 @@ def compiles_encoders(speed: SpeedConfig, device: torch.device) -> bool:
     return not missing
 
 
-def captures_step(speed: SpeedConfig, device: torch.device, world_size: int) -> bool:
-    """Whether the step is captured as a CUDA graph: `auto` does so wherever it can.
+def captures_step(speed: SpeedConfig, device: torch.device, ranks: Ranks) -> bool:
+    """Whether the step is captured as a CUDA graph: `auto` does so for a single rank, wherever it can; `on` also for
+    several, whose collectives NCCL then records with the rest.
 
     Raises ValueError if it is asked for and cannot be.
     """
-    if speed.cuda_graph == "off":
+    if speed.cuda_graph == "off" or (speed.cuda_graph == "auto" and ranks.world_size > 1):
         return False
     obstacle = None
     if device.type != "cuda":
         obstacle = f"a CUDA GPU is needed and the device is {device}"
-    elif world_size > 1:
-        obstacle = f"there are {world_size} ranks, and their collectives have not been tried in a graph"
+    elif ranks.meter is not None:
+        obstacle = "the time of every collective is to be measured, and a graph runs without a stop"
     elif speed.precision == "fp64":
         obstacle = "in fp64 the learning rate is read from the host"
     if obstacle and speed.cuda_graph == "on":
         raise ValueError(f"--cuda-graph on is not possible: {obstacle}; choose --cuda-graph auto or off")
+    if ranks.world_size > 1 and ranks.is_main:
+        log.warning(
+            "a graph of %d ranks has never been tried: compare its losses with --cuda-graph off", ranks.world_size
+        )
     return obstacle is None

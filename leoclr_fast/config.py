@@ -170,7 +170,7 @@ class SpeedConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the encoders. auto: on a GPU where a C compiler and Triton are found."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """The whole step as one captured CUDA graph. auto: on a single GPU, except in fp64."""
+    """The whole step as one captured CUDA graph. auto: on a single GPU, except in fp64; on: with several ranks, too."""
     loss_impl: InfoNCEImpl = "auto"
     """auto (triton on a GPU, eager on a CPU), eager, compiled or triton."""
     gradient_compression: Literal["none", "bf16", "fp16"] = "none"

@@ -72,7 +72,7 @@ class TrainingStep:
                 self._compiled_query_encoder = torch.compile(method.query_encoder, dynamic=False)
             if not (config.result.method.key_batchnorm == "sync" and synchronised):
                 self._compiled_key_encoder = torch.compile(self._folded or method.key_encoder, dynamic=False)
-        self._is_static = captures_step(config.speed, device, ranks.world_size) if static is None else static
+        self._is_static = captures_step(config.speed, device, ranks) if static is None else static
         self._static: StaticFunction | None = None
 
     def __call__(self, batch: CropBatch, lr: float) -> Tensor:

@@ -267,7 +267,7 @@ def _notes(config: ScalingConfig, device: torch.device, threads: int, state: dic
             notes.append("there are more ranks than cores: they slow each other down")
     else:
         notes.append(
-            "one rank may run as a captured CUDA graph, several do not; --cuda-graph off compares like with like"
+            "one rank may run as a captured CUDA graph, several here do not; --cuda-graph off compares like with like"
         )
     notes.append("the share of communication includes the waiting for slower ranks")
     return notes

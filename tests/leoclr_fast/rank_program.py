@@ -111,10 +111,12 @@ def noise_batches(config: RunConfig, ranks: Ranks, num_steps: int) -> list[CropB
     return batches
 
 
-def trained(config: RunConfig, ranks: Ranks, num_steps: int = NUM_STEPS) -> dict[str, Any]:
+def trained(
+    config: RunConfig, ranks: Ranks, num_steps: int = NUM_STEPS, *, static: bool | None = None
+) -> dict[str, Any]:
     """Indices of this rank's images, and losses over all ranks, in each step; the state after them."""
     training = TrainingState.fresh(config, ranks, CPU)
-    step = TrainingStep(training, config, CPU)
+    step = TrainingStep(training, config, CPU, static=static)
     batches = noise_batches(config, ranks, num_steps)
     metrics = torch.stack([step(batch, config.result.lr) for batch in batches])
     ranks.all_reduce_sum([metrics])
@@ -240,6 +242,7 @@ def main(data: Path, out: Path) -> None:
             out,
             ranks,
             {f"{case}-of-3": partial(trained, trained_config(case)) for case in TRAINED}
+            | {f"{case}-static-of-3": partial(trained, trained_config(case), static=True) for case in TRAINED}
             | {f"exchange-{key_passes}": partial(exchange, key_passes) for key_passes in ("separate", "joint")}
             | {f"norm-{name}": partial(batch_norms, dtype, form) for name, (dtype, form) in NORMS.items()},
         )

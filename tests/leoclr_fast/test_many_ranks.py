@@ -131,6 +131,17 @@ class TestSynchronised:
         if num_ranks == 3 and case == "sync-256":
             assert [len(run["indices"][0]) for run in runs] == [86, 85, 85]
 
+    @pytest.mark.parametrize("case", TRAINED)
+    def test_buffers_that_stay_where_they_are_change_nothing(self, case: str, seen: Path) -> None:
+        """As in a captured graph: every step copies into the same buffers, and the first is run before it counts."""
+        for run, static in zip(
+            of_ranks(seen, f"{case}-of-3", 3), of_ranks(seen, f"{case}-static-of-3", 3), strict=True
+        ):
+            assert torch.equal(static["losses"], run["losses"])
+            assert torch.equal(static["norms"], run["norms"])
+            for name, tensor in run["state"].items():
+                assert torch.equal(static["state"][name], tensor), name
+
     def test_without_synchronisation_they_would_differ(self, alone: dict[str, dict[str, Any]]) -> None:
         """By a thousand times 1e-9 and more: the statistics of groups of the batch are others."""
         changes = {"result__method__key_batchnorm": "split", "result__method__key_batchnorm_group": 85}

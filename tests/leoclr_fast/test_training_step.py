@@ -21,6 +21,7 @@ from leoclr_fast.graph_capture import StaticFunction, unchanged
 from leoclr_fast.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
 from leoclr_fast.precision import require_precision
 from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.ranks.communication_meter import CommunicationMeter
 from leoclr_fast.schedules import learning_rate
 from leoclr_fast.telemetry import STEP_METRICS
 from leoclr_fast.training_state import TrainingState
@@ -326,14 +327,21 @@ class TestBadInput:
         cuda = torch.device("cuda", 0)
         wanted = SpeedConfig(cuda_graph="on")
         with pytest.raises(ValueError, match="a CUDA GPU is needed and the device is cpu; choose --cuda-graph auto"):
-            captures_step(wanted, CPU, 1)
-        with pytest.raises(ValueError, match="there are 2 ranks"):
-            captures_step(wanted, cuda, 2)
+            captures_step(wanted, CPU, Ranks())
+        with pytest.raises(ValueError, match="the time of every collective is to be measured"):
+            captures_step(wanted, cuda, Ranks(0, 2, CommunicationMeter()))
         with pytest.raises(ValueError, match="in fp64"):
-            captures_step(replace(wanted, precision="fp64"), cuda, 1)
-        assert captures_step(SpeedConfig(), cuda, 1)
-        assert not captures_step(SpeedConfig(cuda_graph="off"), cuda, 1)
-        assert not captures_step(SpeedConfig(), CPU, 1)
+            captures_step(replace(wanted, precision="fp64"), cuda, Ranks())
+        assert captures_step(SpeedConfig(), cuda, Ranks())
+        assert not captures_step(SpeedConfig(cuda_graph="off"), cuda, Ranks())
+        assert not captures_step(SpeedConfig(), CPU, Ranks())
+
+    def test_a_graph_of_several_ranks_must_be_asked_for(self, caplog: pytest.LogCaptureFixture) -> None:
+        cuda = torch.device("cuda", 0)
+        assert not captures_step(SpeedConfig(), cuda, Ranks(0, 2))
+        assert not caplog.text
+        assert captures_step(SpeedConfig(cuda_graph="on"), cuda, Ranks(0, 2))
+        assert "a graph of 2 ranks has never been tried" in caplog.text
 
     def test_bf16_on_an_old_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
