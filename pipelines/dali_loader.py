@@ -238,7 +238,8 @@ class DaliLoader(Loader):
 
     def _find_fault(self, batch: EncodedBatch, error: RuntimeError) -> None:
         """Find the images that made DALI fail. What Pillow cannot read either is replaced from now on; what it can,
-        and DALI not, is decoded by Pillow from now on. Raises RuntimeError if there is no such image.
+        and DALI not, is decoded by Pillow from now on. Raises RuntimeError if there is no such image, or if it is all
+        of them.
         """
         found = False
         for index in np.unique(batch.indices).tolist():
@@ -249,15 +250,16 @@ class DaliLoader(Loader):
                 found = True
         if found:
             return
+        refused = []
         for index, image, boxes in zip(batch.indices.tolist(), batch.images, batch.boxes, strict=True):
             probe = self._built_pipeline(batch_size=1, prefetch=1, num_threads=1)
             try:
                 self._feed_pipeline(probe, [image], boxes[None])
                 probe.share_outputs()
             except RuntimeError:
-                self._batches.mark_for_pillow(index)
-                found = True
-        if not found:
+                refused.append(index)
+        self._batches.mark_for_pillow(refused, len(batch), "DALI", error)
+        if not refused:
             raise RuntimeError(
                 f"DALI failed at step {batch.step} of epoch {batch.epoch}, though it can decode each of the images: "
                 f"{error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,10 @@ from pipelines.loader import max_unreadable
 from pipelines.order import Order
 from pipelines.views import ViewRecipe, draw_boxes
 
+log = logging.getLogger(__name__)
+
+_MAX_LOGGED = 10
+_MANY_REFUSED = 4
 _JPEG_BEGIN, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG_SIGNATURE, _PNG_BIT_DEPTH_AT = b"\x89PNG\r\n\x1a\n", 24
 
@@ -96,9 +101,25 @@ class EncodedBatches:
         """From now on another image takes the place of this one."""
         self._unreadable[index] = reason
 
-    def mark_for_pillow(self, index: int) -> None:
-        """From now on this one is decoded by Pillow."""
-        self._for_pillow.add(index)
+    def mark_for_pillow(self, refused: list[int], num_tried: int, decoder: str, error: Exception) -> None:
+        """From now on these images, which a decoder refused and Pillow reads, are decoded by Pillow.
+
+        The first ones are logged. Raises RuntimeError if they are all of several that it tried: then it is the decoder.
+        """
+        if len(refused) == num_tried >= _MANY_REFUSED:
+            raise RuntimeError(
+                f"{decoder} decodes none of the {num_tried} images of a batch, and Pillow decodes all of them: {error}"
+            ) from error
+        for index in refused:
+            self._for_pillow.add(index)
+            if self.num_for_pillow <= _MAX_LOGGED:
+                last = "; others will not be named" if self.num_for_pillow == _MAX_LOGGED else ""
+                log.warning("%s cannot decode %s, Pillow does%s", decoder, self.split.names[index], last)
+
+    @property
+    def num_for_pillow(self) -> int:
+        """How many images have been marked as ones that Pillow decodes."""
+        return len(self._for_pillow)
 
     def correct_size(self, index: int, height: int, width: int) -> None:
         """The image is of another size than the data set says."""

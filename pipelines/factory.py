@@ -31,6 +31,17 @@ LOADERS = {
 }
 """Name of a loader -> its class, imported when it is asked for."""
 
+_PREFERRED = {"cuda": ("dali", "nvjpeg", "ffcv", "torchvision"), "cpu": ("ffcv", "dali", "nvjpeg", "torchvision")}
+"""Of the loaders that decode in every epoch."""
+_DRAWBACKS = {
+    ("nvjpeg", "cuda"): "for machines without DALI",
+    ("ffcv", "cuda"): "it decodes on the CPU",
+    ("torchvision", "cuda"): "it decodes on the CPU",
+    ("dali", "cpu"): "slower on a .beton",
+    ("torchvision", "cpu"): "slower",
+}
+"""Name of a loader, device -> why those before it are preferred."""
+
 
 def make_loader(
     split: Split,
@@ -70,25 +81,56 @@ def choose_loader(split: Split, config: LoaderConfig, device: torch.device | Non
     .betons, is the fastest, then DALI, then torchvision's worker processes (benchmarks/results/loaders_cpu.md).
     """
     gib = estimate_decoded_bytes(split) / 2**30
-    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if gib <= config.resident_limit_gib:
-        name, size, why_not = "resident", f"the decoded images take about {gib:.2f} GiB", ""
+        name, takes, others = "resident", "take", "the others decode in every epoch"
     else:
-        size = f"the decoded images would take about {gib:.0f} GiB"
-        missing = "; not dali, which is not installed: pip install 'leoclr-fast[dali]'"
-        if not on_gpu and _is_beton(split) and _is_installed("ffcv"):
-            name, why_not = "ffcv", "; not dali or torchvision, which are slower on a .beton"
-        elif _is_installed("nvidia.dali"):
-            name, why_not = "dali", f"; not torchvision, which {'decodes on the CPU' if on_gpu else 'is slower'}"
-        else:
-            name, why_not = "nvjpeg" if on_gpu else "torchvision", missing
-    log.info("loader %s: %s (resident up to %g GiB)%s", name, size, config.resident_limit_gib, why_not)
+        name, others = _best_decoder(split, device)
+        takes = "would take"
+    size = f"the decoded images {takes} about {gib:.{2 if name == 'resident' else 0}f} GiB"
+    log.info("loader %s: %s (resident up to %g GiB); %s", name, size, config.resident_limit_gib, others)
     return name
 
 
 def settle_loader(split: Split, config: LoaderConfig, device: torch.device | None = None) -> LoaderConfig:
     """``config`` with ``auto`` replaced by the loader it stands for, so that the choice is made and told once."""
     return replace(config, name=choose_loader(split, config, device)) if config.name == "auto" else config
+
+
+def _best_decoder(split: Split, device: torch.device) -> tuple[str, str]:
+    """The first loader of `_PREFERRED` with no obstacle; and for each other one, why not."""
+    chosen, reasons = "", []
+    for name in _PREFERRED[device.type]:
+        if reason := _obstacle(name, split, device):
+            reasons.append(f"{name} ({reason})")
+        elif chosen:
+            reasons.append(f"{name} ({_DRAWBACKS[name, device.type]})")
+        else:
+            chosen = name
+    return chosen, f"not {', '.join(reasons)}"
+
+
+def _obstacle(name: str, split: Split, device: torch.device) -> str | None:
+    """Why this loader cannot be taken; None if it can."""
+    match name:
+        case "dali" if not _is_installed("nvidia.dali"):
+            return "not installed: pip install 'leoclr-fast[dali]'"
+        case "ffcv" if not _is_beton(split):
+            return "it reads .betons alone"
+        case "ffcv" if not _is_installed("ffcv"):
+            return "not installed: make ffcv"
+        case "nvjpeg" if device.type == "cpu":
+            return "it needs a GPU"
+        case "nvjpeg":
+            return _nvjpeg_obstacle(device)
+    return None
+
+
+def _nvjpeg_obstacle(device: torch.device) -> str | None:
+    from pipelines.nvjpeg_loader import nvjpeg_obstacle
+
+    return nvjpeg_obstacle(device)
 
 
 def _is_beton(split: Split) -> bool:

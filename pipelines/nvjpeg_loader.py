@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -39,7 +40,7 @@ class NvjpegLoader(Loader):
     """Bytes in, crops out: one decode of each image, on the device, and one resize for each view.
 
     ``config.workers`` threads read, ``config.prefetch_batches`` batches ahead; one more thread decodes and cuts them on
-    a stream of its own. Raises ValueError for a device that is not a GPU.
+    a stream of its own. Raises ValueError for a device that is not a GPU, RuntimeError if nvJPEG does not work there.
     """
 
     name = "nvjpeg"
@@ -53,6 +54,8 @@ class NvjpegLoader(Loader):
             raise ValueError(
                 f"nvJPEG is to decode on {self.device}, but this machine has no CUDA device; choose --loader auto"
             )
+        if obstacle := nvjpeg_obstacle(self.device):
+            raise RuntimeError(f"the nvjpeg loader cannot be used: {obstacle}; choose --loader torchvision")
         self._batches = EncodedBatches(self.split, self.views, self.view_config, self.order, seed=self.seed)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._readers: WorkerThreads | None = None
@@ -88,6 +91,11 @@ class NvjpegLoader(Loader):
                 assert self._pass is current, "another pass over this loader has begun"
         finally:
             current.cancel()
+
+    @property
+    def num_for_pillow(self) -> int:
+        """How many JPEGs nvJPEG turned out to be unable to decode, so that Pillow does it."""
+        return self._batches.num_for_pillow
 
     def close(self) -> None:
         if self._pass is not None:
@@ -188,14 +196,19 @@ class NvjpegLoader(Loader):
         if not images:
             return []
         encoded = [torch.from_numpy(image) for image in images]
+        if self._stream is not None:
+            # torchvision decodes on a stream of its own, which does not wait for this one: what the kernels of the
+            # batch before still read must not be given to the decoder as memory for this batch.
+            self._stream.synchronize()
         decoded: list[Tensor] = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self.device)
         return decoded
 
     def _find_fault(self, batch: EncodedBatch, rows: list[int], error: RuntimeError) -> None:
         """Find the images that made nvJPEG fail. What Pillow cannot read either is replaced from now on; what it can
-        is decoded by Pillow from now on. Raises RuntimeError if there is no such image.
+        is decoded by Pillow from now on. Raises RuntimeError if there is no such image, or if it is all of them.
         """
         found = False
+        refused = []
         for row in rows:
             try:
                 self._decode_jpegs([batch.images[row]])
@@ -206,9 +219,10 @@ class NvjpegLoader(Loader):
                 index = int(batch.indices[row])
                 try:
                     decode_rgb(self.split, index)
-                    self._batches.mark_for_pillow(index)
+                    refused.append(index)
                 except UnreadableImageError as reason:
                     self._batches.mark_unreadable(index, str(reason))
+        self._batches.mark_for_pillow(refused, len(rows), "nvJPEG", error)
         if not found:
             raise RuntimeError(
                 f"nvJPEG failed at step {batch.step} of epoch {batch.epoch}, though it can decode each of the images: "
@@ -261,6 +275,18 @@ class _Pass:
         for future in self.upcoming:
             future.cancel()
         self.upcoming.clear()
+
+
+@lru_cache
+def nvjpeg_obstacle(device: torch.device) -> str | None:
+    """Why torchvision cannot decode JPEGs on this device, found out by decoding one; None if it can."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(file, "JPEG")
+    try:
+        decode_jpeg([torch.frombuffer(file.getbuffer(), dtype=torch.uint8)], mode=ImageReadMode.RGB, device=device)
+    except RuntimeError as error:
+        return f"torchvision cannot decode a JPEG on {device}: {str(error).strip().splitlines()[0]}"
+    return None
 
 
 def _is_for_nvjpeg(image: npt.NDArray[np.uint8]) -> bool:

@@ -342,11 +342,17 @@ def test_reads_in_threads(write_tar) -> None:
 
 
 def test_no_file_stays_open(write_tar) -> None:
-    split = open_source(write_tar({"a/1.jpg": b"1"})).splits["train"]
+    path = write_tar({"a/1.jpg": b"1"})
+
+    def num_open() -> int:
+        opened = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        return sum(os.path.exists(each) and os.path.samefile(each, path) for each in opened)
+
+    split = open_source(path).splits["train"]
     split.read(0)
-    before = len(os.listdir("/proc/self/fd"))
+    assert num_open() == 1
     del split
-    assert len(os.listdir("/proc/self/fd")) == before - 1
+    assert num_open() == 0
 
 
 def test_memory_of_an_index(write_tar) -> None:

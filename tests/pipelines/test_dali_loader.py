@@ -187,7 +187,8 @@ class TestOddImages:
         assert_like_the_oracle(loader, epochs=2)
         assert loader.unreadable == {}
         assert loader._batches._for_pillow == {5, 6}
-        assert not [record for record in package_log.records if record.levelno >= logging.WARNING]
+        warned = [record.getMessage() for record in package_log.records if record.levelno >= logging.WARNING]
+        assert warned == [f"DALI cannot decode {split.names[index]}, Pillow does" for index in (5, 6)]
 
     def test_later_epochs_do_not_stumble(
         self,
@@ -237,7 +238,7 @@ class TestNothingIsLeft:
                     for epoch in range(1 + (how == "two epochs")):
                         list(loader.batches(epoch))
             loader.close()
-            assert set(threading.enumerate()) == names, how
+            assert set(threading.enumerate()) <= names, how
             patience = time.monotonic() + 10
             while len(os.listdir("/proc/self/task")) > threads and time.monotonic() < patience:
                 time.sleep(0.01)

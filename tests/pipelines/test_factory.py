@@ -64,7 +64,7 @@ class TestAuto:
         config = LoaderConfig(workers=0, resident_limit_gib=gib)
         assert isinstance(make(split, config), ResidentLoader)
         message = f"loader resident: the decoded images take about 0.00 GiB (resident up to {gib:g} GiB)"
-        assert message in package_log.messages
+        assert f"{message}; the others decode in every epoch" in package_log.messages
 
     @pytest.mark.parametrize("has_dali", [True, False])
     def test_large_data_do_not(
@@ -75,31 +75,35 @@ class TestAuto:
         config = LoaderConfig(workers=0, resident_limit_gib=gib / 2)
         chosen = choose_loader(split, config, torch.device("cpu"))
         assert chosen == ("dali" if has_dali else "torchvision")
-        why_not = (
-            "not torchvision, which is slower"
-            if has_dali
-            else "not dali, which is not installed: pip install 'leoclr-fast[dali]'"
-        )
+        dali = "" if has_dali else "dali (not installed: pip install 'leoclr-fast[dali]'), "
+        slower = ", torchvision (slower)" if has_dali else ""
+        why_not = f"not ffcv (it reads .betons alone), {dali}nvjpeg (it needs a GPU){slower}"
         size = f"the decoded images would take about 0 GiB (resident up to {gib / 2:g} GiB)"
         assert package_log.messages == [f"loader {chosen}: {size}; {why_not}"]
         if not has_dali:
             assert isinstance(make(split, config), TorchvisionLoader)
 
-    @pytest.mark.parametrize("has_dali", [True, False])
+    @pytest.mark.parametrize(
+        ("has_dali", "nvjpeg_obstacle", "expected", "others"),
+        [
+            (True, None, "dali", "nvjpeg (for machines without DALI), ffcv (it reads .betons alone), "
+             "torchvision (it decodes on the CPU)"),
+            (False, None, "nvjpeg", "dali (not installed: pip install 'leoclr-fast[dali]'), "
+             "ffcv (it reads .betons alone), torchvision (it decodes on the CPU)"),
+            (False, "no driver", "torchvision", "dali (not installed: pip install 'leoclr-fast[dali]'), "
+             "nvjpeg (no driver), ffcv (it reads .betons alone)"),
+        ],
+    )  # fmt: skip
     def test_large_data_on_a_gpu(
-        self, has_dali: bool, split: Split, package_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, has_dali: bool, nvjpeg_obstacle: str | None, expected: str, others: str, split: Split,
+        package_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
         monkeypatch.setattr("pipelines.factory._is_installed", lambda _: has_dali)
+        monkeypatch.setattr("pipelines.factory._nvjpeg_obstacle", lambda _: nvjpeg_obstacle)
         config = LoaderConfig(resident_limit_gib=0.0)
-        chosen = "dali" if has_dali else "nvjpeg"
-        assert choose_loader(split, config, torch.device("cuda")) == chosen
-        assert settle_loader(split, config, torch.device("cuda")).name == chosen
-        why_not = (
-            "not torchvision, which decodes on the CPU"
-            if has_dali
-            else "not dali, which is not installed: pip install 'leoclr-fast[dali]'"
-        )
-        line = f"loader {chosen}: the decoded images would take about 0 GiB (resident up to 0 GiB); {why_not}"
+        assert choose_loader(split, config, torch.device("cuda")) == expected
+        assert settle_loader(split, config, torch.device("cuda")).name == expected
+        line = f"loader {expected}: the decoded images would take about 0 GiB (resident up to 0 GiB); not {others}"
         assert package_log.messages == [line] * 2
 
     @pytest.mark.parametrize("has_ffcv", [True, False])
@@ -116,10 +120,8 @@ class TestAuto:
         monkeypatch.setattr("pipelines.factory._is_installed", lambda package: has_ffcv or package != "ffcv")
         config = LoaderConfig(resident_limit_gib=0.0)
         assert choose_loader(beton, config, torch.device("cpu")) == ("ffcv" if has_ffcv else "dali")
-        why_not = (
-            "not dali or torchvision, which are slower on a .beton" if has_ffcv else "not torchvision, which is slower"
-        )
-        assert package_log.messages[-1].endswith(f"(resident up to 0 GiB); {why_not}")
+        why_not = "dali (slower on a .beton), nvjpeg (" if has_ffcv else "ffcv (not installed: make ffcv), nvjpeg ("
+        assert f"(resident up to 0 GiB); not {why_not}" in package_log.messages[-1]
         assert choose_loader(split, config, torch.device("cpu")) == "dali"
 
     def test_never_synthetic_and_never_silent(self, split: Split, package_log: pytest.LogCaptureFixture) -> None:

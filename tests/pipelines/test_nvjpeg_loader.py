@@ -20,7 +20,7 @@ from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.sources import Split, open_source
 from pipelines import nvjpeg_loader
 from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.nvjpeg_loader import NvjpegLoader
+from pipelines.nvjpeg_loader import NvjpegLoader, nvjpeg_obstacle
 from pipelines.order import Order, SequentialOrder, TrainOrder
 from pipelines.views import LEOCLR_VIEWS
 from tests.pipelines.oracle import assert_like_the_oracle, cpu_loader
@@ -33,6 +33,7 @@ Open = Callable[..., NvjpegLoader]
 @pytest.fixture
 def open_nvjpeg(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     monkeypatch.setattr(NvjpegLoader, "devices", ("cpu", "cuda"))
+    assert nvjpeg_obstacle(CPU) is None
     with ExitStack() as stack:
 
         def start(split: Split, order: Order | None = None, image_size: int = 16, **config: Any) -> NvjpegLoader:
@@ -103,7 +104,7 @@ class TestWhatIsDecodedWhere:
 
 class TestFaults:
     def test_what_nvjpeg_cannot_decode_is_decoded_by_pillow(
-        self, split: Split, open_nvjpeg: Open, monkeypatch: pytest.MonkeyPatch
+        self, split: Split, open_nvjpeg: Open, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
     ) -> None:
         refused = {split.read(index) for index in (4, 5, 20)}
         calls: list[int] = []
@@ -117,11 +118,32 @@ class TestFaults:
 
         monkeypatch.setattr(nvjpeg_loader, "decode_jpeg", decode)
         loader = open_nvjpeg(split, SequentialOrder(num_images=23, batch_size=5))
+        assert loader.num_for_pillow == 0
         assert_like_the_oracle(loader)
         assert loader.unreadable == {}
+        assert loader.num_for_pillow == 3
+        warned = [message for message in package_log.messages if "Pillow" in message]
+        assert warned == [f"nvJPEG cannot decode {split.names[index]}, Pillow does" for index in (4, 5, 20)]
         calls.clear()
         assert_like_the_oracle(loader)
         assert sum(calls) == 20  # later epochs do not stumble again
+
+    def test_nvjpeg_decodes_nothing(self, split: Split, open_nvjpeg: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+        """At the start: one clear error. Later: the run ends instead of decoding on the CPU in silence."""
+
+        def decode(_: list[torch.Tensor], **__: Any) -> Any:
+            raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
+
+        loader = open_nvjpeg(split)
+        list(loader.batches(0))
+        monkeypatch.setattr(nvjpeg_loader, "decode_jpeg", decode)
+        with pytest.raises(RuntimeError, match=r"nvJPEG decodes none of the 4 images of a batch, and Pillow"):
+            list(loader.batches(1))
+        nvjpeg_obstacle.cache_clear()
+        message = "the nvjpeg loader cannot be used: torchvision cannot decode a JPEG on cpu: decode_jpegs_cuda: .*"
+        with pytest.raises(RuntimeError, match=f"{message}; choose --loader torchvision"):
+            open_nvjpeg(split)
+        nvjpeg_obstacle.cache_clear()
 
     def test_an_error_that_no_image_explains(
         self, split: Split, open_nvjpeg: Open, monkeypatch: pytest.MonkeyPatch
