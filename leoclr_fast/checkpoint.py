@@ -84,6 +84,17 @@ def drop_unfinished_checkpoints(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def set_aside_later_checkpoints(folder: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, which the run passed over because they are damaged, to `damaged-step-…`: as
+    the newest ones they would be kept, and the good ones that the run is about to write would not."""
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            log.warning("the damaged checkpoint %s is now %s; nothing reads it any more", path.name, aside)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())

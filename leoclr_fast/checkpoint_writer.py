@@ -17,6 +17,7 @@ from leoclr_fast.checkpoint import (
     drop_unfinished_checkpoints,
     list_checkpoints,
     save_checkpoint,
+    set_aside_later_checkpoints,
     step_of,
 )
 from leoclr_fast.run_folder import RunFolder, write_json
@@ -79,9 +80,11 @@ class CheckpointWriter:
         drop_old_checkpoints(self._folder.checkpoints, self._keep, (step,))
 
     def continue_from(self, step: int) -> None:
-        """Take up what the run has kept until `step`, and clear away what a killed process has left half done."""
+        """Take up what the run has kept until `step`, and clear away what a killed process has left half done and what
+        was passed over as damaged. Raises OSError if that cannot be done."""
         checkpoints = self._folder.checkpoints
         drop_unfinished_checkpoints(checkpoints)
+        set_aside_later_checkpoints(checkpoints, step)
         self._best = None
         try:
             best = json.loads(self._folder.best_file.read_text())

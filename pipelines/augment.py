@@ -153,7 +153,8 @@ def augment(
 
     crops: uint8 [..., S, S, 3], RGB, M samples in all. parameters: M rows, on the crops' device. impl: `auto` takes
     numba on a CPU and triton on a GPU, but not for float64, and torch elsewhere; they differ by float32's rounding.
-    Returns ``dtype`` [M, 3, S, S] in channels_last; the arithmetic is float32, or float64 if ``dtype`` is.
+    Returns ``dtype`` [M, 3, S, S] in channels_last; the arithmetic is float32, or float64 if ``dtype`` is, also where
+    an encoder's autocast is on.
     Raises ValueError if numba or triton is asked for where it cannot be used.
     """
     count = crops[..., 0, 0, 0].numel()
@@ -177,15 +178,16 @@ def augment(
     if impl in ("numba", "triton"):
         raise ValueError(f"{impl} cannot augment here, since {obstacle}; choose impl auto or torch")
     crops = crops.flatten(0, -4)  # copies unless each view is one contiguous block
-    if crops.device.type != "cpu":
-        return _augment_chunk(crops, parameters, config, dtype)
-    # On a CPU the many passes over the pixels should find them in the cache.
-    rows = max(1, _CPU_CHUNK_ELEMENTS // crops[0].numel()) if len(crops) else 1
-    chunks = [
-        _augment_chunk(part, AugmentParameters(table), config, dtype)
-        for part, table in zip(crops.split(rows), parameters.table.split(rows), strict=True)
-    ]
-    return torch.cat(chunks)
+    with torch.autocast("cuda" if crops.is_cuda else "cpu", enabled=False):
+        if crops.device.type != "cpu":
+            return _augment_chunk(crops, parameters, config, dtype)
+        # On a CPU the many passes over the pixels should find them in the cache.
+        rows = max(1, _CPU_CHUNK_ELEMENTS // crops[0].numel()) if len(crops) else 1
+        chunks = [
+            _augment_chunk(part, AugmentParameters(table), config, dtype)
+            for part, table in zip(crops.split(rows), parameters.table.split(rows), strict=True)
+        ]
+        return torch.cat(chunks)
 
 
 def _what_keeps_numba_out(crops: Tensor, parameters: AugmentParameters, dtype: torch.dtype) -> str | None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from leoclr_fast import checkpoint_writer
-from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint, load_newest_checkpoint, save_checkpoint
 from leoclr_fast.checkpoint_writer import CheckpointWriter
 from leoclr_fast.run_folder import RunFolder
 
@@ -87,6 +87,34 @@ def test_the_best_of_before_is_kept_after_a_resume(folder: RunFolder) -> None:
     resumed.save(3, state(3))
     resumed.flush()
     assert kept(folder) == names(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("keep", "steps", "expected"), [(1, (4, 18), (4, 7)), (2, (4, 16, 18), (4, 7)), (1, (18,), (7,))]
+)
+def test_damaged_ones_do_not_count_as_the_newest(
+    folder: RunFolder, keep: int, steps: tuple[int, ...], expected: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run went on from step 4, the best; what it writes then stays, and so does what was damaged, aside."""
+    writer = CheckpointWriter(folder, keep=len(steps))
+    for step in steps:
+        writer.save(step, state(step), 30.0 if step == 4 else None)
+    writer.flush()
+    for step in steps[4 in steps :]:
+        (folder.checkpoints / names(step)[0] / "state.pt").write_bytes(b"damaged")
+    newest = load_newest_checkpoint(folder.checkpoints) if 4 in steps else None
+    assert newest is None or newest[1]["step"] == 4
+    resumed = CheckpointWriter(folder, keep)
+    resumed.continue_from(4 if 4 in steps else 0)
+    resumed.save(7, state(7))
+    resumed.flush()
+    assert kept(folder) == names(*expected)
+    again = load_newest_checkpoint(folder.checkpoints)
+    assert again is not None
+    assert again[1]["step"] == 7
+    aside = sorted(path.name for path in folder.checkpoints.glob("damaged-*"))
+    assert aside == [f"damaged-{name}" for name in names(*steps[4 in steps :])]
+    assert f"the damaged checkpoint {names(18)[0]} is now" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"step": 7, "knn_top1": 90}', '{"knn_top1": 90}'])

@@ -359,6 +359,13 @@ class TestForm:
         assert torch.equal(ours, augment(crops, drawn, config, impl=impl).to(dtype))
 
     @pytest.mark.parametrize("impl", ["torch", "numba"])
+    def test_autocast_changes_nothing(self, impl: Impl) -> None:
+        crops, drawn, config = pictures(24, 32), random_parameters(24), ViewConfig(image_size=32)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = augment(crops, drawn, config, impl=impl)
+        assert torch.equal(ours, augment(crops, drawn, config, impl=impl))
+
+    @pytest.mark.parametrize("impl", ["torch", "numba"])
     def test_crops_and_parameters_are_left_alone(self, impl: Impl) -> None:
         crops, drawn = pictures(24, 32), random_parameters(24)
         kept, table = crops.clone(), drawn.table.clone()
