@@ -29,7 +29,8 @@ class Detect(CommonFlags):
     """voc: the VOCdevkit folder (VOC2007/, VOC2012/). coco: the folder with annotations/, train2017/ and val2017/."""
     dataset: Literal["voc", "coco"] = "voc"
     out: Path | None = None
-    """Checkpoints, metrics.jsonl and result.json; RUN/detect-DATASET if not given."""
+    """Checkpoints, metrics.jsonl and result.json; if not given RUN/detect-DATASET, or of a file
+    WEIGHTS.evaluations/detect-DATASET beside it."""
     train_sets: tuple[str, ...] | None = None
     """voc: VOC2007/trainval VOC2012/trainval. coco: train2017."""
     test_set: str | None = None

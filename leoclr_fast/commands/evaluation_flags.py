@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 
-from dataset_tools.command_line import CommonFlags
+from dataset_tools.command_line import CommonFlags, say
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.evaluate.options import EvaluationOptions
 from pipelines.config import LoaderConfig
@@ -43,7 +44,10 @@ class TrainingEvaluationFlags(EvaluationFlags):
     """The same for evaluations that train something, and can be resumed."""
 
     out: Path | None = None
-    """Where it works, and continues after a kill; by default a folder in the run that the settings determine."""
+    """Where it works, and continues after a kill; by default a folder that the settings determine, in RUN/evaluations
+    or, of a file, in WEIGHTS.evaluations beside it."""
+    max_steps: int | None = None
+    """Pause when so many steps are done in all, without a result; the same command without it continues."""
     checkpoint_every_s: float = 60.0
     """A checkpoint at the end of an epoch, once the last one is so many seconds old."""
 
@@ -55,5 +59,20 @@ class TrainingEvaluationFlags(EvaluationFlags):
             image_size=self.image_size,
             max_images=self.max_images,
             out=self.out,
+            max_steps=self.max_steps,
             checkpoint_every_s=self.checkpoint_every_s,
         )
+
+
+def is_paused(result: dict[str, Any]) -> bool:
+    """Whether --max-steps ended an evaluation before it had a result."""
+    return result.get("complete") is False
+
+
+def say_paused(console: Console, result: dict[str, Any]) -> None:
+    """What a paused evaluation prints."""
+    say(
+        console,
+        f"paused after step {result['step']:,}, as --max-steps asks, in {result['out']}; there is no result yet, and "
+        "the same command without --max-steps continues",
+    )

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from dataset_tools.command_line import say
-from leoclr_fast.commands.evaluation_flags import TrainingEvaluationFlags
+from leoclr_fast.commands.evaluation_flags import TrainingEvaluationFlags, is_paused, say_paused
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 
 
@@ -43,6 +43,9 @@ class Finetune(TrainingEvaluationFlags):
             console=console,
         )
         for result in results:
+            if is_paused(result):
+                say_paused(console, result)
+                continue
             say(
                 console,
                 f"finetune on {result['percent']:.4g} % of the labels: top-1 {result['top1']:.2f} %, top-5 "

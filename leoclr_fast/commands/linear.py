@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from dataset_tools.command_line import say
-from leoclr_fast.commands.evaluation_flags import TrainingEvaluationFlags
+from leoclr_fast.commands.evaluation_flags import TrainingEvaluationFlags, is_paused, say_paused
 from leoclr_fast.evaluate.protocols import LinearProtocol
 
 
@@ -33,7 +33,9 @@ class Linear(TrainingEvaluationFlags):
             self.options,
             console=console,
         )
-        if result:
+        if is_paused(result):
+            say_paused(console, result)
+        elif result:
             for entry in result["grid"] or ():
                 held_out = entry["holdout_top1"]
                 say(

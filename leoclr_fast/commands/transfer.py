@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from dataset_tools.command_line import say
-from leoclr_fast.commands.evaluation_flags import TrainingEvaluationFlags
+from leoclr_fast.commands.evaluation_flags import TrainingEvaluationFlags, is_paused, say_paused
 from leoclr_fast.evaluate.protocols import TransferProtocol
 
 
@@ -37,7 +37,9 @@ class Transfer(TrainingEvaluationFlags):
             self.options,
             console=console,
         )
-        if result:
+        if is_paused(result):
+            say_paused(console, result)
+        elif result:
             metric = {"top1": "top-1", "mean_per_class": "mean per class"}[result["metric"]]
             say(
                 console,

@@ -6,17 +6,16 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from leoclr_fast.checkpoint import load_newest_checkpoint, save_checkpoint
+from leoclr_fast.checkpoint import DamagedCheckpointError, load_newest_checkpoint, save_checkpoint
 from leoclr_fast.config_file import differing_fields
 from leoclr_fast.environment import environment
 from leoclr_fast.evaluate.options import EvaluationOptions
@@ -28,12 +27,24 @@ log = logging.getLogger(__name__)
 
 State = dict[str, Any]
 
+_KEEP_CHECKPOINTS = 2
+
+
+class PausedError(RuntimeError):
+    """The evaluation has come to `max_steps`, on all ranks; everything is saved."""
+
+    def __init__(self, step: int, training: Path) -> None:
+        super().__init__(f"paused after step {step}")
+        self.document = {"complete": False, "step": step, "training": training.name, "out": str(training.parent)}
+        """What is known instead of a result. step: of all trainings of the evaluation."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationFolder:
     """One evaluation on disk: `settings.json`, checkpoints while it runs, `result.json` once it is finished.
 
-    It lies in the run folder under a name that its settings determine, so that the same command continues it.
+    It lies in the run folder, or beside a file of weights, under a name that its settings determine, so that the same
+    command continues it.
     """
 
     path: Path
@@ -45,11 +56,14 @@ class EvaluationFolder:
     run: RunFolder | None
     """Gets the result, too."""
     checkpoint_every_s: float
+    max_steps: int | None
     ranks: Ranks
 
-    def checkpoints(self, name: str) -> Checkpoints:
-        """Those of one training of this evaluation."""
-        return Checkpoints(self.path / name, self.checkpoint_every_s, self.ranks)
+    def checkpoints(self, name: str, steps_before: int = 0) -> Checkpoints:
+        """Those of one training of this evaluation, which follows `steps_before` steps of others."""
+        return Checkpoints(
+            self.path / name, self.checkpoint_every_s, self.ranks, steps_before=steps_before, max_steps=self.max_steps
+        )
 
     def finish(self, result: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """Keep the result here and in the run's `evaluations.jsonl`; returns all of it, nothing on other ranks."""
@@ -73,23 +87,15 @@ def evaluation_folder(
 ) -> Iterator[EvaluationFolder]:
     """The folder of an evaluation with these settings (plain JSON), held against a second process.
 
-    By default it lies in the run; of a file of weights it is a temporary one, that cannot be resumed.
-    Raises ValueError if it holds an evaluation with other settings, RuntimeError if another process works in it.
+    options.out: by default a folder in `subject.evaluations`, named by evaluator and settings.
+    Raises ValueError if it cannot be written or holds an evaluation with other settings, RuntimeError if another
+    process works in it.
     """
     settings = json.loads(json.dumps({"weights_sha256": subject.sha256, **settings}))
     digest = hashlib.sha256(json.dumps([evaluator, settings], sort_keys=True).encode()).hexdigest()
     with ExitStack() as stack:
-        finished: dict[str, Any] | None = None
-        path = options.out
-        if path is None and subject.run is not None:
-            path = subject.run.path / "evaluations" / f"{evaluator}-{digest[:12]}"
-        if ranks.is_main:
-            if path is None:
-                path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                log.info("without --out nothing but the result is kept of an evaluation of a file of weights")
-            finished = _enter(path, evaluator, settings, stack)
-        path, finished = ranks.from_main((path, finished))
-        assert path is not None
+        path = options.out if options.out is not None else subject.evaluations / f"{evaluator}-{digest[:12]}"
+        finished = ranks.from_main(_enter(path, evaluator, settings, stack) if ranks.is_main else None)
         yield EvaluationFolder(
             path=path,
             evaluator=evaluator,
@@ -97,6 +103,7 @@ def evaluation_folder(
             finished=finished,
             run=subject.run,
             checkpoint_every_s=options.checkpoint_every_s,
+            max_steps=options.max_steps,
             ranks=ranks,
         )
 
@@ -119,7 +126,9 @@ def _enter(path: Path, evaluator: str, settings: dict[str, Any], stack: ExitStac
                 )
         write_json(described, wanted)
     except OSError as error:
-        raise ValueError(f"cannot write to {path}: {error.strerror}; give another --out") from error
+        raise ValueError(
+            f"cannot write to {path}: {error.strerror}; give --out a folder that the evaluation can work in"
+        ) from error
     result = path / "result.json"
     if not result.is_file():
         return None
@@ -128,16 +137,34 @@ def _enter(path: Path, evaluator: str, settings: dict[str, Any], stack: ExitStac
     return {key: value for key, value in document.items() if key != "environment"}
 
 
+def newest_checkpoint(folder: Path) -> tuple[Path, State] | None:
+    """As `load_newest_checkpoint`, of an evaluation's training.
+
+    Raises DamagedCheckpointError if none is whole, with the one folder that is to be deleted: not the pretraining's.
+    """
+    try:
+        return load_newest_checkpoint(folder)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(
+            f"every checkpoint in {folder} is damaged; delete this folder, and no other, to start this part of the "
+            "evaluation again. The weights that are evaluated are not concerned."
+        ) from error
+
+
 class Checkpoints:
     """The checkpoints of one training, written by the first rank: between epochs, but not at every short one."""
 
-    def __init__(self, folder: Path, every_s: float, ranks: Ranks) -> None:
+    def __init__(
+        self, folder: Path, every_s: float, ranks: Ranks, *, steps_before: int = 0, max_steps: int | None = None
+    ) -> None:
+        """max_steps: where the evaluation is to pause, if it is; counted with the `steps_before` of other trainings."""
         self._folder, self._every_s, self._ranks = folder, every_s, ranks
+        self._steps_before, self._max_steps = steps_before, max_steps
         self._saved_at = time.monotonic()
 
     def load(self, device: torch.device) -> State | None:
         """What was saved last, on every rank; None at the beginning. Every rank reads it by itself."""
-        newest = load_newest_checkpoint(self._folder)
+        newest = newest_checkpoint(self._folder)
         step = -1 if newest is None else int(newest[1]["step"])
         self._ranks.require_equal(step, f"the step to continue {self._folder} from", device)
         if newest is None:
@@ -150,8 +177,19 @@ class Checkpoints:
         if not self._ranks.is_main or (not due and time.monotonic() - self._saved_at < self._every_s):
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(self._folder, step, {"step": step, **state()}, keep=1)
+        save_checkpoint(self._folder, step, {"step": step, **state()}, _KEEP_CHECKPOINTS)
         self._saved_at = time.monotonic()
+
+    def last_step(self, total_steps: int) -> int:
+        """The step of a training of `total_steps` after which it ends or pauses."""
+        return (
+            total_steps if self._max_steps is None else min(total_steps, max(0, self._max_steps - self._steps_before))
+        )
+
+    def pause(self, step: int, state: Callable[[], State]) -> NoReturn:
+        """Save, and raise PausedError."""
+        self.save(step, state)
+        raise PausedError(self._steps_before + step, self._folder)
 
     def delete(self) -> None:
         """Its training is over."""

@@ -8,20 +8,25 @@ from contextlib import contextmanager
 
 import torch
 
+from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.ranks.collectives import Ranks
 from leoclr_fast.ranks.process_group import Rendezvous, process_group
 from leoclr_fast.ranks.watchdog import WatchdogLimits, watched
 
-_LIMITS = WatchdogLimits(silence_s=45.0, step_s=math.inf, phase_s=math.inf)
+_LIMITS = WatchdogLimits(silence_s=45.0, step_s=math.inf, phase_s=7200.0)
+"""Steps have their limit from `Pace`. What else a rank does at a stretch can be to unpack an archive: two hours."""
 
 
 @contextmanager
-def evaluation_ranks(device: str) -> Iterator[tuple[Ranks, torch.device]]:
-    """As `process_group`; a rank that dies or stops ends the evaluation on all others, which say which one it was."""
+def evaluation_ranks(device: str) -> Iterator[tuple[Ranks, torch.device, Pace]]:
+    """As `process_group`, and the pace that all batches are to be taken at.
+
+    A rank that dies, stops or hangs ends the evaluation on all others, which say which one it was.
+    """
     with (
         process_group(device) as (ranks, chosen),
         watched(Rendezvous.of_environment(), _LIMITS) as watchdog,
         watchdog.phase("evaluation"),
     ):
-        yield ranks, chosen
+        yield ranks, chosen, Pace(watchdog)
         ranks.barrier()  # whoever left before the others would seem to have died

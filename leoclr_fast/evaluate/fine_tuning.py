@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
@@ -20,6 +20,7 @@ from torchvision.models.resnet import ResNet
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints
 from leoclr_fast.evaluate.features import extract_features
+from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.precision import encoder_dtype, encoder_precision
 from leoclr_fast.ranks.collectives import Ranks
@@ -58,12 +59,13 @@ class FineTuner:
     precision: str
     ranks: Ranks
     display: EvaluationProgress
+    pace: Pace = field(default_factory=Pace)
 
     def train(self, training: Training, checkpoints: Checkpoints) -> ResNet | None:
         """The fine-tuned network with its classifier, from the checkpoint on if there is one; None if it diverged.
 
         The ranks have a batch-norm each; gradients are means over the global batch, running statistics over the ranks.
-        Raises StoppedBySignalError on SIGINT and SIGTERM, after a checkpoint.
+        Raises PausedError, or StoppedBySignalError on SIGINT and SIGTERM, after a checkpoint.
         """
         ranks, loader, device = self.ranks, self.loader, self.loader.device
         network = self._network(training)
@@ -82,7 +84,8 @@ class FineTuner:
             optimizer.load_state_dict(saved["optimizer"])
             if saved["scaler"]:
                 scaler.load_state_dict(saved["scaler"])
-            epoch_loss.copy_(saved["epoch_loss"])
+            if ranks.is_main:
+                epoch_loss.copy_(saved["epoch_loss"])
 
         def state() -> dict[str, Any]:
             return {
@@ -94,7 +97,9 @@ class FineTuner:
 
         clock = TrainingClock(step)
         with stop_signals(enabled=ranks.world_size == 1) as stop:
-            for batch in clock.timed(islice(_batches_from(loader, step), max(0, training.total_steps - step))):
+            to_come = max(0, checkpoints.last_step(training.total_steps) - step)
+            batches = clock.timed(islice(_batches_from(loader, step), to_come))
+            for batch in self.pace.batches("fine-tuning", batches, step):
                 # ---- a single training step ---------------------------------------------------------------------
                 if batch.step == 0:
                     epoch_loss.zero_()
@@ -131,11 +136,14 @@ class FineTuner:
                         f"stopped by {stop.name} after step {step} of {training.total_steps}; the same command "
                         "continues from there"
                     )
+        if step < training.total_steps:
+            ranks.all_reduce_sum([epoch_loss])
+            checkpoints.pause(step, state)
         return network
 
     def scores(self, network: nn.Module, images: Loader) -> tuple[Tensor, Tensor]:
         """Class scores [N, C] and labels [N] of all images of a sequential loader; the same on every rank."""
-        return extract_features(network, images, self.precision, self.ranks, normalized=False)
+        return extract_features(network, images, self.precision, self.ranks, normalized=False, pace=self.pace)
 
     def _network(self, training: Training) -> ResNet:
         """A copy of the backbone under a new classifier, in training mode."""

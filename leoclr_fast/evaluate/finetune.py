@@ -17,11 +17,12 @@ from dataset_tools.sources import Split
 from dataset_tools.subset_lists import percent_of, read_subset_list, subset_text, write_subset_list
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, SpeedConfig
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.evaluate.evaluation_folder import evaluation_folder
+from leoclr_fast.evaluate.evaluation_folder import PausedError, evaluation_folder
 from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.grid import GridSearch, Trial
 from leoclr_fast.evaluate.labelled_data import LabelledData, open_labelled_data, require_every_class
 from leoclr_fast.evaluate.options import EvaluationOptions
+from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 from leoclr_fast.evaluate.subject import Subject, load_subject, require_real_images, view_settings
 from leoclr_fast.ranks.collectives import Ranks
@@ -48,7 +49,8 @@ def run_finetune(
     percents: shares of train, nested for one subset_seed and class-balanced, as `subset` draws them; or list_file: the
     images to learn from, by name. Exactly one of the two.
     Returns, for each, top1, top5 and mean_per_class (percent, on val, of the last epoch), what was learned from with
-    its checksum, and what it was made of; an empty list on ranks other than the first.
+    its checksum, and what it was made of; an empty list on ranks other than the first. Where options.max_steps ended
+    the fine-tuning of a share, the last entry is the document of `PausedError`, and no further share is begun.
     Raises ValueError for what the user can mend.
     """
     if bool(percents) == (list_file is not None):
@@ -57,7 +59,7 @@ def run_finetune(
         raise ValueError(f"--out is for one share of the labels, but {len(percents)} are asked for")
     speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
-    with evaluation_ranks(speed.device) as (ranks, device):
+    with evaluation_ranks(speed.device) as (ranks, device, pace):
         subject = load_subject(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)
         subsets: list[tuple[npt.NDArray[np.int64], dict[str, Any]]]
@@ -90,11 +92,16 @@ def run_finetune(
                 if result is None:
                     if ranks.is_main:
                         write_subset_list(folder.path / "labels.txt", labelled.train, indices)
-                    search = _search(subject, labelled, part, protocol, settings["epochs"], views, speed, ranks, device)
-                    found = search.run(folder, console)
+                    epochs = settings["epochs"]
+                    search = _search(subject, labelled, part, protocol, epochs, views, speed, ranks, device, pace)
+                    try:
+                        found = search.run(folder, console)
+                    except PausedError as paused:
+                        results.append({"percent": subset["percent"], **paused.document})
+                        break
                     result = {
                         **found,
-                        "epochs": settings["epochs"],
+                        "epochs": epochs,
                         "percent": subset["percent"],
                         "labels": len(part),
                         "labels_sha256": settings["labels_sha256"],
@@ -119,6 +126,7 @@ def _search(
     speed: SpeedConfig,
     ranks: Ranks,
     device: torch.device,
+    pace: Pace,
 ) -> GridSearch:
     """The learning rates to choose from, which scale with the batch, on the labels that there are."""
     base_lrs = protocol.base_lr_grid or (protocol.base_lr,)
@@ -140,4 +148,5 @@ def _search(
         speed=speed,
         ranks=ranks,
         device=device,
+        pace=pace,
     )

@@ -24,6 +24,7 @@ from leoclr_fast.evaluate.accuracy import Accuracy, accuracy
 from leoclr_fast.evaluate.evaluation_folder import EvaluationFolder
 from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
 from leoclr_fast.evaluate.loaders import EvaluationLoaders
+from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.ranks.collectives import Ranks
 from leoclr_fast.run_folder import write_atomically, write_json
@@ -68,6 +69,7 @@ class GridSearch:
     speed: SpeedConfig
     ranks: Ranks
     device: torch.device
+    pace: Pace
 
     def run(self, folder: EvaluationFolder, console: Console | None) -> dict[str, Any]:
         """Try, choose, train on all of train, test on val.
@@ -75,18 +77,18 @@ class GridSearch:
         What is finished is kept in the folder, so that a killed search goes on with the trial that it was at.
         Returns top1, top5, mean_per_class (percent), lr and weight_decay (the chosen ones), grid (each trial and what
         it reached on the held-out images, None where it diverged), holdout_images, steps, unreadable_images.
-        Raises ValueError if every trial diverged, or if train is smaller than a batch.
+        Raises ValueError if every trial diverged, or if train is smaller than a batch; PausedError.
         """
         grid: list[dict[str, Any]] | None = None
-        num_held_out, chosen = 0, self.trials[0]
+        num_held_out, steps_tried, chosen = 0, 0, self.trials[0]
         if len(self.trials) > 1:
-            grid, num_held_out = self._try_all(folder, console)
+            grid, num_held_out, steps_tried = self._try_all(folder, console)
             chosen = self._choose(grid)
         with (
             self._loaders(self.train) as loaders,
             self._prepared(self.train, self.val, loaders, console) as (tuner, training, test),
         ):
-            network = tuner.train(replace(training, **asdict(chosen)), folder.checkpoints("final"))
+            network = tuner.train(replace(training, **asdict(chosen)), folder.checkpoints("final", steps_tried))
             if network is None:
                 raise ValueError(
                     f"the loss became infinite or NaN with learning rate {chosen.lr:g} and weight decay "
@@ -107,7 +109,8 @@ class GridSearch:
             "unreadable_images": unreadable,
         }
 
-    def _try_all(self, folder: EvaluationFolder, console: Console | None) -> tuple[list[dict[str, Any]], int]:
+    def _try_all(self, folder: EvaluationFolder, console: Console | None) -> tuple[list[dict[str, Any]], int, int]:
+        """What each trial reached, the number of images held out, and the steps of all trials."""
         rest, held_out = hold_out(self.train, max(1, round(self.holdout_fraction * len(self.train))), self.seed)
         if not len(held_out):
             raise ValueError(
@@ -124,7 +127,7 @@ class GridSearch:
                 found = self.ranks.from_main(_read(folder, name))
                 if found is None:
                     tuner.display.say(f"{name} of {len(self.trials)}: lr {trial.lr:g}, wd {trial.weight_decay:g}")
-                    checkpoints = folder.checkpoints(name)
+                    checkpoints = folder.checkpoints(name, (number - 1) * training.total_steps)
                     network = tuner.train(replace(training, **asdict(trial)), checkpoints)
                     score = None if network is None else accuracy(*tuner.scores(network, test))
                     found = {**asdict(trial), f"holdout_{self.metric}": _of(score, self.metric)}
@@ -132,7 +135,7 @@ class GridSearch:
                         write_json(folder.path / f"{name}.json", found)
                     checkpoints.delete()
                 grid.append(found)
-        return grid, len(held_out)
+        return grid, len(held_out), len(grid) * training.total_steps
 
     def _choose(self, grid: Sequence[dict[str, Any]]) -> Trial:
         """The best on the held-out images; of equals the first."""
@@ -168,6 +171,7 @@ class GridSearch:
             precision=self.speed.precision,
             ranks=self.ranks,
             display=EvaluationProgress(console, total_steps, enabled=self.ranks.is_main),
+            pace=self.pace,
         )
         training = Training(
             lr=self.trials[0].lr,

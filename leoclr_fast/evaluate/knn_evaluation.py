@@ -14,6 +14,7 @@ from dataset_tools.subsets import limited
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.knn import KnnAccuracy, knn_accuracy
 from leoclr_fast.evaluate.loaders import EvaluationLoaders
+from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.ranks.collectives import Ranks
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.loader import Loader
@@ -29,11 +30,12 @@ class KnnEvaluation:
     temperature: float
     precision: str
     ranks: Ranks
+    pace: Pace | None = None
 
     def run(self, backbone: nn.Module) -> KnnAccuracy:
         """Accuracy of the frozen backbone's features, the same on every rank."""
-        bank, bank_labels = extract_features(backbone, self.bank, self.precision, self.ranks)
-        queries, query_labels = extract_features(backbone, self.queries, self.precision, self.ranks)
+        bank, bank_labels = extract_features(backbone, self.bank, self.precision, self.ranks, pace=self.pace)
+        queries, query_labels = extract_features(backbone, self.queries, self.precision, self.ranks, pace=self.pace)
         return knn_accuracy(
             bank,
             bank_labels,
@@ -57,11 +59,13 @@ def knn_evaluation(
     precision: str,
     device: torch.device,
     ranks: Ranks,
+    pace: Pace | None = None,
     max_images: int | None = None,
 ) -> Iterator[KnnEvaluation | None]:
     """Loaders over the splits' bank and queries; None where the data has no labels.
 
-    max_images: at most so many in the bank and in the queries each, a class-balanced choice.
+    pace: as in `extract_features`. max_images: at most so many in the bank and in the queries each, a class-balanced
+    choice.
     Raises ValueError if the bank has fewer than k images.
     """
     if splits.bank is None or splits.queries is None:
@@ -83,4 +87,5 @@ def knn_evaluation(
             temperature=temperature,
             precision=precision,
             ranks=ranks,
+            pace=pace,
         )

@@ -25,13 +25,14 @@ from dataset_tools.splits import hold_out
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.evaluate.accuracy import accuracy
-from leoclr_fast.evaluate.evaluation_folder import Checkpoints, EvaluationFolder, evaluation_folder
+from leoclr_fast.evaluate.evaluation_folder import Checkpoints, EvaluationFolder, PausedError, evaluation_folder
 from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.features import encode_batch, extract_features
 from leoclr_fast.evaluate.labelled_data import open_labelled_data
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
 from leoclr_fast.evaluate.loaders import EvaluationLoaders
 from leoclr_fast.evaluate.options import EvaluationOptions
+from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.evaluate.subject import freeze, load_subject, require_real_images, view_settings
@@ -64,12 +65,13 @@ def run_linear(
     Returns top1, top5 and mean_per_class (percent, on val, of the last epoch), lr (the chosen one), grid (what each
     learning rate reached on the images held out of train; None where its loss was not finite), the checksums of the
     backbone before and after, and what it was made of; an empty dict on ranks other than the first. The evaluator is
-    named linear_cached_features where it is the quick estimate.
+    named linear_cached_features where it is the quick estimate. Where options.max_steps ended it: the document of
+    `PausedError`.
     Raises ValueError for what the user can mend, BackboneChangedError if the backbone did not stay as it was.
     """
     speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
-    with evaluation_ranks(speed.device) as (ranks, device), ExitStack() as stack:
+    with evaluation_ranks(speed.device) as (ranks, device, pace), ExitStack() as stack:
         subject = load_subject(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)
         views = subject.view_config(protocol.crop_scale, options.image_size)
@@ -112,7 +114,7 @@ def run_linear(
         if protocol.cached_features:
             crops = loaders.center_crops(train)
             batches = _CachedFeatures(
-                *extract_features(backbone, crops, speed.precision, ranks, normalized=False), order
+                *extract_features(backbone, crops, speed.precision, ranks, normalized=False, pace=pace), order
             )
         else:
             batches = _LiveFeatures(backbone, loaders.random_crops(train, order), speed.precision, ranks)
@@ -131,7 +133,10 @@ def run_linear(
         stack.callback(display.close)
         display.say(_headline(evaluator, subject.weights, labelled.note, len(train), held_out, protocol))
         checkpoints = folder.checkpoints("training")
-        losses = _train(classifiers, batches, order, protocol, checkpoints, display, ranks, device)
+        try:
+            losses = _train(classifiers, batches, order, protocol, checkpoints, display, ranks, device, pace)
+        except PausedError as paused:
+            return paused.document if ranks.is_main else {}
 
         grid = _grid(
             classifiers,
@@ -140,10 +145,11 @@ def run_linear(
             backbone,
             speed.precision,
             ranks,
+            pace,
         )
         chosen = _choose(grid, protocol)
         features, labels = extract_features(
-            backbone, loaders.center_crops(labelled.val), speed.precision, ranks, normalized=False
+            backbone, loaders.center_crops(labelled.val), speed.precision, ranks, normalized=False, pace=pace
         )
         found = accuracy(F.linear(features, classifiers.weight[chosen], classifiers.bias[chosen]), labels)
         after = weights_sha256(backbone.state_dict())
@@ -212,10 +218,12 @@ def _train(
     display: EvaluationProgress,
     ranks: Ranks,
     device: torch.device,
+    pace: Pace,
 ) -> list[float]:
     """All epochs, from the checkpoint on if there is one; returns the mean losses of the last epoch: [G].
 
-    All ranks see the features of all, and take the same step.
+    All ranks see the features of all, and take the same step. Raises PausedError, or StoppedBySignalError on SIGINT and
+    SIGTERM, after a checkpoint.
     """
     steps_per_epoch = order.steps_per_epoch
     total_steps = protocol.epochs * steps_per_epoch
@@ -231,7 +239,9 @@ def _train(
 
     clock = TrainingClock(step)
     with stop_signals(enabled=ranks.world_size == 1) as stop:
-        for features, labels in islice(_from_step(source, step, steps_per_epoch, clock), total_steps - step):
+        to_come = max(0, checkpoints.last_step(total_steps) - step)
+        batches = islice(_from_step(source, step, steps_per_epoch, clock), to_come)
+        for features, labels in pace.batches("linear classification", batches, step):
             epoch, step_in_epoch = divmod(step, steps_per_epoch)
             if step_in_epoch == 0:
                 epoch_losses.zero_()
@@ -246,6 +256,8 @@ def _train(
                 raise StoppedBySignalError(
                     f"stopped by {stop.name} after step {step} of {total_steps}; the same command continues from there"
                 )
+    if step < total_steps:
+        checkpoints.pause(step, state)
     return epoch_losses.tolist()
 
 
@@ -279,11 +291,12 @@ def _grid(
     backbone: nn.Module,
     precision: str,
     ranks: Ranks,
+    pace: Pace,
 ) -> list[dict[str, float | None]]:
     """Each learning rate with its accuracy on what was held out of train; None where it came to nothing."""
     scores: list[float | None] = [None] * len(losses)
     if held_out is not None:
-        features, labels = extract_features(backbone, held_out, precision, ranks, normalized=False)
+        features, labels = extract_features(backbone, held_out, precision, ranks, normalized=False, pace=pace)
         scores = [accuracy(logits, labels).top1 for logits in _scores(classifiers, features)]
     finite = [
         math.isfinite(loss) and bool(weight.isfinite().all())

@@ -36,7 +36,7 @@ def run_knn(
     file to those of MoCo's CIFAR demo.
     """
     require_real_images(speed.loader)
-    with evaluation_ranks(speed.device) as (ranks, device):
+    with evaluation_ranks(speed.device) as (ranks, device, pace):
         subject = load_subject(weights, untrained=untrained)
         monitor = subject.run.read_config().monitor if subject.run else MonitorConfig()
         backbone = subject.backbone.to(device, encoder_dtype(speed.precision)).to(memory_format=torch.channels_last)
@@ -55,6 +55,7 @@ def run_knn(
             precision=speed.precision,
             device=device,
             ranks=ranks,
+            pace=pace,
             max_images=max_images,
         ) as evaluation:
             if not ranks.is_main and evaluation is None:

@@ -35,6 +35,11 @@ class Subject:
     run: RunFolder | None
     """Where the results are kept; None for a file of weights."""
 
+    @property
+    def evaluations(self) -> Path:
+        """Where its evaluations work: a folder in the run, or one beside a file of weights, named after it."""
+        return evaluations_beside(Path(self.weights)) if self.run is None else self.run.path / "evaluations"
+
     def describe(self) -> dict[str, Any]:
         """What a result says of its weights."""
         return {"weights": self.weights, "weights_sha256": self.sha256, "untrained": self.untrained}
@@ -63,6 +68,11 @@ def load_subject(weights: Path, *, untrained: bool = False) -> Subject:
         holdout_seed=pretrained.run.read_config().result.holdout_seed if pretrained.run else 0,
         run=pretrained.run,
     )
+
+
+def evaluations_beside(weights: Path) -> Path:
+    """The folder for evaluations of a file of weights: `WEIGHTS.evaluations`."""
+    return weights.with_name(f"{weights.name}.evaluations")
 
 
 def require_real_images(loader: LoaderConfig) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dataset_tools.subsets import limited
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.evaluate.evaluation_folder import evaluation_folder
+from leoclr_fast.evaluate.evaluation_folder import PausedError, evaluation_folder
 from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.grid import GridSearch, Trial
 from leoclr_fast.evaluate.options import EvaluationOptions
@@ -34,12 +34,12 @@ def run_transfer(
 
     Returns top1, top5 and mean_per_class (percent, on test), metric (the one of them that the literature reports), lr
     and weight_decay (the chosen ones), grid, missing_images, notes, and what it was made of; an empty dict on ranks
-    other than the first.
+    other than the first. Where options.max_steps ended it: the document of `PausedError`.
     Raises ValueError for what the user can mend.
     """
     speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
-    with evaluation_ranks(speed.device) as (ranks, device):
+    with evaluation_ranks(speed.device) as (ranks, device, pace):
         transfer = open_transfer_data(dataset, data)
         published = TRANSFER_SETS[dataset]
         subject = load_subject(weights, untrained=options.untrained)
@@ -83,8 +83,12 @@ def run_transfer(
                 speed=speed,
                 ranks=ranks,
                 device=device,
+                pace=pace,
             )
-            found = search.run(folder, console)
+            try:
+                found = search.run(folder, console)
+            except PausedError as paused:
+                return paused.document if ranks.is_main else {}
             result = {
                 "dataset": dataset,
                 **found,

@@ -25,6 +25,7 @@ from torch import nn
 
 from leoclr_fast.backbone import build_backbone
 from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint
+from leoclr_fast.cli import run_command
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.evaluate.detection import synchronised_batchnorm
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, annotated_image
@@ -628,7 +629,6 @@ def test_coco_layout(capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Pa
 
 def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path) -> None:
     weights = backbone_run / "final.safetensors"
-    assert "give --out a folder for the detector" in refused(capsys, "detect", weights, "--data", voc, *TINY)
     out = tmp_path / "out"
     assert "there is no folder" in refused(capsys, *detect_line(weights, tmp_path / "nowhere", out))
     assert "VOC2012" in refused(capsys, "detect", weights, "--data", voc, "--out", out)
@@ -640,6 +640,31 @@ def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, b
     assert "holds other files (thesis.tex" in refused(capsys, *detect_line(weights, voc, tmp_path / "mine"))
     with pytest.raises(ValueError, match="give rising numbers of iterations"):
         DetectionConfig(lr_steps=(5, 3))
+
+
+def test_a_file_of_weights_has_its_detector_beside_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path
+) -> None:
+    """It continues there; a damaged checkpoint names that folder, and none of the weights."""
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes((backbone_run / "final.safetensors").read_bytes())
+    line = ["detect", weights, "--data", voc, *TINY, "--iterations=2"]
+    part, _ = succeeded(capsys, *line, "--max-iterations=1")
+    folder = tmp_path / "weights.safetensors.evaluations" / "detect-voc"
+    assert part == {"complete": False, "iteration": 1, "out": str(folder)}
+    (checkpoint,) = list_checkpoints(folder)
+    whole = (checkpoint / "state.pt").read_bytes()
+    (checkpoint / "state.pt").write_bytes(whole[:-1])
+    assert run_command([str(argument) for argument in line]) == 1
+    message = capsys.readouterr().err
+    assert f"every checkpoint in {folder} is damaged; delete this folder, and no other" in message
+    (checkpoint / "state.pt").write_bytes(whole)
+    result, output = succeeded(capsys, *line)
+    assert f"resuming from {checkpoint}" in output
+    assert json.loads((folder / "result.json").read_text())["AP"] == result["AP"]
+    folder.with_name("detect-coco").write_text("no folder")
+    message = refused(capsys, "detect", weights, "--data", write_coco(tmp_path / "coco", voc), "--dataset=coco")
+    assert "give --out a folder that it can work in" in message
 
 
 @pytest.mark.long

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dataset_tools.sources import open_source
 from leoclr_fast.backbone import build_backbone
 from leoclr_fast.checkpoint import list_checkpoints
+from leoclr_fast.cli import run_command
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints
 from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
@@ -155,8 +156,6 @@ def test_a_share_of_the_labels_is_what_subset_lists(
 
 
 def evaluated_subset(capsys: pytest.CaptureFixture[str], data: Path, out: Path, percent: float) -> str:
-    from leoclr_fast.cli import run_command
-
     assert run_command(["subset", str(data), "--percent", str(percent), "--out", str(out)]) == 0
     capsys.readouterr()
     return hashlib.sha256(out.read_bytes()).hexdigest()
@@ -228,6 +227,28 @@ def test_killed_anywhere_it_ends_the_same(
     networks = [load_file(folder / "network.safetensors") for folder in (killed, tmp_path / "whole")]
     assert all(torch.equal(networks[0][name], tensor) for name, tensor in networks[1].items())
     assert not list_checkpoints(killed / "final")
+
+
+def test_max_steps_counts_all_trainings(
+    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    """12 steps of each of two trials, then 15: paused in the first, the second and the last; the end is the same. A
+    share that is paused ends the command.
+    """
+    run = copy_of(tiny_run, tmp_path)
+    arguments = ["finetune", run, "--data", tiny_data, "--percent", 100, 50, *SMALL, "--base-lr-grid", 0.1, 1]
+    for steps, training in ((5, "trial-001"), (12, "trial-002"), (18, "trial-002"), (31, "final")):
+        (paused,) = evaluated(capsys, *arguments, "--max-steps", steps)["evaluations"]
+        found = (paused["complete"], paused["step"], paused["training"], paused["percent"])
+        assert found == (False, steps, training, 100)
+    assert kept_results(run) == []
+    assert run_command([*map(str, arguments), "--device=cpu", "--max-steps=31"]) == 0
+    assert "paused after step 31, as --max-steps asks" in capsys.readouterr().out
+    whole, half = evaluated(capsys, *arguments)["evaluations"]
+    assert (whole["percent"], half["percent"]) == (100, 50)
+    arguments.remove(50)
+    (alone,) = evaluated(capsys, *arguments, "--out", tmp_path / "out")["evaluations"]
+    assert alone == whole
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

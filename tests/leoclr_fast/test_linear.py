@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 import leoclr_fast.evaluate.linear as linear_module
 from dataset_tools.stop_signals import StoppedBySignalError
 from leoclr_fast.checkpoint import list_checkpoints
+from leoclr_fast.cli import run_command
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints
@@ -145,7 +147,7 @@ def test_linear_and_what_it_leaves(
     assert [record["untrained"] for record in kept_results(run)] == [False, True]
 
 
-def on_cpu(out: Path, precision: Any = "fp32") -> EvaluationOptions:
+def on_cpu(out: Path | None, precision: Any = "fp32") -> EvaluationOptions:
     return EvaluationOptions(speed=SpeedConfig(device="cpu", precision=precision), out=out)
 
 
@@ -234,7 +236,9 @@ def test_killed_after_any_epoch_it_ends_the_same(
         with pytest.raises(Killed):
             evaluated(capsys, *arguments, "--out", tmp_path / "killed")
     monkeypatch.undo()
-    assert [path.name for path in list_checkpoints(tmp_path / "killed" / "training")] == [f"step-{4 * 3:08d}"]
+    assert [path.name for path in list_checkpoints(tmp_path / "killed" / "training")] == [
+        f"step-{epochs * 3:08d}" for epochs in (3, 4)
+    ]
     assert evaluated(capsys, *arguments, "--out", tmp_path / "killed") == whole
     files = [load_file(tmp_path / name / "classifier.safetensors")["fc.weight"] for name in ("whole", "killed")]
     assert torch.equal(*files)
@@ -265,9 +269,11 @@ def test_sigkill_in_the_middle_changes_nothing(
 def test_sigterm_saves_in_the_middle_of_an_epoch(
     monkeypatch: pytest.MonkeyPatch, tiny_data: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
-    """After five steps of three an epoch: nothing is learned twice, and nothing left out."""
-    protocol, stopped = LinearProtocol(epochs=4, batch_size=16), on_cpu(tmp_path / "stopped", "fp64")
-    whole = run_linear(tiny_run, tiny_data, protocol, on_cpu(tmp_path / "whole", "fp64"))
+    """After five steps of three an epoch, of a file and without --out: nothing is learned twice, nothing left out."""
+    protocol, stopped = LinearProtocol(epochs=4, batch_size=16), on_cpu(None, "fp64")
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(tiny_run / "final.safetensors", weights)
+    whole = run_linear(weights, tiny_data, protocol, on_cpu(tmp_path / "whole", "fp64"))
     step = LinearClassifiers.step
 
     def terminated(self: LinearClassifiers, *args: Any) -> torch.Tensor:
@@ -279,9 +285,54 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(
     terminated.steps = 0  # type: ignore[attr-defined]
     monkeypatch.setattr(LinearClassifiers, "step", terminated)
     with pytest.raises(StoppedBySignalError, match="stopped by SIGTERM after step 5 of 12"):
-        run_linear(tiny_run, tiny_data, protocol, stopped)
-    assert run_linear(tiny_run, tiny_data, protocol, stopped) == whole
+        run_linear(weights, tiny_data, protocol, stopped)
+    (folder,) = weights.with_name("weights.safetensors.evaluations").iterdir()
+    assert [path.name for path in list_checkpoints(folder / "training")] == ["step-00000005"]
+    assert run_linear(weights, tiny_data, protocol, stopped) == whole
     assert terminated.steps == 12  # type: ignore[attr-defined]
+    assert run_linear(weights, tiny_data, protocol, stopped) == whole
+    assert terminated.steps == 12  # type: ignore[attr-defined]
+
+
+def test_max_steps_pauses(capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """Steps are counted in all, in the middle of an epoch too; a pause leaves no result, and the end is the same."""
+    run = copy_of(tiny_run, tmp_path)
+    arguments = ["linear", run, "--data", tiny_data, *SMALL]
+    for asked, step in ((4, 4), (7, 7), (2, 7)):
+        paused = evaluated(capsys, *arguments, "--max-steps", asked)
+        assert (paused["complete"], paused["step"], paused["training"]) == (False, step, "training")
+        assert paused["out"] == str(next((run / "evaluations").iterdir()))
+        assert kept_results(run) == []
+    assert run_command([*map(str, arguments), "--device=cpu", "--max-steps=7"]) == 0
+    said = capsys.readouterr().out
+    assert "paused after step 7, as --max-steps asks" in said
+    assert "the same command without --max-steps continues" in said
+    ended = evaluated(capsys, *arguments, "--max-steps=18")
+    assert ended == evaluated(capsys, *arguments[:4], *SMALL, "--out", tmp_path / "whole")
+    assert "--max-steps 0 is not allowed" in refused(capsys, *arguments, "--max-steps=0", "--device=cpu")
+
+
+def test_damaged_checkpoints_name_their_folder(
+    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    """The newest damaged: the one before is taken. All damaged: the evaluation's folder is to go, not the run."""
+    run = copy_of(tiny_run, tmp_path)
+    arguments = ["linear", run, "--data", tiny_data, *SMALL]
+    for steps in (4, 7):
+        evaluated(capsys, *arguments, "--max-steps", steps)
+    training = next((run / "evaluations").iterdir()) / "training"
+    assert len(list_checkpoints(training)) == 2
+    (list_checkpoints(training)[-1] / "state.pt").write_bytes(b"cut short")
+    assert evaluated(capsys, *arguments, "--max-steps=5")["step"] == 5
+    for checkpoint in list_checkpoints(training):
+        (checkpoint / "state.pt").write_bytes(b"cut short")
+    assert run_command([*map(str, arguments), "--device=cpu"]) == 1
+    message = capsys.readouterr().err
+    assert f"every checkpoint in {training} is damaged; delete this folder, and no other" in message
+    assert "run folder" not in message
+    shutil.rmtree(training)
+    whole = evaluated(capsys, *arguments, "--out", tmp_path / "whole")
+    assert evaluated(capsys, *arguments) == whole
 
 
 def test_another_evaluation_in_the_same_folder_is_refused(
@@ -302,13 +353,31 @@ def test_a_file_of_weights_needs_no_run(
 ) -> None:
     run = copy_of(tiny_run, tmp_path)
     of_run = evaluated(capsys, "linear", run, "--data", tiny_data, *SMALL)
-    of_file = evaluated(capsys, "linear", run / "final.safetensors", "--data", tiny_data, *SMALL)
+    weights = run / "final.safetensors"
+    of_file = evaluated(capsys, "linear", weights, "--data", tiny_data, *SMALL)
     assert {name: of_file[name] for name in ("top1", "train_loss", "settings")} == {
         name: of_run[name] for name in ("top1", "train_loss", "settings")
     }
     assert len(kept_results(run)) == 1
-    message = refused(capsys, "linear", run / "final.safetensors", "--data", tiny_data, "--untrained", "--device=cpu")
+    (folder,) = (run / "final.safetensors.evaluations").iterdir()
+    assert folder.name == next((run / "evaluations").iterdir()).name
+    assert json.loads((folder / "result.json").read_text())["top1"] == of_file["top1"]
+    assert evaluated(capsys, "linear", weights, "--data", tiny_data, *SMALL) == of_file
+    message = refused(capsys, "linear", weights, "--data", tiny_data, "--untrained", "--device=cpu")
     assert "--untrained needs a run folder" in message
+
+
+def test_beside_a_file_that_has_no_room_beside_it(
+    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(tiny_run / "final.safetensors", weights)
+    (tmp_path / "weights.safetensors.evaluations").write_text("no folder")
+    message = refused(capsys, "linear", weights, "--data", tiny_data, *SMALL, "--device=cpu")
+    assert f"cannot write to {weights}.evaluations/linear-" in message
+    assert "give --out a folder that the evaluation can work in" in message
+    evaluated(capsys, "linear", weights, "--data", tiny_data, *SMALL, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "result.json").is_file()
 
 
 def test_weights_with_nan_or_of_another_width_are_refused(

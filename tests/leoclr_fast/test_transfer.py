@@ -176,6 +176,9 @@ def test_transfer(capsys: pytest.CaptureFixture[str], tiny_run: Path, pets: Path
     """The grid is chosen by the mean per class of a tenth of train; weight decay is divided by the learning rate."""
     run = copy_of(tiny_run, tmp_path)
     grid = ["--lr-grid", 0.01, 0.5, "--weight-decay-grid", 0, 0.001]
+    paused = evaluated(capsys, "transfer", run, "pets", "--data", pets, *SMALL, *grid, "--max-steps=6")
+    assert (paused["complete"], paused["step"], paused["training"]) == (False, 6, "trial-002")
+    assert kept_results(run) == []
     found = evaluated(capsys, "transfer", run, "pets", "--data", pets, *SMALL, *grid)
     assert [(entry["lr"], entry["weight_decay"]) for entry in found["grid"]] == [
         (0.01, 0),

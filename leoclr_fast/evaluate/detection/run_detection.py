@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from leoclr_fast.checkpoint import load_newest_checkpoint
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.environment import environment
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImages
@@ -25,7 +24,10 @@ from leoclr_fast.evaluate.detection.image_batches import BatchReader, Wish, resi
 from leoclr_fast.evaluate.detection.train_detector import DetectorTraining
 from leoclr_fast.evaluate.detection.voc_annotations import read_voc
 from leoclr_fast.evaluate.detection.voc_ap import COCO_THRESHOLDS, ImageDetections, voc_average_precisions
+from leoclr_fast.evaluate.evaluation_folder import newest_checkpoint
 from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
+from leoclr_fast.evaluate.pace import Pace
+from leoclr_fast.evaluate.subject import evaluations_beside
 from leoclr_fast.precision import encoder_dtype, encoder_precision
 from leoclr_fast.ranks.collectives import Ranks
 from leoclr_fast.run_folder import RunFolder, write_json
@@ -50,16 +52,16 @@ def run_detection(
 ) -> dict[str, Any]:
     """Fine-tune a detector from RUN|WEIGHTS, evaluate it, and keep the result beside the run's other evaluations.
 
-    out: where checkpoints, metrics.jsonl and result.json go; `detect-DATASET` in the run if not given. The same call
-    continues where a killed one was. max_iterations: stop there; the same call without it continues.
-    max_test_images: evaluate on the first so many, to try things out.
+    out: where checkpoints, metrics.jsonl and result.json go; if not given `detect-DATASET` in the run, or in
+    `WEIGHTS.evaluations` beside a file of weights. The same call continues where a killed one was. max_iterations: stop
+    there; the same call without it continues. max_test_images: evaluate on the first so many, to try things out.
     Returns AP, AP50, AP75, AP_small, AP_medium, AP_large (percent, COCO's definition; None where nothing is to be
     found), for VOC also AP_11point, AP50_11point, AP75_11point and AP50_11point_per_class, besides counts, config,
     checksums and out; an empty dict on ranks other than the first; iteration and complete (False) where max_iterations
     ended it.
     Raises ValueError, FileNotFoundError, NonFiniteLossError, OSError (a full disk).
     """
-    with evaluation_ranks(device) as (ranks, chosen), ExitStack() as stack:
+    with evaluation_ranks(device) as (ranks, chosen, pace), ExitStack() as stack:
         require_pycocotools()  # not only when the training is over
         pretrained = load_pretrained(weights)
         folder = _folder(pretrained, config, out)
@@ -102,13 +104,14 @@ def run_detection(
             folder=folder,
             checkpoint_every=checkpoint_every,
             log_every=log_every,
+            pace=pace,
         )
         training.run(config.iterations if max_iterations is None else min(max_iterations, config.iterations))
         if state.iteration < config.iterations:
             return {"complete": False, "iteration": state.iteration, "out": str(folder)} if ranks.is_main else {}
 
         shown = replace(test, images=test.images[:max_test_images])
-        detections = detect(state, shown, reader, config.test_side, ranks, precision)
+        detections = detect(state, shown, reader, config.test_side, ranks, precision, pace)
         if not ranks.is_main:
             return {}
         result: dict[str, Any] = {
@@ -139,14 +142,20 @@ _RESULT = "result.json"
 
 @torch.no_grad()
 def detect(
-    state: DetectorState, test: AnnotatedImages, reader: BatchReader, side: int, ranks: Ranks, precision: str
+    state: DetectorState,
+    test: AnnotatedImages,
+    reader: BatchReader,
+    side: int,
+    ranks: Ranks,
+    precision: str,
+    pace: Pace,
 ) -> list[ImageDetections]:
     """What the detector finds in the images, one after the other; on the first rank of all, on the others of some."""
     state.detector.eval()
     own = range(ranks.rank, len(test.images), ranks.world_size)
     wishes: Iterator[list[Wish]] = ([Wish(image=test.images[number], side=side)] for number in own)
     found = {}
-    for number, batch in zip(own, reader.read(wishes), strict=True):
+    for number, batch in zip(own, pace.batches("the test images", reader.read(wishes)), strict=True):
         with encoder_precision(precision, reader.device):
             _, (detected,) = state.detector(batch.images, batch.sizes)
         image, (height, width) = batch.annotated[0], batch.sizes[0]
@@ -194,9 +203,8 @@ def _percent(value: float) -> float | None:
 def _folder(pretrained: Pretrained, config: DetectionConfig, out: Path | None) -> Path:
     if out is not None:
         return out
-    if pretrained.run is None:
-        raise ValueError(f"{pretrained.path} is a file of weights, not a run: give --out a folder for the detector")
-    return pretrained.run.path / f"detect-{config.dataset}"
+    beside = evaluations_beside(pretrained.path) if pretrained.run is None else pretrained.run.path
+    return beside / f"detect-{config.dataset}"
 
 
 def _make(folder: Path) -> None:
@@ -204,7 +212,9 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from error
+        raise ValueError(
+            f"cannot make the folder {folder}: {error.strerror}; give --out a folder that it can work in"
+        ) from error
     own = {_RESULT, "metrics.jsonl"}
     foreign = [f.name for f in folder.iterdir() if f.name not in own and not f.name.startswith((".", "step-"))]
     if foreign:
@@ -249,7 +259,7 @@ def _finished_result(folder: Path, state: DetectorState, test: AnnotatedImages) 
 
 
 def _resume(state: DetectorState, folder: Path) -> None:
-    newest = load_newest_checkpoint(folder)
+    newest = newest_checkpoint(folder)
     if newest is not None:
         path, saved = newest
         state.load_state_dict(saved, path)

@@ -20,6 +20,7 @@ from leoclr_fast.evaluate.detection.config import DetectionConfig
 from leoclr_fast.evaluate.detection.detector_state import DetectorState
 from leoclr_fast.evaluate.detection.image_batches import BatchReader, DetectionBatch, Wish
 from leoclr_fast.evaluate.detection.order import Draw, GroupedOrder
+from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.precision import encoder_precision
 from leoclr_fast.ranks.collectives import Ranks
 from leoclr_fast.run_folder import write_atomically
@@ -45,6 +46,7 @@ class DetectorTraining:
     folder: Path
     checkpoint_every: int
     log_every: int
+    pace: Pace
 
     def run(self, last_iteration: int) -> None:
         """Train until `last_iteration`; at the configured end average the running statistics. Saves checkpoints.
@@ -69,7 +71,8 @@ class DetectorTraining:
         self._keep_metrics_until(state.iteration)
         began, first = time.perf_counter(), state.iteration
         with stop_signals(enabled=ranks.world_size == 1) as stop:
-            for batch in self._batches(state.iteration, last_iteration - state.iteration):
+            batches = self._batches(state.iteration, last_iteration - state.iteration)
+            for batch in self.pace.batches("detector training", batches, state.iteration):
                 # ---- a single training step -----------------------------------------------------------------
                 lr = config.learning_rate(state.iteration)
                 for group in state.optimizer.param_groups:
@@ -113,7 +116,8 @@ class DetectorTraining:
         first = self.config.iterations
         for norm in norms:
             norm.momentum = 1.0  # so that the running statistics are those of the batch
-        for number, batch in enumerate(self._batches(first, self.config.precise_bn_batches), start=1):
+        batches = self._batches(first, self.config.precise_bn_batches)
+        for number, batch in enumerate(self.pace.batches("averaging the statistics", batches, first), start=1):
             self._seed_sampling(first + number)
             with encoder_precision(self.precision, self.reader.device):
                 self.state.detector(batch.images, batch.sizes, batch.targets)
