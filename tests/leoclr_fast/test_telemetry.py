@@ -1,4 +1,4 @@
-"""Metrics on their way to the host, the clock, the meter, the trackers, and what a batch that does not fit is told."""
+"""Metrics on their way to the host, the clock, the meter, the trackers."""
 
 from __future__ import annotations
 
@@ -10,24 +10,19 @@ import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from leoclr_fast import device_meter, memory
+from leoclr_fast import device_meter
 from leoclr_fast.device_meter import DeviceMeter
 from leoclr_fast.flops import training_flops_per_image
-from leoclr_fast.memory import OutOfMemoryError, explained_out_of_memory, largest_batch
 from leoclr_fast.methods import MomentumContrast
 from leoclr_fast.ranks.collectives import Ranks
 from leoclr_fast.run_folder import RunFolder
 from leoclr_fast.telemetry import MAX_OVERFLOWS_IN_A_ROW, MetricsLog, NonFiniteLossError, StepMetrics, TrainingClock
 from leoclr_fast.trackers import open_trackers
 from leoclr_fast.train import pretrain
-from leoclr_fast.training_state import TrainingState
-from leoclr_fast.training_step import TrainingStep
-from pipelines.batch import CropBatch
 from tests.leoclr_fast.conftest import tiny_config
 
 CPU = torch.device("cpu")
@@ -256,40 +251,3 @@ class TestTrackers:
         assert calls == [1]
         assert "Weights & Biases gets no more metrics: ConnectionError: no network" in caplog.text
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-class TestOutOfMemory:
-    def test_largest_batch_from_two_smaller_ones(self) -> None:
-        assert largest_batch(1000, {8: 180, 16: 260}) == 90  # 100 and 10 an image
-        assert largest_batch(1000, {16: 260, 8: 180}) == 90
-        assert largest_batch(90, {8: 180, 16: 260}) == 0
-
-    def test_the_message_says_what_would_fit_and_that_it_is_an_estimate(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With a GPU's numbers put in place of a GPU's."""
-        config = tiny_config(speed__precision="fp32", result__method__queue_size=96, result__batch_size=96)
-        step = TrainingStep(TrainingState.fresh(config, Ranks(), CPU), config, CPU)
-        crops = torch.zeros(96, 3, 16, 16, 3, dtype=torch.uint8)
-        boxes = np.zeros((96, 3, 4), dtype=np.int32)
-        batch = CropBatch(crops=crops, labels=torch.zeros(96), indices=np.arange(96), boxes=boxes, epoch=0, step=0)
-        peaks = iter([2 * 2**30, 3 * 2**30])
-        for name, value in {
-            "empty_cache": lambda: None,
-            "reset_peak_memory_stats": lambda _: None,
-            "synchronize": lambda _: None,
-            "max_memory_allocated": lambda _: next(peaks),
-            "memory_reserved": lambda _: 4 * 2**30,
-            "get_per_process_memory_fraction": lambda _: 1.0,
-            "mem_get_info": lambda _: (6 * 2**30, 80 * 2**30),
-        }.items():
-            monkeypatch.setattr(memory.torch.cuda, name, value)
-        expected = (
-            r"96 images does not fit .* An estimate from measured steps \(8 images 2.00 GiB, 16 images 3.00 GiB; "
-            r"9.5 GiB available\): --batch-size 68 would fit"
-        )
-        with pytest.raises(OutOfMemoryError, match=expected), explained_out_of_memory(step, batch):
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        assert step.training.step == 2  # the two probes were real steps
-
-    def test_nothing_happens_without_an_error(self) -> None:
-        with explained_out_of_memory(None, None):  # type: ignore[arg-type]
-            pass
