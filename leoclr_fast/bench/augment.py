@@ -76,11 +76,7 @@ def bench_augment(
     errors = {name: (result.double() - truth).abs().max().item() for name, result in results.items()}
     calls = {name: calls[name] for name in results}
     times = interleaved_ms(calls, rounds, device)
-    graph_ms = None
-    if "triton" in calls:
-        replay = {"triton": captured(calls["triton"])}
-        graph_ms = quantiles(interleaved_ms(replay, rounds, device)["triton"])["median"]
-        del replay
+    graph_ms = _graph_ms("triton", calls, rounds, device, left_out)
     rows = []
     for name, call in calls.items():
         taken = quantiles(times[name])
@@ -107,6 +103,22 @@ def bench_augment(
         "crops_mib": crops.numel() / 2**20, "output_mib": crops.numel() * dtype.itemsize / 2**20,
         "rows": rows, "left_out": left_out, "environment": environment(device, 1),
     }  # fmt: skip
+
+
+def _graph_ms(
+    name: str, calls: dict[str, Callable[[], Tensor]], rounds: int, device: torch.device, left_out: dict[str, str]
+) -> float | None:
+    """Median of what a GPU alone takes for the call of that name; None where there is no such call or it cannot be
+    captured, and then the reason goes to ``left_out``.
+    """
+    if name not in calls:
+        return None
+    try:
+        replay = captured(calls[name])
+    except RuntimeError as error:
+        left_out[f"{name}, captured"] = (str(error).strip() or repr(error)).splitlines()[0]
+        return None
+    return quantiles(interleaved_ms({name: replay}, rounds, device)[name])["median"]
 
 
 def _chosen(call: Callable[[], Tensor], rows: list[int]) -> Callable[[], Tensor]:

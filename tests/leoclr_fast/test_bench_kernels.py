@@ -91,6 +91,21 @@ class TestLoss:
         assert "0 is not allowed: give at least 1" in capsys.readouterr().err
 
 
+def test_an_augmentation_that_cannot_be_captured_is_still_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other times stay, and the page says why one is missing."""
+
+    def fails(_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(augment_module, "captured", fails)
+    calls, left_out = {"triton": lambda: torch.ones(1)}, {}
+    assert augment_module._graph_ms("triton", calls, 1, CPU, left_out) is None
+    assert left_out == {"triton, captured": "operation not permitted when stream is capturing"}
+    monkeypatch.setattr(augment_module, "captured", lambda call: call)
+    assert augment_module._graph_ms("triton", calls, 1, CPU, left_out) > 0
+    assert augment_module._graph_ms("compiled", calls, 1, CPU, left_out) is None
+
+
 @pytest.mark.parametrize(
     ("command", "columns"),
     [
