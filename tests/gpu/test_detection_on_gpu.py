@@ -10,9 +10,11 @@ import torch
 
 from leoclr_fast.backbone import build_backbone
 from leoclr_fast.config import BackboneConfig
-from tests.leoclr_fast.test_cli import succeeded
-from tests.leoclr_fast.test_detection import TINY, small_detector
-from tests.leoclr_fast.test_export import write_weights
+from leoclr_fast.evaluate.detection.config import DetectionConfig
+from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4
+from leoclr_fast.evaluate.detection.run_detection import run_detection
+from leoclr_fast.weights.backbone_file import Description, backbone_bytes
+from pipelines.config import ViewConfig
 from tests.leoclr_fast.voc_files import write_voc
 
 pytestmark = [
@@ -20,13 +22,31 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
 ]
 
+NARROW = BackboneConfig(arch="resnet18", width_multiplier=0.125)
+TINY = DetectionConfig(
+    train_sets=("VOC2007/trainval",),
+    iterations=30,
+    batch_size=4,
+    lr_steps=(22, 27),
+    warmup_iterations=2,
+    train_sides=(48, 64),
+    test_side=64,
+    max_side=160,
+    anchor_sizes=(16, 24),
+    regions_per_image=8,
+    precise_bn_batches=2,
+)
+
 
 def test_detections_are_the_cpus() -> None:
     """In float64, where nothing is near enough to a threshold to be decided by rounding."""
     images = torch.randn(2, 3, 64, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = {}
     for device in ("cpu", "cuda"):
-        detector = small_detector().double().eval().to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            detector = FasterRCNNC4(build_backbone(NARROW), 3, anchor_sizes=(16, 24), regions_per_image=8)
+        detector = detector.double().eval().to(device)
         _, found[device] = detector(images.to(device), [(64, 80), (60, 70)])
     for cpu, cuda in zip(found["cpu"], found["cuda"], strict=True):
         assert len(cpu["boxes"]) > 0
@@ -35,17 +55,22 @@ def test_detections_are_the_cpus() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_it_trains_and_continues(capsys: pytest.CaptureFixture[str], tmp_path: Path, precision: str) -> None:
+def test_it_trains_and_continues(tmp_path: Path, precision: str) -> None:
+    pytest.importorskip("pycocotools")
     voc = write_voc(tmp_path / "VOCdevkit", num_train=8, num_test=3)
-    config = BackboneConfig(arch="resnet18", width_multiplier=0.125)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        weights = write_weights(tmp_path / "weights.safetensors", build_backbone(config), config)
-    flags = [flag for flag in TINY if not flag.startswith("--device")]
-    line = ["detect", weights, "--data", voc, "--out", tmp_path / "out", *flags, "--device=cuda", "--iterations=30"]
-    succeeded(capsys, *line, "--precision", precision, "--max-iterations=10")
-    result, _ = succeeded(capsys, *line, "--precision", precision)
-    losses = [json.loads(row)["loss"] for row in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+        tensors = build_backbone(NARROW).state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
+    weights, out = tmp_path / "weights.safetensors", tmp_path / "out"
+    description = Description(recipe="none", backbone=NARROW, views=ViewConfig(image_size=64))
+    weights.write_bytes(backbone_bytes(tensors, description))
+    for max_iterations in (10, None):
+        result = run_detection(
+            weights, voc, TINY, out=out, device="cuda", precision=precision, workers=1, log_every=1,
+            max_iterations=max_iterations,
+        )  # fmt: skip
+    losses = [json.loads(row)["loss"] for row in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     assert 0 <= result["AP50"] <= 100

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from pipelines.augment import AugmentParameters, augment, draw_augmentation
 from pipelines.config import ViewConfig
 from pipelines.views import LEOCLR_VIEWS
 from tests.leoclr_fast.test_info_nce import unit_vectors
-from tests.pipelines.test_augment import pictures, plain_config, random_parameters
+from tests.pipelines.pictures import picture
 from tests.tolerances import AUGMENT_TRITON_ON_GPU, INFO_NCE_TRITON_ON_GPU
 
 pytestmark = [
@@ -31,6 +33,30 @@ pytestmark = [
 GPU = torch.device("cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PAPER = (256, 65536, 128, 2)
+
+
+ORDERS = np.array(list(permutations(range(4))))
+
+
+def pictures(count: int, size: int, kind: str = "noise") -> Tensor:
+    """uint8 [count, S, S, 3]"""
+    return torch.from_numpy(np.stack([picture(size, size, kind, seed) for seed in range(count)]))
+
+
+def plain_config(size: int) -> ViewConfig:
+    """Leaves the values in [0, 1]."""
+    return replace(ViewConfig(image_size=size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def random_parameters(count: int, seed: int = 0, **given: bool | list[bool]) -> AugmentParameters:
+    """Jitter always, in each of the 24 orders, and the rest as MoCo-v2 has it, where ``given`` does not say."""
+    rng = np.random.default_rng(seed)
+    factors = np.stack([*rng.uniform(0.6, 1.4, (3, count)), rng.uniform(-0.1, 0.1, count)], axis=1)
+    shares = {"jitter": 1.0, "grayscale": 0.2, "blur": 0.5, "flip": 0.5}
+    flags = {name: rng.random(count) < share for name, share in shares.items()}
+    flags |= {name: np.broadcast_to(value, count) for name, value in given.items()}
+    order, sigma = ORDERS[np.arange(count) % len(ORDERS)], rng.uniform(0.1, 2.0, count)
+    return AugmentParameters.from_columns(factors=factors, order=order, sigma=sigma, **flags)
 
 
 @contextmanager
