@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,35 @@ METRICS = {
     "ap75_11point": "AP75 (11 points)",
 }
 """Field of a result, in small letters → how the table calls it. All in percent."""
-PAPER_GAINS = {"imagenet": 5.1, "stl10": 5.12, "cifar10": 5.71}
-"""Points of linear top-1 by which LeOCLR exceeds MoCo-v2 in the paper, by the data of the recipe."""
-
 _EVALUATORS = ("knn", "linear", "linear_cached_features", "finetune", "transfer", "detect")
 _TITLES = {"knn": "kNN", "linear_cached_features": "linear estimate (cached features)"}
 _NOT_PROTOCOL = {"seed", "weights_sha256"}
+_DETECTOR_SETTINGS = ("precision", "train_fingerprint", "test_fingerprint")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaperGain:
+    """By how much LeOCLR exceeds MoCo-v2 in the paper, and what is known of the images that this was found on."""
+
+    points: float
+    """Of linear top-1."""
+    classes: int
+    train_images: int
+    """With labels."""
+    val_images: int
+    """That accuracies are reported on."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.classes, self.train_images, self.val_images
+
+
+PAPER_GAINS = {
+    "imagenet": PaperGain(points=5.1, classes=1000, train_images=1_281_167, val_images=50_000),
+    "stl10": PaperGain(points=5.12, classes=10, train_images=5000, val_images=8000),
+    "cifar10": PaperGain(points=5.71, classes=10, train_images=50_000, val_images=10_000),
+}
+"""By the data of the recipe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +88,7 @@ class Row:
     difference_std: float | None
     """Over the seeds that both have, of their differences; None for fewer than two."""
     paper_difference: float | None
-    """What the paper reports for it."""
+    """What the paper reports for it; None if that was found on other images, or if it cannot be known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +151,8 @@ class _Finding:
     values: dict[str, float]
     seed: Any
     """Of the evaluation."""
+    sizes: tuple[Any, Any, Any]
+    """Numbers of classes, of images to learn from and of those tested, where the result says so."""
 
     @property
     def key(self) -> str:
@@ -164,6 +189,9 @@ def evaluation_table(paths: Sequence[Path]) -> EvaluationTable:
         for metric in (metric for metric in METRICS if metric in found.values):
             cells = tuple(_cell([(run, findings[id(run)]) for run in group], key, metric) for group in groups)
             difference, difference_std = _difference(cells, both)
+            paper_difference = None
+            if both is not None and difference is not None:
+                paper_difference = _paper_difference(found, metric, [groups[place] for place in both], notes)
             rows.append(
                 Row(
                     label=f"{labels[key]}, {METRICS[metric]}",
@@ -174,7 +202,7 @@ def evaluation_table(paths: Sequence[Path]) -> EvaluationTable:
                     cells=cells,
                     difference=difference,
                     difference_std=difference_std,
-                    paper_difference=_paper_difference(found, metric, groups, both),
+                    paper_difference=paper_difference,
                 )
             )
     if any(row.paper_difference is not None for row in rows):
@@ -189,8 +217,7 @@ def _findings(run: RunRecord, notes: list[str]) -> list[_Finding]:
         values = _values(record)
         if not values:
             continue
-        named = record.get("settings", record.get("config"))
-        settings = dict(named) if isinstance(named, dict) else _scalars(record)
+        settings = _settings(record)
         if record.get("whole_test_set") is False:
             settings["test_images"] = record.get("test_images")
         found = _Finding(
@@ -199,6 +226,7 @@ def _findings(run: RunRecord, notes: list[str]) -> list[_Finding]:
             untrained=bool(record.get("untrained")),
             values=values,
             seed=settings.get("seed"),
+            sizes=(record.get("classes"), record.get("train_images"), record.get("val_images")),
         )
         newest[found.key, str(found.seed)] = found
         weights = Path(str(record.get("weights", "")))
@@ -216,7 +244,16 @@ def _findings(run: RunRecord, notes: list[str]) -> list[_Finding]:
         if not values or not of_the_end or (untrained and record.get("step") != 0):
             continue
         if (settings["k"], settings["temperature"], untrained) not in evaluated:
-            own.append(_Finding(evaluator="knn", settings=settings, untrained=untrained, values=values, seed=None))
+            own.append(
+                _Finding(
+                    evaluator="knn",
+                    settings=settings,
+                    untrained=untrained,
+                    values=values,
+                    seed=None,
+                    sizes=(None, None, None),
+                )
+            )
     return own
 
 
@@ -231,6 +268,16 @@ def _values(record: dict[str, Any]) -> dict[str, float]:
         return {str(chosen): values[str(chosen)]}
     values.pop("mean_per_class", None)
     return values
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """All that a result depends on. An older detector's named its configuration, and the rest beside it."""
+    settings, config = record.get("settings"), record.get("config")
+    if isinstance(settings, dict):
+        return dict(settings)
+    if isinstance(config, dict):
+        return config | {name: record[name] for name in _DETECTOR_SETTINGS if name in record}
+    return _scalars(record)
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, Any]:
@@ -250,9 +297,7 @@ def _mean_over_seeds(several: list[_Finding]) -> _Finding:
     if len(several) == 1:
         return first
     means = {metric: statistics.mean(found.values[metric] for found in several) for metric in first.values}
-    return _Finding(
-        evaluator=first.evaluator, settings=first.settings, untrained=first.untrained, values=means, seed=None
-    )
+    return replace(first, values=means, seed=None)
 
 
 def _groups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
@@ -358,13 +403,30 @@ def _rank(found: _Finding, label: str) -> tuple[Any, ...]:
     return known, float(percent) if isinstance(percent, int | float) else 0.0, found.untrained, label
 
 
-def _paper_difference(
-    found: _Finding, metric: str, groups: list[list[RunRecord]], both: tuple[int, int] | None
-) -> float | None:
-    if both is None or found.evaluator != "linear" or found.untrained or metric != "top1":
+def _paper_difference(found: _Finding, metric: str, both: list[list[RunRecord]], notes: list[str]) -> float | None:
+    """The paper's gain, where an evaluation of both methods is on the images that it is for; else a note says why not.
+
+    They are known by their numbers, and by being of the data that the runs learned from.
+    """
+    names = {_data_of(group[0].recipe) for group in both}
+    name = names.pop()
+    if names or name not in PAPER_GAINS or found.evaluator != "linear" or found.untrained or metric != "top1":
         return None
-    data = {_data_of(groups[place][0].recipe) for place in both}
-    return PAPER_GAINS.get(data.pop()) if len(data) == 1 else None
+    gain, fingerprint = PAPER_GAINS[name], found.settings.get("data_fingerprint")
+    runs = [run for group in both for run in group]
+    left_out = f"the paper's gain for {name}, {gain.points:+.2f}, does not stand beside this linear evaluation: "
+    if found.sizes != gain.sizes:
+        notes.append(f"{left_out}{_told(gain.sizes)} there, {_told(found.sizes)} here")
+    elif strangers := [str(run.path) for run in runs if run.data.get("fingerprint") != fingerprint]:
+        notes.append(f"{left_out}nothing says that {', '.join(strangers)} learned from the data it is on")
+    else:
+        return gain.points
+    return None
+
+
+def _told(sizes: tuple[Any, Any, Any]) -> str:
+    classes, train, val = (f"{size:,}" if isinstance(size, int) else "?" for size in sizes)
+    return f"{classes} classes, {train} images learned from, {val} tested"
 
 
 def _data_of(recipe: str) -> str:

@@ -19,6 +19,7 @@ from tests.leoclr_fast.test_bad_input import refused
 from tests.leoclr_fast.written_run import end, knn, start, step_record, written_run
 
 LINEAR = {"epochs": 100, "batch_size": 256, "lr": 30.0, "seed": 0, "data_fingerprint": "d", "max_images": None}
+CIFAR10 = {"classes": 10, "train_images": 50_000, "val_images": 10_000}
 ENDED = {"complete": True, "steps": 552, "epochs": 12}
 
 
@@ -27,10 +28,18 @@ def config(recipe: str, seed: int, **changes: Any) -> RunConfig:
     return replace(found, result=replace(found.result, seed=seed, **changes))
 
 
-def run_of(path: Path, recipe: str = "leoclr_cifar10", seed: int = 0, summary: Any = ENDED, **changes: Any) -> Path:
+def run_of(
+    path: Path,
+    recipe: str = "leoclr_cifar10",
+    seed: int = 0,
+    summary: Any = ENDED,
+    fingerprint: str = "d",
+    **changes: Any,
+) -> Path:
     """A finished run without a kNN of its own."""
     records = [start(), step_record(552), end(552, "finished")]
-    return written_run(path, records, config=config(recipe, seed, **changes), summary=summary)
+    data = {"fingerprint": fingerprint}
+    return written_run(path, records, config=config(recipe, seed, **changes), summary=summary, data=data)
 
 
 def add(run: Path, evaluator: str, settings: dict[str, Any], **values: Any) -> None:
@@ -50,7 +59,7 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     for recipe, scores in (("mocov2_cifar10", theirs), ("leoclr_cifar10", ours)):
         for seed, top1 in enumerate(scores):
             run = run_of(tmp_path / f"{recipe}-{seed}", recipe, seed)
-            add(run, "linear", LINEAR, top1=top1, top5=99.0, mean_per_class=top1)
+            add(run, "linear", LINEAR, top1=top1, top5=99.0, mean_per_class=top1, **CIFAR10)
             runs.append(run)
     add(runs[0], "finetune", {"percent": 10.0, "data_fingerprint": "d"}, top1=60.0)
     table = evaluation_table(runs)
@@ -123,7 +132,7 @@ def test_notes_say_why_a_number_is_not_the_papers(tmp_path: Path) -> None:
     theirs = run_of(tmp_path / "theirs", "mocov2_cifar10", summary={"complete": False, "steps": 552, "epochs": 12})
     twin = run_of(tmp_path / "twin", "mocov2_cifar10")
     for run in (ours, theirs, twin):
-        add(run, "linear", {**LINEAR, "epochs": 5}, top1=50.0)
+        add(run, "linear", {**LINEAR, "epochs": 5}, top1=50.0, **CIFAR10)
     checkpoint = "checkpoints/step-00000007"
     add(ours, "finetune", {"percent": 1.0}, top1=20.0, weights=f"{ours}/{checkpoint}")
     notes = "\n".join(evaluation_table([ours, theirs, twin]).notes)
@@ -132,6 +141,62 @@ def test_notes_say_why_a_number_is_not_the_papers(tmp_path: Path) -> None:
     assert f"{theirs} is not finished" in notes
     assert "several runs have the same seed" in notes
     assert "finetune is of the checkpoint step-00000007" in notes
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "learned_from", "reason"),
+    [
+        (
+            "imagenet_200ep",
+            CIFAR10,
+            "d",
+            "1,000 classes, 1,281,167 images learned from, 50,000 tested there, 10 classes",
+        ),
+        (
+            "cifar10",
+            {**CIFAR10, "val_images": 500},
+            "d",
+            "10,000 tested there, 10 classes, 50,000 images learned from, 500",
+        ),
+        ("stl10", {}, "d", "8,000 tested there, ? classes, ? images learned from, ? tested here"),
+        ("cifar10", CIFAR10, "another", "b learned from the data it is on"),
+    ],
+)
+def test_the_papers_gain_stands_beside_its_own_data_alone(
+    tmp_path: Path, data: str, changes: dict[str, Any], learned_from: str, reason: str
+) -> None:
+    """The recipe is of the paper; the evaluation is of other images, of a part, or of images nobody counted."""
+    runs = [
+        run_of(tmp_path / "a", f"leoclr_{data}"),
+        run_of(tmp_path / "b", f"mocov2_{data}", fingerprint=learned_from),
+    ]
+    for run, top1 in zip(runs, (80.0, 75.0), strict=True):
+        add(run, "linear", LINEAR, top1=top1, **changes)
+    table = evaluation_table(runs)
+    linear = row(table, "linear, top-1")
+    assert (linear.difference, linear.paper_difference) == (5, None)
+    assert "in the paper" not in table.as_markdown()
+    (note,) = table.notes
+    assert note.startswith(f"the paper's gain for {data.partition('_')[0]}, +5.")
+    assert reason in note
+
+
+@pytest.mark.parametrize("with_settings", [True, False])
+def test_detections_on_other_data_or_of_another_precision_are_other_rows(tmp_path: Path, with_settings: bool) -> None:
+    """As written now, and as before, when a result named its configuration alone as such."""
+    run = run_of(tmp_path / "a")
+    detector = {"dataset": "voc", "iterations": 24_000}
+    fp32 = {"precision": "fp32", "train_fingerprint": "one", "test_fingerprint": "one"}
+    others = [{}, {"test_fingerprint": "other"}, {"train_fingerprint": "other"}, {"precision": "bf16"}]
+    for number, change in enumerate(others):
+        known = {**fp32, **change}
+        settings = {"settings": {**detector, **known, "weights_sha256": "w"}} if with_settings else {}
+        found = {"AP": 50.0 + number, "config": detector, **known, **settings}
+        RunFolder(run).add_evaluation("detect-voc", found)
+    values = {row.label: row.cells[0].mean for row in evaluation_table([run]).rows}
+    assert sorted(values.values()) == [50, 51, 52, 53]
+    label = "detect-voc [precision fp32, train_fingerprint one, test_fingerprint other], AP"
+    assert values[label] == 51
 
 
 def test_results_of_other_programs_and_damaged_lines(tmp_path: Path) -> None:

@@ -575,6 +575,10 @@ def test_a_stopped_detection_continues_exactly(
     assert (whole["train_images"], whole["test_images"], whole["iteration"], whole["complete"]) == (10, 4, 6, True)
     assert whole["config"]["lr_steps"] == [4, 6]  # 18 of 24 and 22 of 24
     assert whole["weights_sha256"]
+    assert whole["settings"] == {
+        **whole["config"],
+        **{name: whole[name] for name in ("weights_sha256", "precision", "train_fingerprint", "test_fingerprint")},
+    }
     for name in ("AP", "AP50", "AP75", "AP_11point", "AP50_11point", "AP75_11point"):
         assert 0 <= whole[name] <= 100
     assert whole["AP50_11point_per_class"]["aeroplane"] is None

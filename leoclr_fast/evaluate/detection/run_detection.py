@@ -127,6 +127,13 @@ def run_detection(
             "test_fingerprint": test.fingerprint,
             "precision": precision,
             "config": as_plain(config),
+            "settings": {
+                "weights_sha256": pretrained.sha256,
+                **as_plain(config),
+                "precision": precision,
+                "train_fingerprint": train.fingerprint,
+                "test_fingerprint": test.fingerprint,
+            },
             "environment": environment(chosen, ranks.world_size),
             "out": str(folder),
         }
