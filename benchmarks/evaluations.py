@@ -3,8 +3,8 @@
 Each evaluation is of the trained network and of the one that it began as. `python -m benchmarks.evaluations --help`
 
 Every step is one command, typed as a user would. Written to `--out`: NAME.json (every result, the table of `compare`,
-the commands, the environment), NAME.md (margins and table) and NAME.log (what the commands printed). The program fails
-if training does not gain at least `--least-margin` points in each evaluation.
+the call of this program, its commands, the environment), NAME.md (margins and table) and NAME.log (what the commands
+printed). The program fails if training does not gain at least `--least-margin` points in each evaluation.
 """
 
 from __future__ import annotations
@@ -56,14 +56,17 @@ class Evaluations:
         """Run everything, write the three files; returns the exit code."""
         self.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            runs = []
+            self.log.append(f"$ {self._call(Path(folder))}")
+            runs: list[Path] = []
+            environment: dict[str, Any] = {}
             for seed in self.seeds:
                 for recipe in self.recipes:
                     run = Path(folder) / f"{recipe}-{seed}"
                     self._evaluate(recipe, seed, run)
                     runs.append(run)
                     table = self._command(["compare", *map(str, runs)], run.parent)
-                    environment = json.loads((run / "environment.json").read_text())
+                    # Of the first run: later ones see that files have changed since the commit, these results.
+                    environment = environment or json.loads((run / "environment.json").read_text())
                     margins = self._write(table, environment)
         print((self.out / f"{self.name}.md").read_text())
         return 0 if all(margin["mean"] >= self.least_margin for margin in margins) else 1
@@ -97,6 +100,10 @@ class Evaluations:
         document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return document
 
+    def _call(self, folder: Path) -> str:
+        """How this program was called."""
+        return self._shown(shlex.join(["python", "-m", "benchmarks.evaluations", *sys.argv[1:]]), folder)
+
     def _shown(self, text: str, folder: Path) -> str:
         """Without the paths of this machine."""
         if self.data_label:
@@ -106,18 +113,19 @@ class Evaluations:
     def _write(self, table: dict[str, Any], environment: dict[str, Any]) -> list[dict[str, Any]]:
         """All that is finished, after every run: hours are not lost to a late failure."""
         margins = self._margins()
+        folder = Path(table["columns"][0]["runs"][0]).parent
         document = {
+            "command": self._call(folder),
             "data": self.data_label or self.data,
             "margins": margins,
             "table": table,
             "results": self.results,
-            "commands": [line.removeprefix("$ ") for line in self.log if line.startswith("$ ")],
+            "commands": [line.removeprefix("$ ") for line in self.log[1:] if line.startswith("$ ")],
             "environment": environment,
         }
         text = json.dumps(document, indent=1)
-        folder = str(Path(table["columns"][0]["runs"][0]).parent)
-        (self.out / f"{self.name}.json").write_text(self._shown(text, Path(folder)) + "\n")
-        (self.out / f"{self.name}.md").write_text(self._shown(self._markdown(document), Path(folder)))
+        (self.out / f"{self.name}.json").write_text(self._shown(text, folder) + "\n")
+        (self.out / f"{self.name}.md").write_text(self._shown(self._markdown(document), folder))
         return margins
 
     def _margins(self) -> list[dict[str, Any]]:
@@ -172,9 +180,11 @@ Top-1, percent, on the test split; each column of values has one for each seed.
 
 {printed}
 
+`{document["command"]}`
+
 {environment["cpu"]}, {environment["torch_threads"]} threads, device {environment["device"]}; Python
 {environment["python"]}, {versions}; commit {environment["git_commit"]}.
-Commands in the JSON file, output in the log beside this file.
+A + behind the commit: files had changes before the first run. The single commands are in the JSON file, their output is in the log.
 """
 
 
