@@ -184,7 +184,8 @@ Top-1, percent, on the test split; each column of values has one for each seed.
 
 {environment["cpu"]}, {environment["torch_threads"]} threads, device {environment["device"]}; Python
 {environment["python"]}, {versions}; commit {environment["git_commit"]}.
-A + behind the commit: files had changes before the first run. The single commands are in the JSON file, their output is in the log.
+A + behind the commit: files had changes before the first run.
+The single commands are in the JSON file, their output is in the log.
 """
 
 
