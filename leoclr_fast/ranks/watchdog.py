@@ -246,11 +246,25 @@ class Watchdog:
                 self._end(sentence)
 
     def _forgive(self, slept_s: float) -> None:
+        now_s = time.monotonic()  # what the other threads have noted since waking needs no forgiveness
         with self._lock:
-            self._since_s += slept_s
-        self._heard_store_s += slept_s
+            self._since_s = min(now_s, self._since_s + slept_s)
+        self._heard_store_s = min(now_s, self._heard_store_s + slept_s)
         for pulse in self._pulses.values():
-            pulse.heard_s += slept_s
+            pulse.heard_s = min(now_s, pulse.heard_s + slept_s)
+
+    @property
+    def _store_silent_s(self) -> float:
+        return time.monotonic() - self._heard_store_s
+
+    def _silent_s(self, pulse: Pulse) -> float:
+        """How long a rank had told nothing new when the store last answered: after that nobody could be heard."""
+        store_silent_s = self._store_silent_s  # first: the courier notes an answer after the pulses that it held
+        return pulse.silent_s - store_silent_s
+
+    def _hosts_silent_store(self, rank: int) -> bool:
+        assert self._rendezvous is not None
+        return rank == 0 and not self._rendezvous.has_host and self._store_silent_s > self._limits.silence_s
 
     def _sentence(self) -> str:
         """Why this process must end now; empty if it need not."""
@@ -260,14 +274,16 @@ class Watchdog:
             return self._verdict
         if self._failure and now_s - self._failure_heard_s > _EXIT_GRACE_S:
             return self._failure
-        if now_s - self._heard_store_s > limit_s:
+        store_silent_s = self._store_silent_s
+        if store_silent_s > limit_s:
             return (
                 f"the store of the run at {self._rendezvous.address}:{self._rendezvous.port} has not answered for "
-                f"{now_s - self._heard_store_s:.0f} s: its host is down or cut off"
+                f"{store_silent_s:.0f} s: its host is down or cut off"
             )
         for rank, pulse in self._pulses.items():
-            if rank != self._rank and pulse.silent_s > limit_s and pulse.beat is not None:
-                return f"{pulse.beat.told(rank)}: no sign of life for {pulse.silent_s:.0f} s"
+            silent_s = self._silent_s(pulse)
+            if rank != self._rank and silent_s > limit_s and pulse.beat is not None:
+                return f"{pulse.beat.told(rank)}: no sign of life for {silent_s:.0f} s"
         return self._overdue() if self._rank == 0 else ""
 
     def _overdue(self) -> str:
@@ -288,7 +304,9 @@ class Watchdog:
         """A stopped process of this host would outlive SIGTERM, and torchrun would wait for it."""
         for rank, pulse in self._pulses.items():
             beat = pulse.beat
-            if rank == self._rank or beat is None or pulse.silent_s <= self._limits.silence_s:
+            if rank == self._rank or beat is None:
+                continue
+            if self._silent_s(pulse) <= self._limits.silence_s and not self._hosts_silent_store(rank):
                 continue
             if beat.host == socket.gethostname() and _parent_of(beat.process) == os.getppid():
                 with suppress(OSError):
