@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -24,7 +24,18 @@ log = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
 HISTORY_KINDS = ("start", "end", "warning")
 """Of the records of `metrics.jsonl` that no resumed run writes again."""
-_LOCK_TRIES, _LOCK_PAUSE_S = 5, 0.05
+_LOCK_WAIT_S, _LOCK_PAUSE_S = 2.0, 0.05
+_held_locks: set[IO[str]] = set()
+
+
+def _drop_locks() -> None:
+    """In a forked child: a loader's worker that outlives its killed parent must not keep the folder locked."""
+    for lock in _held_locks:
+        lock.close()
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_drop_locks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +116,31 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder against a second writer. Raises RuntimeError if another process holds it."""
+        """Hold the folder against a second writer; children that this process forks meanwhile do not hold it.
+
+        Raises RuntimeError if another process holds it for more than a moment, as one does that was just killed, or a
+        reader that looks whether the run is alive.
+        """
         with open(self.path / LOCK_NAME, "w") as lock:
-            for tries_left in reversed(range(_LOCK_TRIES)):
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError as error:
-                    if not tries_left:
-                        raise RuntimeError(
-                            f"another process is writing to {self.path}; wait for it or choose another --out"
-                        ) from error
-                    time.sleep(_LOCK_PAUSE_S)  # a reader that looks whether the run is alive holds it for a moment
-            yield
+            _held_locks.add(lock)
+            try:
+                self._wait_for(lock)
+                yield
+            finally:
+                _held_locks.discard(lock)
+
+    def _wait_for(self, lock: IO[str]) -> None:
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"another process is writing to {self.path}; wait for it or choose another --out"
+                    ) from error
+                time.sleep(_LOCK_PAUSE_S)
 
     def write_config(self, config: RunConfig) -> None:
         write_atomically(self.config_file, to_yaml(config).encode())
