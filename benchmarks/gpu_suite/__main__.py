@@ -98,20 +98,22 @@ class Suite:
 
     def _write(self) -> None:
         sections = self.document["sections"]
-        results = {name: section["result"] for name, section in sections.items() if section["status"] == "done"}
+        results = {name: section["result"] for name, section in sections.items() if "result" in section}
         self.document["targets"] = judge(results, tiny=self.document["tiny"])
         name = self.flags.name
-        _write_whole(self.out / f"{name}.md", self.page())
-        _write_whole(self.out / f"{name}.log", "".join(self._log))
+        _write_whole(self.out / f"{name}.md", self._without_paths(self.page()))
+        _write_whole(self.out / f"{name}.log", self._without_paths("".join(self._log)))
         plain = {
             key: {part: value for part, value in section.items() if part != "markdown"}
             for key, section in sections.items()
         }
         document = {**self.document, "sections": plain}
-        _write_whole(self.out / f"{name}.json", json.dumps(document, indent=1) + "\n")
+        _write_whole(self.out / f"{name}.json", self._without_paths(json.dumps(document, indent=1)) + "\n")
 
     def _in_a_process(self, name: str, limit_s: float) -> dict[str, Any]:
-        """status (done, unavailable, failed, stopped), seconds, reason, and where it is done result and markdown."""
+        """status (done, unavailable, failed, stopped), seconds, reason; result and markdown where it is done, or of
+        the parts that were done before it failed or was stopped.
+        """
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             result_file = Path(folder) / "result.json"
@@ -125,7 +127,9 @@ class Suite:
                 self.flags.precision,
             ]
             command += ["--epochs", str(self.flags.epochs), *(["--tiny"] if self.flags.tiny else [])]
-            command += ["--data", str(self.flags.data)] if self.flags.data else []
+            for flag in ("data", "photographs"):
+                given = getattr(self.flags, flag)
+                command += [f"--{flag}", str(given)] if given else []
             process = subprocess.Popen(
                 command,
                 cwd=_CHECKOUT,
@@ -145,52 +149,62 @@ class Suite:
             if stopped:
                 output, _ = process.communicate()
             section: dict[str, Any] = {"seconds": time.perf_counter() - start}
-            self._log.append(f"\n== {name}\n{self._without_paths(output)}")
+            self._log.append(f"\n== {name}\n{output}")
+            told: dict[str, Any] = json.loads(result_file.read_text()) if result_file.is_file() else {}
             if stopped:
-                return section | {
-                    "status": "stopped",
-                    "reason": f"its {limit_s:.0f} s were over; the log has what it said",
-                }
-            if not result_file.is_file():
-                return section | {
-                    "status": "failed",
-                    "reason": f"it ended with code {process.returncode} and no result",
-                }
-            told: dict[str, Any] = json.loads(result_file.read_text())
+                told |= {"status": "stopped", "reason": f"its {limit_s:.0f} s were over; the log has what it said"}
+            elif told.get("status") in (None, "unfinished"):
+                told |= {"status": "failed", "reason": f"it ended with code {process.returncode} and no result"}
+            if told["status"] != "done" and "result" in told:
+                told["reason"] += "; what it had found by then follows"
             return section | told
 
     def _without_paths(self, text: str) -> str:
-        text = text.replace(str(_CHECKOUT), ".")
-        if self.flags.data is not None:
-            text = text.replace(str(self.flags.data), self.flags.data.name)
-        return text.replace(sys.prefix, "(python)").replace(str(Path.home()), "~")
+        """No path of this machine: the results are to be published."""
+        given = [path for path in (self.flags.data, self.flags.photographs) if path is not None]
+        names = {Path(sys.prefix): "(python)", Path(sys.base_prefix): "(python)", _CHECKOUT: "."}
+        names |= {path: path.name for path in given}
+        names |= {Path(tempfile.gettempdir()): "(temporary)", Path.home(): "~"}
+        for path, name in names.items():
+            if path != path.parent:  # a home of / would take every slash
+                text = text.replace(str(path), name)
+        return text
 
 
 def _run_section(flags: argparse.Namespace) -> int:
     """In the process of a section: write its result, whatever comes."""
-    from benchmarks.gpu_suite.suite_config import SuiteConfig, UnavailableError
+    from benchmarks.gpu_suite.suite_config import Answer, SuiteConfig, UnavailableError
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     (name,) = flags.sections
+    told: dict[str, Any] = {}
+
+    def keep(answer: Answer) -> None:
+        told.update(status="unfinished", result=answer.result, markdown=answer.markdown)
+        _write_whole(flags.result_file, json.dumps(told))
+
     config = SuiteConfig(
         device=flags.device,
         tiny=flags.tiny,
         precision=flags.precision,
         data=flags.data,
+        photographs=flags.photographs,
         epochs=flags.epochs,
         soft_limit_s=_SOFT * flags.limit_s,
+        keep=keep,
     )
     try:
         module, _, function = SECTIONS[name].function.rpartition(".")
         run = getattr(importlib.import_module(f"benchmarks.gpu_suite.{module}"), function)
         answer = run(config, lambda line: print(line, flush=True))
-        told = {"status": "done", "result": answer.result, "markdown": answer.markdown}
+        keep(answer)
+        told["status"] = "done"
     except UnavailableError as error:
-        told = {"status": "unavailable", "reason": str(error)}
+        told |= {"status": "unavailable", "reason": str(error)}
     except Exception as error:  # the other sections shall still run, and the page say what happened
         traceback.print_exc()
-        told = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-    flags.result_file.write_text(json.dumps(told))
+        told |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+    _write_whole(flags.result_file, json.dumps(told))
     return 0
 
 
@@ -208,6 +222,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs; no measurement")
     parser.add_argument("--data", type=Path, help="CIFAR-10, in any form that pretrain reads")
+    parser.add_argument(
+        "--photographs", type=Path, help="JPEGs of 224 pixels or more, for the section loaders (default: --data)"
+    )
     parser.add_argument("--epochs", type=int, help="of the pretraining on it (8; with --tiny 1)")
     parser.add_argument("--limit-s", type=float, default=590.0, help="for the whole suite")
     parser.add_argument(
@@ -216,10 +233,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--name", default="gpu_suite", help="of the result files")
     parser.add_argument("--result-file", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    if flags.data is not None:
-        if not flags.data.exists():
-            parser.error(f"--data {flags.data} does not exist")
-        flags.data = flags.data.absolute()
+    for name in ("data", "photographs"):
+        given = getattr(flags, name)
+        if given is not None and not given.exists():
+            parser.error(f"--{name} {given} does not exist")
+        setattr(flags, name, given and given.absolute())
     flags.epochs = (1 if flags.tiny else 8) if flags.epochs is None else flags.epochs
     if flags.epochs < 1:
         parser.error(f"--epochs {flags.epochs} is not allowed: give at least 1")
@@ -247,9 +265,7 @@ def _write_whole(path: Path, text: str) -> None:
 def _command_line(flags: argparse.Namespace) -> str:
     words = list(sys.argv[1:])
     for place, word in enumerate(words):
-        if flags.data is not None and word.endswith(flags.data.name):
-            words[place] = flags.data.name
-        elif Path(word).is_absolute():
+        if Path(word).is_absolute() or (place and words[place - 1] in ("--data", "--photographs")):
             words[place] = Path(word).name
     return shlex.join(["python", "-m", "benchmarks.gpu_suite", *words])
 

@@ -36,9 +36,16 @@ def run(config: SuiteConfig, say: Say) -> Answer:
     """The curves of both methods."""
     if config.data is None:
         raise UnavailableError("no data: give --data with CIFAR-10")
-    curves = {}
+    curves: dict[str, dict[str, Any]] = {}
     for recipe in _RECIPES:
         curves[recipe] = short_pretraining(_run_config(recipe, config), config, say)
+        answer = _answer(curves, config)
+        config.keep(answer)
+    return answer
+
+
+def _answer(curves: dict[str, dict[str, Any]], config: SuiteConfig) -> Answer:
+    assert config.data is not None
     table = markdown_table(
         ("recipe", "epoch", "loss", "kNN top-1, %", "training images/s"),
         [
@@ -61,7 +68,7 @@ def run(config: SuiteConfig, say: Say) -> Answer:
     )
     if cut:
         note += f" Out of time before the last epoch: {', '.join(cut)}."
-    return Answer(result={"curves": curves, "data": config.data.name}, markdown=f"{note}\n\n{table}")
+    return Answer(result={"curves": dict(curves), "data": config.data.name}, markdown=f"{note}\n\n{table}")
 
 
 def short_pretraining(run_config: RunConfig, config: SuiteConfig, say: Say) -> dict[str, Any]:

@@ -29,7 +29,9 @@ def run_loss(config: SuiteConfig, say: Say) -> Answer:
         documents[precision] = document
         pages.append(_without_title(loss_markdown(document)))
         say(pages[-1])
-    return Answer(result=documents, markdown="\n".join(pages))
+        answer = Answer(result=dict(documents), markdown="\n".join(pages))
+        config.keep(answer)
+    return answer
 
 
 def run_augment(config: SuiteConfig, say: Say) -> Answer:

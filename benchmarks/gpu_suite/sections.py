@@ -18,13 +18,14 @@ class Section:
 
 
 SECTIONS: dict[str, Section] = {
-    "machine": Section(title="Machine", function="machine.run", limit_s=20),
-    "tests": Section(title="Tests that need a GPU", function="gpu_tests.run", limit_s=80),
-    "parity": Section(title="Parity of the kernels", function="parity.run", limit_s=45),
-    "train-time": Section(title="LeOCLR next to MoCo-v2", function="train_benches.run_train_time", limit_s=185),
-    "step": Section(title="A step and its parts", function="train_benches.run_step", limit_s=90),
-    "loss": Section(title="The loss", function="kernel_benches.run_loss", limit_s=40),
-    "augment": Section(title="The augmentation", function="kernel_benches.run_augment", limit_s=30),
-    "profile": Section(title="Profile of a step", function="step_profile.run", limit_s=40),
-    "cifar10": Section(title="A short pretraining on CIFAR-10", function="cifar10.run", limit_s=70),
+    "machine": Section(title="Machine", function="machine.run", limit_s=15),
+    "tests": Section(title="Tests that need a GPU", function="gpu_tests.run", limit_s=120),
+    "parity": Section(title="Parity of the kernels", function="parity.run", limit_s=30),
+    "train-time": Section(title="LeOCLR next to MoCo-v2", function="train_benches.run_train_time", limit_s=170),
+    "step": Section(title="A step and its parts", function="train_benches.run_step", limit_s=75),
+    "loss": Section(title="The loss", function="kernel_benches.run_loss", limit_s=25),
+    "augment": Section(title="The augmentation", function="kernel_benches.run_augment", limit_s=20),
+    "profile": Section(title="Profile of a step", function="step_profile.run", limit_s=35),
+    "loaders": Section(title="Real images", function="loaders.run", limit_s=70),
+    "cifar10": Section(title="A short pretraining on CIFAR-10", function="cifar10.run", limit_s=40),
 }

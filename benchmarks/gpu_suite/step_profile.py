@@ -6,6 +6,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,16 +25,35 @@ _STEPS = 3
 _WARMUP = 5
 _TOP = 25
 
+
+def _kernels(*modules: str) -> str:
+    """A pattern of the names of our Triton kernels in these modules, which fits none where Triton is not installed."""
+    try:
+        import triton
+    except ImportError:
+        return "(?!)"
+    names = [
+        re.escape(value.__name__)
+        for module in modules
+        for value in vars(import_module(module)).values()
+        if isinstance(value, triton.KernelInterface)
+    ]
+    return rf"^({'|'.join(names)})$"
+
+
 KINDS: tuple[tuple[str, str], ...] = (
+    ("loss", _kernels("leoclr_fast.losses.info_nce_triton")),
+    ("augmentation", _kernels("pipelines.augment_triton", "pipelines.crop_resize_triton")),
     ("loss", r"info_?nce|logsumexp|logaddexp|softmax|nll_loss|cross_entropy"),
-    ("augmentation", r"augment|jitter|blur|hue|crop_resize"),
-    ("batch-norm", r"batch_?norm|bn_fw|bn_bw|cudnn.*::bn|_bn_|welford"),
+    ("batch-norm", r"batch_?norm|bn_fw|bn_bw|cudnn.*::bn|_bn_|welford|^triton_.*(var_mean|rsqrt)"),
     ("optimizer", r"multi_tensor|fused_?sgd|foreach|lerp|sgd"),
-    ("convolution", r"conv|implicit_?gemm|wgrad|dgrad|fprop|winograd|xmma_(?!gemm)|nchwto|nhwcto|nchw_to|nhwc_to"),
-    ("matrix product", r"gemm|gemv|matmul|aten::mm|aten::addmm|aten::bmm|cutlass|nvjet|dot_kernel"),
-    ("copy", r"memcpy|memset|copy|aten::cat|aten::index|gather|scatter|fill"),
     ("pooling", r"pool"),
-    ("pointwise and reduction", r"elementwise|vectorized|pointwise|relu|reduce|triton_|threshold|aten::"),
+    # The compiler's own, named after all that is fused in them; templates (tem) are convolutions and products.
+    ("pointwise and reduction", r"^triton_(?!tem|mm|bmm|convolution)"),
+    ("convolution", r"conv|implicit_?gemm|wgrad|dgrad|fprop|winograd|xmma_(?!gemm)|nchwto|nhwcto|nchw_to|nhwc_to"),
+    ("matrix product", r"gemm|gemv|matmul|aten::mm|aten::addmm|aten::bmm|cutlass|nvjet|dot_kernel|^triton_"),
+    ("copy", r"memcpy|memset|copy|aten::cat|aten::index|gather|scatter|fill"),
+    ("pointwise and reduction", r"elementwise|vectorized|pointwise|relu|reduce|threshold|aten::"),
 )
 """What a kernel is for, by the first pattern that its name fits."""
 

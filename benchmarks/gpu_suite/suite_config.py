@@ -13,6 +13,16 @@ from leoclr_fast.config import SpeedConfig
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a section found."""
+
+    result: dict[str, Any]
+    """Plain JSON."""
+    markdown: str
+    """The same for people, without a heading."""
+
+
 class UnavailableError(RuntimeError):
     """A section cannot run here; the message says what is missing."""
 
@@ -28,10 +38,14 @@ class SuiteConfig:
     """Of train-time, profile and cifar10; step measures bf16 and fp16."""
     data: Path | None = None
     """CIFAR-10, in any form that pretrain reads."""
+    photographs: Path | None = None
+    """JPEGs as large as a view or larger, in any form that pretrain reads; `data` if not given."""
     epochs: int = 8
     """Of the pretraining on it."""
     soft_limit_s: float = 60.0
     """Within which the section should come to an end by itself."""
+    keep: Callable[[Answer], None] = lambda _: None
+    """Is given what has been found so far, after every part: it stands if the section is stopped before its end."""
 
     @property
     def setting(self) -> BenchSetting:
@@ -43,13 +57,3 @@ class SuiteConfig:
     def speed(self, precision: str | None = None) -> SpeedConfig:
         """As `pretrain` would run it."""
         return SpeedConfig(device=self.device, precision=precision or self.precision)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What a section found."""
-
-    result: dict[str, Any]
-    """Plain JSON."""
-    markdown: str
-    """The same for people, without a heading."""

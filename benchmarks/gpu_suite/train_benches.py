@@ -32,7 +32,9 @@ def run_step(config: SuiteConfig, say: Say) -> Answer:
         )
         documents[precision] = document
         parts += [f"{document['header']}\n\n{step_table(document['rows'])}"]
-    return Answer(result=documents, markdown="\n".join(parts))
+        answer = Answer(result=dict(documents), markdown="\n".join(parts))
+        config.keep(answer)
+    return answer
 
 
 def run_train_time(config: SuiteConfig, say: Say) -> Answer:

@@ -1,4 +1,4 @@
-"""The GPU suite on a CPU: its sections at tiny sizes, its time limits, its files."""
+"""The GPU suite on a CPU: its sections at tiny sizes, its time limits, its files, what is kept of a stopped section."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.gpu_suite import cifar10, parity
-from benchmarks.gpu_suite.gpu_tests import outcomes
+from benchmarks.gpu_suite import cifar10, gpu_tests, loaders, parity
+from benchmarks.gpu_suite.__main__ import Suite
+from benchmarks.gpu_suite.gpu_tests import outcomes, run_groups
 from benchmarks.gpu_suite.sections import SECTIONS
 from benchmarks.gpu_suite.step_profile import kind_of
-from benchmarks.gpu_suite.suite_config import SuiteConfig, UnavailableError
+from benchmarks.gpu_suite.suite_config import Answer, SuiteConfig, UnavailableError
 from benchmarks.gpu_suite.targets import judge, targets_markdown
+from dataset_tools.sources import open_source
+from dataset_tools.splits import choose_splits
 from tests.leoclr_fast.conftest import write_tiny_images
 
 CHECKOUT = Path(__file__).parents[2]
-BLOCKED = ("tyro", "yaml", "nvidia", "ffcv", "lightly", "pynvml")
+BLOCKED = ("tyro", "yaml", "nvidia", "ffcv", "lightly", "pynvml", "scipy", "sklearn", "pytest_timeout", "pycocotools")
 
 
 def run_suite(out: Path, *flags: str, blocked: tuple[str, ...] = ()) -> tuple[int, dict[str, Any], str]:
@@ -30,20 +34,35 @@ def run_suite(out: Path, *flags: str, blocked: tuple[str, ...] = ()) -> tuple[in
     startup = out / "startup"
     startup.mkdir(parents=True)
     (startup / "sitecustomize.py").write_text(f"import sys\nfor name in {blocked!r}:\n    sys.modules[name] = None\n")
-    path = os.pathsep.join([str(startup), os.environ.get("PYTHONPATH", "")])
+    surroundings = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(startup), os.environ.get("PYTHONPATH", "")]),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # else pytest itself would ask for pytest-timeout
+    }
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--device", "cpu", "--tiny", "--out", str(out), *flags]
-    done = subprocess.run(
-        command, cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=CHECKOUT, env=surroundings, capture_output=True, text=True, check=False)
     assert (out / "gpu_suite.json").is_file(), done.stderr
     return done.returncode, json.loads((out / "gpu_suite.json").read_text()), (out / "gpu_suite.md").read_text()
 
 
 def test_without_the_packages_that_a_gpu_machine_may_lack(tmp_path: Path):
-    code, document, page = run_suite(tmp_path, "--sections", "step", blocked=BLOCKED)
+    code, document, page = run_suite(tmp_path, "--sections", "step", "tests", blocked=BLOCKED)
     sections = document["sections"]
-    assert {name: section["status"] for name, section in sections.items()} == {"machine": "done", "step": "done"}
+    assert {name: section["status"] for name, section in sections.items()} == dict.fromkeys(
+        ("machine", "tests", "step"), "done"
+    )
     assert code == 0
+    tests = sections["tests"]["result"]
+    assert (tests["failed"], tests["passed"]) == (0, 0), [
+        test for test in tests["tests"] if test["outcome"] == "failed"
+    ]
+    assert tests["skipped"] > 100
+    assert {file["file"]: file["status"] for file in tests["files"]} == {
+        file.name: "finished" for file in (CHECKOUT / "tests" / "gpu").glob("test_*.py")
+    }
+    assert {test["name"].split("::")[0].split(".")[0] for test in tests["tests"]} == {
+        file.stem for file in (CHECKOUT / "tests" / "gpu").glob("test_*.py")
+    }
     packages = sections["machine"]["result"]["packages"]
     assert not any(packages[name] for name in ("tyro", "yaml", "nvidia.dali", "ffcv", "lightly"))
     rows = sections["step"]["result"]["fp32"]["rows"]
@@ -62,6 +81,77 @@ def test_what_outlasts_its_time_is_stopped_and_the_files_are_there(tmp_path: Pat
     assert {section["status"] for section in document["sections"].values()} == {"stopped"}
     assert document["seconds"] < 30
     assert "were over" in page
+
+
+HALF = """
+import os, sys, time, types
+from benchmarks.gpu_suite.suite_config import Answer
+
+def run_loss(config, say):
+    config.keep(Answer(result={"fp32": {"rows": []}}, markdown="the first half"))
+    {then}
+
+sys.modules["benchmarks.gpu_suite.kernel_benches"] = module = types.ModuleType("kernel_benches")
+module.run_loss = run_loss
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "limit_s", "status", "reason"),
+    [
+        ("time.sleep(600)", 20.0, "stopped", "its 20 s were over"),
+        ("os._exit(3)", 200.0, "failed", "it ended with code 3 and no result"),
+        ("raise RuntimeError('no memory')", 200.0, "failed", "RuntimeError: no memory"),
+        ("return Answer(result={'fp32': 1, 'bf16': 2}, markdown='all')", 200.0, "done", None),
+    ],
+)
+def test_the_parts_that_were_done_are_kept(
+    then: str, limit_s: float, status: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "sitecustomize.py").write_text(HALF.replace("{then}", then))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(CHECKOUT)]))
+    suite = Suite(
+        Namespace(
+            out=tmp_path / "out", name="suite", device="cpu", precision="fp32", epochs=1, tiny=True, limit_s=limit_s,
+            data=None, photographs=None, sections=["loss"],
+        )
+    )  # fmt: skip
+    section = suite._in_a_process("loss", limit_s)
+    assert section["status"] == status
+    if reason is None:
+        assert section["result"] == {"fp32": 1, "bf16": 2}
+        assert "reason" not in section
+    else:
+        assert section["result"] == {"fp32": {"rows": []}}
+        assert section["reason"].startswith(reason)
+        assert "what it had found by then follows" in section["reason"]
+        suite.document |= {"sections": {"loss": section}, "seconds": 1.0}
+        suite._write()
+        assert "the first half" in (tmp_path / "out" / "suite.md").read_text()
+        written = json.loads((tmp_path / "out" / "suite.json").read_text())
+        assert written["sections"]["loss"]["result"] == {"fp32": {"rows": []}}
+
+
+def test_steps_and_losses_keep_every_precision(monkeypatch: pytest.MonkeyPatch):
+    kept: list[Answer] = []
+    config = SuiteConfig(device="cpu", tiny=True, precision="fp32", keep=kept.append, soft_limit_s=5)
+    for module in ("train_benches", "kernel_benches"):
+        run = getattr(importlib.import_module(f"benchmarks.gpu_suite.{module}"), SECTIONS_WITH_PARTS[module])
+        assert run(config, lambda _: None) is kept[-1]
+    assert [set(answer.result) for answer in kept] == [{"fp32"}, {"fp32"}]
+
+
+SECTIONS_WITH_PARTS = {"train_benches": "run_step", "kernel_benches": "run_loss"}
+
+
+def test_results_name_no_path_of_the_machine(tmp_path: Path):
+    flags = {"data": tmp_path / "images.tar", "photographs": None, "out": tmp_path, "name": "x"}
+    suite = Suite(Namespace(**flags, tiny=True, limit_s=1.0, sections=[]))
+    text = f"{CHECKOUT}/tests {sys.prefix}/lib {tmp_path}/images.tar {Path.home()}/.cache 3 images/s"
+    cleaned = suite._without_paths(text)
+    assert cleaned.startswith("./tests (python)/lib images.tar ")
+    assert cleaned.endswith("/.cache 3 images/s")
+    assert str(Path.home()) not in cleaned
 
 
 @pytest.mark.parametrize("section", list(SECTIONS))
@@ -141,8 +231,16 @@ def test_the_short_pretraining_stops_in_time_and_says_so(tmp_path: Path):
         ("void cutlass_cudnn::Kernel<cutlass_tensorop_bf16_s16816wgrad_optimized>", "convolution"),
         ("nvjet_hsh_128x64_64x6_2x1_v_bz_TNT", "matrix product"),
         ("void at::native::multi_tensor_apply_kernel<FusedSgdMathFunctor>", "optimizer"),
-        ("_info_nce_forward_kernel", "loss"),
-        ("_augment_kernel", "augmentation"),
+        ("triton_per_fused_logsumexp_mul_2", "loss"),
+        ("triton_red_fused__to_copy_var_mean_5", "batch-norm"),
+        ("triton_poi_fused__to_copy_add_mul_relu_rsqrt_sub_var_mean_7", "batch-norm"),
+        ("triton_red_fused_native_batch_norm_backward_threshold_backward_31", "batch-norm"),
+        ("triton_poi_fused__to_copy_12", "pointwise and reduction"),
+        ("triton_poi_fused_convolution_backward_add_3", "pointwise and reduction"),
+        ("triton_poi_fused__to_copy_max_pool2d_with_indices_4", "pooling"),
+        ("triton_tem_fused_convolution_8", "convolution"),
+        ("triton_tem_fused_mm_1", "matrix product"),
+        ("void at::native::unrolled_elementwise_kernel<direct_copy_kernel_cuda>", "copy"),
         ("Memcpy HtoD (Pinned -> Device)", "copy"),
         ("void at::native::vectorized_elementwise_kernel<4, relu>", "pointwise and reduction"),
         ("something_else", "other"),
@@ -152,13 +250,113 @@ def test_what_a_kernel_is_for(name: str, kind: str):
     assert kind_of(name) == kind
 
 
+def test_our_own_kernels_are_known_by_their_names():
+    ahead_of_time = pytest.importorskip("leoclr_fast.bench.ahead_of_time")
+    kinds: dict[str, set[str]] = {}
+    for case, launches in ahead_of_time.CASES.items():
+        kind = "loss" if case.startswith("info_nce") else "augmentation"
+        kinds.setdefault(kind, set()).update(launch.kernel.__name__ for _, launch in launches())
+    assert kinds["loss"] == {"_share_of_the_queue", "_all_shares"}
+    assert len(kinds["augmentation"]) == 7
+    for kind, names in kinds.items():
+        assert {kind_of(name) for name in names} == {kind}
+
+
+GPU_TESTS = {
+    "test_quick.py": "def test_one(): pass\ndef test_two(): assert 2 == 3",
+    "test_slow.py": "import time\ndef test_first(): pass\ndef test_hangs(): time.sleep(600)",
+    "test_later.py": "def test_never(): pass",
+}
+
+
+def test_what_hangs_costs_no_finished_test(tmp_path: Path):
+    files = [tmp_path / name for name in GPU_TESTS]
+    for file in files:
+        file.write_text(GPU_TESTS[file.name])
+    kept: list[Answer] = []
+    answer = run_groups([[file] for file in files], limit_s=15, say=lambda _: None, keep=kept.append)
+    assert {file["file"]: file["status"] for file in answer.result["files"]} == {
+        "test_quick.py": "finished", "test_slow.py": "stopped", "test_later.py": "not reached",
+    }  # fmt: skip
+    assert [(test["name"], test["outcome"]) for test in answer.result["tests"]] == [
+        ("test_quick::test_one", "passed"), ("test_quick::test_two", "failed"), ("test_slow::test_first", "passed"),
+    ]  # fmt: skip
+    assert "Not reached: `test_later.py`." in answer.markdown
+    assert "Stopped before the end: `test_slow.py`." in answer.markdown
+    assert [len(answer.result["tests"]) for answer in kept] == [2, 3]
+    assert [file["status"] for file in kept[0].result["files"]] == ["finished", "not reached", "not reached"]
+
+
+def test_what_crashes_is_a_failure_and_the_next_file_runs(tmp_path: Path):
+    (tmp_path / "test_a.py").write_text("import os\ndef test_one(): os._exit(5)")
+    (tmp_path / "test_b.py").write_text("def test_two(): pass")
+    groups = [[tmp_path / "test_a.py"], [tmp_path / "test_b.py"]]
+    result = run_groups(groups, limit_s=100, say=lambda _: None).result
+    assert [file["status"] for file in result["files"]] == ["crashed", "finished"]
+    assert (result["passed"], result["failed"]) == (1, 1)
+    assert result["tests"][0]["reason"] == "pytest ended with code 5 and no report"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_captured_step_and_the_kernels_are_tested_first(device: str, monkeypatch: pytest.MonkeyPatch):
+    asked: list[list[str]] = []
+
+    def noted(groups: Any, **_: Any) -> None:
+        asked.extend([file.name for file in group] for group in groups)
+
+    monkeypatch.setattr(gpu_tests, "run_groups", noted)
+    monkeypatch.setattr(gpu_tests, "resolve_device", lambda name: Namespace(type=name))
+    gpu_tests.run(SuiteConfig(device=device), lambda _: None)
+    names = [name for group in asked for name in group]
+    assert names[:2] == ["test_captured_step.py", "test_triton_kernels.py"]
+    assert len(names) == len(set(names)) == len(list((CHECKOUT / "tests" / "gpu").glob("test_*.py")))
+    assert len(asked) == (1 if device == "cpu" else len(names))
+
+
+def test_real_images_are_compared_and_timed(tmp_path: Path):
+    data = write_tiny_images(tmp_path / "data", num_train=24, num_val=8)
+    kept: list[Answer] = []
+    config = SuiteConfig(device="cpu", tiny=True, precision="fp32", data=data, soft_limit_s=600, keep=kept.append)
+    answer = loaders.run(config, lambda _: None)
+    result = answer.result
+    assert result["too_far_off"] == 0
+    assert {"resident"} <= {row["loader"] for row in result["parity"]}
+    assert all(row["same_order_boxes_labels"] and row["images"] == 24 for row in result["parity"])
+    assert "- nvjpeg did not run: nvJPEG decodes on a GPU, not on cpu" in answer.markdown
+    rows = result["train_time"]["rows"]
+    assert {(row["method"], row["data"]) for row in rows} == {
+        (method, data) for method in ("leoclr", "mocov2") for data in ("synthetic", "real")
+    }
+    assert result["loader"] not in ("resident", "synthetic")
+    step_ms = {row["data"]: row["step_ms"] for row in rows if row["method"] == "leoclr"}
+    assert result["real_over_synthetic"]["leoclr"] == pytest.approx(step_ms["real"] / step_ms["synthetic"])
+    assert (result["images"], result["jpeg_fraction"]) == (24, 0.0)  # they are PNGs
+    assert [set(partial.result) & {"parity", "train_time"} for partial in kept] == [{"parity"}]
+    with pytest.raises(UnavailableError, match="no data"):
+        loaders.run(SuiteConfig(), lambda _: None)
+
+
+def test_few_images_are_copied_until_an_epoch_is_long(tmp_path: Path):
+    data = write_tiny_images(tmp_path / "data", num_train=24, num_val=8)
+    split = choose_splits(open_source(data)).pretrain
+    with loaders.at_least(data, split, 24) as same:
+        assert same == data
+    with loaders.at_least(data, split, 60) as folder:
+        copies = choose_splits(open_source(folder)).pretrain
+        assert len(copies) == 72
+        contents = [copies.read(index) for index in range(72)]
+        assert sorted(contents) == sorted(3 * [split.read(index) for index in range(24)])
+    assert not folder.exists()
+
+
 def test_outcomes_of_a_test_report():
     report = ElementTree.fromstring(
         "<testsuites><testsuite>"
         '<testcase classname="tests.gpu.test_a" name="one" time="1.5"/>'
         '<testcase classname="tests.gpu.test_a" name="two" time="0"><skipped message="no GPU"/></testcase>'
         '<testcase classname="tests.gpu.test_b" name="three" time="0"><failure message="2 != 3&#10;more"/></testcase>'
-        '<testcase classname="tests.gpu.test_b" name="four" time="0"><error message=""/></testcase>'
+        '<testcase classname="tests.gpu.test_b.TestC" name="four" time="0"><error message=""/></testcase>'
+        '<testcase time="0"/>'
         '<testcase classname="" name="tests.gpu.test_c" time="0"><error message="collection failure">In test_c.py\n'
         "E   ModuleNotFoundError: no scipy\n</error></testcase>"
         "</testsuite></testsuites>"
@@ -167,7 +365,7 @@ def test_outcomes_of_a_test_report():
         ("test_a::one", "passed", ""),
         ("test_a::two", "skipped", "no GPU"),
         ("test_b::three", "failed", "2 != 3"),
-        ("test_b::four", "failed", "error"),
+        ("test_b.TestC::four", "failed", "error"),
         ("tests.gpu.test_c", "failed", "E   ModuleNotFoundError: no scipy"),
     ]
 
@@ -181,7 +379,13 @@ def test_targets_are_judged_only_by_what_a_gpu_measured():
 
     results: dict[str, Any] = {
         "machine": {"gpu": {"name": "NVIDIA H200"}},
-        "tests": {"passed": 5, "failed": 0},
+        "tests": {"passed": 5, "failed": 0, "files": [{"file": "test_a.py", "status": "finished"}]},
+        "loaders": {
+            "real_over_synthetic": {"leoclr": 1.02},
+            "jpeg_fraction": 1.0,
+            "median_shorter_side": 334,
+            "too_far_off": 1,
+        },
         "train-time": {
             "rows": [row("leoclr", 3500.0), row("mocov2", 4400.0)],
             "ratio_synthetic": {"median": 1.26},
@@ -199,11 +403,26 @@ def test_targets_are_judged_only_by_what_a_gpu_measured():
         },
     }
     verdicts = judge(results, tiny=False)
-    assert [verdict["met"] for verdict in verdicts] == [True, True, False, True, True, False, None, True]
+    assert [verdict["met"] for verdict in verdicts] == [
+        *(True, True, False, True, True, False, None),
+        *(True, False, True),
+    ]
     assert verdicts[4]["reached"] == pytest.approx(1.5)
     assert verdicts[6]["why_not"] == "its section has no result"
     assert "**missed**" in targets_markdown(verdicts)
-    assert judge(results | {"tests": {"passed": 0, "failed": 0}}, tiny=False)[7]["met"] is None
+
+    def changed(section: str, **changes: Any) -> list[Any]:
+        """What is said of the last three targets."""
+        verdicts = judge(results | {section: results[section] | changes}, tiny=False)[7:]
+        return [verdict["met"] if verdict["why_not"] is None else verdict["why_not"] for verdict in verdicts]
+
+    cut = [{"file": "test_a.py", "status": "finished"}, {"file": "test_b.py", "status": "stopped"}]
+    assert changed("tests", passed=0) == [True, False, "no test ran"]
+    assert changed("tests", files=cut) == [True, False, "not run to the end: test_b.py"]
+    assert changed("tests", files=cut, failed=1) == [True, False, False]
+    assert changed("loaders", real_over_synthetic={"leoclr": 1.04}) == [False, False, True]
+    assert changed("loaders", jpeg_fraction=0.5, too_far_off=0) == ["not all images were JPEGs", True, True]
+    assert "smaller than a view of 224 pixels" in changed("loaders", median_shorter_side=32)[0]
     for unjudged in (judge(results, tiny=True), judge(results | {"machine": {"gpu": None}}, tiny=False)):
         assert {verdict["met"] for verdict in unjudged} == {None}
 

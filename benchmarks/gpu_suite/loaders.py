@@ -1,0 +1,167 @@
+"""Section `loaders`: JPEGs decoded on this device are torchvision's to a few levels, and what they add to a step."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig, UnavailableError
+from dataset_tools.sources import Split, open_source
+from dataset_tools.splits import choose_splits
+from leoclr_fast.bench.parity import BACKENDS, BackendParity, ParityConfig, measure_parity
+from leoclr_fast.bench.tables import markdown_table, number
+from leoclr_fast.bench.train_time import TrainTimeConfig, bench_train_time
+from leoclr_fast.bench.train_time_report import train_time_markdown
+from leoclr_fast.bench.turns_config import TurnsConfig
+from pipelines.config import LoaderConfig
+from pipelines.decode import image_size
+
+_JPEG_BEGIN = b"\xff\xd8"
+_SAMPLES = 64
+_METHODS = ("leoclr", "mocov2")
+
+
+def run(config: SuiteConfig, say: Say) -> Answer:
+    """Parity of every loader that can run here; then LeOCLR and MoCo-v2 on synthetic and on real images, which the
+    loader decodes in every epoch.
+
+    Few images are copied until an epoch is long; they are read from the system's memory, so no disk is measured.
+    """
+    start = time.perf_counter()
+    data = config.photographs or config.data
+    if data is None:
+        raise UnavailableError("no data: give --photographs, or --data, with JPEGs")
+    split = choose_splits(open_source(data)).pretrain
+    result: dict[str, Any] = {"data": data.name, **_described(split)}
+    note = (
+        f"{data.name}: {result['images']:,} images, {result['jpeg_fraction']:.0%} of them JPEGs, the shorter side "
+        f"{result['median_shorter_side']} pixels, for views of {_view_side(config)}.\n"
+    )
+    result["parity"], absent = _parity(config, data, say)
+    result["too_far_off"] = sum(not row["ok"] for row in result["parity"])
+    note += _parity_markdown(result["parity"], absent)
+    config.keep(Answer(result=dict(result), markdown=note))
+
+    turns = (
+        TurnsConfig(rounds=2, steps=2, lead_steps=1, warmup_steps=1) if config.tiny else TurnsConfig(rounds=6, steps=10)
+    )
+    batch_size = config.setting.result("leoclr").batch_size
+    with at_least(data, split, (4 if config.tiny else 64) * batch_size) as images:
+        left_s = max(1.0, config.soft_limit_s - (time.perf_counter() - start))
+        document = bench_train_time(
+            TrainTimeConfig(
+                setting=config.setting,
+                speed=replace(config.speed(), loader=LoaderConfig(resident_limit_gib=0.0)),
+                turns=replace(turns, max_s=left_s),
+            ),
+            data=images,
+            say=say,
+        )
+    result["train_time"] = document
+    result["loader"] = next(row["loader"] for row in document["rows"] if row["data"] == "real")
+    result["real_over_synthetic"] = {method: _real_over_synthetic(document, method) for method in _METHODS}
+    costs = ", ".join(f"{method} {ratio:.3f}" for method, ratio in result["real_over_synthetic"].items())
+    page = train_time_markdown(document).split("\n", 2)[2]
+    note += (
+        f"\nStep time with real images, loader {result['loader']}, over that with synthetic ones: {costs}.\n\n{page}"
+    )
+    return Answer(result=result, markdown=note)
+
+
+@contextmanager
+def at_least(data: Path, split: Split, num_images: int) -> Iterator[Path]:
+    """`data` itself where `split` has so many images to train on; else a folder of copies of them, as hard links."""
+    if len(split) >= num_images:
+        yield data
+        return
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for index in range(len(split)):
+            first = folder / f"0-{index}{Path(split.names[index]).suffix}"
+            first.write_bytes(split.read(index))
+            for copy in range(1, math.ceil(num_images / len(split))):
+                os.link(first, folder / f"{copy}-{first.name.removeprefix('0-')}")
+        yield folder
+
+
+def _described(split: Split) -> dict[str, Any]:
+    """images, and of some of them: jpeg_fraction and median_shorter_side (pixels)."""
+    sample = np.unique(np.linspace(0, len(split) - 1, _SAMPLES).astype(int)).tolist()
+    return {
+        "images": len(split),
+        "jpeg_fraction": sum(split.read(index)[:2] == _JPEG_BEGIN for index in sample) / len(sample),
+        "median_shorter_side": int(median(min(image_size(split, index)) for index in sample)),
+    }
+
+
+def _view_side(config: SuiteConfig) -> int:
+    return config.setting.result("leoclr").views.image_size
+
+
+def _parity(config: SuiteConfig, data: Path, say: Say) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row for each loader that ran; and why another did not."""
+    rows, absent = [], {}
+    for name in BACKENDS:
+        settings = ParityConfig(
+            loaders=(name,),
+            max_images=32 if config.tiny else 128,
+            image_size=_view_side(config),
+            batch_size=8 if config.tiny else 32,
+            device=config.device,
+        )
+        try:
+            (found,), _ = measure_parity(settings, [data], say)
+        except (ImportError, ValueError, RuntimeError) as error:
+            said = f"nothing was compared for {name}: {name} on {data.name}: "
+            absent[name] = str(error).splitlines()[0].removeprefix(said)
+        else:
+            rows.append(_parity_row(found))
+    return rows, absent
+
+
+def _parity_row(found: BackendParity) -> dict[str, Any]:
+    return {
+        "loader": found.loader,
+        "images": found.images,
+        "same_order_boxes_labels": found.same_indices and found.same_boxes and found.same_labels,
+        "mean": found.mean,
+        "max": found.max,
+        "edge_max": found.edge_max,
+        "mean_limit": found.limits.mean,
+        "max_limit": found.limits.max,
+        "ok": found.ok,
+    }
+
+
+def _parity_markdown(rows: list[dict[str, Any]], absent: dict[str, str]) -> str:
+    table = markdown_table(
+        ("loader", "images", "order, boxes, labels", "mean difference (limit)", "largest (limit)", "verdict"),
+        [
+            (
+                row["loader"],
+                str(row["images"]),
+                "equal" if row["same_order_boxes_labels"] else "**OTHERS**",
+                f"{number(row['mean'], 3)} ({row['mean_limit']:g})",
+                f"{row['max']} ({row['max_limit']:g})",
+                "good" if row["ok"] else "**TOO FAR OFF**",
+            )
+            for row in rows
+        ],
+    )
+    lines = [f"- {name} did not run: {why}" for name, why in absent.items()]
+    return "\n".join(["\nAgainst torchvision's crops, in levels of 255:\n", table, *lines, ""])
+
+
+def _real_over_synthetic(document: dict[str, Any], method: str) -> float:
+    times = {row["data"]: row["step_ms"] for row in document["rows"] if row["method"] == method}
+    return float(times["real"] / times["synthetic"])
