@@ -35,6 +35,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "world_size": world_size,
+        "local_world_size": int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         "git_commit": _git_commit(),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ class RunDiary:
             step=self._training.step,
             format=FORMAT,
             steps_per_epoch=steps_per_epoch,
+            last_step=last_step,
             world_size=world_size,
             boot_id=boot_id(),
         )
@@ -120,10 +122,17 @@ class RunDiary:
             write_preview(self._folder.preview_file, split, views, config, seed=seed, rows=rows)
 
     def cut_short(self, reason: str) -> None:
-        """Record the end of a process that is ended from outside its main thread; there is no time for a report."""
+        """Record the end of a process that is ended from outside its main thread."""
         if self._enabled:
             with _harmless("record the end of the run"):
                 self._metrics_log.write("end", step=self._training.step, status="failed", reason=reason)
+
+    def last_report(self, limit_s: float) -> None:
+        """Write `report.html` from any thread, or give up after so many seconds."""
+        if self._enabled:
+            thread = threading.Thread(target=self._write_report, daemon=True)
+            thread.start()
+            thread.join(limit_s)
 
     def report(self) -> None:
         """Write `report.html`, unless that would take more than a twentieth of the time since the last one."""

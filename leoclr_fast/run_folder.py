@@ -42,7 +42,8 @@ os.register_at_fork(after_in_child=_drop_locks)
 class RunFolder:
     """The files of a run: `config.yaml`, `environment.json`, `data.json` and `preview.png` (what it trains on),
     `metrics.jsonl`, `checkpoints/`, `best.json` (which of them is the best), `report.html`, after an orderly end
-    `summary.json` and `final.safetensors`, and `evaluations.jsonl` once it was evaluated.
+    `summary.json` and `final.safetensors`, `evaluations.jsonl` once it was evaluated, and `bench_loader.json` once its
+    loader was timed.
     """
 
     path: Path
@@ -66,6 +67,10 @@ class RunFolder:
     @property
     def report_file(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def loader_bench_file(self) -> Path:
+        return self.path / "bench_loader.json"
 
     @property
     def evaluations_file(self) -> Path:

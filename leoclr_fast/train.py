@@ -57,6 +57,8 @@ from pipelines.order import TrainOrder
 
 log = logging.getLogger(__name__)
 
+_REPORT_LIMIT_S = 10.0  # of a process that the watchdog is about to end
+
 
 def pretrain(
     config: RunConfig,
@@ -228,7 +230,7 @@ class _Run:
 
 
 class _LastWords:
-    """For the diary and the checkpoint that is being written, before the watchdog ends the process."""
+    """For the diary, the checkpoint that is being written and the report, before the watchdog ends the process."""
 
     def __init__(self) -> None:
         self.diary: RunDiary | None = None
@@ -237,6 +239,8 @@ class _LastWords:
     def finish_writing(self, limit_s: float) -> None:
         if self.writer is not None:
             self.writer.wait(limit_s)
+        if self.diary is not None:
+            self.diary.last_report(_REPORT_LIMIT_S)
 
     def __call__(self, sentence: str) -> None:
         if self.diary is not None:

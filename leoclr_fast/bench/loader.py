@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +27,9 @@ from leoclr_fast.config_file import as_plain
 from leoclr_fast.environment import environment
 from leoclr_fast.gpu_state import gpu_state
 from leoclr_fast.ranks.process_group import resolve_device
+from leoclr_fast.run_folder import RunFolder
 from pipelines.cores import available_cores
-from pipelines.factory import LOADERS
+from pipelines.factory import LOADERS, settle_loader
 
 Say = Callable[[str], None]
 
@@ -131,6 +133,32 @@ def bench_loader(config: LoaderBenchConfig, data: Sequence[Path], say: Say = lam
             "ceilings": [_row(name, seat) for name, seat in ceilings.items()],
             "rows": sorted(rows, key=lambda row: -row["images_per_s"]),
         }
+
+
+def as_run_loads(folder: RunFolder, config: LoaderBenchConfig) -> tuple[LoaderBenchConfig, Path]:
+    """``config`` with the views, the image size, the loader and each rank's share of the batch of a run; its images.
+
+    Raises FileNotFoundError if there is no run, or if it does not say what it was trained on.
+    """
+    run = folder.read_config()
+    try:
+        data = Path(json.loads(folder.data_file.read_text())["path"])
+        world_size = int(json.loads(folder.environment_file.read_text())["world_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileNotFoundError(
+            f"{folder.path} does not say on which images it was trained ({error}); give --data PATH instead"
+        ) from error
+    split = limited(choose_splits(open_source(data)).pretrain, config.max_images)
+    loader = settle_loader(split, run.speed.loader, resolve_device(config.device))
+    as_there = replace(
+        config,
+        loaders=(loader.name,),
+        views=run.result.method.num_keys + 1,
+        image_size=run.result.views.image_size,
+        batch_size=-(-run.result.batch_size // world_size),
+        workers=loader.workers if config.workers is None else config.workers,
+    )
+    return as_there, data
 
 
 def loader_markdown(document: dict[str, Any], command: str | None = None) -> str:

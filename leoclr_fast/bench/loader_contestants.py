@@ -241,13 +241,18 @@ def read_only(task: LoaderTask) -> Turns:
 
 
 def decode_only(task: LoaderTask) -> Turns:
-    """A ceiling: every JPEG decoded once by libjpeg-turbo on all threads, out of memory; no view is cut."""
+    """A ceiling: every JPEG decoded once by libjpeg-turbo on all threads, out of memory; no view is cut.
+
+    Raises ValueError if there is none.
+    """
     from torchvision.io import ImageReadMode, decode_jpeg
 
     split = next(_splits(task))
     encoded = open_bytes(split).read(np.arange(len(split), dtype=np.int64))
     rows = [row for row in range(len(encoded)) if encoded[row][:2].tobytes() == START]
     images = [torch.from_numpy(encoded[row]) for row in rows]
+    if not images:
+        raise ValueError("it decodes JPEGs alone, and none of the images is one")
 
     def decode(image: torch.Tensor) -> int:
         return len(decode_jpeg(image, mode=ImageReadMode.RGB)) // 3

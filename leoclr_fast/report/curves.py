@@ -11,6 +11,7 @@ from leoclr_fast.report.metrics_file import Floats
 from leoclr_fast.report.plots import Curve, Plot
 from leoclr_fast.report.reference import Reference
 from leoclr_fast.report.run_record import RunRecord
+from leoclr_fast.report.values import number
 
 _FROM_ZERO = ("gradient-norm", "learning-rate", "throughput", "data-wait")
 
@@ -110,14 +111,14 @@ def _window_rate(run: RunRecord) -> Floats:
 def _knn_curves(runs: list[RunRecord], labels: list[str], by_epoch: bool, single: bool) -> list[Curve]:
     curves = []
     for style, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        x = np.array([_number(record.get("step")) for record in run.metrics.knn])
+        x = np.array([number(record.get("step")) for record in run.metrics.knn])
         x = x / run.steps_per_epoch if by_epoch else x
         for key, name in (("top1", "top-1"), ("top5", "top-5")) if single else (("top1", "top-1"),):
             curves.append(
                 Curve(
                     label=name if single else label,
                     x=x,
-                    y=np.array([_number(record.get(key)) for record in run.metrics.knn]),
+                    y=np.array([number(record.get(key)) for record in run.metrics.knn]),
                     style=style + (key == "top5"),
                     markers=True,
                 )
@@ -153,7 +154,3 @@ def _filling(run: RunRecord, by_epoch: bool) -> tuple[float | None, str]:
     if run.metrics.last_step < full_at:
         text += " This run is not there yet."
     return full_at / run.steps_per_epoch if by_epoch else full_at, text
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan

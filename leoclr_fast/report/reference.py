@@ -14,6 +14,7 @@ import numpy as np
 from leoclr_fast.config_file import differing_fields
 from leoclr_fast.report.metrics_file import Floats
 from leoclr_fast.report.run_record import RunRecord
+from leoclr_fast.report.values import number
 
 REFERENCE_FILE = Path(__file__).with_name("reference_curves.json")
 """Written by `python -m benchmarks.reference_curves`."""
@@ -49,12 +50,12 @@ def find_reference(run: RunRecord) -> tuple[Reference | None, str]:
     reasons = []
     for entry in own:
         differences = differing_fields(entry["settings"], comparable_settings(settings))
-        images, world_size = run.data.get("images"), run.environment.get("world_size")
-        if images is not None and images != entry["images"]:
-            differences.append(f"images: {entry['images']:,} there, {images:,} here")
+        images, world_size = number(run.data.get("images")), run.environment.get("world_size")
+        if math.isfinite(images) and images != entry["images"]:
+            differences.append(f"images: {entry['images']:,} there, {images:,.0f} here")
         if world_size is not None and world_size != entry["world_size"]:
             differences.append(f"ranks: {entry['world_size']} there, {world_size} here")
-        if images is None and math.isfinite(run.steps_per_epoch):
+        if math.isnan(images) and math.isfinite(run.steps_per_epoch):
             steps = entry["images"] // entry["settings"]["batch_size"]
             if run.steps_per_epoch != steps:
                 differences.append(f"steps an epoch: {steps:,} there, {run.steps_per_epoch:,.0f} here")

@@ -16,6 +16,7 @@ import yaml
 
 from leoclr_fast.environment import boot_id
 from leoclr_fast.report.metrics_file import FORMAT, Floats, MetricsFile
+from leoclr_fast.report.values import number, positive
 from leoclr_fast.run_folder import LOCK_NAME, RunFolder
 
 METHOD_TITLES = {"leoclr": "LeOCLR", "mocov2": "MoCo-v2"}
@@ -46,6 +47,8 @@ class RunRecord:
     summary: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     """`data.json`: path, fingerprint, images, classes, quarantined, views."""
+    loader_bench: dict[str, Any] = field(default_factory=dict)
+    """What `bench loader --run` has measured."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metrics: MetricsFile
     is_being_written: bool = False
@@ -81,16 +84,16 @@ class RunRecord:
 
     @property
     def batch_size(self) -> float:
-        return _positive(self.setting("result.batch_size"))
+        return positive(self.setting("result.batch_size"))
 
     @cached_property
     def steps_per_epoch(self) -> float:
         """NaN if nothing in the folder tells."""
         for start in reversed(self.metrics.starts):
-            if (steps := _positive(start.get("steps_per_epoch"))) > 0:
+            if (steps := positive(start.get("steps_per_epoch"))) > 0:
                 return steps
         for record in [*self.metrics.knn, {"step": self.summary.get("steps"), "epoch": self.summary.get("epochs")}]:
-            step, epoch = _positive(record.get("step")), _positive(record.get("epoch"))
+            step, epoch = positive(record.get("step")), positive(record.get("epoch"))
             if step > 0 and epoch > 0:
                 return float(round(step / epoch))
         return math.nan
@@ -98,7 +101,7 @@ class RunRecord:
     @property
     def total_steps(self) -> float:
         """Of all epochs; NaN if nothing in the folder tells."""
-        return _positive(self.setting("result.epochs")) * self.steps_per_epoch
+        return positive(self.setting("result.epochs")) * self.steps_per_epoch
 
     @property
     def epochs_done(self) -> float:
@@ -107,7 +110,7 @@ class RunRecord:
     @property
     def queue_full_at_step(self) -> int | None:
         """The step until which random vectors are among the negatives: K keys, B (or B P) of them a step."""
-        size, per_step = _positive(self.setting("result.method.queue_size")), self.batch_size
+        size, per_step = positive(self.setting("result.method.queue_size")), self.batch_size
         if self.setting("result.method.enqueue") == "all" and self.method == "leoclr":
             per_step *= 2
         return math.ceil(size / per_step) if size > 0 and per_step > 0 else None
@@ -141,18 +144,18 @@ class RunRecord:
     @property
     def knn_top1(self) -> float:
         """Percent; NaN if there is none."""
-        return _number(self.knn.get("top1"))
+        return number(self.knn.get("top1"))
 
     @property
     def knn_top1_untrained(self) -> float:
         """Percent, before the first step; NaN if there is none."""
         first = self.metrics.knn[0] if self.metrics.knn else {}
-        return _number(first.get("top1")) if first.get("step") == 0 else math.nan
+        return number(first.get("top1")) if first.get("step") == 0 else math.nan
 
     @property
     def energy_kwh(self) -> float:
         """What was measured, as `energy_kwh` in summary.json; NaN where it was not."""
-        return _number(self.summary.get("energy_kwh"))
+        return number(self.summary.get("energy_kwh"))
 
     @property
     def unreadable_images(self) -> dict[str, str]:
@@ -187,12 +190,12 @@ class RunRecord:
 
     def _first_steps(self, segment: Floats) -> Floats:
         """The step that the segment of each record continued from."""
-        starts = np.array([_number(start.get("step")) for start in self.metrics.starts] + [0.0])
+        starts = np.array([number(start.get("step")) for start in self.metrics.starts] + [0.0])
         return starts[segment.astype(np.int64)]  # -1, before any start record, is the last entry: step 0
 
     def _overall(self, name: str) -> float:
-        if self.summary.get("steps") == self.metrics.last_step and math.isfinite(_number(self.summary.get(name))):
-            return _number(self.summary[name])
+        if self.summary.get("steps") == self.metrics.last_step and math.isfinite(number(self.summary.get(name))):
+            return number(self.summary[name])
         return self.metrics.last.get(name, math.nan)
 
     @property
@@ -213,7 +216,7 @@ class RunRecord:
                     where = f" In {end['where']}." if end.get("where") else ""
                     word = "Failed" if status == "failed" else f"Ended ({status})"
                     return RunState(kind="failed", sentence=f"{word} {at}: {_ended(reason)}{where}")
-        if metrics.last_mark == "" and self.summary and _number(self.summary.get("steps")) >= metrics.last_step:
+        if metrics.last_mark == "" and self.summary and number(self.summary.get("steps")) >= metrics.last_step:
             if self.summary.get("complete"):
                 return RunState(kind="finished", sentence=f"Finished {at}.")
             return RunState(kind="paused", sentence=f"Paused {at}: not all steps were asked for.")
@@ -306,6 +309,7 @@ def refresh(record: RunRecord) -> bool:
     record.environment = _read(record, folder.environment_file, json.loads)
     record.summary = _read(record, folder.summary_file, json.loads)
     record.data = _read(record, folder.data_file, json.loads)
+    record.loader_bench = _read(record, folder.loader_bench_file, json.loads)
     record.evaluations = _read_lines(record, folder.evaluations_file)
     record.is_being_written = was_locked or _is_locked(record.path)  # or it began while its log was read
     record.__dict__.pop("steps_per_epoch", None)
@@ -357,11 +361,11 @@ def _read_lines(record: RunRecord, path: Path) -> list[dict[str, Any]]:
         record.problems.append(f"{path} cannot be read: {error}")
         return []
     documents = []
-    for number, line in enumerate(lines, start=1):
+    for place, line in enumerate(lines, start=1):
         try:
             document = json.loads(line)
         except ValueError:
-            record.problems.append(f"line {number} of {path} cannot be read")
+            record.problems.append(f"line {place} of {path} cannot be read")
             continue
         if isinstance(document, dict):
             documents.append(document)
@@ -390,17 +394,8 @@ def _per_window(since_start: Floats, segment: Floats) -> Floats:
     return np.where(difference > 0, difference, np.nan)
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-def _positive(value: Any) -> float:
-    number = _number(value)
-    return number if number > 0 else math.nan
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+def _count(how_many: int, noun: str) -> str:
+    return f"{how_many:,} {noun}{'s' if how_many != 1 else ''}"
 
 
 def _ended(text: str) -> str:

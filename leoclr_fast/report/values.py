@@ -1,9 +1,20 @@
-"""Values as text: numbers that may be unknown, and settings."""
+"""Values that may be anything: numbers out of them, and text for readers."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
+
+
+def number(value: Any) -> float:
+    """A number out of a document that anything may have written: NaN if it is none."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def positive(value: Any) -> float:
+    """As `number`, and NaN for zero and less."""
+    found = number(value)
+    return found if found > 0 else math.nan
 
 
 def figure_of(value: float, form: str, unit: str = "") -> str:

@@ -6,6 +6,7 @@ import math
 
 from leoclr_fast.bottleneck import Bottleneck, find_bottleneck
 from leoclr_fast.report.run_record import RunRecord, duration
+from leoclr_fast.report.values import number
 
 
 def verdict(run: RunRecord) -> str:
@@ -16,7 +17,8 @@ def verdict(run: RunRecord) -> str:
         before = f", untrained {run.knn_top1_untrained:.2f} %" if math.isfinite(run.knn_top1_untrained) else ""
         settings = f"k = {run.knn.get('k', '?')}, temperature {run.knn.get('temperature', '?')}"
         step = run.knn.get("step")
-        after = f" at epoch {run.knn['epoch']:g}" if step != run.metrics.last_step and "epoch" in run.knn else ""
+        epoch = number(run.knn.get("epoch"))
+        after = f" at epoch {epoch:g}" if step != run.metrics.last_step and math.isfinite(epoch) else ""
         clauses.append(f"kNN top-1 is {run.knn_top1:.2f} %{after} ({settings}{before})")
     if math.isfinite(run.wall_s) and run.metrics.num_steps_kept:
         clauses.append(f"it took {duration(run.wall_s)} on {_machine(run)}")
@@ -70,7 +72,7 @@ def _epochs(run: RunRecord) -> str:
     planned = run.setting("result.epochs")
     if not math.isfinite(run.epochs_done):
         return f"{run.metrics.last_step:,} steps"
-    if planned is not None and abs(run.epochs_done - planned) < 1e-9:
+    if abs(run.epochs_done - number(planned)) < 1e-9:
         return f"{planned} epochs"
     return f"{run.epochs_done:.3g} of {planned} epochs"
 

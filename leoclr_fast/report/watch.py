@@ -16,6 +16,7 @@ from rich.text import Text
 
 from leoclr_fast.report.metrics_file import Floats
 from leoclr_fast.report.run_record import RunRecord, StateKind, duration, read_run, refresh
+from leoclr_fast.report.values import number
 from leoclr_fast.report.verdict import bound_sentence
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -84,8 +85,8 @@ def view(run: RunRecord) -> RenderableType:
         progress.add_row(ProgressBar(total=run.total_steps, completed=step, width=40), Text(text))
         parts.append(progress)
     table = Table.grid(padding=(0, 2))
-    for name, number, line in _lines(run):
-        table.add_row(name, Text(number, style="bold", justify="right"), Text(line, style="cyan", no_wrap=True))
+    for name, newest, line in _lines(run):
+        table.add_row(name, Text(newest, style="bold", justify="right"), Text(line, style="cyan", no_wrap=True))
     parts.append(table)
     if bound := bound_sentence(run):
         parts.append(Text(f"{bound[0].upper()}{bound[1:]}.", style="dim"))
@@ -121,7 +122,7 @@ def sparkline(values: Floats, width: int = 40) -> str:
 def _lines(run: RunRecord) -> list[tuple[str, str, str]]:
     """Name, newest value and sparkline of each metric that has a value."""
     rates = run.window_images / run.window_seconds
-    knn = np.array([_number(record.get("top1")) for record in run.metrics.knn])
+    knn = np.array([number(record.get("top1")) for record in run.metrics.knn])
     series = [
         *((name, run.metrics.column(key), form, "") for name, key, form in _ROWS),
         ("images/s", rates, ",.1f", ""),
@@ -145,11 +146,7 @@ def _follow_plainly(run: RunRecord, console: Console, every_s: float, once: bool
         refresh(run)
         if run.metrics.last_step > shown:
             shown = run.metrics.last_step
-            newest = "  ".join(f"{name} {number}" for name, number, _ in _lines(run))
+            newest = "  ".join(f"{name} {value}" for name, value, _ in _lines(run))
             console.print(f"step {shown:,}  {newest}", highlight=False, soft_wrap=True)
     if not once:
         console.print(run.state.sentence, highlight=False, soft_wrap=True)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan

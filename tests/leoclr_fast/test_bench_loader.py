@@ -21,7 +21,7 @@ from leoclr_fast.bench.own_process import OwnProcess
 from leoclr_fast.bench.process_use import process_use
 from leoclr_fast.cli import run_command
 from tests.pipelines.optional_packages import HAS_DALI, HAS_FFCV
-from tests.pipelines.pictures import picture
+from tests.pipelines.pictures import encode, picture, write_images
 
 NUM_IMAGES = 10
 NUM_PRETRAIN = 9
@@ -85,6 +85,31 @@ def test_who_cannot_run_is_named(images: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "| torchvision |" in loader_markdown(document)
     with pytest.raises(RuntimeError, match="the loader nvjpeg cannot run: ValueError: nvJPEG decodes on a GPU"):
         bench_loader(LoaderBenchConfig(loaders=("nvjpeg",), batch_size=5, device="cpu"), [images])
+
+
+def test_decoding_alone_needs_jpegs(tmp_path: Path) -> None:
+    write_images(tmp_path / "pngs", {f"{i}.png": encode(Image.fromarray(picture(9, 9)), "PNG") for i in range(8)})
+    config = LoaderBenchConfig(loaders=("torchvision",), rounds=1, image_size=16, batch_size=4, workers=0, device="cpu")
+    document = bench_loader(config, [tmp_path / "pngs"])
+    assert [row["loader"] for row in document["ceilings"]] == ["read-only"]
+    assert (
+        "decode-only did not run: ValueError: it decodes JPEGs alone, and none of the images is one"
+        in document["notes"]
+    )
+    assert "of the decoding alone" in loader_markdown(document)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "give --data PATH [PATH …], or --run RUN, and not both"),
+        (["--data", "x", "--run", "y"], "give --data PATH [PATH …], or --run RUN, and not both"),
+        (["--run", "y"], "y is not a run folder"),
+    ],
+)
+def test_images_or_a_run(data: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["bench", "loader", *data]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from leoclr_fast.report.reference import REFERENCE_FILE, find_reference
 from leoclr_fast.report.reproduce import reproducing_command
 from leoclr_fast.report.run_record import RunRecord, read_run
 from leoclr_fast.report.verdict import verdict
+from leoclr_fast.run_diary import RunDiary
 from leoclr_fast.run_folder import RunFolder
 from leoclr_fast.telemetry import NonFiniteLossError
 from leoclr_fast.train import pretrain
@@ -36,6 +38,7 @@ from tests.leoclr_fast.test_bad_input import pretrain_line, refused
 from tests.leoclr_fast.test_cli import succeeded
 from tests.leoclr_fast.test_resume import run_and_kill, start_run
 from tests.leoclr_fast.written_run import knn, start, step_record, written_run
+from tests.pipelines.pictures import encode, picture, write_images
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -170,6 +173,57 @@ def test_a_crash_tells_where_and_why(tiny_data: Path, tmp_path: Path, monkeypatc
     assert [record["status"] for record in records(run, "end")] == ["paused", "failed", "finished"]
 
 
+def test_a_run_that_hangs_says_why(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread is stuck: another one writes the end and the page, as before the watchdog ends the process."""
+    run, diaries = tmp_path / "run", []
+
+    class Diary(RunDiary):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
+            diaries.append(self)
+
+    class EndedError(BaseException):
+        pass
+
+    def stuck(*_: object) -> None:
+        words = threading.Thread(target=diaries[0].cut_short, args=("rank 1 on node7: no progress for 60 s",))
+        words.start()
+        words.join()
+        diaries[0].last_report(60)
+        raise EndedError((run / "report.html").read_text())
+
+    monkeypatch.setattr(leoclr_fast.train, "RunDiary", Diary)
+    monkeypatch.setattr(leoclr_fast.train, "_log_metrics", stuck)
+    with pytest.raises(EndedError) as ended:
+        pretrain(tiny_config(), tiny_data, run)
+    page = str(ended.value)
+    assert "Failed after step 1 of 12" in page
+    assert "rank 1 on node7: no progress for 60 s." in page
+
+
+def test_the_loader_alone_is_a_ceiling(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The report names the command that times it, and shows what that has found."""
+    run, jpegs = tmp_path / "run", tmp_path / "jpegs"
+    write_images(jpegs, {f"{i}.jpg": encode(Image.fromarray(picture(30, 40, "waves", i)), "JPEG") for i in range(40)})
+    succeeded(capsys, *pretrain_line(jpegs, run, "--loader=torchvision", "--loader.workers=0", "--max-steps=2"))
+    command = f"leoclr-fast bench loader --run {run}"
+    assert command in without_markup((run / "report.html").read_text())
+    document, _ = succeeded(capsys, *command.split()[1:], "--rounds", 2, "--device", "cpu")
+    assert json.loads(RunFolder(run).loader_bench_file.read_text()) == document
+    assert document["config"]["loaders"] == ["torchvision"]
+    assert (document["config"]["views"], document["config"]["workers"]) == (3, 0)
+    settings = RunFolder(run).read_config().result
+    assert document["config"]["batch_size"] == settings.batch_size
+    assert document["config"]["image_size"] == settings.views.image_size
+    succeeded(capsys, "report", run)
+    page = without_markup((run / "report.html").read_text())
+    assert command not in page
+    alone = document["rows"][0]["images_per_s"]
+    assert f"the loader torchvision alone, measured by bench loader: {alone:,.1f} images/s" in page
+    decoding = next(row for row in document["ceilings"] if row["loader"] == "decode-only")["images_per_s"]
+    assert f"decoding alone, measured by bench loader: {decoding:,.1f} images/s" in page
+
+
 def test_a_report_that_cannot_be_written_harms_no_run(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -266,6 +320,7 @@ def test_the_command_makes_the_same_run_again(
     succeeded(capsys, *pretrain_line(tiny_data, tmp_path / "first", *flags))
     typed = reproducing_command(read_run(tmp_path / "first"))
     assert typed is not None
+    assert "--max-steps" not in typed
     assert typed in without_markup((tmp_path / "first" / "report.html").read_text())
     words = shlex.split(typed)
     words[words.index("--out") + 1] = str(tmp_path / "again")
@@ -273,6 +328,29 @@ def test_the_command_makes_the_same_run_again(
     assert (tmp_path / "again" / "config.yaml").read_text() == (tmp_path / "first" / "config.yaml").read_text()
     losses = [[record["loss"] for record in records(tmp_path / name, "step")] for name in ("first", "again")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "per_node", "expected"),
+    [
+        (1, 1, "leoclr-fast pretrain"),
+        (8, 8, "torchrun --nproc-per-node 8 -m leoclr_fast pretrain"),
+        (8, None, "torchrun --nproc-per-node 8 -m leoclr_fast pretrain"),
+        (16, 8, "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 "
+         "-m leoclr_fast pretrain"),
+    ],
+)  # fmt: skip
+def test_the_command_has_its_ranks_and_machines(
+    world_size: int, per_node: int | None, expected: str, tmp_path: Path
+) -> None:
+    environment = {"world_size": world_size, "local_world_size": per_node}
+    run = written_run(tmp_path / "run", [start(last_step=552), step_record(10)], environment=environment)
+    typed = reproducing_command(read_run(run))
+    assert typed is not None
+    assert typed.startswith(f"{expected} leoclr_demo --data PATH --out RUN")
+    assert "--max-steps" not in typed
+    paused = written_run(tmp_path / "paused", [start(last_step=20), step_record(10)])
+    assert (reproducing_command(read_run(paused)) or "").endswith("--max-steps 20")
 
 
 def test_evaluations_are_kept_and_shown(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from rich.console import Console
 
 from leoclr_fast.environment import boot_id
 from leoclr_fast.report.comparison import differing_settings, find_pairs, time_ratio
@@ -86,6 +89,43 @@ def test_missing_metrics_and_strange_values(tmp_path: Path) -> None:
     page = page_of([read_run(run)])
     assert 'id="plot-loss"' in page
     assert 'id="plot-knn"' not in page
+
+
+@pytest.mark.parametrize("value", ["many", [3]], ids=repr)
+@pytest.mark.parametrize(
+    "place",
+    ["start.unix_s", "start.step", "start.last_step", "start.steps_per_epoch", "knn.epoch", "knn.top1", "end.unix_s",
+     "end.status", "data.images", "data.path", "data.classes", "data.num_classes", "data.preview", "data.quarantined",
+     "summary.steps", "summary.knn_top1", "summary.unreadable_images", "summary.energy_kwh", "environment.world_size",
+     "environment.local_world_size", "environment.gpu", "environment.git_commit", "environment.versions",
+     "loader_bench.rows", "loader_bench.ceilings", "result.epochs", "result.batch_size", "result.method",
+     "result.backbone", "speed.loader"],
+)  # fmt: skip
+def test_values_of_another_type(place: str, value: object, tmp_path: Path) -> None:
+    """A newer program, or a hand, may have written anything: the page leaves it out."""
+    where, name = place.split(".")
+    marks = {"start": start(), "knn": knn(100, 31.0), "end": end(100, "finished")}
+    documents: dict[str, dict[str, object]] = {
+        "data": {"images": 3000, "path": "x", "classes": ["a"], "num_classes": 1, "preview": []},
+        "summary": {"steps": 100, "knn_top1": 31.0, "unreadable_images": {}},
+        "environment": {"world_size": 1, "device": "cpu", "versions": {"torch": "2.11"}},
+        "bench_loader": {"rows": [], "ceilings": []},
+    }
+    if where in marks:
+        marks[where][name] = value
+    elif where not in ("result", "speed"):
+        documents["bench_loader" if where == "loader_bench" else where][name] = value
+    run = written_run(
+        tmp_path / "run", [marks["start"], *SOME_STEPS, marks["knn"], start(50), marks["end"]], **documents
+    )
+    if where in ("result", "speed"):
+        config = yaml.safe_load(RunFolder(run).config_file.read_text())
+        config[where][name] = value
+        RunFolder(run).config_file.write_text(yaml.safe_dump(config))
+    other = written_run(tmp_path / "other", [start(), *SOME_STEPS])
+    for page in (page_of([read_run(run)]), page_of([read_run(run), read_run(other)])):
+        assert page.startswith("<!doctype html>")
+    assert watch(run, Console(file=io.StringIO()), once=True)["run"] == str(run)
 
 
 def test_a_newer_format_says_so(tmp_path: Path) -> None:

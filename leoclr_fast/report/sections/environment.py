@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from leoclr_fast.report.comparison import (
-    differing_environment,
-)
+import numpy as np
+
+from leoclr_fast.report.comparison import differing_environment
 from leoclr_fast.report.elements import Content, element, table
 from leoclr_fast.report.reproduce import flat
 from leoclr_fast.report.run_record import RunRecord, when
-from leoclr_fast.report.values import shown_value
+from leoclr_fast.report.values import number, shown_value
 
 
 def environment_of(run: RunRecord) -> Content:
@@ -36,11 +36,11 @@ def _history(run: RunRecord) -> Content:
     marks = [("started", record) for record in run.metrics.starts] + [("ended", record) for record in run.metrics.ends]
     if len(run.metrics.starts) < 2 and all(record.get("status") == "finished" for record in run.metrics.ends):
         return None
-    marks.sort(key=lambda mark: mark[1].get("unix_s", 0))
+    marks.sort(key=lambda mark: np.nan_to_num(number(mark[1].get("unix_s"))))
     rows = []
     for what, record in marks:
         reason = " ".join(str(record[key]) for key in ("status", "reason", "where") if record.get(key))
-        rows.append([when(float(record.get("unix_s", 0))), what, str(record.get("step", "?")), reason])
+        rows.append([when(number(record.get("unix_s"))), what, str(record.get("step", "?")), reason])
     return element(
         "details",
         element("summary", f"Started {len(run.metrics.starts)} times"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
+from typing import Any
 
 from leoclr_fast.report.elements import Content, element
 from leoclr_fast.report.reproduce import reproducing_command
 from leoclr_fast.report.run_record import RunRecord
+from leoclr_fast.report.values import positive
 from leoclr_fast.report.verdict import bound_sentence, remedy
 
 
@@ -30,6 +33,7 @@ def throughput_of(runs: list[RunRecord], labels: list[str]) -> Content:
                     True,
                 )
             )
+        bars += [(f"{name}{what}", ceiling, True) for what, ceiling in _loader_ceilings(run)]
     if not bars:
         return element("p", "No speed was logged.")
     highest = max(rate for _, rate, _ in bars)
@@ -67,21 +71,33 @@ def throughput_of(runs: list[RunRecord], labels: list[str]) -> Content:
             )
         else:
             notes.append(element("p", f"{how}.", class_="soft"))
-    notes.append(
-        element(
-            "p",
-            "The loader alone is not measured in training; this does it: ",
-            element("code", "leoclr-fast bench loader --data PATH"),
-            class_="soft",
-        )
-    )
+    for run in runs:
+        if not run.synthetic and not _loader_ceilings(run):
+            how = "The loader alone is not timed in training; this does it, and the next report shows it: "
+            command = shlex.join(["leoclr-fast", "bench", "loader", "--run", str(run.path)])
+            notes.append(element("p", how, element("code", command), class_="soft"))
     return [element("div", drawn, class_="bars"), notes]
+
+
+def _loader_ceilings(run: RunRecord) -> list[tuple[str, float]]:
+    """What `bench loader --run` has measured: decoding alone, where the loader decodes, and the loader alone."""
+    timed = [(f"the loader {row.get('loader')} alone", row) for row in _rows(run.loader_bench.get("rows"))]
+    if all(row.get("loader") != "resident" for _, row in timed):
+        ceilings = _rows(run.loader_bench.get("ceilings"))
+        timed += [("decoding alone", row) for row in ceilings if row.get("loader") == "decode-only"]
+    rates = [(f"{what}, measured by bench loader", positive(row.get("images_per_s"))) for what, row in timed]
+    return [(what, rate) for what, rate in rates if math.isfinite(rate)]
+
+
+def _rows(listed: Any) -> list[dict[str, Any]]:
+    return [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
 
 
 def _with_loader(command: str, name: str) -> str:
     words = command.split(" ")
-    if "--loader.name" in words:
-        at = words.index("--loader.name")
-        del words[at : at + 2]
+    for flag in ("--loader.name", "--max-steps"):
+        if flag in words:
+            at = words.index(flag)
+            del words[at : at + 2]
     words[words.index("--out") + 1] = f"RUN-{name}"
     return " ".join([*words, "--loader", name, "--max-steps", "200"])

@@ -9,6 +9,7 @@ from PIL import Image
 
 from leoclr_fast.report.elements import Content, Markup, element
 from leoclr_fast.report.run_record import RunRecord
+from leoclr_fast.report.values import number
 from leoclr_fast.run_folder import RunFolder
 
 _SHEET_BYTES = 250_000
@@ -82,7 +83,7 @@ def _views_caption(run: RunRecord) -> Content:
     classes = run.data.get("classes")
     listed: Content = None
     if isinstance(classes, list) and classes:
-        more = int(run.data.get("num_classes", len(classes))) - min(len(classes), _MAX_LISTED)
-        names = ", ".join(str(name) for name in classes[:_MAX_LISTED]) + (f" and {more:,} more" if more > 0 else "")
+        more = number(run.data.get("num_classes", len(classes))) - min(len(classes), _MAX_LISTED)
+        names = ", ".join(str(name) for name in classes[:_MAX_LISTED]) + (f" and {more:,.0f} more" if more > 0 else "")
         listed = element("p", f"Classes, of no use to pretraining: {names}.")
     return [element("p", "The first images that this run trains on, row by row:"), element("ol", items), listed]
