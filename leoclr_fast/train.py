@@ -103,7 +103,7 @@ def pretrain(
         if ranks.world_size > 1 and device.type == "cpu":
             ranks = replace(ranks, meter=CommunicationMeter())  # tells how long a rank waits for the others
         source = side.together(lambda: open_source(data))
-        require_same_everywhere(side, config, source.fingerprint, {"resume": resume, "max_steps": max_steps})
+        require_same_everywhere(side, config, source, {"resume": resume, "max_steps": max_steps})
         splits = choose_splits(source, holdout_seed=config.result.holdout_seed)
         split = limited(splits.pretrain, config.result.max_images)
         order = TrainOrder(

@@ -7,6 +7,7 @@ import socket
 from importlib import metadata
 from typing import Any
 
+from dataset_tools.sources import ImageSource
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.ranks.process_group import listed_ranks
@@ -16,14 +17,15 @@ _PACKAGES = ("leoclr-fast", "torch", "torchvision", "numpy", "numba", "triton")
 _MAX_FIELDS = 8
 
 
-def require_same_everywhere(side: SideGroup, config: RunConfig, data_fingerprint: str, options: dict[str, Any]) -> None:
+def require_same_everywhere(side: SideGroup, config: RunConfig, source: ImageSource, options: dict[str, Any]) -> None:
     """Raises ValueError, on every rank the same, if ranks differ from the first one: which, and in what.
 
     `--device` may differ. options: further ones of the command line.
     """
     own = _flat(as_plain(config)) | options
     own.pop("speed.device")
-    own["the data's names and labels"] = data_fingerprint
+    own["the data's names and labels"] = source.fingerprint
+    own["the bytes of a sample of its images"] = source.sample_digest()
     own["python"] = platform.python_version()
     own |= {f"package {name}": _version(name) for name in _PACKAGES}
     told_by = side.gathered((socket.gethostname(), own))

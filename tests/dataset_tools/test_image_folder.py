@@ -206,6 +206,21 @@ def test_subsets_compose_and_pickle(write_tree) -> None:
         train.subset(np.ones(10, dtype=bool))
 
 
+def test_sample_digest_tells_bytes_apart(write_tree) -> None:
+    files = {f"{split}/a/{i:02}.jpg": bytes([i]) for split in ("train", "test") for i in range(40)}
+    root = write_tree(files)
+    first = open_source(root).sample_digest()
+    assert open_source(root).sample_digest() == first
+    assert open_source(root).sample_digest(per_split=40) != first
+    (root / "train/a/01.jpg").write_bytes(b"not among the 16")
+    assert open_source(root).sample_digest() == first
+    (root / "test/a/39.jpg").write_bytes(b"the last one is")
+    changed = open_source(root).sample_digest()
+    source = open_source(root)
+    (root / "test/a/39.jpg").unlink()
+    assert len({first, changed, source.sample_digest()}) == 3
+
+
 def test_fingerprint_tells_names_and_labels_apart(write_tree) -> None:
     root = write_tree({"train/a/1.jpg": b"1", "train/b/1.jpg": b"2"})
     first = open_source(root).fingerprint
