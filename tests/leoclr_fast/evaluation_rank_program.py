@@ -1,0 +1,180 @@
+"""What `test_evaluation_ranks` computes alone, and on two gloo ranks: `-m tests.leoclr_fast.evaluation_rank_program`.
+
+Arguments: DATA VOC OUT. Batch-norm takes its running statistics also in training, and anchors and regions are sampled
+in their order, so that any number of ranks computes the same, but for the order of sums. Each rank writes what it saw
+to `OUT/CASE-RANK.pt`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import ResNet
+
+from dataset_tools.sources import open_source
+from dataset_tools.splits import choose_splits
+from leoclr_fast.backbone import build_backbone
+from leoclr_fast.config import BackboneConfig
+from leoclr_fast.evaluate.detection.config import DetectionConfig
+from leoclr_fast.evaluate.detection.detector_state import DetectorState
+from leoclr_fast.evaluate.detection.image_batches import BatchReader
+from leoclr_fast.evaluate.detection.run_detection import _precisions, detect
+from leoclr_fast.evaluate.detection.train_detector import DetectorTraining
+from leoclr_fast.evaluate.detection.voc_annotations import read_voc
+from leoclr_fast.evaluate.evaluation_folder import Checkpoints
+from leoclr_fast.evaluate.features import extract_features
+from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
+from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
+from leoclr_fast.evaluate.loaders import EvaluationLoaders
+from leoclr_fast.evaluate.pace import Pace
+from leoclr_fast.evaluate.progress import EvaluationProgress
+from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.ranks.process_group import process_group
+from leoclr_fast.weights.backbone_file import Description
+from leoclr_fast.weights.pretrained import Pretrained
+from pipelines.config import LoaderConfig, ViewConfig
+
+CPU = torch.device("cpu")
+VIEWS = ViewConfig(image_size=16, crop_scale=(0.08, 1.0))
+RESIDENT = LoaderConfig(name="resident", workers=1)
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Takes its running statistics and leaves them, in training too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """The network with every batch-norm frozen, its tensors kept."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = FrozenBatchNorm2d
+    return network
+
+
+def backbone_of(config: BackboneConfig) -> ResNet:
+    """With statistics and weights of batch-norm that are no ones and zeros."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        backbone = build_backbone(config)
+        for module in backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.1, 0.1)
+                module.running_var.uniform_(1.0, 2.0)
+                nn.init.uniform_(module.weight, 0.5, 1.0)
+    return backbone
+
+
+def fine_tuned(data: Path, out: Path, ranks: Ranks) -> dict[str, Tensor]:
+    """A network after six steps of 9 images in float64, in two epochs: on two ranks 5 and 4 of them."""
+    split = open_source(data).splits["train"]
+    backbone = frozen(backbone_of(BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)))
+    loaders = EvaluationLoaders(views=VIEWS, config=RESIDENT, batch_size=9, seed=2, device=CPU, ranks=ranks)
+    with loaders:
+        tuner = FineTuner(
+            backbone=backbone,
+            num_classes=3,
+            loader=loaders.random_crops(split, loaders.train_order(split)),
+            precision="fp64",
+            ranks=ranks,
+            display=EvaluationProgress(Console(quiet=True), 6, enabled=False),
+        )
+        training = Training(lr=0.05, weight_decay=0.01, momentum=0.9, total_steps=6, batch_size=9)
+        network = tuner.train(training, Checkpoints(out / f"tuned-on-{ranks.world_size}", 1e9, ranks))
+    assert network is not None
+    return network.state_dict()
+
+
+def neighbours(data: Path, _out: Path, ranks: Ranks) -> dict[str, Any]:
+    """Features of 12 and 40 images in float64, 9 in a batch, and what kNN makes of them."""
+    backbone = backbone_of(BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625))
+    backbone.double()
+    with knn_evaluation(
+        choose_splits(open_source(data), holdout_seed=0),
+        views=VIEWS,
+        loader=RESIDENT,
+        batch_size=9,
+        k=5,
+        temperature=0.1,
+        precision="fp64",
+        device=CPU,
+        ranks=ranks,
+        pace=Pace(),
+    ) as evaluation:
+        assert evaluation is not None
+        accuracy = evaluation.run(backbone)
+        features, labels = extract_features(backbone, evaluation.queries, "fp64", ranks)
+    return {"top1": accuracy.top1, "top5": accuracy.top5, "features": features, "labels": labels}
+
+
+def detector(voc: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+    """A detector after four iterations of 5 images in float64, its losses, what it finds and how right that is."""
+    folder = out / f"detector-on-{ranks.world_size}"
+    folder.mkdir(exist_ok=True)
+    config = DetectionConfig(
+        train_sets=("VOC2007/trainval",), iterations=4, batch_size=5, lr=1e-3, lr_steps=(3,), warmup_iterations=2,
+        train_sides=(64,), test_side=64, max_side=160, anchor_sizes=(16, 24), regions_per_image=8, precise_bn_batches=0,
+    )  # fmt: skip
+    backbone = BackboneConfig(arch="resnet18", width_multiplier=0.125)
+    pretrained = Pretrained(
+        backbone=backbone_of(backbone),
+        description=Description(recipe="", backbone=backbone, views=VIEWS),
+        path=Path("none"),
+        sha256="",
+        run=None,
+    )
+    train, test = (read_voc(voc, [f"VOC2007/{name}"]) for name in ("trainval", "test"))
+    state = DetectorState.fresh(config, pretrained, len(train.classes), train.fingerprint, "fp64", ranks, CPU)
+    frozen(state.detector)
+    state.detector.regions.score_thresh = 0.0  # after four iterations it is sure of nothing
+    reader = BatchReader(
+        mean=VIEWS.mean, std=VIEWS.std, max_side=160, with_ignored=True, workers=1, device=CPU, dtype=torch.float64
+    )
+    training = DetectorTraining(
+        config=config, state=state, images=train.images, reader=reader, ranks=ranks, precision="fp64", folder=folder,
+        checkpoint_every=1000, log_every=1, pace=Pace(),
+    )  # fmt: skip
+    start = {name: tensor.clone() for name, tensor in state.detector.state_dict().items()}
+    untrained = detect(state, test, reader, config.test_side, ranks, "fp64", Pace())
+    with patch.object(torch, "randperm", lambda number, **options: torch.arange(number, **options)):
+        training.run(config.iterations)
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if ranks.is_main else []
+    return {
+        "untrained": [(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()) for found in untrained],
+        "precisions": _precisions(test, untrained, config) if ranks.is_main else {},
+        "log": log,
+        "state": state.detector.state_dict(),
+        "start": start,
+    }
+
+
+def cases(data: Path, voc: Path, out: Path) -> dict[str, Callable[[Ranks], dict[str, Any]]]:
+    return {
+        "fine-tuned": partial(fine_tuned, data, out),
+        "neighbours": partial(neighbours, data, out),
+        "detector": partial(detector, voc, out),
+    }
+
+
+def main(data: Path, voc: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    with process_group("cpu") as (ranks, _):
+        for case, compute in cases(data, voc, out).items():
+            torch.save(compute(ranks), out / f"{case}-{ranks.rank}.pt")
+        ranks.barrier()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
