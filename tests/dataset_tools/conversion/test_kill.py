@@ -20,9 +20,11 @@ from typing import Any
 
 import pytest
 
+from dataset_tools.conversion import workers
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.verify import verify
+from dataset_tools.stop_signals import StopSignals
 from tests.dataset_tools.conversion.trouble import (
     FORMATS,
     SHARD_BYTES,
@@ -148,9 +150,9 @@ def kill_at_random(case: Case, num_kills: int, seed: int, longest_s: float = 0.5
         else:
             time.sleep(chance.uniform(0, longest_s))
         victim = chance.choice(("group", "main", "worker"))
-        if victim == "worker" and (workers := command.workers()):
+        if victim == "worker" and (found := command.workers()):
             with suppress(ProcessLookupError):
-                os.kill(chance.choice(workers), signal.SIGKILL)
+                os.kill(chance.choice(found), signal.SIGKILL)
                 kills += 1
             time.sleep(chance.uniform(0, longest_s))
         if command.kill(group=victim == "group") == -signal.SIGKILL:
@@ -280,8 +282,7 @@ def test_a_restart_does_not_wait_for_workers_that_survive(case: Case) -> None:
     """Only the main process is killed, while each worker is in the middle of a task of seconds."""
     command = case.start(workers=3, pause_s=PAUSE_S)
     until(lambda: images_done(case.destination) > 300, 30, "300 images in the journal")
-    workers = command.workers()
-    assert len(workers) == 3
+    assert len(command.workers()) == 3
     assert command.kill(group=False) == -signal.SIGKILL
     done = images_done(case.destination)
     second = case.complete(workers=2, pause_s=0)
@@ -292,11 +293,30 @@ def test_a_restart_does_not_wait_for_workers_that_survive(case: Case) -> None:
     case.no_orphans()
 
 
+def test_a_restart_waits_for_a_worker_that_was_only_just_forked(small_case: Case) -> None:
+    """It still holds the lock of its parent, which is dead, and is about to let it go."""
+
+    def prepare() -> None:
+        serve = workers._serve
+
+        def serve_late(*arguments: Any) -> None:
+            time.sleep(0.5)
+            serve(*arguments)
+
+        workers._serve = serve_late
+
+    command = small_case.start(workers=1, prepare=prepare)
+    until(command.workers, 30, "a worker")
+    assert command.kill(group=False) == -signal.SIGKILL
+    small_case.complete(pause_s=0)
+    small_case.no_orphans()
+
+
 def test_workers_in_the_middle_of_a_long_task_end_with_the_main_process(case: Case) -> None:
     command = case.start(workers=2, pause_s=30.0)
     until(lambda: len(command.workers()) == 2, 30, "two workers")
     assert command.kill(group=False) == -signal.SIGKILL
-    until(lambda: not command.session(), 15, "the end of the workers, whose tasks take half an hour")
+    until(lambda: not command.session(), 30, "the end of the workers, whose tasks take half an hour")
 
 
 def test_a_killed_worker_is_replaced(case: Case) -> None:
@@ -304,9 +324,7 @@ def test_a_killed_worker_is_replaced(case: Case) -> None:
     until(lambda: images_done(case.destination) > 200, 30, "200 images in the journal")
     victim = command.workers()[0]
     os.kill(victim, signal.SIGKILL)
-    killed = time.monotonic()
-    until(lambda: f"worker {victim} was killed by SIGKILL" in command.output, 10, "a warning")
-    assert time.monotonic() - killed < 10
+    until(lambda: f"worker {victim} was killed by SIGKILL" in command.output, 30, "a warning")
     assert command.wait() == 0
     assert "done again" in command.output or "takes its place" in command.output
     case.check()
@@ -318,7 +336,7 @@ def test_a_signal_saves_and_stops(case: Case, name: str, group: bool) -> None:
     command = case.start(workers=3)
     until(lambda: images_done(case.destination) > 200, 30, "200 images in the journal")
     (os.killpg if group else os.kill)(command.pid, getattr(signal, name))
-    assert command.wait(10) == 130, command.output
+    assert command.wait(30) == 130, command.output
     left = re.search(rf"error: stopped by {name} with ([\d,]+) images of train left; the same command", command.output)
     assert left is not None, command.output
     done = NUM_TRAIN - int(left[1].replace(",", ""))
@@ -331,7 +349,7 @@ def test_a_signal_while_the_space_is_estimated(case: Case) -> None:
     command = case.start(workers=1, pause_s=0.3)
     until(command.workers, 30, "a worker")
     os.kill(command.pid, signal.SIGINT)
-    assert command.wait(10) == 130, command.output
+    assert command.wait(30) == 130, command.output
     assert "with 3,000 images of train left" in command.output
     case.complete(pause_s=0)
 
@@ -344,16 +362,22 @@ def test_a_second_signal_interrupts_at_once(case: Case, name: str) -> None:
         from dataset_tools.conversion import convert
 
         journal_often()()
-        wait = time.sleep
+        wait, receive = time.sleep, StopSignals.receive
+
+        def tell(stop: StopSignals, number: int, frame: Any) -> None:
+            receive(stop, number, frame)
+            os.write(1, b"received\n")
+
+        StopSignals.receive = tell  # type: ignore[method-assign]
         convert._Conversion._save = lambda *_: print("saving", flush=True) or wait(50)  # type: ignore
 
     command = case.start(prepare=prepare)
     until(lambda: "saving" in command.output, 30, "a journal that takes its time")
     os.kill(command.pid, getattr(signal, name))
-    time.sleep(0.3)
+    until(lambda: "received" in command.output, 30, "the first signal's arrival: two that wait are one")
     assert command.poll() is None
     os.kill(command.pid, getattr(signal, name))
-    assert command.wait(10) == 130
+    assert command.wait(30) == 130
     assert command.output.endswith("interrupted\n")
     case.no_orphans()
     case.complete(pause_s=0)
