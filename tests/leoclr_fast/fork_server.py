@@ -38,7 +38,6 @@ def rank_main(arguments: list[str], pids: str) -> None:
 
 def run(request: dict[str, Any]) -> None:
     """In the forked process: all of a run."""
-    os.setsid()
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
@@ -69,8 +68,12 @@ def serve() -> None:
             line = sys.stdin.readline()
             if not line:
                 break
+            leads, tells = os.pipe()
             process = os.fork()
             if process == 0:
+                os.setsid()
+                os.close(tells)
+                os.close(leads)
                 code = 1
                 try:
                     run(json.loads(line))
@@ -79,6 +82,9 @@ def serve() -> None:
                     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 finally:
                     os._exit(code)
+            os.close(tells)
+            os.read(leads, 1)  # ends when the process leads its session: whoever kills the group finds it
+            os.close(leads)
             running.add(process)
             print(json.dumps({"started": process}), flush=True)
         for process in list(running):

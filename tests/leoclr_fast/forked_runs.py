@@ -48,9 +48,11 @@ class ForkedRuns:
             "environment": environment,
         }
         assert self._process.stdin is not None
+        outs = [Path(argument.removeprefix("--out=")) for argument in arguments if argument.startswith("--out=")]
+        num_starts = num_starts_of(outs[-1]) if outs else 0
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
-        return ForkedRun(self, self._next("started"), log, pids)
+        return ForkedRun(self, self._next("started"), log, pids, num_starts)
 
     def code(self, process: int) -> int | None:
         """The exit code of a run; None while it runs."""
@@ -94,6 +96,8 @@ class ForkedRun:
     """Of the single rank, or of the agent of all ranks; its session holds all of them."""
     log: Path
     pids: Path
+    num_starts_before: int
+    """How often the log of the run said that it started, before this process."""
     started_s: float = field(default_factory=time.monotonic)
 
     def rank(self, rank: int) -> int:
@@ -107,9 +111,9 @@ class ForkedRun:
         return self.server.code(self.process)
 
     def wait_for_step(self, out: Path, step: int) -> None:
-        """Until the run has logged this step."""
+        """Until this process, not one that wrote to the run before it, has logged this step or a later one."""
         deadline = time.monotonic() + LIMIT_S
-        while finished_steps(out) < step:
+        while finished_steps(out, self.num_starts_before + 1) < step:
             assert self.code() is None, self.output()
             assert time.monotonic() < deadline, f"step {step} did not come: {self.output()}"
             time.sleep(0.002)
@@ -147,11 +151,21 @@ def fork_server() -> Iterator[ForkedRuns]:
         runs.close()
 
 
-def finished_steps(out: Path) -> int:
-    """The last step in the log of a run."""
+def finished_steps(out: Path, from_start: int = 0) -> int:
+    """The last step in the log of a run; from_start: of those that were logged after it had started so many times."""
+    num_starts, last = 0, 0
+    for record in _records(out):
+        num_starts += record["kind"] == "start"
+        if record["kind"] == "step" and num_starts >= from_start:
+            last = max(last, record["step"])
+    return last
+
+
+def num_starts_of(out: Path) -> int:
+    return sum(record["kind"] == "start" for record in _records(out))
+
+
+def _records(out: Path) -> list[dict[str, Any]]:
     metrics = out / "metrics.jsonl"
-    if not metrics.exists():
-        return 0
-    lines = metrics.read_text().splitlines(keepends=True)
-    steps = [record["step"] for line in lines if line.endswith("\n") and (record := json.loads(line))["kind"] == "step"]
-    return max(steps, default=0)
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
