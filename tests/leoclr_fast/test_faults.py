@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import pytest
 from leoclr_fast.checkpoint import list_checkpoints, step_of
 from leoclr_fast.run_folder import RunFolder
 from tests.leoclr_fast.forked_runs import ForkedRun, ForkedRuns, finished_steps, fork_server
-from tests.leoclr_fast.free_port import free_port
+from tests.leoclr_fast.free_port import held_port
 from tests.leoclr_fast.tiny_flags import TINY_FLAGS
 
 NUM_STEPS = 24  # eight epochs of three steps
@@ -249,27 +250,40 @@ def test_thirty_random_faults(campaign: Campaign, capsys: pytest.CaptureFixture[
             )
 
 
+@contextmanager
+def rank_environments() -> Iterator[tuple[int, list[dict[str, str]]]]:
+    """The port where two ranks are to meet, and what each is told of it."""
+    with held_port() as port:
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        yield port, [{"RANK": str(rank), **shared} for rank in range(2)]
+
+
 def test_ranks_that_were_started_unlike(campaign: Campaign, tiny_data: Path, tmp_path: Path) -> None:
-    """Another option on one rank: all ranks end, and say which rank and which option."""
-    port, runs = free_port(), []
-    for rank, flags in enumerate((FLAGS, [*FLAGS, "--seed=5"])):
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        arguments = ["pretrain", "leoclr_demo", f"--data={tiny_data}", f"--out={tmp_path / 'run'}", *flags]
-        runs.append(campaign._runs.start(arguments, tmp_path / f"rank-{rank}.log", **environment))
-    for run in runs:
-        assert run.wait(END_LIMIT_S) == 1, run.output()
-        assert "the ranks were not started alike. rank 1 on " in run.output()
-        assert "result.seed: 5 there, 0 on rank 0" in run.output()
+    """Another option on one rank, and files of other bytes: all ranks end, and say which rank and what differs."""
+    runs, other_data = [], tmp_path / "data"
+    shutil.copytree(tiny_data, other_data)
+    for path in other_data.rglob("*.png"):
+        path.write_bytes(path.read_bytes() + b"more")
+    with rank_environments() as (_, environments):
+        for rank, (data, flags) in enumerate(((tiny_data, FLAGS), (other_data, [*FLAGS, "--seed=5"]))):
+            arguments = ["pretrain", "leoclr_demo", f"--data={data}", f"--out={tmp_path / 'run'}", *flags]
+            runs.append(campaign._runs.start(arguments, tmp_path / f"rank-{rank}.log", **environments[rank]))
+        for run in runs:
+            assert run.wait(END_LIMIT_S) == 1, run.output()
+            assert "the ranks were not started alike. rank 1 on " in run.output()
+            assert "result.seed: 5 there, 0 on rank 0" in run.output()
+            assert "the bytes of a sample of its images: " in run.output()
+            assert "the data's names and labels: " not in run.output()
 
 
 def test_a_rank_without_the_data(campaign: Campaign, tiny_data: Path, tmp_path: Path) -> None:
     """The others end with its reason and its name."""
-    port, runs = free_port(), []
-    for rank, data in enumerate((tiny_data, tmp_path / "nowhere")):
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        arguments = ["pretrain", "leoclr_demo", f"--data={data}", f"--out={tmp_path / 'run'}", *FLAGS]
-        runs.append(campaign._runs.start(arguments, tmp_path / f"rank-{rank}.log", **environment))
-    assert [run.wait(END_LIMIT_S) for run in runs] == [75, 1]
+    runs = []
+    with rank_environments() as (_, environments):
+        for rank, data in enumerate((tiny_data, tmp_path / "nowhere")):
+            arguments = ["pretrain", "leoclr_demo", f"--data={data}", f"--out={tmp_path / 'run'}", *FLAGS]
+            runs.append(campaign._runs.start(arguments, tmp_path / f"rank-{rank}.log", **environments[rank]))
+        assert [run.wait(END_LIMIT_S) for run in runs] == [75, 1]
     for run in runs:
         assert "nowhere" in run.output()
     assert "rank 1 on " in runs[0].output()
@@ -278,11 +292,12 @@ def test_a_rank_without_the_data(campaign: Campaign, tiny_data: Path, tmp_path: 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_never_come(campaign: Campaign, tiny_data: Path, tmp_path: Path, rank: int) -> None:
     """Rank 0 names who is missing, rank 1 the address of the master that it waits for."""
-    port = free_port()
-    environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     arguments = ["pretrain", "leoclr_demo", f"--data={tiny_data}", f"--out={tmp_path / 'run'}", *FLAGS]
-    run = campaign._runs.start([*arguments, "--monitor.join-limit-s=2"], tmp_path / "rank.log", **environment)
-    assert run.wait(20) == 1
+    with rank_environments() as (port, environments):
+        run = campaign._runs.start(
+            [*arguments, "--monitor.join-limit-s=2"], tmp_path / "rank.log", **environments[rank]
+        )
+        assert run.wait(END_LIMIT_S) == 1
     if rank == 0:
         assert f"after 2 s, rank 1 of 2 did not come to localhost:{port}; here: rank 0 on " in run.output()
     else:
