@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 STEP_PID, REQUEUED = "step.pid", "requeued"
@@ -54,7 +55,8 @@ def scancel(words: list[str]) -> int:
     """Send the signal to every process of the step, and not to srun, as SLURM does."""
     name = next(word.partition("=")[2] for word in words if word.startswith("--signal="))
     for pid in descendants(int((_state() / STEP_PID).read_text())):
-        os.kill(pid, signal.Signals[f"SIG{name}"])
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(pid, signal.Signals[f"SIG{name}"])
     return 0
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def job(tmp_path: Path) -> Iterator[dict[str, str]]:
     }
     step = tmp_path / STEP_PID
     for pid in descendants(int(step.read_text())) if step.exists() else []:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def finished_steps(out: Path) -> list[int]:
