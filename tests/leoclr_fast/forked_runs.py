@@ -63,7 +63,7 @@ class ForkedRuns:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(LIMIT_S)  # it may still be importing
 
     def _readable(self, timeout_s: float) -> bool:
         return b"\n" in self._rest or bool(select.select([self._process.stdout], [], [], timeout_s)[0])

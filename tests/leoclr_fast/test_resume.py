@@ -13,8 +13,9 @@ import torch
 
 from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint, step_of
 from leoclr_fast.run_folder import RunFolder
-from tests.leoclr_fast.forked_runs import ForkedRun, ForkedRuns, finished_steps
+from tests.leoclr_fast.forked_runs import ForkedRun, ForkedRuns, finished_steps, num_starts_of
 from tests.leoclr_fast.tiny_flags import TINY_FLAGS
+from tests.leoclr_fast.written_run import start, step_record, written_run
 
 NUM_STEPS = 24  # eight epochs of three steps
 FLAGS = [
@@ -71,6 +72,15 @@ def assert_identical(interrupted: Path, uninterrupted: Path) -> None:
         assert torch.equal(state["optimizer"]["state"][index]["momentum_buffer"], slot["momentum_buffer"])
     final, expected_final = (RunFolder(out).final_weights.read_bytes() for out in (interrupted, uninterrupted))
     assert final == expected_final
+
+
+def test_steps_that_a_run_logged_before_it_was_killed_are_not_those_of_the_next_one(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    written_run(out, [start(), step_record(1), step_record(2), step_record(3)], tail='{"kind": "st')
+    before = num_starts_of(out)
+    assert (before, finished_steps(out), finished_steps(out, before + 1)) == (1, 3, 0)
+    written_run(out, [start(), step_record(1), step_record(2), start(2), step_record(3), start(3), step_record(4)])
+    assert finished_steps(out, before + 1) == 4
 
 
 @pytest.mark.timeout(600)
