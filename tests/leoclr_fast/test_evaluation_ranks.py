@@ -187,10 +187,14 @@ def test_linear_on_two_ranks_is_linear_on_one(
 
 @pytest.mark.long
 def test_fine_tuning_on_two_ranks(tiny_data: Path, tiny_run: Path) -> None:
-    """Each rank has its own batch-norm, so it is another training than one rank's; but it repeats itself."""
+    """Each rank has its own batch-norm, so it is another training than one rank's; but it repeats itself, paused in
+    the middle of an epoch, too.
+    """
     arguments = ["finetune", tiny_run, "--data", tiny_data, "--percent", 100, "--epochs=3", "--batch-size=9"]
     arguments += ["--base-lr-grid", 0.1, 1]
     (first,) = on_two_ranks(*arguments, "--out", tiny_run.parent / "first")["evaluations"]
+    (paused,) = on_two_ranks(*arguments, "--out", tiny_run.parent / "again", "--max-steps=18")["evaluations"]
+    assert (paused["complete"], paused["step"], paused["training"]) == (False, 18, "trial-002")
     (again,) = on_two_ranks(*arguments, "--out", tiny_run.parent / "again")["evaluations"]
     assert again == first
     assert first["world_size"] == 2
