@@ -1,18 +1,21 @@
-"""The guides in docs/: every command in them runs, made small."""
+"""The guides in docs/ and the README: every command in them runs, made small, or is one that the program knows."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from leoclr_fast.cli import run_command
+from benchmarks.guides import consoles
+from leoclr_fast.cli import _SHORTHANDS, COMMANDS, parse_command, run_command
 from tests.pipelines.pictures import picture
 
 ROOT = Path(__file__).parents[2]
+GUIDES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 SMALLER = {
     "demo": ["--max-images", "200", "--max-steps", "3"],
     "pretrain": ["--max-images", "200"],
@@ -38,12 +41,53 @@ SMALLER = {
 
 def commands(guide: str) -> list[list[str]]:
     """The words of each `$ leoclr-fast …` line in the console blocks of a guide."""
-    blocks = re.findall(r"```console\n(.*?)```", (ROOT / guide).read_text(), re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("$ ")]
-    words = [shlex.split(line.removeprefix("$ ")) for line in lines]
+    words = [shlex.split(line) for line in consoles(guide)]
     assert words
     assert all(line[0] == "leoclr-fast" for line in words), "a command that this test cannot run"
     return [line[1:] for line in words]
+
+
+def inline_commands(guide: str) -> list[str]:
+    """The commands within a sentence or a table, and in blocks that are no console: `leoclr-fast …` or `torchrun …`."""
+    text = re.sub(r"```console\n.*?```", "", (ROOT / guide).read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    spans = [" ".join(span.split()).replace("\\|", "|") for span in spans]
+    return [text for text in (*spans, *lines) if re.match(r"(torchrun .*-m leoclr_fast|leoclr-fast) \S", text)]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_commands_within_the_text_are_known(guide: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Name and flags of each; a whole one, without a placeholder, is parsed."""
+    for line in inline_commands(guide):
+        words = shlex.split(re.sub(r"[][…]|#.*", " ", re.sub(r"^torchrun .*-m leoclr_fast", "leoclr-fast", line)))[1:]
+        if words == ["COMMAND", "--help"]:
+            continue
+        for name in words[0].split("|"):
+            given = [name, *words[1:]]
+            kind = next(" ".join(given[:length]) for length in (2, 1) if " ".join(given[:length]) in COMMANDS)
+            recipe = ["leoclr_demo"] if kind == "pretrain" else []
+            with suppress(SystemExit):
+                parse_command([*kind.split(), *recipe, "--help"])
+            known = capsys.readouterr().out
+            flags = [re.sub(r"[=|].*", "", word) for word in given if word.startswith("--")]
+            assert all(_SHORTHANDS.get(flag, flag) in known for flag in flags), (line, flags)
+        if not re.search(r"\b[A-Z]{1,}\b|[][…|]", line) and len(given) > len(kind.split()):
+            assert parse_command(given) is not None, line
+
+
+def test_everything_can_be_made_small(capsys: pytest.CaptureFixture[str]) -> None:
+    """The flags that the README promises."""
+    small = {"--max-images": ["demo", "knn", "preview", "parity", "bench loader", "bench train-time"]}
+    small |= {"--max-test-images": ["detect"], "--max-iterations": ["detect"]}
+    small["--max-steps"] = ["demo", "pretrain", "linear", "finetune", "transfer"]
+    small["--max-images"] += small["--max-steps"]
+    for flag, names in small.items():
+        for name in names:
+            with suppress(SystemExit):
+                parse_command([*name.split(), *(["leoclr_demo"] if name == "pretrain" else []), "--help"])
+            assert f"{flag} " in capsys.readouterr().out, (name, flag)
 
 
 @pytest.mark.timeout(900)
@@ -52,8 +96,11 @@ def test_every_command_of_the_guides_runs(
 ) -> None:
     """In the order in which a reader types them: pretraining first, then evaluation and timing, in one folder."""
     monkeypatch.chdir(tmp_path)
-    for guide in ("docs/pretrain.md", "docs/evaluate.md", "docs/time.md"):
-        for words in commands(guide):
+    readme = [shlex.split(line)[1:] for line in inline_commands("README.md") if " runs/demo/" in line]
+    assert [words[0] for words in readme] == ["preview"]
+    (tmp_path / "docs").mkdir()
+    for guide in ("docs/pretrain.md", "docs/evaluate.md", "docs/time.md", "README.md"):
+        for words in readme if guide == "README.md" else commands(guide):
             small = [
                 "3" if before == "--max-steps" else word for before, word in zip(["", *words], words, strict=False)
             ]
@@ -63,6 +110,7 @@ def test_every_command_of_the_guides_runs(
             code = run_command(small)
             assert code == 0, (guide, small, capsys.readouterr())
     assert (tmp_path / "runs" / "both.html").is_file()
+    assert (tmp_path / "docs" / "preview.png").is_file()
     assert (tmp_path / "runs" / "demo" / "run" / "report.html").is_file()
 
 
@@ -103,9 +151,7 @@ def test_every_command_of_the_guide_to_converting_runs(
     assert (tmp_path / "runs" / "leoclr" / "report.html").is_file()
 
 
-@pytest.mark.parametrize(
-    "guide", ["docs/convert.md", "docs/pretrain.md", "docs/evaluate.md", "docs/time.md", "docs/launch.md", "README.md"]
-)
+@pytest.mark.parametrize("guide", GUIDES)
 def test_the_files_that_a_guide_shows_and_links_exist(guide: str) -> None:
     path = ROOT / guide
     linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
