@@ -148,7 +148,8 @@ def as_run_loads(folder: RunFolder, config: LoaderBenchConfig) -> tuple[LoaderBe
         raise FileNotFoundError(
             f"{folder.path} does not say on which images it was trained ({error}); give --data PATH instead"
         ) from error
-    split = limited(choose_splits(open_source(data)).pretrain, config.max_images)
+    max_images = run.result.max_images if config.max_images is None else config.max_images
+    split = limited(choose_splits(open_source(data)).pretrain, max_images)
     loader = settle_loader(split, run.speed.loader, resolve_device(config.device))
     as_there = replace(
         config,
@@ -156,6 +157,7 @@ def as_run_loads(folder: RunFolder, config: LoaderBenchConfig) -> tuple[LoaderBe
         views=run.result.method.num_keys + 1,
         image_size=run.result.views.image_size,
         batch_size=-(-run.result.batch_size // world_size),
+        max_images=max_images,
         workers=loader.workers if config.workers is None else config.workers,
     )
     return as_there, data

@@ -205,13 +205,17 @@ def test_the_loader_alone_is_a_ceiling(capsys: pytest.CaptureFixture[str], tmp_p
     """The report names the command that times it, and shows what that has found."""
     run, jpegs = tmp_path / "run", tmp_path / "jpegs"
     write_images(jpegs, {f"{i}.jpg": encode(Image.fromarray(picture(30, 40, "waves", i)), "JPEG") for i in range(40)})
-    succeeded(capsys, *pretrain_line(jpegs, run, "--loader=torchvision", "--loader.workers=0", "--max-steps=2"))
+    succeeded(
+        capsys,
+        *pretrain_line(jpegs, run, "--loader=torchvision", "--loader.workers=0", "--max-steps=2", "--max-images=26"),
+    )
     command = f"leoclr-fast bench loader --run {run}"
     assert command in without_markup((run / "report.html").read_text())
     document, _ = succeeded(capsys, *command.split()[1:], "--rounds", 2, "--device", "cpu")
     assert json.loads(RunFolder(run).loader_bench_file.read_text()) == document
     assert document["config"]["loaders"] == ["torchvision"]
-    assert (document["config"]["views"], document["config"]["workers"]) == (3, 0)
+    asked = {name: document["config"][name] for name in ("views", "workers", "max_images")}
+    assert asked == {"views": 3, "workers": 0, "max_images": 26}
     settings = RunFolder(run).read_config().result
     assert document["config"]["batch_size"] == settings.batch_size
     assert document["config"]["image_size"] == settings.views.image_size

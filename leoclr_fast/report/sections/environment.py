@@ -43,6 +43,8 @@ def _history(run: RunRecord) -> Content:
         rows.append([when(number(record.get("unix_s"))), what, str(record.get("step", "?")), reason])
     return element(
         "details",
-        element("summary", f"Started {len(run.metrics.starts)} times"),
+        element(
+            "summary", "Started once" if len(run.metrics.starts) == 1 else f"Started {len(run.metrics.starts)} times"
+        ),
         table(["when", "what", "step", "how"], rows, "Starts and ends"),
     )
