@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,9 @@ def open_ffcv() -> Iterator[OpenFfcv]:
             views: ViewConfig = VIEWS,
             cls: type[Any] = FfcvLoader,
             prefetch: int = 2,
-            stall_timeout_s: float = 300.0,
         ) -> Any:
             order = order or SequentialOrder(num_images=len(split), batch_size=5)
-            config = LoaderConfig(workers=workers, prefetch_batches=prefetch, stall_timeout_s=stall_timeout_s)
+            config = LoaderConfig(workers=workers, prefetch_batches=prefetch)
             return stack.enter_context(cls(split, LEOCLR_VIEWS, views, config, order, seed=SEED, device=CPU))
 
         yield start
@@ -361,7 +361,7 @@ class TestThreads:
                     batches = loader.batches(epoch)
                     next(batches)
                     batches.close()
-            patience = time.monotonic() + 10  # threads of a pool end a moment after who used them
+            patience = time.monotonic() + 60  # threads of a pool end a moment after who used them
             while num_threads() > threads and time.monotonic() < patience:
                 time.sleep(0.01)
             return num_threads(), len(os.listdir("/proc/self/fd")), rss_mib()
@@ -383,7 +383,7 @@ class TestThreads:
         began = time.monotonic()
         with pytest.raises(RuntimeError, match="FFCV's next batch cannot be prepared: division by zero"):
             list(batches)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
     def test_ffcv_s_thread_dies(self, beton: ConvertedSplit, open_ffcv: OpenFfcv) -> None:
@@ -397,21 +397,22 @@ class TestThreads:
         began = time.monotonic()
         with pytest.raises(RuntimeError, match="FFCV's thread has died in the middle of the epoch"):
             list(loader.batches(1))
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
         assert not loader._passes
 
     def test_a_thread_that_hangs(
         self, beton: ConvertedSplit, open_ffcv: OpenFfcv, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ffcv_loader, "_CLOSE_WITHIN_S", 0.5)
-        loader = open_ffcv(beton, stall_timeout_s=1.0)
+        loader = open_ffcv(beton)
         list(loader.batches(0))
+        monkeypatch.setattr(ffcv_loader, "_CLOSE_WITHIN_S", 0.5)
+        loader.config = replace(loader.config, stall_timeout_s=1.0)
         released = threading.Event()
         loader._ffcv.code = ([(lambda **_: released.wait(60), [])], [])
         began = time.monotonic()
-        with pytest.raises(RuntimeError, match=r"has not answered for \d s while decoding step 0.*stall_timeout_s"):
+        with pytest.raises(RuntimeError, match=r"has not answered for \d+ s while decoding step 0.*stall_timeout_s"):
             list(loader.batches(1))
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 50
         with pytest.raises(RuntimeError, match="hangs in an earlier pass"):
             next(loader.batches(2))
         released.set()

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain, count, islice
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import PIL
@@ -47,6 +48,11 @@ def open_torchvision(
     )
 
 
+def workers_beside(others: set[BaseProcess]) -> set[int]:
+    """Their process ids; others: children of this process that earlier tests may have left, and that may end now."""
+    return {process.pid or 0 for process in set(multiprocessing.active_children()) - others}
+
+
 @pytest.mark.parametrize("image_size", [16, 40])
 def test_crops_are_torchvision_s(split: Split, image_size: int) -> None:
     """Exactly so up to Pillow 12; from 13 on its order of the two passes depends on the box."""
@@ -79,7 +85,7 @@ def test_closing_leaves_no_worker(how: str, split: Split) -> None:
             list(batches)
         loader.close()
         loader.close()
-    assert set(multiprocessing.active_children()) == processes
+    assert set(multiprocessing.active_children()) <= processes
     patience = time.monotonic() + 20  # the threads that feed the workers end by themselves, a moment later
     while not set(threading.enumerate()) <= threads and time.monotonic() < patience:
         time.sleep(0.01)
@@ -95,11 +101,13 @@ def test_workers_start_again_after_closing(split: Split) -> None:
 
 
 def test_workers_live_on_between_epochs(split: Split) -> None:
+    others = set(multiprocessing.active_children())
     with open_torchvision(split, 2) as loader:
         list(loader.batches(0))
-        processes = {process.pid for process in multiprocessing.active_children()}
+        workers = workers_beside(others)
+        assert len(workers) == 2
         list(loader.batches(1))
-        assert {process.pid for process in multiprocessing.active_children()} == processes
+        assert workers_beside(others) == workers
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -161,33 +169,39 @@ def test_labels_stay_on_the_host(split: Split) -> None:
 
 
 def test_a_worker_that_was_killed(split: Split) -> None:
+    others = set(multiprocessing.active_children())
     with open_torchvision(split, 2) as loader:
         batches = islice(chain.from_iterable(map(loader.batches, count())), 1000)
         next(batches)
-        for process in multiprocessing.active_children():
-            os.kill(process.pid or 0, signal.SIGKILL)
-        began = time.monotonic()
-        with pytest.raises(RuntimeError, match=r"worker.*(killed by signal|exited unexpectedly|has died)"):
+        workers, began = workers_beside(others), time.monotonic()
+
+        def kill_and_go_on() -> None:
+            for worker in workers:  # torch's handler of SIGCHLD may raise as soon as the first one is dead
+                os.kill(worker, signal.SIGKILL)
             list(batches)
-        assert time.monotonic() - began < 10
+
+        with pytest.raises(RuntimeError, match=r"worker.*(killed by signal|exited unexpectedly|has died)"):
+            kill_and_go_on()
+        assert time.monotonic() - began < 60
 
 
 def test_signals_to_the_group_of_the_run_leave_its_workers_alone(split: Split) -> None:
     """torchrun sends SIGTERM to a rank's whole group of processes; the rank still has a checkpoint to write."""
+    others = set(multiprocessing.active_children())
     with open_torchvision(split, 2) as loader:
         expected = [batch.indices.tolist() for batch in loader.batches(0)]
         batches = loader.batches(0)
         seen = [next(batches).indices.tolist()]
-        workers = [process.pid or 0 for process in multiprocessing.active_children()]
+        workers = workers_beside(others)
         assert len(workers) == 2
         assert os.getpgid(0) not in [os.getpgid(worker) for worker in workers]
         for worker in workers:
             os.kill(worker, signal.SIGINT)
             os.kill(worker, signal.SIGUSR1)
         assert seen + [batch.indices.tolist() for batch in batches] == expected
-        assert {process.pid for process in multiprocessing.active_children()} == set(workers)
+        assert workers_beside(others) == workers
         loader.close()
-        assert not multiprocessing.active_children()
+        assert workers_beside(others) == set()
 
 
 def test_a_worker_that_hangs(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +209,7 @@ def test_a_worker_that_hangs(split: Split, monkeypatch: pytest.MonkeyPatch) -> N
     began = time.monotonic()
     with open_torchvision(split, 1, stall_timeout_s=1.0) as loader, pytest.raises(RuntimeError, match="timed out"):
         list(loader.batches(0))
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50
 
 
 @pytest.mark.parametrize("workers", [0, 2])
