@@ -125,12 +125,12 @@ class TestProcesses:
             """,
         )
         began = time.monotonic()
-        finding = run_apart(check_named("extra parquet", limit_s=2.0, when_late="Wait."), NOTHING_GIVEN)
-        assert time.monotonic() - began < 20
-        assert finding == failed("no answer within 2 s", "Wait.")
+        finding = run_apart(check_named("extra parquet", limit_s=10.0, when_late="Wait."), NOTHING_GIVEN)
+        assert time.monotonic() - began < 60
+        assert finding == failed("no answer within 10 s", "Wait.")
         child = int(pid_file.read_text())
         while lives(child):  # until the kernel has ended it
-            assert time.monotonic() - began < 60
+            assert time.monotonic() - began < 120
             time.sleep(0.05)
 
     def test_a_file_that_never_answers(self, tmp_path: Path) -> None:
@@ -395,6 +395,7 @@ class TestDisks:
 
     def test_speed_is_bounded_and_leaves_nothing_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(disks, "_MOST_BYTES", 8 * 2**20)
+        monkeypatch.setattr(disks, "_MOST_SECONDS", 60.0)
         finding = disks.out_speed(str(tmp_path))
         assert finding.status in ("ok", "warning")
         assert f"(8 MiB in {tmp_path})" in finding.found

@@ -82,6 +82,9 @@ def test_it_follows_a_run_to_its_end(tmp_path: Path, console: Console) -> None:
     def write() -> None:
         with RunFolder(run).locked():
             held.set()
+            deadline = time.monotonic() + 60
+            while "after step 20" not in shown(console) and time.monotonic() < deadline:
+                time.sleep(0.01)
             for record in STEPS[2:]:
                 line = json.dumps(record) + "\n"
                 for part in (line[:50], line[50:]):
@@ -93,7 +96,7 @@ def test_it_follows_a_run_to_its_end(tmp_path: Path, console: Console) -> None:
     held = threading.Event()
     writer = threading.Thread(target=write)
     writer.start()
-    held.wait(10)
+    assert held.wait(10)
     document = watch(run, console, every_s=0.03)
     writer.join()
     assert (document["state"], document["step"], document["loss"]) == ("finished", 100, 5.1)
