@@ -75,12 +75,11 @@ class Suite:
     def page(self) -> str:
         """Everything as Markdown."""
         document = self.document
-        lines = ["# GPU suite", "", f"`{document['command']}`", ""]
         sections = document["sections"]
+        lines = [f"# {self._title()}", "", f"`{document['command']}`", ""]
         if document["tiny"]:
             lines += ["**Tiny sizes: this shows that everything runs, its figures mean nothing.**", ""]
-        machine = sections.get("machine", {}).get("result") or {}
-        if machine and machine.get("gpu") is None:
+        if self._on_cpu():
             lines += ["**There was no GPU: what follows ran on a CPU.**", ""]
         lines += [f"{document['seconds']:.0f} s in all.", "", targets_markdown(document["targets"])]
         for name, section in sections.items():
@@ -96,6 +95,14 @@ class Suite:
                 lines += [section["markdown"]]
         return "\n".join(lines)
 
+    def _on_cpu(self) -> bool:
+        machine = self.document["sections"].get("machine", {}).get("result") or {}
+        return bool(machine) and machine.get("gpu") is None
+
+    def _title(self) -> str:
+        run = " ".join(word for word, holds in (("tiny", self.flags.tiny), ("CPU", self._on_cpu())) if holds)
+        return f"GPU suite: a {run} run, which says nothing of GPUs" if run else "GPU suite"
+
     def _write(self) -> None:
         sections = self.document["sections"]
         results = {name: section["result"] for name, section in sections.items() if "result" in section}
@@ -107,7 +114,7 @@ class Suite:
             key: {part: value for part, value in section.items() if part != "markdown"}
             for key, section in sections.items()
         }
-        document = {**self.document, "sections": plain}
+        document = {"title": self._title(), **self.document, "sections": plain}
         _write_whole(self.out / f"{name}.json", self._without_paths(json.dumps(document, indent=1)) + "\n")
 
     def _in_a_process(self, name: str, limit_s: float) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def _run_pytest(files: Sequence[Path], limit_s: float, say: Say) -> tuple[str, l
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder) / "report.xml", Path(folder) / "output.txt"
         command = [sys.executable, "-m", "pytest", *map(str, files), "-q", "--no-header", f"--junitxml={report}"]
+        command += ["-W", "ignore::pytest.PytestConfigWarning"]  # the settings of plugins that are not installed
         command.append("--continue-on-collection-errors")  # a file that lacks a package keeps no other from running
         with log.open("w") as output:
             process = subprocess.Popen(command, cwd=_CHECKOUT, stdout=output, stderr=subprocess.STDOUT)

@@ -23,17 +23,20 @@ from leoclr_fast.bench.tables import markdown_table, number
 from leoclr_fast.bench.train_time import TrainTimeConfig, bench_train_time
 from leoclr_fast.bench.train_time_report import train_time_markdown
 from leoclr_fast.bench.turns_config import TurnsConfig
+from leoclr_fast.ranks.process_group import resolve_device
 from pipelines.config import LoaderConfig
 from pipelines.decode import image_size
 
 _JPEG_BEGIN = b"\xff\xd8"
 _SAMPLES = 64
 _METHODS = ("leoclr", "mocov2")
+_DECODERS = ("dali", "nvjpeg")
+"""Those that decode on a GPU."""
 
 
 def run(config: SuiteConfig, say: Say) -> Answer:
-    """Parity of every loader that can run here; then LeOCLR and MoCo-v2 on synthetic and on real images, which the
-    loader decodes in every epoch.
+    """Parity of every loader that can run here, on a GPU of those that decode there; then LeOCLR and MoCo-v2 on
+    synthetic and on real images, which the loader decodes in every epoch.
 
     Few images are copied until an epoch is long; they are read from the system's memory, so no disk is measured.
     """
@@ -110,8 +113,9 @@ def _view_side(config: SuiteConfig) -> int:
 
 def _parity(config: SuiteConfig, data: Path, say: Say) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """A row for each loader that ran; and why another did not."""
+    on_gpu = resolve_device(config.device).type == "cuda"
     rows, absent = [], {}
-    for name in BACKENDS:
+    for name in _DECODERS if on_gpu else BACKENDS:
         settings = ParityConfig(
             loaders=(name,),
             max_images=32 if config.tiny else 128,

@@ -67,6 +67,8 @@ def test_without_the_packages_that_a_gpu_machine_may_lack(tmp_path: Path):
     assert not any(packages[name] for name in ("tyro", "yaml", "nvidia.dali", "ffcv", "lightly"))
     rows = sections["step"]["result"]["fp32"]["rows"]
     assert {row["method"] for row in rows} == {"leoclr", "mocov2"}
+    assert document["title"] == "GPU suite: a tiny CPU run, which says nothing of GPUs"
+    assert page.startswith(f"# {document['title']}\n")
     assert "There was no GPU" in page
     assert "its figures mean nothing" in page
     assert all(target["met"] is None for target in document["targets"])
