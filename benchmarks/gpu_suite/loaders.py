@@ -50,9 +50,9 @@ def run(config: SuiteConfig, say: Say) -> Answer:
         f"{data.name}: {result['images']:,} images, {result['jpeg_fraction']:.0%} of them JPEGs, the shorter side "
         f"{result['median_shorter_side']} pixels, for views of {_view_side(config)}.\n"
     )
-    result["parity"], absent = _parity(config, data, say)
+    result["parity"], result["did_not_run"] = _parity(config, data, say)
     result["too_far_off"] = sum(not row["ok"] for row in result["parity"])
-    note += _parity_markdown(result["parity"], absent)
+    note += _parity_markdown(result["parity"], result["did_not_run"])
     config.keep(Answer(result=dict(result), markdown=note))
 
     turns = (

@@ -324,6 +324,7 @@ def test_real_images_are_compared_and_timed(tmp_path: Path):
     assert result["too_far_off"] == 0
     assert {"resident"} <= {row["loader"] for row in result["parity"]}
     assert all(row["same_order_boxes_labels"] and row["images"] == 24 for row in result["parity"])
+    assert "nvjpeg" in result["did_not_run"]
     assert "- nvjpeg did not run: nvJPEG decodes on a GPU, not on cpu" in answer.markdown
     rows = result["train_time"]["rows"]
     assert {(row["method"], row["data"]) for row in rows} == {
@@ -386,6 +387,7 @@ def test_targets_are_judged_only_by_what_a_gpu_measured():
             "real_over_synthetic": {"leoclr": 1.02},
             "jpeg_fraction": 1.0,
             "median_shorter_side": 334,
+            "parity": [{"loader": "nvjpeg", "ok": False}],
             "too_far_off": 1,
         },
         "train-time": {
@@ -424,6 +426,7 @@ def test_targets_are_judged_only_by_what_a_gpu_measured():
     assert changed("tests", files=cut, failed=1) == [True, False, False]
     assert changed("loaders", real_over_synthetic={"leoclr": 1.04}) == [False, False, True]
     assert changed("loaders", jpeg_fraction=0.5, too_far_off=0) == ["not all images were JPEGs", True, True]
+    assert changed("loaders", parity=[], too_far_off=0)[1] == "no loader could be compared"
     assert "smaller than a view of 224 pixels" in changed("loaders", median_shorter_side=32)[0]
     for unjudged in (judge(results, tiny=True), judge(results | {"machine": {"gpu": None}}, tiny=False)):
         assert {verdict["met"] for verdict in unjudged} == {None}
