@@ -17,7 +17,7 @@ from leoclr_fast.telemetry import STEP_METRICS
 from leoclr_fast.training_state import TrainingState
 from leoclr_fast.training_step import TrainingStep
 from tests.leoclr_fast.conftest import tiny_config
-from tests.leoclr_fast.free_port import free_port
+from tests.leoclr_fast.held_port import held_port
 from tests.leoclr_fast.rank_program import noise_batches
 from tests.tolerances import CAPTURED_FIRST_LOSSES, CAPTURED_LOSS
 
@@ -60,8 +60,8 @@ def run_rank(rank: int, ports: list[int], batchnorm: dict[str, Any], out: str) -
 def test_captured_steps_are_eager_ones(norms: tuple[str, str], tmp_path: Path) -> None:
     """norms: the batch-norm of the key encoder, and that of the query encoder."""
     batchnorm = dict(zip(("result__method__key_batchnorm", "result__method__query_batchnorm"), norms, strict=True))
-    ports = [free_port(), free_port()]
-    multiprocessing.spawn(run_rank, args=(ports, batchnorm, str(tmp_path)), nprocs=NUM_RANKS)
+    with held_port() as first, held_port() as second:
+        multiprocessing.spawn(run_rank, args=([first, second], batchnorm, str(tmp_path)), nprocs=NUM_RANKS)
     for rank in range(NUM_RANKS):
         losses = torch.load(tmp_path / f"{rank}.pt")
         difference = (losses["on"] / losses["off"] - 1).abs()

@@ -12,7 +12,7 @@ import pytest
 
 from leoclr_fast.run_folder import RunFolder
 from tests.leoclr_fast.forked_runs import finished_steps
-from tests.leoclr_fast.free_port import free_port
+from tests.leoclr_fast.held_port import held_port
 from tests.leoclr_fast.test_resume import FLAGS
 
 LIMIT_S = 150.0
@@ -24,7 +24,12 @@ STEPS = 3 * EPOCHS
 @pytest.mark.timeout(600)
 def test_a_machine_that_comes_later_is_taken_in(tiny_data: Path, tmp_path: Path) -> None:
     """Both go on as two ranks, from the checkpoint; every step is logged once, and nothing else is lost."""
-    port, out = free_port(), tmp_path / "run"
+    with held_port() as port:
+        joins_later(tiny_data, tmp_path, port)
+
+
+def joins_later(tiny_data: Path, tmp_path: Path, port: int) -> None:
+    out = tmp_path / "run"
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=100"]
     agent += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test", "--monitor-interval=0.5"]
     agent += ["-m", "leoclr_fast", "pretrain", "leoclr_demo", f"--data={tiny_data}", f"--out={out}", *FLAGS]

@@ -20,7 +20,7 @@ import pytest
 from leoclr_fast.checkpoint import list_checkpoints, step_of
 from leoclr_fast.run_folder import RunFolder
 from tests.leoclr_fast.forked_runs import ForkedRun, ForkedRuns, finished_steps, fork_server
-from tests.leoclr_fast.free_port import held_port
+from tests.leoclr_fast.held_port import held_port
 from tests.leoclr_fast.tiny_flags import TINY_FLAGS
 
 NUM_STEPS = 24  # eight epochs of three steps

@@ -22,7 +22,7 @@ from leoclr_fast.ranks.process_group import JoinError, Rendezvous
 from leoclr_fast.ranks.step_agreement import StepReport
 from leoclr_fast.ranks.step_times import RankTimes
 from leoclr_fast.ranks.watchdog import Watchdog, WatchdogLimits
-from tests.leoclr_fast.free_port import held_port
+from tests.leoclr_fast.held_port import held_port
 
 LIMIT_S = 30.0
 
