@@ -129,7 +129,7 @@ def outcomes(report: ElementTree.Element) -> list[dict[str, Any]]:
                 if lines[:1] == ["collection failure"]:  # what failed stands at the end of the traceback
                     lines = (child.text or "").strip().splitlines()[-1:]
                 reason = lines[0] if lines else child.tag
-        place = re.sub(r"^.*?\b(?=test_)", "", case.get("classname") or "")  # the file and, if it has one, the class
+        place = re.sub(r"^.*\b(?=test_)", "", case.get("classname") or "")  # the file and, if it has one, the class
         seconds = float(case.get("time") or 0)
         tests.append(
             {
