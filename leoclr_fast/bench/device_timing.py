@@ -37,14 +37,16 @@ def first_results(calls: dict[str, Callable[[], T]], needed: str, left_out: dict
 
 
 def interleaved_ms(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round; the order rotates, and two first rounds are not counted.
+    """Milliseconds of each call, of which there may be none, in each round; the order rotates, and two first rounds are
+    not counted.
 
     On a GPU by its own events, from an idle device: where the host is slower than the device, the host is measured.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for number in range(-2, rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        first = number % max(1, len(names))
+        for name in names[first:] + names[:first]:
             taken = _timed_ms(calls[name], device)
             if number >= 0:
                 times[name].append(taken)

@@ -133,7 +133,7 @@ def measure_parity(
         for name in config.loaders or BACKENDS:
             try:
                 loader = _open(name, split, config, device)
-            except (ImportError, ValueError) as error:
+            except (ImportError, ValueError, RuntimeError) as error:
                 obstacles.append(f"{name} on {path.name}: {error}")
                 say(obstacles[-1])
                 continue

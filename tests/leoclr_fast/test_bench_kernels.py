@@ -35,6 +35,7 @@ class TestTiming:
         times = interleaved_ms(calls, 3, CPU)
         assert "".join(called) == "bca" + "cab" + "abc" + "bca" + "cab"
         assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+        assert interleaved_ms({}, 3, CPU) == {}
 
     def test_milliseconds(self) -> None:
         (taken,) = interleaved_ms({"sleep": lambda: time.sleep(0.05)}, 1, CPU)["sleep"]

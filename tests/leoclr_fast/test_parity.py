@@ -124,6 +124,17 @@ class TestDifferencesAreFound:
         assert [name for name, is_same in same.items() if not is_same] == [what]
 
 
+def test_a_loader_that_does_not_work_here_is_named(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the nvjpeg loader cannot be used: no driver")
+
+    monkeypatch.setattr(ResidentLoader, "__init__", broken)
+    monkeypatch.setattr("leoclr_fast.bench.parity.BACKENDS", ("resident", "torchvision"))
+    results, obstacles = measure_parity(small(), [images])
+    assert [result.loader for result in results] == ["torchvision"]
+    assert obstacles == ["resident on images: the nvjpeg loader cannot be used: no driver"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
