@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from typing import IO, Any
 
 import torch
 
+from dataset_tools.file_lock import LOCK_WAIT_S, take_lock
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
 from leoclr_fast.environment import environment
@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
 HISTORY_KINDS = ("start", "end", "warning")
 """Of the records of `metrics.jsonl` that no resumed run writes again."""
-_LOCK_WAIT_S, _LOCK_PAUSE_S = 2.0, 0.05
 _held_locks: set[IO[str]] = set()
 
 
@@ -129,23 +128,18 @@ class RunFolder:
         with open(self.path / LOCK_NAME, "w") as lock:
             _held_locks.add(lock)
             try:
-                self._wait_for(lock)
+                self._take(lock)
                 yield
             finally:
                 _held_locks.discard(lock)
 
-    def _wait_for(self, lock: IO[str]) -> None:
-        deadline = time.monotonic() + _LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(
-                        f"another process is writing to {self.path}; wait for it or choose another --out"
-                    ) from error
-                time.sleep(_LOCK_PAUSE_S)
+    def _take(self, lock: IO[str]) -> None:
+        try:
+            take_lock(lock, LOCK_WAIT_S)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"another process is writing to {self.path}; wait for it or choose another --out"
+            ) from error
 
     def write_config(self, config: RunConfig) -> None:
         write_atomically(self.config_file, to_yaml(config).encode())

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dataset_tools.file_lock import take_lock
+
 JOURNAL_NAME = "journal.json"
-_LOCK_WAIT_S, _LOCK_PAUSE_S = 2.0, 0.05
 
 
 class Staging:
@@ -187,7 +185,10 @@ def _alone(folder: Path) -> Iterator[int]:
     except OSError as error:
         raise OSError(error.errno, f"cannot write to {folder.parent}: {error.strerror}") from error
     try:
-        _wait_for(lock, folder)
+        try:
+            take_lock(lock)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another process is converting into {folder}; wait for it, or stop it") from error
         try:
             if os.stat(folder / "lock").st_ino != os.fstat(lock).st_ino:
                 raise FileNotFoundError
@@ -202,21 +203,6 @@ def _alone(folder: Path) -> Iterator[int]:
                     folder.rmdir()
     finally:
         os.close(lock)
-
-
-def _wait_for(lock: int, folder: Path) -> None:
-    """Take the lock, which a process that was just killed, or a worker that it had just forked, may still hold."""
-    deadline = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"another process is converting into {folder}; wait for it, or stop it") from error
-            time.sleep(_LOCK_PAUSE_S)
 
 
 def _difference(theirs: Any, ours: Any, name: str = "") -> str:

@@ -71,7 +71,7 @@ def test_a_child_that_ends_does_not_give_the_folder_free(
     os.kill(child, signal.SIGKILL)
     while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    monkeypatch.setattr(run_folder, "_LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.2)
     with pytest.raises(RuntimeError, match=r"another process is writing to .*/run; wait for it"), folder.locked():
         pass
 
@@ -79,7 +79,7 @@ def test_a_child_that_ends_does_not_give_the_folder_free(
 def test_a_second_writer_waits_a_moment_for_one_that_is_about_to_go(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "_LOCK_WAIT_S", 60.0)
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 60.0)
     held, go = threading.Event(), threading.Event()
 
     def hold() -> None:
