@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import statistics
 import sys
 import tempfile
 import time
@@ -40,13 +41,20 @@ Say = Callable[[str], None]
 def measure(
     setting: BenchSetting, speed: SpeedConfig, device: torch.device, folder: Path, rounds: int, steps: int, say: Say
 ) -> dict[str, Any]:
-    """Seconds of all turns, those in which a step had to wait for the copy, and the cost as a share of the step time:
-    median, low, high."""
+    """Seconds of all turns and of their steps, those in which a step had to wait for the copy, how many steps saw the
+    writing, and the cost as a share of the step time: median, low, high.
+
+    What a checkpoint costs falls on the steps beside which it is written. So the cost in a turn is what these took, with
+    the wait for the copy, more than as many of its other steps, over the time of all: a machine that is slower in one
+    turn than in another changes nothing.
+    """
     result = setting.result("leoclr")
     contestant = OurMethod("leoclr", setting, speed, device)
     training = contestant.training
     seconds: dict[str, list[float]] = {WITH: [], WITHOUT: []}
     stalls_s: list[float] = []
+    steps_s: list[list[float]] = []
+    steps_beside: list[int] = []
     run_folder = RunFolder(folder / "run")
     run_folder.create()
     writer = CheckpointWriter(run_folder, keep=2)
@@ -60,14 +68,22 @@ def measure(
             if saves:
                 writer.save(training.step, training.state_dict(result, "synthetic"))
                 stalls_s.append(time.perf_counter() - start)
+            times, beside = [], 0
             for _ in range(steps):
+                beside += writer.is_writing
+                began = time.perf_counter()
                 contestant.step(next(feed))
-            synchronize(device)
+                synchronize(device)
+                times.append(time.perf_counter() - began)
             writer.flush()
+            if saves:
+                steps_s.append(times)
+                steps_beside.append(beside)
             return time.perf_counter() - start
 
         turn(True), turn(False)  # the warm-up
-        stalls_s.clear()
+        for kept in (stalls_s, steps_s, steps_beside):
+            kept.clear()
         for number in range(rounds):
             for name in (WITH, WITHOUT) if number % 2 == 0 else (WITHOUT, WITH):
                 seconds[name].append(turn(name == WITH))
@@ -80,14 +96,27 @@ def measure(
         "checkpoint_mb": size / number_kept / 1e6,
         "seconds": seconds,
         "stalls_s": stalls_s,
-        "cost": median_interval([w / wo - 1 for w, wo in zip(seconds[WITH], seconds[WITHOUT], strict=True)]),
+        "steps_s": steps_s,
+        "steps_beside": steps_beside,
+        "cost": median_interval(costs(stalls_s, steps_s, max(steps_beside))),
+        "cost_by_turns": median_interval([w / wo - 1 for w, wo in zip(seconds[WITH], seconds[WITHOUT], strict=True)]),
     }
+
+
+def costs(stalls_s: list[float], steps_s: list[list[float]], beside: int) -> list[float]:
+    """Of the checkpoint in each turn, as a share of the turn without it. beside: how many steps, from the first one on,
+    saw the writing in some turn."""
+    shares = []
+    for stall_s, times in zip(stalls_s, steps_s, strict=True):
+        usual_s = statistics.median(times[beside:])
+        shares.append((stall_s + sum(times[:beside]) - beside * usual_s) / (len(times) * usual_s))
+    return shares
 
 
 def page(document: dict[str, Any]) -> str:
     """The results as Markdown."""
     where, measured = document["environment"], document["measured"]
-    steps, cost = measured["steps_per_turn"], measured["cost"]
+    steps, cost, by_turns = measured["steps_per_turn"], measured["cost"], measured["cost_by_turns"]
     rows = []
     for name, seconds in measured["seconds"].items():
         step_ms = quantiles([1000 * value / steps for value in seconds])
@@ -106,8 +135,11 @@ def page(document: dict[str, Any]) -> str:
             markdown_table(("", "ms a step"), rows).rstrip(),
             "",
             f"The cost: {percent(cost['median'], 2)} of the step time, 95 % interval {percent(cost['low'], 2)} to "
-            f"{percent(cost['high'], 2)}; the first step waits "
-            f"{spread(stall_ms['median'], stall_ms['q20'], stall_ms['q80'])} ms for the copy.",
+            f"{percent(cost['high'], 2)}: what the first {max(measured['steps_beside'])} steps of a turn, beside which "
+            "the checkpoint is written, took more than its other steps, with the wait of "
+            f"{spread(stall_ms['median'], stall_ms['q20'], stall_ms['q80'])} ms for the copy. Whole turns with against "
+            f"turns without, which this machine's noise moves: {percent(by_turns['median'], 2)} "
+            f"[{percent(by_turns['low'], 2)}, {percent(by_turns['high'], 2)}].",
             "",
         ]
     )

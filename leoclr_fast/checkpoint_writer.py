@@ -65,6 +65,11 @@ class CheckpointWriter:
         if thread is not None:
             thread.join(limit_s)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is on its way to the disk."""
+        return self._thread is not None and self._thread.is_alive()
+
     def is_best(self, top1: float) -> bool:
         """Whether a checkpoint of this accuracy would be the best."""
         return self._keep_best and (self._best is None or top1 > self._best["knn_top1"])
