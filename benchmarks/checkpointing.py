@@ -44,9 +44,9 @@ def measure(
     """Seconds of all turns and of their steps, those in which a step had to wait for the copy, how many steps saw the
     writing, and the cost as a share of the step time: median, low, high.
 
-    What a checkpoint costs falls on the steps beside which it is written. So the cost in a turn is what these took, with
-    the wait for the copy, more than as many of its other steps, over the time of all: a machine that is slower in one
-    turn than in another changes nothing.
+    What a checkpoint costs falls on the steps beside which it is written. So the cost in a turn is what these took,
+    with the wait for the copy, more than as many of its other steps, over the time of all: a machine that is slower in
+    one turn than in another changes nothing.
     """
     result = setting.result("leoclr")
     contestant = OurMethod("leoclr", setting, speed, device)
