@@ -135,8 +135,8 @@ def page(document: dict[str, Any]) -> str:
             markdown_table(("", "ms a step"), rows).rstrip(),
             "",
             f"The cost: {percent(cost['median'], 2)} of the step time, 95 % interval {percent(cost['low'], 2)} to "
-            f"{percent(cost['high'], 2)}: what the first {max(measured['steps_beside'])} steps of a turn, beside which "
-            "the checkpoint is written, took more than its other steps, with the wait of "
+            f"{percent(cost['high'], 2)}: what a turn's steps beside which the checkpoint is "
+            f"written (the first {max(measured['steps_beside'])}) took more than its other steps, with the wait of "
             f"{spread(stall_ms['median'], stall_ms['q20'], stall_ms['q80'])} ms for the copy. Whole turns with against "
             f"turns without, which this machine's noise moves: {percent(by_turns['median'], 2)} "
             f"[{percent(by_turns['low'], 2)}, {percent(by_turns['high'], 2)}].",
