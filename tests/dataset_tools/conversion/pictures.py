@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataset_tools.conversion.treatment import Treated, decode
+from dataset_tools.conversion.transform import StoredImage, decode
 
 
 def picture(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
@@ -41,9 +41,9 @@ def truth(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def pixels(treated: Treated) -> np.ndarray:
+def pixels(image: StoredImage) -> np.ndarray:
     """Of what would lie on disk: uint8 [H, W, 3]."""
-    return np.asarray(decode(treated.data, treated.encoding, treated.width, treated.height))
+    return np.asarray(decode(image.data, image.encoding, image.width, image.height))
 
 
 def with_frame(jpeg: bytes, *, marker: int = 0xC0, precision: int = 8, size: tuple[int, int] | None = None) -> bytes:

@@ -14,9 +14,10 @@ import pytest
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.formats.manifest import FileEntry, Manifest, SplitManifest, is_converted
+from dataset_tools.formats.manifest import Manifest, is_converted
 from dataset_tools.formats.records import BLOCK_ROWS, ROW, SampleRecords
 from dataset_tools.formats.row_file import RowFile
+from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources import open_source
 from tests.dataset_tools.conversion.pictures import encoded, flat, write_files
@@ -180,8 +181,11 @@ def content_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text())
 
 
-def write_content(folder: Path, content: object) -> None:
-    (folder / "manifest.json").write_text(json.dumps(content))
+def write_content(folder: Path, content: dict[str, Any]) -> None:
+    """With the right checksum, as an attacker would."""
+    content.pop("checksum")
+    checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(content | {"checksum": checksum}, indent=1) + "\n")
 
 
 class TestManifest:
@@ -230,7 +234,6 @@ class TestManifest:
 
     def test_image_files(self) -> None:
         assert manifest().splits["train"].image_files == ("train.beton",)
-        assert manifest().splits["train"].ffcv_decode_bytes == 5 * 256 * 500 * 400 * 3
 
     def test_a_newer_version_is_refused(self, tmp_path: Path) -> None:
         manifest(version=2).save(tmp_path)
@@ -242,23 +245,6 @@ class TestManifest:
         manifest(version=2).save(tmp_path)
         write_content(tmp_path, content_of(tmp_path) | {"something": "new"})
         with pytest.raises(ValueError, match="update leoclr-fast"):
-            Manifest.load(tmp_path)
-
-    def test_unknown_and_missing_keys_are_refused(self, tmp_path: Path) -> None:
-        manifest().save(tmp_path)
-        good = content_of(tmp_path)
-        write_content(tmp_path, good | {"mystery": 1})
-        with pytest.raises(ValueError, match="Manifest lacks, or should not have: mystery"):
-            Manifest.load(tmp_path)
-        write_content(tmp_path, {key: value for key, value in good.items() if key != "options"})
-        with pytest.raises(ValueError, match="Manifest lacks, or should not have: options"):
-            Manifest.load(tmp_path)
-        split = good["splits"]["train"]
-        write_content(tmp_path, good | {"splits": {"train": split | {"extra": 0}}})
-        with pytest.raises(ValueError, match="SplitManifest lacks, or should not have: extra"):
-            Manifest.load(tmp_path)
-        write_content(tmp_path, good | {"splits": {"train": split | {"records": {"name": "a"}}}})
-        with pytest.raises(ValueError, match="FileEntry lacks, or should not have: "):
             Manifest.load(tmp_path)
 
     @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b.tar", "", ".", "..", "a/"])

@@ -176,14 +176,14 @@ def journal_often(every_s: float = 0.02, pause_s: float = 0.0) -> Callable[[], N
     def prepare() -> None:
         assert convert.convert.__kwdefaults__ is not None
         convert.convert.__kwdefaults__["journal_every_s"] = every_s
-        treat = split_conversion.treat
+        transform = split_conversion.transform
 
         def slowly(*arguments: Any) -> Any:
             time.sleep(pause_s)
-            return treat(*arguments)
+            return transform(*arguments)
 
         if pause_s:
-            split_conversion.treat = slowly  # type: ignore[assignment]
+            split_conversion.transform = slowly  # type: ignore[assignment]
 
     return prepare
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.conversion.treatment import MAX_PIXELS, Treated, UnusableImageError, treat
+from dataset_tools.conversion.transform import MAX_PIXELS, StoredImage, UnusableImageError, transform
 from dataset_tools.conversion.verify import verify
 from dataset_tools.formats.records import JPG, PASSED_THROUGH, PNG, RAW, REENCODED
 from dataset_tools.sources.converted import open_converted
@@ -95,11 +95,11 @@ REJECTED = {
 }
 
 
-def treated(data: bytes, name: str, format: str = "ffcv", mode: str = "auto", **options: object) -> Treated:
-    return treat(data, name, ConvertOptions(format=format, mode=mode, **options).policy)
+def treated(data: bytes, name: str, format: str = "ffcv", mode: str = "auto", **options: object) -> StoredImage:
+    return transform(data, name, ConvertOptions(format=format, mode=mode, **options))
 
 
-def assert_reencoded(result: Treated, original: bytes, reason: str, quality: int = 90) -> None:
+def assert_reencoded(result: StoredImage, original: bytes, reason: str, quality: int = 90) -> None:
     """As JPEG, of just the pixels that Pillow sees in the original."""
     assert (result.encoding, result.handling, result.reason) == (JPG, REENCODED, reason)
     expected = truth(original)
@@ -309,14 +309,14 @@ def test_bombs_cost_neither_time_nor_memory() -> None:
     script = (
         "import resource, sys\n"
         "from dataset_tools.conversion.options import ConvertOptions\n"
-        "from dataset_tools.conversion.treatment import UnusableImageError, treat\n"
+        "from dataset_tools.conversion.transform import UnusableImageError, transform\n"
         "data = sys.stdin.buffer.read()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for format in ('ffcv', 'webdataset'):\n"
         "    for check in ('header', 'decode'):\n"
         "        for name in ('a.png', 'a.jpg'):\n"
         "            try:\n"
-        "                treat(data, name, ConvertOptions(format=format, check=check).policy)\n"
+        "                transform(data, name, ConvertOptions(format=format, check=check))\n"
         "            except UnusableImageError as error:\n"
         "                assert 'decompression bomb' in str(error)\n"
         "            else:\n"
@@ -407,7 +407,7 @@ class TestWholeFolders:
         expected, rejected = {}, {"good/nowhere.jpg": "cannot read sample 'good/nowhere.jpg'"}
         for name, data in files.items():
             try:
-                expected[name] = treat(data, name, options.policy)
+                expected[name] = transform(data, name, options)
             except UnusableImageError as error:
                 rejected[name] = str(error)
         reasons: dict[str, int] = {}
