@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dataset_tools.sources import ImageSource, open_source
+from tests.dataset_tools.made_up import write_files, write_tar
 
 WNIDS = ("n01440764", "n02012849", "n03126707", "n07749582")
 IDS = {"n03126707": 1, "n01440764": 2, "n07749582": 3, "n02012849": 4}
@@ -28,13 +29,9 @@ def val_name(number: int) -> str:
     return f"ILSVRC2012_val_{number:08}.JPEG"
 
 
-def tar_bytes(files: Iterable[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT) -> bytes:
+def tar_bytes(files: Iterable[tuple[str, bytes]]) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    write_tar(buffer, files)
     return buffer.getvalue()
 
 
@@ -83,12 +80,6 @@ def write_devkit(folder: Path, files: Mapping[str, bytes] | None = None) -> Path
     path = folder / f"{DEVKIT}.tar.gz"
     path.write_bytes(gzip.compress(tar_bytes((files or devkit_files()).items())))
     return path
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
 
 
 def write_solution(folder: Path, truth: Mapping[int, str] | None = None, mapping: Iterable[str] | None = WNIDS) -> None:

@@ -1,12 +1,10 @@
-"""Small images with known pixels, in every encoding, whole and damaged; and folders compared by their bytes."""
+"""Small images with known pixels, in every encoding, whole and damaged."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,23 +83,6 @@ def black_png(width: int, height: int, *, with_pixels: bool = True) -> bytes:
         rows = b"".join([compress.compress(bytes(3 * width + 1)) for _ in range(height)]) + compress.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def write_files(root: Path, files: Mapping[str, bytes]) -> Path:
-    """Path → bytes; a path that ends in "/" is an empty folder."""
-    for name, data in files.items():
-        path = root / name
-        if name.endswith("/"):
-            path.mkdir(parents=True)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-    return root
-
-
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 GOOD_JPEG = encoded(picture(), quality=90)

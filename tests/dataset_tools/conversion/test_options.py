@@ -18,7 +18,8 @@ from dataset_tools.formats.tar_shards import parse_bytes
 from dataset_tools.sources import open_source
 from dataset_tools.sources.converted import open_converted
 from dataset_tools.subsets import shuffled_order
-from tests.dataset_tools.conversion.pictures import encoded, flat, folder_bytes, noise, picture, truth, write_files
+from tests.dataset_tools.conversion.pictures import encoded, flat, noise, picture, truth
+from tests.dataset_tools.made_up import folder_bytes, write_files
 
 FORMATS = ("ffcv", "webdataset")
 NUM_IMAGES = 200

@@ -26,7 +26,6 @@ from tests.dataset_tools.conversion.pictures import (
     black_png,
     encoded,
     flat,
-    folder_bytes,
     noise,
     picture,
     pixels,
@@ -34,8 +33,8 @@ from tests.dataset_tools.conversion.pictures import (
     truth,
     with_adobe_transform,
     with_frame,
-    write_files,
 )
+from tests.dataset_tools.made_up import folder_bytes, write_files
 
 FORMATS = ("ffcv", "webdataset")
 MEAN_ERROR_OF_JPEG = 5.0
@@ -95,7 +94,7 @@ REJECTED = {
 }
 
 
-def treated(data: bytes, name: str, format: str = "ffcv", mode: str = "auto", **options: object) -> StoredImage:
+def transformed(data: bytes, name: str, format: str = "ffcv", mode: str = "auto", **options: object) -> StoredImage:
     return transform(data, name, ConvertOptions(format=format, mode=mode, **options))
 
 
@@ -113,7 +112,7 @@ class TestAuto:
     @pytest.mark.parametrize("kind", PASSED_JPEGS)
     def test_a_jpeg_that_every_decoder_reads_keeps_its_bytes(self, kind: str, name: str, format: str) -> None:
         data = PASSED_JPEGS[kind]
-        result = treated(data, name, format)
+        result = transformed(data, name, format)
         assert result.data == data
         assert (result.encoding, result.handling, result.reason) == (JPG, PASSED_THROUGH, "")
         height, width = truth(data).shape[:2]
@@ -124,7 +123,7 @@ class TestAuto:
     @pytest.mark.parametrize("kind", REENCODED_JPEGS)
     def test_a_jpeg_that_some_decoder_misreads_is_reencoded(self, kind: str, format: str) -> None:
         data, reason = REENCODED_JPEGS[kind]
-        result = treated(data, "a.jpg", format)
+        result = transformed(data, "a.jpg", format)
         assert (result.encoding, result.handling, result.reason) == (JPG, REENCODED, reason)
         assert result.data == encoded(Image.fromarray(truth(data)), quality=90)
         np.testing.assert_array_equal(truth(result.data), pixels(result))
@@ -133,11 +132,11 @@ class TestAuto:
     def test_lossless_images_stay_lossless(self, kind: str) -> None:
         data, file_format = OTHERS[kind]
         expected = truth(data)
-        raw = treated(data, "a.png", "ffcv")
+        raw = transformed(data, "a.png", "ffcv")
         assert (raw.encoding, raw.handling, raw.reason) == (RAW, REENCODED, f"{file_format}, kept lossless")
         assert raw.data == expected.tobytes()
         assert (raw.height, raw.width) == expected.shape[:2]
-        png = treated(data, "a.tif", "webdataset")
+        png = transformed(data, "a.tif", "webdataset")
         assert png.encoding == PNG
         np.testing.assert_array_equal(truth(png.data), expected)
         if kind in PASSED_PNGS:
@@ -150,14 +149,14 @@ class TestAuto:
     @pytest.mark.parametrize("name", ["n02105855_2933.JPEG", "a.jpg", "a.Jpeg"])
     def test_a_png_that_is_called_jpeg_becomes_one(self, name: str, format: str) -> None:
         data = OTHERS["RGB PNG"][0]
-        assert_reencoded(treated(data, name, format), data, "PNG, not JPEG")
+        assert_reencoded(transformed(data, name, format), data, "PNG, not JPEG")
 
     @pytest.mark.parametrize("format", FORMATS)
     @pytest.mark.parametrize("kind", LOSSY)
     def test_other_formats_become_jpeg(self, kind: str, format: str) -> None:
         data = LOSSY[kind]
         for name in ("a.webp", "a.jpg"):
-            assert_reencoded(treated(data, name, format), data, f"{kind}, not JPEG")
+            assert_reencoded(transformed(data, name, format), data, f"{kind}, not JPEG")
 
     @pytest.mark.parametrize("format", FORMATS)
     @pytest.mark.parametrize("mode", ["auto", "passthrough", "reencode"])
@@ -166,9 +165,9 @@ class TestAuto:
         data, reason = REJECTED[kind]
         for name in ("a.jpg", "a.png"):
             with pytest.raises(UnusableImageError, match=reason) as first:
-                treated(data, name, format, mode)
+                transformed(data, name, format, mode)
             with pytest.raises(UnusableImageError) as second:
-                treated(bytes(bytearray(data)), name, format, mode)
+                transformed(bytes(bytearray(data)), name, format, mode)
             assert str(first.value) == str(second.value)  # no addresses in it
 
 
@@ -176,7 +175,7 @@ class TestPassthrough:
     @pytest.mark.parametrize("format", FORMATS)
     def test_keeps_what_needs_no_change(self, format: str) -> None:
         for data in PASSED_JPEGS.values():
-            result = treated(data, "a.jpg", format, "passthrough")
+            result = transformed(data, "a.jpg", format, "passthrough")
             assert (result.data, result.handling) == (data, PASSED_THROUGH)
 
     @pytest.mark.parametrize("format", FORMATS)
@@ -185,52 +184,52 @@ class TestPassthrough:
         data, reason = REENCODED_JPEGS[kind]
         reason = "there is no marker at byte 20" if reason == "irregular markers" else reason
         with pytest.raises(UnusableImageError, match=rf"re-encoded \({reason}\); --mode passthrough does not"):
-            treated(data, "a.jpg", format, "passthrough")
+            transformed(data, "a.jpg", format, "passthrough")
 
     @pytest.mark.parametrize("format", FORMATS)
     def test_refuses_other_formats(self, format: str) -> None:
         for kind, data in LOSSY.items():
             with pytest.raises(UnusableImageError, match=f"it is {kind} and would have to be re-encoded"):
-                treated(data, "a.webp", format, "passthrough")
+                transformed(data, "a.webp", format, "passthrough")
         with pytest.raises(UnusableImageError, match="it is PNG and would have to be re-encoded"):
-            treated(OTHERS["RGB PNG"][0], "a.jpg", format, "passthrough")
+            transformed(OTHERS["RGB PNG"][0], "a.jpg", format, "passthrough")
 
     @pytest.mark.parametrize("kind", OTHERS)
     def test_lossless_images(self, kind: str) -> None:
         """FFCV takes their pixels as they are; webdataset the PNGs that need no change."""
         data, file_format = OTHERS[kind]
-        assert treated(data, "a.png", "ffcv", "passthrough").data == truth(data).tobytes()
+        assert transformed(data, "a.png", "ffcv", "passthrough").data == truth(data).tobytes()
         if kind in PASSED_PNGS:
-            assert treated(data, "a.png", "webdataset", "passthrough").data == data
+            assert transformed(data, "a.png", "webdataset", "passthrough").data == data
         else:
             with pytest.raises(UnusableImageError, match=f"it is {file_format} and would have to be re-encoded"):
-                treated(data, "a.png", "webdataset", "passthrough")
+                transformed(data, "a.png", "webdataset", "passthrough")
 
     def test_has_no_limit_of_size(self) -> None:
         data = encoded(picture(1500, 40))
-        assert treated(data, "a.jpg", "ffcv", "passthrough").data == data
-        assert treated(data, "a.jpg", "ffcv", "auto").reason == "larger than the limit"
+        assert transformed(data, "a.jpg", "ffcv", "passthrough").data == data
+        assert transformed(data, "a.jpg", "ffcv", "auto").reason == "larger than the limit"
 
 
 class TestReencode:
     @pytest.mark.parametrize("format", FORMATS)
     @pytest.mark.parametrize("kind", [*PASSED_JPEGS])
     def test_every_jpeg_is_made_anew(self, kind: str, format: str) -> None:
-        assert_reencoded(treated(PASSED_JPEGS[kind], "a.jpg", format, "reencode"), PASSED_JPEGS[kind], "asked for")
+        assert_reencoded(transformed(PASSED_JPEGS[kind], "a.jpg", format, "reencode"), PASSED_JPEGS[kind], "asked for")
 
     @pytest.mark.parametrize("format", FORMATS)
     def test_lossless_images_become_jpegs_too(self, format: str) -> None:
         for data, file_format in OTHERS.values():
-            result = treated(data, "a.png", format, "reencode")
+            result = transformed(data, "a.png", format, "reencode")
             assert (result.encoding, result.reason) == (JPG, f"{file_format}, not JPEG")
             assert result.data == encoded(Image.fromarray(truth(data)), quality=90)
 
     def test_the_reason_is_the_first_that_would_apply_anyway(self) -> None:
-        assert treated(REENCODED_JPEGS["CMYK"][0], "a.jpg", "ffcv", "reencode").reason == "CMYK"
+        assert transformed(REENCODED_JPEGS["CMYK"][0], "a.jpg", "ffcv", "reencode").reason == "CMYK"
 
     def test_neither_rotated_nor_with_the_metadata_of_the_file(self) -> None:
         data = rotated_by_exif(picture(), icc_profile=bytes(500), comment="hello", dpi=(300, 300))
-        result = treated(data, "a.jpg", "ffcv", "reencode")
+        result = transformed(data, "a.jpg", "ffcv", "reencode")
         with Image.open(io.BytesIO(result.data)) as image:
             assert image.size == (40, 30)
             assert not image.getexif()
@@ -239,17 +238,17 @@ class TestReencode:
 
     def test_quality(self) -> None:
         data = encoded(noise(64, 64), quality=95)
-        sizes = [len(treated(data, "a.jpg", mode="reencode", quality=quality).data) for quality in (1, 50, 90, 100)]
+        sizes = [len(transformed(data, "a.jpg", mode="reencode", quality=quality).data) for quality in (1, 50, 90, 100)]
         assert sizes == sorted(sizes)
         assert len(set(sizes)) == 4
-        half = treated(data, "a.jpg", mode="reencode", quality=50)
+        half = transformed(data, "a.jpg", mode="reencode", quality=50)
         assert half.data == encoded(Image.fromarray(truth(data)), quality=50)
 
 
 class TestLimits:
     def test_scaled_with_lanczos(self) -> None:
         data = encoded(picture(300, 200))
-        result = treated(data, "a.jpg", max_side=150)
+        result = transformed(data, "a.jpg", max_side=150)
         assert (result.width, result.height, result.reason) == (150, 100, "larger than the limit")
         expected = Image.fromarray(truth(data)).resize((150, 100), Image.Resampling.LANCZOS)
         assert result.data == encoded(expected, quality=90)
@@ -257,9 +256,9 @@ class TestLimits:
     def test_lossless_images_are_scaled_lossless(self) -> None:
         data = encoded(noise(300, 200), "PNG")
         expected = Image.fromarray(truth(data)).resize((60, 40), Image.Resampling.LANCZOS)
-        raw = treated(data, "a.png", "ffcv", short_side=40)
+        raw = transformed(data, "a.png", "ffcv", short_side=40)
         assert (raw.encoding, raw.data) == (RAW, expected.tobytes())
-        png = treated(data, "a.png", "webdataset", short_side=40)
+        png = transformed(data, "a.png", "webdataset", short_side=40)
         assert (png.encoding, png.handling) == (PNG, REENCODED)
         np.testing.assert_array_equal(truth(png.data), np.asarray(expected))
 
@@ -267,41 +266,45 @@ class TestLimits:
     def test_images_within_the_limits_keep_their_bytes(self, format: str) -> None:
         for size, options in (((150, 100), {"max_side": 150}), ((900, 100), {"short_side": 100})):
             data = encoded(picture(*size))
-            assert treated(data, "a.jpg", format, **options).data == data
+            assert transformed(data, "a.jpg", format, **options).data == data
         data = encoded(picture(150, 100), "PNG")
-        assert treated(data, "a.png", "webdataset", max_side=150).data == data
+        assert transformed(data, "a.png", "webdataset", max_side=150).data == data
 
     def test_nothing_is_made_larger(self) -> None:
         data = encoded(picture(20, 10))
-        result = treated(data, "a.jpg", mode="reencode", short_side=100, max_side=200)
+        result = transformed(data, "a.jpg", mode="reencode", short_side=100, max_side=200)
         assert (result.width, result.height) == (20, 10)
 
     def test_a_jpeg_that_does_not_fit_into_a_page_is_reencoded(self) -> None:
         """Only by bytes that no decoder needs can a JPEG be larger than its pixels."""
         data = GOOD_JPEG + bytes(1 << 21)
         assert ConvertOptions(format="ffcv", max_side=100).page_bytes == 1 << 21
-        result = treated(data, "a.jpg", "ffcv", max_side=100)
+        result = transformed(data, "a.jpg", "ffcv", max_side=100)
         assert (result.reason, result.data) == (
             "more bytes than a page",
             encoded(Image.fromarray(truth(data)), quality=90),
         )
-        assert treated(data, "a.jpg", "webdataset", max_side=100).data == data
+        assert transformed(data, "a.jpg", "webdataset", max_side=100).data == data
 
     def test_a_side_that_ffcv_cannot_store_is_refused(self) -> None:
         data = encoded(Image.new("RGB", (70_000, 1)), "PNG")
         with pytest.raises(UnusableImageError, match="a side of 70,000 pixels is more than FFCV's 65,535"):
-            treated(data, "a.png", "ffcv", max_side=0)
-        assert treated(data, "a.png", "webdataset").data == data
-        assert treated(data, "a.png", "ffcv").width == 1057
+            transformed(data, "a.png", "ffcv", max_side=0)
+        assert transformed(data, "a.png", "webdataset").data == data
+        assert transformed(data, "a.png", "ffcv").width == 1057
+
+    def test_a_side_that_libjpeg_cannot_write_is_refused(self) -> None:
+        with pytest.raises(UnusableImageError, match="a side of 70,000 pixels is more than libjpeg's 65,500"):
+            transformed(black_png(70_000, 2), "long.jpg", "webdataset")
 
     def test_the_largest_image_is_that_of_pillow(self) -> None:
         assert 2 * Image.MAX_IMAGE_PIXELS == MAX_PIXELS
         side = 13_377  # its square is just below
         assert side**2 < MAX_PIXELS < (side + 1) ** 2
         data = with_frame(GOOD_JPEG, size=(side, side))
-        assert treated(data, "a.jpg", "webdataset").width == side
+        assert transformed(data, "a.jpg", "webdataset").width == side
         with pytest.raises(UnusableImageError, match="13,378 x 13,378 pixels are taken for a decompression bomb"):
-            treated(with_frame(GOOD_JPEG, size=(side + 1, side + 1)), "a.jpg", "webdataset")
+            transformed(with_frame(GOOD_JPEG, size=(side + 1, side + 1)), "a.jpg", "webdataset")
 
 
 def test_bombs_cost_neither_time_nor_memory() -> None:
@@ -335,22 +338,22 @@ class TestCheck:
     def test_a_png_that_is_damaged_inside(self) -> None:
         data = bytearray(encoded(noise(40, 30), "PNG"))
         data[1000] ^= 0xFF
-        assert treated(bytes(data), "a.png", "webdataset").handling == PASSED_THROUGH
+        assert transformed(bytes(data), "a.png", "webdataset").handling == PASSED_THROUGH
         with pytest.raises(UnusableImageError, match=r"broken|checksum|CRC|truncated|error"):
-            treated(bytes(data), "a.png", "webdataset", check="decode")
+            transformed(bytes(data), "a.png", "webdataset", check="decode")
         with pytest.raises(UnusableImageError):
-            treated(bytes(data), "a.png", "ffcv")  # decoded in any case
+            transformed(bytes(data), "a.png", "ffcv")  # decoded in any case
 
     def test_a_scan_that_ends_early_is_what_libjpeg_makes_of_it(self) -> None:
         """Pillow does not complain: to it, too, the rest of the image is gray."""
         data = GOOD_JPEG[: len(GOOD_JPEG) * 3 // 4] + b"\xff\xd9"
         for check in ("header", "decode"):
-            assert treated(data, "a.jpg", "ffcv", check=check).data == data
+            assert transformed(data, "a.jpg", "ffcv", check=check).data == data
         assert truth(data).shape == (30, 40, 3)
 
     @pytest.mark.parametrize("kind", PASSED_JPEGS)
     def test_good_images_pass_both(self, kind: str) -> None:
-        assert treated(PASSED_JPEGS[kind], "a.jpg", check="decode").data == PASSED_JPEGS[kind]
+        assert transformed(PASSED_JPEGS[kind], "a.jpg", check="decode").data == PASSED_JPEGS[kind]
 
 
 HARD_NAMES = [
