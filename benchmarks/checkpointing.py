@@ -26,11 +26,11 @@ from leoclr_fast.bench.setting import BenchSetting, setting_header
 from leoclr_fast.bench.statistics import median_interval, quantiles
 from leoclr_fast.bench.stopwatch import synchronize
 from leoclr_fast.bench.tables import markdown_table, percent, spread
-from leoclr_fast.checkpoint_writer import CheckpointWriter
 from leoclr_fast.config import SpeedConfig
-from leoclr_fast.environment import environment
-from leoclr_fast.ranks.process_group import resolve_device
-from leoclr_fast.run_folder import RunFolder
+from leoclr_fast.distributed.process_group import resolve_device
+from leoclr_fast.run.checkpoint_writer import CheckpointWriter
+from leoclr_fast.run.environment import environment
+from leoclr_fast.run.folder import RunFolder
 from pipelines.config import LoaderConfig
 
 LIMIT = 0.02

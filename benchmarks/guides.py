@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from leoclr_fast.environment import environment
+from leoclr_fast.run.environment import environment
 
 GUIDES = ("docs/pretrain.md", "docs/evaluate.md")
 _ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from leoclr_fast.run_folder import RunFolder
+from leoclr_fast.run.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)

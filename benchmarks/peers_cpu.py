@@ -32,8 +32,8 @@ from leoclr_fast.bench.tables import markdown_table, spread
 from leoclr_fast.bench.turns import prepare, take_turns
 from leoclr_fast.bench.turns_config import TurnsConfig
 from leoclr_fast.config import SpeedConfig
-from leoclr_fast.environment import environment
 from leoclr_fast.losses.info_nce import info_nce
+from leoclr_fast.run.environment import environment
 from pipelines.config import LoaderConfig
 from pipelines.views import MOCOV2_VIEWS
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from leoclr_fast.losses.info_nce import InfoNCEImpl
-from leoclr_fast.schedules import LearningRateSchedule
 from pipelines.config import LoaderConfig, ViewConfig
 
 LR_REFERENCE_BATCH_SIZE = 256
 
+InfoNCEImpl = Literal["auto", "eager", "compiled", "triton"]
+LearningRateSchedule = Literal["cosine_per_epoch", "cosine_per_step", "constant"]
 MethodName = Literal["leoclr", "mocov2"]
 
 

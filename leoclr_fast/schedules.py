@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-LearningRateSchedule = Literal["cosine_per_epoch", "cosine_per_step", "constant"]
+from leoclr_fast.config import LearningRateSchedule
 
 
 def learning_rate(schedule: LearningRateSchedule, lr: float, step: int, steps_per_epoch: int, epochs: int) -> float:

@@ -30,9 +30,9 @@ def assert_passes_in_the_interpreter(tests: Path, marked: str, at_least: int) ->
 def assert_compiles_without_spills(sizes: str, kernels: set[str], cache: Path) -> None:
     """Compile these kernels, and no others, for an A100, an H100 and a B200.
 
-    sizes: which of `leoclr_fast.bench.ahead_of_time`. cache: Triton's, an empty folder.
+    sizes: which of `leoclr_fast.losses.ahead_of_time`. cache: Triton's, an empty folder.
     """
-    command = [sys.executable, "-m", "leoclr_fast.bench.ahead_of_time", sizes]
+    command = [sys.executable, "-m", "leoclr_fast.losses.ahead_of_time", sizes]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     done = subprocess.run(command, check=True, timeout=280, cwd=_ROOT, env=environment, capture_output=True, text=True)

@@ -7,7 +7,7 @@ from copy import deepcopy
 from torch import Tensor, nn
 
 from benchmarks.baselines.mocov2_peer import MoCoV2Peer
-from leoclr_fast.backbone import build_backbone
+from leoclr_fast.method.backbone import build_backbone
 
 
 class LightlyMoCoV2(MoCoV2Peer):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from leoclr_fast.bench.contestant import Contestant
 from leoclr_fast.bench.setting import BenchSetting
 from leoclr_fast.config import SpeedConfig
-from leoclr_fast.flops import training_flops_per_image
-from leoclr_fast.precision import encoder_dtype, encoder_precision
+from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
+from leoclr_fast.method.flops import training_flops_per_image
 from pipelines.augment import augmented_views
 from pipelines.batch import CropBatch
 from pipelines.views import MOCOV2_VIEWS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.baselines.mocov2_peer import MoCoV2Peer
-from leoclr_fast.backbone import build_backbone
+from leoclr_fast.method.backbone import build_backbone
 from pipelines.batch import CropBatch
 
 

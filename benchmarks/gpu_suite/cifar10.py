@@ -17,13 +17,13 @@ from leoclr_fast.bench.setting import bench_device
 from leoclr_fast.bench.stopwatch import synchronize
 from leoclr_fast.bench.tables import markdown_table, number
 from leoclr_fast.config import RunConfig
+from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
-from leoclr_fast.methods import METHODS
-from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.method.methods import METHODS
 from leoclr_fast.recipes import get_recipe
 from leoclr_fast.schedules import learning_rate
-from leoclr_fast.training_state import TrainingState
-from leoclr_fast.training_step import TrainingStep
+from leoclr_fast.training.state import TrainingState
+from leoclr_fast.training.step import TrainingStep
 from pipelines.config import LoaderConfig
 from pipelines.factory import make_loader
 from pipelines.order import TrainOrder

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig, UnavailableError
 from leoclr_fast.bench.tables import markdown_table
-from leoclr_fast.ranks.process_group import resolve_device
+from leoclr_fast.distributed.process_group import resolve_device
 
 _CHECKOUT = Path(__file__).parents[2]
 _FIRST = ("test_captured_step.py", "test_triton_kernels.py")

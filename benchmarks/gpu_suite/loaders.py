@@ -18,12 +18,12 @@ import numpy as np
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig, UnavailableError
 from dataset_tools.sources import Split, open_source
 from dataset_tools.splits import choose_splits
-from leoclr_fast.bench.parity import BACKENDS, BackendParity, ParityConfig, measure_parity
 from leoclr_fast.bench.tables import markdown_table, number
 from leoclr_fast.bench.train_time import TrainTimeConfig, bench_train_time
 from leoclr_fast.bench.train_time_report import train_time_markdown
 from leoclr_fast.bench.turns_config import TurnsConfig
-from leoclr_fast.ranks.process_group import resolve_device
+from leoclr_fast.distributed.process_group import resolve_device
+from leoclr_fast.parity.comparison import BACKENDS, BackendParity, ParityConfig, measure_parity
 from pipelines.config import LoaderConfig
 from pipelines.decode import image_size
 

@@ -8,10 +8,10 @@ from importlib.util import find_spec
 import torch
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig
-from leoclr_fast.energy import EnergyMeter
-from leoclr_fast.environment import environment
-from leoclr_fast.gpu_state import gpu_state
-from leoclr_fast.ranks.process_group import resolve_device
+from leoclr_fast.distributed.process_group import resolve_device
+from leoclr_fast.machine.energy import EnergyMeter
+from leoclr_fast.machine.gpu_state import gpu_state
+from leoclr_fast.run.environment import environment
 
 _OPTIONAL = ("triton", "nvidia.dali", "ffcv", "lightly", "pynvml", "tyro", "yaml", "pytest")
 _SHOWN = ("torch", "triton", "torchvision", "numpy", "lightly")

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig
 from leoclr_fast.bench.tables import markdown_table
+from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.losses.info_nce import InfoNCEImpl, info_nce
-from leoclr_fast.ranks.process_group import resolve_device
 from pipelines.augment import Impl as AugmentImpl
 from pipelines.augment import augment, draw_augmentation
 from pipelines.config import ViewConfig

@@ -18,7 +18,7 @@ from leoclr_fast.bench.feeds import open_feeds, training_images
 from leoclr_fast.bench.setting import bench_device, setting_header
 from leoclr_fast.bench.stopwatch import synchronize
 from leoclr_fast.bench.tables import markdown_table, percent
-from leoclr_fast.methods import METHODS
+from leoclr_fast.method.methods import METHODS
 from pipelines.config import LoaderConfig
 
 _STEPS = 3

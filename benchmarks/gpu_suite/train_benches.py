@@ -10,7 +10,7 @@ from leoclr_fast.bench.step import StepBenchConfig, bench_step, step_table
 from leoclr_fast.bench.train_time import TrainTimeConfig, bench_train_time
 from leoclr_fast.bench.train_time_report import train_time_markdown
 from leoclr_fast.bench.turns_config import TurnsConfig
-from leoclr_fast.ranks.process_group import resolve_device
+from leoclr_fast.distributed.process_group import resolve_device
 
 
 def run_step(config: SuiteConfig, say: Say) -> Answer:

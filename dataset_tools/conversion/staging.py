@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,15 +47,6 @@ class Staging:
         os.replace(partial, self.folder / JOURNAL_NAME)
         sync_folder(self.folder)
         self.has_progress = True
-
-    def check_room(self, needed_bytes: int, what: str) -> None:
-        """Raises OSError, which begins with `what`, if the disk has no room for so many bytes."""
-        free = shutil.disk_usage(self.folder).free
-        if needed_bytes > free:
-            raise OSError(
-                f"{what} {_in_words(needed_bytes)}, but {self.folder.parent} has {_in_words(free)} free. Free some, or "
-                "choose another destination"
-            )
 
     def publish(self, names: list[str]) -> None:
         """Make the files called `names`, and nothing else, the folder DEST, in one step.
@@ -102,13 +91,12 @@ class Staging:
 
 
 @contextmanager
-def staged(destination: Path, plan: dict[str, Any], *, then: str = "the same command continues") -> Iterator[Staging]:
+def staged(destination: Path, plan: dict[str, Any]) -> Iterator[Staging]:
     """Hold DEST.partial, made if it is not there. `plan` (JSON): what is being made; it must be that of an earlier try.
 
     What fails before anything can be continued leaves nothing behind. Raises FileExistsError if there is something at
     `destination`, or something that is not ours at DEST.partial, RuntimeError if another process holds it, ValueError
-    for a damaged journal or another plan, OSError if the folder cannot be written. If the disk becomes full, the
-    message says what comes after room was made: `then`.
+    for a damaged journal or another plan, OSError if the folder cannot be written.
     """
     folder = staging_folder(destination)
     _refuse_foreign(folder)
@@ -118,12 +106,6 @@ def staged(destination: Path, plan: dict[str, Any], *, then: str = "the same com
         staging = Staging(destination, folder, plan, lock)
         try:
             yield staging
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise OSError(
-                error.errno, f"the disk of {folder} is full ({error.strerror}). Free some space, and {then}"
-            ) from error
         finally:
             if not staging.has_progress:
                 _remove(folder)
@@ -181,12 +163,8 @@ def staging_folder(destination: Path) -> Path:
 
 
 def final_name(name: str) -> str:
-    """Of a working file, which may have a number behind its name, as a .beton with larger pages has their size."""
-    return re.sub(r"\.\d+$", "", name)
-
-
-def _in_words(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+    """Of a working file: a .beton with larger pages carries their size behind its name."""
+    return name[: name.index(".beton") + len(".beton")] if ".beton." in name else name
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +78,6 @@ class SampleRecords:
         for name, column in chosen.items():
             rows[name] = column
         return rows
-
-    def blocks(self) -> Iterator[tuple[NDArray[np.void], int]]:
-        """All samples as rows, a block at a time, with the number of the first one."""
-        for start in range(0, len(self), BLOCK_ROWS):
-            yield self.rows(start, start + BLOCK_ROWS), start
 
     @classmethod
     def open(cls, path: Path) -> SampleRecords:

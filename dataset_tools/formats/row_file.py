@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.files import read_at, write_at
+from dataset_tools.file_io import read_at, write_at
 from dataset_tools.formats.records import BLOCK_ROWS, ROW, TYPE_NAMES
 from dataset_tools.packed_names import PackedNames
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset_tools.files import ByteFile
-from dataset_tools.formats.formats import FORMATS
 from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.records import RAW, SampleRecords
 from dataset_tools.packed_names import PackedNames
+from dataset_tools.sources.byte_file import ByteFile
 from dataset_tools.sources.split import ImageSource, Split, split_rank
 
 
@@ -75,7 +74,8 @@ def open_converted(folder: Path) -> ImageSource:
         if labels.min() < -1 or labels.max() >= len(manifest.classes) or shards.min() < 0 or shards.max() >= len(files):
             raise ValueError(f"{records.path} is damaged: it has labels or file numbers that do not exist")
         splits[name] = ConvertedSplit(name, records, files, manifest.classes)
-    return ImageSource(path=folder, kind=FORMATS[manifest.format].title, splits=splits, classes=manifest.classes)
+    kind = "FFCV" if manifest.format == "ffcv" else "WebDataset"
+    return ImageSource(path=folder, kind=kind, splits=splits, classes=manifest.classes)
 
 
 def _reopened(name: str, records: Path, files: tuple[ByteFile, ...], classes: tuple[str, ...]) -> ConvertedSplit:

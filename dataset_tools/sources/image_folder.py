@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def open_image_folder(root: Path) -> ImageSource:
 
     Raises ValueError if there is none (see `layout.lay_out`), OSError if a folder cannot be read.
     """
-    files = {folder: PackedNames(names) for folder, names in scan(root)}
+    files = scan(root)
     layout = lay_out({folder: len(names) for folder, names in files.items()}, f"the folder {root}")
     splits: dict[str, Split] = {}
     for split, folders in layout.splits.items():
@@ -63,14 +62,13 @@ def open_image_folder(root: Path) -> ImageSource:
     return ImageSource(path=root, kind="image folder", splits=splits, classes=layout.classes)
 
 
-def scan(
-    root: Path, is_wanted: Callable[[str], bool] = is_image, depth: int | None = None
-) -> Iterator[tuple[str, list[str]]]:
-    """Every folder below `root` (path relative to it, "" itself), to that `depth`, and the sorted names of the files
-    right inside that `is_wanted`, not hidden ones.
+def scan(root: Path) -> dict[str, PackedNames]:
+    """Every folder below `root` (path relative to it, "" itself) → the sorted names of the images right
+    inside.
 
     Follows links, except one that leads back to a folder it is inside of.
     """
+    found: dict[str, PackedNames] = {}
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while waiting:
         folder, above = waiting.pop()
@@ -80,19 +78,20 @@ def scan(
         if identity in above:
             logger.warning("the link %s leads back to a folder it is in, and is not followed", path)
             continue
-        names: list[str] = []
+        images: list[str] = []
         with os.scandir(path) as entries:
             for entry in entries:
                 if is_hidden(entry.name):
                     continue
-                if not _is_folder(entry):
-                    names += [entry.name] if is_wanted(entry.name) else []
-                elif depth is None or len(above) + 1 < depth:
+                if is_folder(entry):
                     waiting.append((f"{folder}/{entry.name}" if folder else entry.name, above | {identity}))
-        yield folder, sorted(names)
+                elif is_image(entry.name):
+                    images.append(entry.name)
+        found[folder] = PackedNames(sorted(images))
+    return found
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Or a link to one."""
     try:
         return entry.is_dir()

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from dataset_tools.sources.image_folder import scan
+from dataset_tools.sources.image_folder import is_folder
 from dataset_tools.sources.layout import SPLIT_NAMES, first_few, is_hidden, is_image
 from dataset_tools.sources.split import SPLIT_ORDER
 
@@ -44,26 +44,27 @@ def split_files(place: Path) -> dict[str, list[Path]]:
     files = _find(place)
     if not files:
         return {}
-    spellings: dict[str, set[str]] = defaultdict(set)
-    named: dict[str, list[str]] = defaultdict(list)
-    others, folders = list[str](), set[str]()
+    named: dict[str | None, list[str]] = defaultdict(list)
+    words: dict[str, set[str]] = defaultdict(set)
+    folders: set[str] = set()
     for file in files:
         folder, name = os.path.split(file)
         parent, last = os.path.split(folder)
+        word = _split_word(name) or (last if last in SPLIT_NAMES else None)
+        split = SPLIT_NAMES[word] if word else None
+        named[split].append(file)
+        if split and word:
+            words[split].add(word)
         folders.add(parent if last in SPLIT_NAMES else folder)
-        if word := _split_word(name) or (last if last in SPLIT_NAMES else None):
-            named[SPLIT_NAMES[word]].append(file)
-            spellings[SPLIT_NAMES[word]].add(word)
-        else:
-            others.append(file)
     if len(folders) > 1:
         raise ValueError(
             f"{place} holds several Parquet data sets; give one of the folders: "
             f"{first_few([str(place / folder) for folder in sorted(folders)])}."
         )
-    for split, words in spellings.items():
-        if len(words) > 1:
-            raise ValueError(f"{place}: {first_few(sorted(words))} mean the same split, {split}: keep one.")
+    for split, spellings in words.items():
+        if len(spellings) > 1:
+            raise ValueError(f"{place}: {first_few(sorted(spellings))} mean the same split, {split}: keep one.")
+    others = named.pop(None, [])
     if not named:
         named["train"] = others
     elif others:
@@ -73,12 +74,23 @@ def split_files(place: Path) -> dict[str, list[Path]]:
 
 
 def _find(place: Path) -> list[str]:
-    """Paths, relative to `place`; [] if there is an image."""
+    """Paths, relative to `place`; [] as soon as an image is met."""
     found: list[str] = []
-    for folder, names in scan(place, depth=DEPTH, is_wanted=lambda name: is_image(name) or is_parquet_name(name)):
-        if any(map(is_image, names)):
-            return []
-        found += [f"{folder}/{name}" if folder else name for name in names]
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        with os.scandir(place / folder) as entries:
+            for entry in entries:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if is_hidden(entry.name):
+                    continue
+                if is_folder(entry):
+                    if path.count("/") < DEPTH - 1:
+                        waiting.append(path)
+                elif is_image(entry.name):
+                    return []
+                elif is_parquet_name(entry.name):
+                    found.append(path)
     return sorted(found)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataset_tools.files import ByteFile
 from dataset_tools.packed_names import PackedNames
 
 SPLIT_ORDER = ("train", "val", "test", "unlabeled")
@@ -40,10 +39,6 @@ class Split(ABC):
     def read(self, index: int) -> bytes:
         """The encoded image (JPEG, PNG …). Raises OSError, naming the sample, if it is gone or cut short."""
 
-    def packed_names(self) -> PackedNames:
-        """The names, in little memory."""
-        return self.names if isinstance(self.names, PackedNames) else PackedNames(self.names)
-
     def subset(self, indices: ArrayLike) -> Split:
         """A view of the samples at `indices` (integers [M], in [0, N), distinct or not), in that order."""
         return SubsetSplit(self, checked_indices(indices, len(self)))
@@ -62,34 +57,14 @@ class SubsetSplit(Split):
         self.parent, self.indices = parent, indices
         self.name, self.classes = parent.name, parent.classes
         self.labels = parent.labels[indices]
-        self.names = parent.packed_names().select(indices)
+        names = parent.names if isinstance(parent.names, PackedNames) else PackedNames(parent.names)
+        self.names = names.select(indices)
 
     def read(self, index: int) -> bytes:
         return self.parent.read(int(self.indices[index]))
 
     def subset(self, indices: ArrayLike) -> Split:
         return SubsetSplit(self.parent, self.indices[checked_indices(indices, len(self))])
-
-
-class ExtentSplit(Split):
-    """Images that are pieces of one file, read by position. Memory: the name and 32 bytes for each."""
-
-    def __init__(
-        self,
-        name: str,
-        file: ByteFile,
-        names: PackedNames,
-        extents: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        classes: tuple[str, ...],
-    ) -> None:
-        """`extents` int64 [N, 2]: offset and size, in bytes, of each image in the file."""
-        self.name, self.file, self.names, self.extents = name, file, names, extents
-        self.labels, self.classes = labels, classes
-
-    def read(self, index: int) -> bytes:
-        offset, size = map(int, self.extents[index])
-        return self.file.read(offset, size, sample=self.names[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +87,7 @@ class ImageSource:
         """
         digest = hashlib.sha256()
         for name, split in self.splits.items():
-            names = split.packed_names()
+            names = split.names if isinstance(split.names, PackedNames) else PackedNames(split.names)
             digest.update(f"{name} {len(split)}\n".encode())
             digest.update(names.blob)
             digest.update(names.offsets.astype("<i8").tobytes())

@@ -16,10 +16,10 @@ from leoclr_fast.bench.device_timing import captured, first_results, interleaved
 from leoclr_fast.bench.kernel_page import kernel_page
 from leoclr_fast.bench.statistics import median_interval, quantiles
 from leoclr_fast.bench.tables import number, spread
-from leoclr_fast.compiling import what_compiling_lacks
 from leoclr_fast.config import MethodName
-from leoclr_fast.environment import environment
-from leoclr_fast.methods import METHODS
+from leoclr_fast.machine.compiling import what_compiling_lacks
+from leoclr_fast.method.methods import METHODS
+from leoclr_fast.run.environment import environment
 from pipelines.augment import AugmentParameters, augment, draw_augmentation
 from pipelines.config import ViewConfig
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from leoclr_fast.backbone import Encoder
 from leoclr_fast.config import ResultConfig, SpeedConfig
-from leoclr_fast.key_schedule import KeySchedule
-from leoclr_fast.methods import METHODS
-from leoclr_fast.ranks.batch_layout import BatchLayout
+from leoclr_fast.distributed.batch_layout import BatchLayout
+from leoclr_fast.method.backbone import Encoder
+from leoclr_fast.method.key_schedule import KeySchedule
+from leoclr_fast.method.methods import METHODS
 from pipelines.augment import draw_augmentation
 
 _CROP_CHANNELS = 3

@@ -9,11 +9,11 @@ import torch
 
 from leoclr_fast.bench.setting import BenchSetting
 from leoclr_fast.config import MethodName, MonitorConfig, RunConfig, SpeedConfig
-from leoclr_fast.flops import training_flops_per_image
-from leoclr_fast.methods import METHODS
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.training_state import TrainingState
-from leoclr_fast.training_step import TrainingStep
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.method.flops import training_flops_per_image
+from leoclr_fast.method.methods import METHODS
+from leoclr_fast.training.state import TrainingState
+from leoclr_fast.training.step import TrainingStep
 from pipelines.batch import CropBatch
 from pipelines.views import ViewRecipe
 

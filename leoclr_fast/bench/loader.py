@@ -24,10 +24,10 @@ from leoclr_fast.bench.setting import require_one_process
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.tables import markdown_table, number, percent, spread
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.environment import environment
-from leoclr_fast.gpu_state import gpu_state
-from leoclr_fast.ranks.process_group import resolve_device
-from leoclr_fast.run_folder import RunFolder
+from leoclr_fast.distributed.process_group import resolve_device
+from leoclr_fast.machine.gpu_state import gpu_state
+from leoclr_fast.run.environment import environment
+from leoclr_fast.run.folder import RunFolder
 from pipelines.cores import available_cores
 from pipelines.factory import LOADERS, settle_loader
 

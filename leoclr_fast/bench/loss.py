@@ -16,9 +16,9 @@ from leoclr_fast.bench.device_timing import captured, first_results, interleaved
 from leoclr_fast.bench.kernel_page import kernel_page
 from leoclr_fast.bench.statistics import median_interval, quantiles
 from leoclr_fast.bench.tables import number, spread
-from leoclr_fast.compiling import what_compiling_lacks
-from leoclr_fast.environment import environment
 from leoclr_fast.losses.info_nce import InfoNCEImpl, info_nce
+from leoclr_fast.machine.compiling import what_compiling_lacks
+from leoclr_fast.run.environment import environment
 
 CROSS_ENTROPIES = "cross entropies"
 """The contestant that the others are compared with."""

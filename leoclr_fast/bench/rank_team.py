@@ -20,12 +20,12 @@ from leoclr_fast.bench.feeds import training_images
 from leoclr_fast.bench.own_process import OwnProcess
 from leoclr_fast.bench.stopwatch import synchronize
 from leoclr_fast.config import ResultConfig, RunConfig, SpeedConfig
-from leoclr_fast.methods import METHODS
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.ranks.communication_meter import CommunicationMeter
-from leoclr_fast.ranks.process_group import resolve_device
-from leoclr_fast.training_state import TrainingState
-from leoclr_fast.training_step import TrainingStep
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.communication_meter import CommunicationMeter
+from leoclr_fast.distributed.process_group import resolve_device
+from leoclr_fast.method.methods import METHODS
+from leoclr_fast.training.state import TrainingState
+from leoclr_fast.training.step import TrainingStep
 from pipelines.config import LoaderConfig
 from pipelines.factory import make_loader
 from pipelines.order import TrainOrder

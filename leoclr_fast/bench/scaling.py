@@ -17,10 +17,10 @@ from leoclr_fast.bench.setting import BenchSetting, bench_device, setting_header
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.config import MethodName, ResultConfig, SpeedConfig
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.environment import environment
-from leoclr_fast.gpu_state import gpu_state
-from leoclr_fast.ranks.batch_layout import BatchLayout
+from leoclr_fast.distributed.batch_layout import BatchLayout
+from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.recipes import get_recipe
+from leoclr_fast.run.environment import environment
 from pipelines.order import TrainOrder
 
 Say = Callable[[str], None]

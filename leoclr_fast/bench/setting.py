@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from leoclr_fast.config import MethodName, ResultConfig, SpeedConfig
-from leoclr_fast.ranks.process_group import resolve_device
+from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.recipes import get_recipe
 
 

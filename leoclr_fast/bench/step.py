@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.nn.utils import get_total_norm
 
-from leoclr_fast.acceleration import compiles_encoders
 from leoclr_fast.bench.contestant import OurMethod
 from leoclr_fast.bench.feeds import open_feeds, training_images
 from leoclr_fast.bench.setting import BenchSetting, bench_device, departures_from_paper, setting_header
@@ -19,13 +18,14 @@ from leoclr_fast.bench.tables import markdown_table, number, percent, spread
 from leoclr_fast.bench.turns import prepare
 from leoclr_fast.config import MethodName, SpeedConfig
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.environment import environment
-from leoclr_fast.flops import mfu, peak_flops_per_s
-from leoclr_fast.gpu_state import gpu_state
-from leoclr_fast.key_schedule import KeySchedule
-from leoclr_fast.methods import METHODS
-from leoclr_fast.precision import encoder_precision, view_dtype
-from leoclr_fast.ranks.batch_layout import BatchLayout
+from leoclr_fast.distributed.batch_layout import BatchLayout
+from leoclr_fast.machine.gpu_state import gpu_state
+from leoclr_fast.machine.precision import encoder_precision, view_dtype
+from leoclr_fast.method.flops import mfu, peak_flops_per_s
+from leoclr_fast.method.key_schedule import KeySchedule
+from leoclr_fast.method.methods import METHODS
+from leoclr_fast.run.environment import environment
+from leoclr_fast.training.acceleration import compiles_encoders
 from pipelines.augment import augmented_views
 from pipelines.batch import CropBatch
 from pipelines.config import LoaderConfig

@@ -24,11 +24,11 @@ from leoclr_fast.bench.turns import Prepared, Turn, prepare, take_turns
 from leoclr_fast.bench.turns_config import TurnsConfig
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.energy import EnergyMeter
-from leoclr_fast.environment import environment
-from leoclr_fast.flops import mfu, peak_flops_per_s
-from leoclr_fast.gpu_state import gpu_state
-from leoclr_fast.methods import METHODS
+from leoclr_fast.machine.energy import EnergyMeter
+from leoclr_fast.machine.gpu_state import gpu_state
+from leoclr_fast.method.flops import mfu, peak_flops_per_s
+from leoclr_fast.method.methods import METHODS
+from leoclr_fast.run.environment import environment
 from pipelines.config import LoaderConfig
 
 Say = Callable[[str], None]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from leoclr_fast.bench.tables import markdown_table, number, percent, spread
-from leoclr_fast.bottleneck import find_bottleneck
+from leoclr_fast.run.bottleneck import find_bottleneck
 
 _PLOT_FORMATS = (".svg", ".png", ".pdf")
 _NAMES = {"leoclr": "LeOCLR", "mocov2": "MoCo-v2, ours"}

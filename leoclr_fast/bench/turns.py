@@ -14,7 +14,7 @@ from leoclr_fast.bench.contestant import Contestant
 from leoclr_fast.bench.feeds import Feeds
 from leoclr_fast.bench.stopwatch import peak_memory_gib, synchronize
 from leoclr_fast.bench.turns_config import LEAST_ROUNDS, TurnsConfig
-from leoclr_fast.energy import EnergyMeter, energy_between
+from leoclr_fast.machine.energy import EnergyMeter, energy_between
 from pipelines.batch import CropBatch
 
 _STEPS_AHEAD = 2

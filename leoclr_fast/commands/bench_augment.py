@@ -34,7 +34,7 @@ class BenchAugment(CommonFlags):
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.bench.augment import augment_markdown, bench_augment
         from leoclr_fast.commands.written_page import command_line, write_page
-        from leoclr_fast.ranks.process_group import resolve_device
+        from leoclr_fast.distributed.process_group import resolve_device
 
         document = bench_augment(
             method=self.method,

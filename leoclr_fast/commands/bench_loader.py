@@ -43,7 +43,7 @@ class BenchLoader(CommonFlags):
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.bench.loader import LoaderBenchConfig, as_run_loads, bench_loader, loader_markdown
         from leoclr_fast.commands.written_page import command_line, write_page
-        from leoclr_fast.run_folder import RunFolder, write_json
+        from leoclr_fast.run.folder import RunFolder, write_json
 
         if bool(self.data) == (self.run_folder is not None):
             raise ValueError("bench loader needs images: give --data PATH [PATH …], or --run RUN, and not both")

@@ -34,7 +34,7 @@ class BenchLoss(CommonFlags):
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.bench.loss import bench_loss, loss_markdown
         from leoclr_fast.commands.written_page import command_line, write_page
-        from leoclr_fast.ranks.process_group import resolve_device
+        from leoclr_fast.distributed.process_group import resolve_device
 
         document = bench_loss(
             batch_size=self.batch_size,

@@ -34,7 +34,7 @@ class Demo(CommonFlags):
     def run(self, console: Console) -> dict[str, Any]:
         from dataclasses import replace
 
-        from leoclr_fast.demo import run_demo
+        from leoclr_fast.training.demo import run_demo
 
         recipe = get_recipe(f"{self.method}_demo")
         result = replace(

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def outcome(summary: dict[str, Any]) -> str:
-    """The summary of `leoclr_fast.train.pretrain`, for people."""
+    """The summary of `leoclr_fast.training.loop.pretrain`, for people."""
     parts = [f"{summary['recipe']}: {'finished' if summary['complete'] else 'stopped early'}"]
     if summary["images_per_s"] is not None:
         parts.append(f"{summary['images_per_s']:,.0f} images/s")

@@ -34,10 +34,10 @@ class Parity(CommonFlags):
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
     def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.bench.drawn_parameters import drawn_parameters
-        from leoclr_fast.bench.parity import ParityConfig, measure_parity
         from leoclr_fast.commands.written_page import write_page
-        from leoclr_fast.report.parity_page import parity_page
+        from leoclr_fast.parity.comparison import ParityConfig, measure_parity
+        from leoclr_fast.parity.drawn_parameters import drawn_parameters
+        from leoclr_fast.parity.page import parity_page
         from pipelines.config import ViewConfig
         from pipelines.views import LEOCLR_VIEWS
 

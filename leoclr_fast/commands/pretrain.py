@@ -37,7 +37,7 @@ class Pretrain(CommonFlags):
     """What is watched and kept on the way."""
 
     def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.train import pretrain
+        from leoclr_fast.training.loop import pretrain
 
         config = RunConfig(recipe=self.recipe, result=self.result, speed=self.speed, monitor=self.monitor)
         summary = pretrain(config, self.data, self.out, resume=self.resume, max_steps=self.max_steps, console=console)

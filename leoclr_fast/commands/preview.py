@@ -32,8 +32,8 @@ class Preview(CommonFlags):
         from dataset_tools.sources import open_source
         from dataset_tools.splits import choose_splits
         from dataset_tools.subsets import limited
-        from leoclr_fast.methods import METHODS
-        from leoclr_fast.preview import write_preview
+        from leoclr_fast.method.methods import METHODS
+        from leoclr_fast.run.preview import write_preview
 
         if self.rows < 1:
             raise ValueError(f"--rows {self.rows} is not allowed: give at least 1")

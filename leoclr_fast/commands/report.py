@@ -23,7 +23,7 @@ class Report(CommonFlags):
 
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.report.page import write_report
-        from leoclr_fast.run_folder import RunFolder
+        from leoclr_fast.run.folder import RunFolder
 
         if not self.runs:
             raise ValueError("report needs a run folder: leoclr-fast report RUN [RUN …] --out FILE.html")

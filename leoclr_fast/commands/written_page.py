@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from leoclr_fast.run_folder import write_atomically
+from leoclr_fast.run.folder import write_atomically
 
 
 def command_line(name: str, *paths: Path | None) -> str:

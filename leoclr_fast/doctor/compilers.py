@@ -47,7 +47,7 @@ def triton() -> Finding:
 
     if on_gpu:
         return _run_on_gpu(package.__version__)
-    from leoclr_fast.bench import ahead_of_time
+    from leoclr_fast.losses import ahead_of_time
 
     _, launch = next(ahead_of_time.crop_resize())
     row = ahead_of_time.compile_launch(launch, 80)

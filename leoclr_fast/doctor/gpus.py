@@ -20,7 +20,7 @@ def gpus() -> Finding:
     """Each visible GPU: name, memory, compute capability, who else uses it, and whether it computes rightly."""
     import torch
 
-    from leoclr_fast.gpu_state import gpu_state
+    from leoclr_fast.machine.gpu_state import gpu_state
 
     if not torch.cuda.device_count():
         return explain_no_gpu(torch.version.cuda)
@@ -122,7 +122,7 @@ def bf16() -> Finding:
     """Whether `--precision bf16` runs on the GPU."""
     import torch
 
-    from leoclr_fast.precision import require_precision
+    from leoclr_fast.machine.precision import require_precision
 
     if not torch.cuda.is_available():
         return not_applicable(_NO_GPU)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from leoclr_fast.control_groups import memory_left_bytes
 from leoclr_fast.doctor.finding import Finding, Trouble, failed, judged, not_applicable
+from leoclr_fast.machine.control_groups import memory_left_bytes
 
 _GIB = 2**30
 _LITTLE_MEMORY_GIB, _TOO_LITTLE_MEMORY_GIB = 8.0, 1.0

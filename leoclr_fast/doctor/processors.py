@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from leoclr_fast.control_groups import cpu_quota
 from leoclr_fast.doctor.finding import Finding, Trouble, judged, not_applicable
+from leoclr_fast.machine.control_groups import cpu_quota
 
 _FEW_CORES = 2
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -57,7 +57,7 @@ def numa(root: Path = Path("/")) -> Finding:
     """Memory nodes, and whether this process may use the cores beside each GPU."""
     import torch
 
-    from leoclr_fast.memory_nodes import gpu_node, node_cores
+    from leoclr_fast.machine.memory_nodes import gpu_node, node_cores
 
     nodes = node_cores(root)
     if len(nodes) < 2:

@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from leoclr_fast.checkpoint import DamagedCheckpointError, load_newest_checkpoint, save_checkpoint
 from leoclr_fast.config_file import differing_fields
-from leoclr_fast.environment import environment
+from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.subject import Subject
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.run_folder import RunFolder, write_json
+from leoclr_fast.run.checkpoint import DamagedCheckpointError, load_newest_checkpoint, save_checkpoint
+from leoclr_fast.run.environment import environment
+from leoclr_fast.run.folder import RunFolder, write_json
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import torch
 
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.process_group import Rendezvous, process_group
+from leoclr_fast.distributed.watchdog import WatchdogLimits, watched
 from leoclr_fast.evaluate.pace import Pace
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.ranks.process_group import Rendezvous, process_group
-from leoclr_fast.ranks.watchdog import WatchdogLimits, watched
 
 _LIMITS = WatchdogLimits(silence_s=45.0, step_s=math.inf, phase_s=7200.0)
 """Steps have their limit from `Pace`. What else a rank does at a stretch can be to unpack an archive: two hours."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.pace import Pace
-from leoclr_fast.precision import encoder_dtype, encoder_precision
-from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
 from pipelines.augment import augmented_views
 from pipelines.batch import CropBatch
 from pipelines.loader import Loader

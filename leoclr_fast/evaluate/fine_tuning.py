@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from torchvision.models.resnet import ResNet
 
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
+from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.progress import EvaluationProgress
-from leoclr_fast.precision import encoder_dtype, encoder_precision
-from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
+from leoclr_fast.run.telemetry import TrainingClock
 from leoclr_fast.schedules import learning_rate
-from leoclr_fast.telemetry import TrainingClock
 from pipelines.augment import augmented_views
 from pipelines.batch import CropBatch
 from pipelines.loader import Loader

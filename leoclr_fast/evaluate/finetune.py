@@ -17,6 +17,7 @@ from dataset_tools.sources import Split
 from dataset_tools.subset_lists import percent_of, read_subset_list, subset_text, write_subset_list
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, SpeedConfig
 from leoclr_fast.config_file import as_plain
+from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.evaluation_folder import PausedError, evaluation_folder
 from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.grid import GridSearch, Trial
@@ -25,7 +26,6 @@ from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 from leoclr_fast.evaluate.subject import Subject, load_subject, require_real_images, view_settings
-from leoclr_fast.ranks.collectives import Ranks
 from pipelines.config import ViewConfig
 
 log = logging.getLogger(__name__)

@@ -20,14 +20,14 @@ from torchvision.models.resnet import ResNet
 from dataset_tools.sources import Split
 from dataset_tools.splits import hold_out
 from leoclr_fast.config import SpeedConfig
+from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.accuracy import Accuracy, accuracy
 from leoclr_fast.evaluate.evaluation_folder import EvaluationFolder
 from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
 from leoclr_fast.evaluate.loaders import EvaluationLoaders
 from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.progress import EvaluationProgress
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.run_folder import write_atomically, write_json
+from leoclr_fast.run.folder import write_atomically, write_json
 from pipelines.config import ViewConfig
 from pipelines.factory import settle_loader
 from pipelines.loader import Loader

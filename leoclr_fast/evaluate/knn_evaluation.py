@@ -11,11 +11,11 @@ from torch import nn
 
 from dataset_tools.splits import EvaluationSplits
 from dataset_tools.subsets import limited
+from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.knn import KnnAccuracy, knn_accuracy
 from leoclr_fast.evaluate.loaders import EvaluationLoaders
 from leoclr_fast.evaluate.pace import Pace
-from leoclr_fast.ranks.collectives import Ranks
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.loader import Loader
 

@@ -24,6 +24,7 @@ from dataset_tools.sources import Split
 from dataset_tools.splits import hold_out
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.config_file import as_plain
+from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints, EvaluationFolder, PausedError, evaluation_folder
 from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
@@ -36,10 +37,9 @@ from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.evaluate.subject import freeze, load_subject, require_real_images, view_settings
-from leoclr_fast.precision import encoder_dtype
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.run_folder import write_atomically
-from leoclr_fast.telemetry import TrainingClock
+from leoclr_fast.machine.precision import encoder_dtype
+from leoclr_fast.run.folder import write_atomically
+from leoclr_fast.run.telemetry import TrainingClock
 from leoclr_fast.weights.backbone_file import weights_sha256
 from pipelines.factory import settle_loader
 from pipelines.loader import Loader

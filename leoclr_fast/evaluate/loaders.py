@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from dataset_tools.sources import Split
-from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.distributed.collectives import Ranks
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.factory import make_loader
 from pipelines.loader import Loader

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import TypeVar
 
-from leoclr_fast.ranks.watchdog import Watchdog
+from leoclr_fast.distributed.watchdog import Watchdog
 
 START_LIMIT_S = 1500.0
 """For the first two batches, which start the loader and compile; less than a collective is waited for."""

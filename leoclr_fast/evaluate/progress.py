@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from leoclr_fast.telemetry import TrainingClock
+from leoclr_fast.run.telemetry import TrainingClock
 
 _LINE_EVERY_S = 5.0
 

@@ -14,7 +14,7 @@ from leoclr_fast.config import MonitorConfig, SpeedConfig
 from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
 from leoclr_fast.evaluate.subject import load_subject, require_real_images
-from leoclr_fast.precision import encoder_dtype
+from leoclr_fast.machine.precision import encoder_dtype
 
 
 def run_knn(

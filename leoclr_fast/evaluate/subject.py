@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torchvision.models.resnet import ResNet
 
-from leoclr_fast.methods import build_method
-from leoclr_fast.run_folder import RunFolder
+from leoclr_fast.method.methods import build_method
+from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.weights.backbone_file import weights_sha256
 from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import LoaderConfig, ViewConfig

@@ -14,12 +14,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from leoclr_fast.compiling import what_compiling_lacks
+from leoclr_fast.config import InfoNCEImpl
 from leoclr_fast.losses.info_nce_eager import info_nce_eager
+from leoclr_fast.machine.compiling import what_compiling_lacks
 
 log = logging.getLogger(__name__)
-
-InfoNCEImpl = Literal["auto", "eager", "compiled", "triton"]
 
 
 def info_nce(

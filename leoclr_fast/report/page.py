@@ -21,7 +21,7 @@ from leoclr_fast.report.sections.throughput import throughput_of
 from leoclr_fast.report.sections.views import views_of
 from leoclr_fast.report.sections.warnings import warnings_of
 from leoclr_fast.report.verdict import verdict
-from leoclr_fast.run_folder import write_atomically
+from leoclr_fast.run.folder import write_atomically
 
 
 def write_report(paths: list[Path], out: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from leoclr_fast.environment import boot_id
 from leoclr_fast.report.metrics_file import FORMAT, Floats, MetricsFile
 from leoclr_fast.report.values import number, positive
-from leoclr_fast.run_folder import LOCK_NAME, RunFolder
+from leoclr_fast.run.environment import boot_id
+from leoclr_fast.run.folder import LOCK_NAME, RunFolder
 
 METHOD_TITLES = {"leoclr": "LeOCLR", "mocov2": "MoCo-v2"}
 _SILENT_AFTER_S = 600.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from leoclr_fast.bottleneck import Bottleneck, find_bottleneck
 from leoclr_fast.report.run_record import RunRecord, duration
 from leoclr_fast.report.values import number
+from leoclr_fast.run.bottleneck import Bottleneck, find_bottleneck
 
 
 def verdict(run: RunRecord) -> str:

@@ -9,8 +9,8 @@ from typing import get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from leoclr_fast.backbone import build_backbone
 from leoclr_fast.config import BackboneConfig
+from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.weights.accounting import Account, take_account
 
 _BACKBONE_NAME = re.compile(r"(conv1|bn1|layer[1-4])\.")

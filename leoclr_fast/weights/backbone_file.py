@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from leoclr_fast.config import BackboneConfig, RunConfig
 from leoclr_fast.config_file import as_plain, from_yaml
-from leoclr_fast.run_folder import write_atomically
+from leoclr_fast.run.folder import write_atomically
 from leoclr_fast.weights.accounting import take_account
 from leoclr_fast.weights.architecture import network_tensors, recognised_backbone, require_exact
 from pipelines.config import ViewConfig

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leoclr_fast.run_folder import write_atomically
+from leoclr_fast.run.folder import write_atomically
 from leoclr_fast.weights.formats.detectron2 import Detectron2Format
 from leoclr_fast.weights.formats.export_format import ExportFormat
 from leoclr_fast.weights.formats.onnx import OnnxFormat

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from leoclr_fast.backbone import build_backbone
-from leoclr_fast.run_folder import write_atomically
+from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.run.folder import write_atomically
 from leoclr_fast.weights.backbone_file import Description, backbone_bytes, weights_sha256
 from leoclr_fast.weights.moco_checkpoint import read_moco_checkpoint
 from leoclr_fast.weights.new_file import require_new_file

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.run_folder import RunFolder
+from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.weights.pretrained import Pretrained
 
 _NOT_RESULTS = {"evaluator", "unix_s", "note", "weights", "weights_sha256", "data", "config", "classes", "command"}

@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import Tensor
 from torchvision.models.resnet import ResNet
 
-from leoclr_fast.backbone import build_backbone
-from leoclr_fast.checkpoint import load_newest_checkpoint
 from leoclr_fast.config import BackboneConfig, RunConfig
-from leoclr_fast.run_folder import RunFolder
+from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.run.checkpoint import load_newest_checkpoint
+from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.weights.accounting import take_account
 from leoclr_fast.weights.architecture import network_tensors, require_exact
 from leoclr_fast.weights.backbone_file import Description, read_backbone_file, weights_sha256

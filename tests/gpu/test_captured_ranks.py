@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing
 
-from leoclr_fast.ranks.process_group import process_group
-from leoclr_fast.telemetry import STEP_METRICS
-from leoclr_fast.training_state import TrainingState
-from leoclr_fast.training_step import TrainingStep
+from leoclr_fast.distributed.process_group import process_group
+from leoclr_fast.run.telemetry import STEP_METRICS
+from leoclr_fast.training.state import TrainingState
+from leoclr_fast.training.step import TrainingStep
 from tests.leoclr_fast.conftest import tiny_config
 from tests.leoclr_fast.held_port import held_port
 from tests.leoclr_fast.rank_program import noise_batches

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from leoclr_fast.config import RunConfig
-from leoclr_fast.memory import OutOfMemoryError, explained_out_of_memory
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.telemetry import STEP_METRICS, StepMetrics
-from leoclr_fast.training_state import TrainingState
-from leoclr_fast.training_step import TrainingStep
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.run.telemetry import STEP_METRICS, StepMetrics
+from leoclr_fast.training.out_of_memory import OutOfMemoryError, explained_out_of_memory
+from leoclr_fast.training.state import TrainingState
+from leoclr_fast.training.step import TrainingStep
 from pipelines.batch import CropBatch
 from tests.leoclr_fast.conftest import tiny_config
-from tests.leoclr_fast.test_training_step import crop_batches, first_images
+from tests.leoclr_fast.training.test_training_step import crop_batches, first_images
 from tests.tolerances import CAPTURED_FIRST_LOSSES, CAPTURED_LOSS, COMPILED_ON_GPU_LOSS
 
 pytestmark = [

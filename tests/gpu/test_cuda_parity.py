@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from leoclr_fast.key_schedule import KeySchedule
-from leoclr_fast.methods import build_method
-from leoclr_fast.ranks.batch_layout import BatchLayout
-from leoclr_fast.run_folder import RunFolder
-from leoclr_fast.train import pretrain
+from leoclr_fast.distributed.batch_layout import BatchLayout
+from leoclr_fast.method.key_schedule import KeySchedule
+from leoclr_fast.method.methods import build_method
+from leoclr_fast.run.folder import RunFolder
+from leoclr_fast.training.loop import pretrain
 from pipelines.augment import augment, draw_augmentation
 from pipelines.config import ViewConfig
 from pipelines.crop_resize import crop_resize

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from leoclr_fast.backbone import build_backbone
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.evaluate.detection.config import DetectionConfig
 from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4
 from leoclr_fast.evaluate.detection.run_detection import run_detection
+from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.weights.backbone_file import Description, backbone_bytes
 from pipelines.config import ViewConfig
 from tests.leoclr_fast.voc_files import write_voc

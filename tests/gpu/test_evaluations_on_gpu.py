@@ -13,7 +13,7 @@ from leoclr_fast.evaluate.finetune import run_finetune
 from leoclr_fast.evaluate.linear import run_linear
 from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.protocols import FineTuneProtocol, LinearProtocol
-from leoclr_fast.train import pretrain
+from leoclr_fast.training.loop import pretrain
 from pipelines.config import LoaderConfig
 from tests.leoclr_fast.conftest import tiny_config, write_tiny_images
 

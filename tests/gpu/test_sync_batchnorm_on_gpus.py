@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.ranks.sync_batchnorm import SyncBatchNorm2d
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,7 +20,7 @@ from pipelines import augment_triton as fused
 from pipelines.augment import AugmentParameters, augment, draw_augmentation
 from pipelines.config import ViewConfig
 from pipelines.views import LEOCLR_VIEWS
-from tests.leoclr_fast.test_info_nce import unit_vectors
+from tests.leoclr_fast.losses.test_info_nce import unit_vectors
 from tests.pipelines.pictures import picture
 from tests.tolerances import AUGMENT_TRITON_ON_GPU, INFO_NCE_TRITON_ON_GPU
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from leoclr_fast.checkpoint import list_checkpoints, load_checkpoint, step_of
 from leoclr_fast.recipes import RECIPES
+from leoclr_fast.run.checkpoint import list_checkpoints, load_checkpoint, step_of
 from tests.launch.slurm_stubs import REQUEUED, STEP_PID, descendants, install
 from tests.leoclr_fast.conftest import write_tiny_images
 from tests.leoclr_fast.tiny_flags import TINY_FLAGS

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from leoclr_fast.cli import run_command
-from leoclr_fast.run_folder import RunFolder
-from leoclr_fast.train import pretrain
+from leoclr_fast.run.folder import RunFolder
+from leoclr_fast.training.loop import pretrain
 from tests.leoclr_fast.conftest import tiny_config
 
 

@@ -23,8 +23,9 @@ from torchvision.models.resnet import ResNet
 
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
-from leoclr_fast.backbone import build_backbone
 from leoclr_fast.config import BackboneConfig
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.evaluate.detection.config import DetectionConfig
 from leoclr_fast.evaluate.detection.detector_state import DetectorState
 from leoclr_fast.evaluate.detection.image_batches import BatchReader
@@ -38,8 +39,7 @@ from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
 from leoclr_fast.evaluate.loaders import EvaluationLoaders
 from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.progress import EvaluationProgress
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.ranks.process_group import process_group
+from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.weights.backbone_file import Description
 from leoclr_fast.weights.pretrained import Pretrained
 from pipelines.config import LoaderConfig, ViewConfig

@@ -19,7 +19,7 @@ import matplotlib.pyplot  # noqa: F401 - what the report needs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import leoclr_fast.report.page
-import leoclr_fast.train  # noqa: F401
+import leoclr_fast.training.loop  # noqa: F401
 from leoclr_fast.cli import run_command
 
 

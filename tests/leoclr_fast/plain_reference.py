@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dataset_tools.sources import open_source
-from leoclr_fast.backbone import Encoder
-from leoclr_fast.checkpoint import load_checkpoint
 from leoclr_fast.config import RunConfig
-from leoclr_fast.methods import METHODS, build_method
-from leoclr_fast.run_folder import RunFolder
+from leoclr_fast.method.backbone import Encoder
+from leoclr_fast.method.methods import METHODS, build_method
+from leoclr_fast.run.checkpoint import load_checkpoint
+from leoclr_fast.run.folder import RunFolder
 from pipelines.augment import augmented_views
 from pipelines.counter_rng import KEY_SHUFFLE_STREAM, permutation
 from pipelines.factory import make_loader

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from leoclr_fast.config import RunConfig
-from leoclr_fast.key_batchnorm import KeyBatchNorm2d
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.ranks.communication_meter import CommunicationMeter
-from leoclr_fast.ranks.process_group import process_group
-from leoclr_fast.ranks.sync_batchnorm import SyncBatchNorm2d
-from leoclr_fast.telemetry import STEP_METRICS
-from leoclr_fast.train import pretrain
-from leoclr_fast.training_state import TrainingState
-from leoclr_fast.training_step import TrainingStep
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.communication_meter import CommunicationMeter
+from leoclr_fast.distributed.process_group import process_group
+from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d
+from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d
+from leoclr_fast.run.telemetry import STEP_METRICS
+from leoclr_fast.training.loop import pretrain
+from leoclr_fast.training.state import TrainingState
+from leoclr_fast.training.step import TrainingStep
 from pipelines.batch import CropBatch
 from pipelines.order import TrainOrder, rank_slice
 from tests.leoclr_fast.conftest import tiny_config

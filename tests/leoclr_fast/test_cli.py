@@ -15,15 +15,15 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from leoclr_fast.backbone import build_backbone
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
+from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.recipes import RECIPES, get_recipe
-from leoclr_fast.run_folder import RunFolder
+from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.weights.pretrained import load_backbone
 from pipelines.config import LoaderConfig
-from tests.leoclr_fast.test_bad_input import pretrain_line, refused
+from tests.leoclr_fast.training.test_bad_input import pretrain_line, refused
 
 
 def succeeded(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, Any], str]:

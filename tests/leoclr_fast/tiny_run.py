@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from leoclr_fast.train import pretrain
+from leoclr_fast.training.loop import pretrain
 from tests.leoclr_fast.conftest import tiny_config
 
 data, out, max_steps, changes = sys.argv[1:]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from leoclr_fast.backbone import build_backbone
 from leoclr_fast.config import BackboneConfig
+from leoclr_fast.method.backbone import build_backbone
 
 
 def lively_resnet(arch: str, num_classes: int = 128, **options: Any) -> models.ResNet:

@@ -9,7 +9,7 @@ from typing import Any
 
 from leoclr_fast.config import RunConfig
 from leoclr_fast.recipes import get_recipe
-from leoclr_fast.run_folder import RunFolder
+from leoclr_fast.run.folder import RunFolder
 
 STEPS_PER_EPOCH = 46
 START_UNIX_S = 1_700_000_000.0

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from leoclr_fast.config_file import as_plain, differing_fields
+from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.detection.config import DetectionConfig
 from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4
 from leoclr_fast.evaluate.detection.synchronised_batchnorm import synchronised
-from leoclr_fast.precision import encoder_dtype
-from leoclr_fast.ranks.collectives import Ranks
+from leoclr_fast.machine.precision import encoder_dtype
 from leoclr_fast.weights.pretrained import Pretrained
 
 log = logging.getLogger(__name__)

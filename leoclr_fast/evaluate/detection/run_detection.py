@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.environment import environment
+from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImages
 from leoclr_fast.evaluate.detection.coco_annotations import read_coco
 from leoclr_fast.evaluate.detection.coco_ap import coco_average_precisions, require_pycocotools
@@ -28,9 +28,9 @@ from leoclr_fast.evaluate.evaluation_folder import newest_checkpoint
 from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.subject import evaluations_beside
-from leoclr_fast.precision import encoder_dtype, encoder_precision
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.run_folder import RunFolder, write_json
+from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
+from leoclr_fast.run.environment import environment
+from leoclr_fast.run.folder import RunFolder, write_json
 from leoclr_fast.weights.pretrained import Pretrained, load_pretrained
 
 log = logging.getLogger(__name__)

@@ -14,17 +14,17 @@ import torch
 from torch import nn
 
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
-from leoclr_fast.checkpoint import list_checkpoints, save_checkpoint
+from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage
 from leoclr_fast.evaluate.detection.config import DetectionConfig
 from leoclr_fast.evaluate.detection.detector_state import DetectorState
 from leoclr_fast.evaluate.detection.image_batches import BatchReader, DetectionBatch, Wish
 from leoclr_fast.evaluate.detection.order import Draw, GroupedOrder
 from leoclr_fast.evaluate.pace import Pace
-from leoclr_fast.precision import encoder_precision
-from leoclr_fast.ranks.collectives import Ranks
-from leoclr_fast.run_folder import write_atomically
-from leoclr_fast.telemetry import NonFiniteLossError
+from leoclr_fast.machine.precision import encoder_precision
+from leoclr_fast.run.checkpoint import list_checkpoints, save_checkpoint
+from leoclr_fast.run.folder import write_atomically
+from leoclr_fast.run.telemetry import NonFiniteLossError
 from pipelines.counter_rng import crop_stream, uniform
 from pipelines.order import rank_slice
 

@@ -10,7 +10,7 @@ from PIL import Image
 from leoclr_fast.report.elements import Content, Markup, element
 from leoclr_fast.report.run_record import RunRecord
 from leoclr_fast.report.values import number
-from leoclr_fast.run_folder import RunFolder
+from leoclr_fast.run.folder import RunFolder
 
 _SHEET_BYTES = 250_000
 _MAX_SHEETS = 4

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from leoclr_fast.backbone import build_backbone
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.run_folder import write_atomically
+from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.run.folder import write_atomically
 from leoclr_fast.weights.formats.export_format import ExportFormat, only_published_networks
 from leoclr_fast.weights.pretrained import Pretrained
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.run_folder import write_atomically
+from leoclr_fast.run.folder import write_atomically
 from leoclr_fast.weights.formats.export_format import ExportFormat, only_published_networks
 from leoclr_fast.weights.pretrained import Pretrained
 

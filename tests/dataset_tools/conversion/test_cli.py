@@ -18,8 +18,7 @@ import pytest
 from dataset_tools.cli import main
 from dataset_tools.command_line import PACKAGES
 from dataset_tools.formats.manifest import Manifest
-from tests.dataset_tools.conversion.pictures import black_png, encoded, flat
-from tests.dataset_tools.made_up import folder_bytes, write_files
+from tests.dataset_tools.conversion.pictures import black_png, encoded, flat, folder_bytes, write_files
 
 REPOSITORY = Path(__file__).parents[3]
 NUM_TRAIN, NUM_VAL = 24, 6

@@ -30,8 +30,8 @@ from tests.dataset_tools.conversion.trouble import (
     jpeg,
     mixed_files,
     until,
+    write_tar,
 )
-from tests.dataset_tools.made_up import write_tar
 
 KIB = 1024
 

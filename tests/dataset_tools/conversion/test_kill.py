@@ -35,8 +35,8 @@ from tests.dataset_tools.conversion.trouble import (
     journaled,
     mixed_files,
     until,
+    write_tar,
 )
-from tests.dataset_tools.made_up import write_tar
 
 NUM_TRAIN, NUM_VAL = 3000, 400
 PAUSE_S = 0.001

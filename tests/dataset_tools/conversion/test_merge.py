@@ -20,8 +20,7 @@ from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.records import ROW
 from dataset_tools.sources import open_source
 from dataset_tools.sources.converted import open_converted
-from tests.dataset_tools.conversion.pictures import encoded, flat
-from tests.dataset_tools.made_up import folder_bytes, write_files
+from tests.dataset_tools.conversion.pictures import encoded, flat, folder_bytes, write_files
 
 NUM_PARTS = 3
 OPTIONS = {

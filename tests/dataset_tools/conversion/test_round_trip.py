@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
@@ -26,8 +27,7 @@ from tests.dataset_tools.conversion.foreign import (
     read_with_dali,
     read_with_ffcv,
 )
-from tests.dataset_tools.conversion.pictures import PASSED_JPEGS, encoded, flat, noise, truth
-from tests.dataset_tools.made_up import write_files
+from tests.dataset_tools.conversion.pictures import PASSED_JPEGS, encoded, flat, noise, truth, write_files
 
 needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed")
 needs_dali = pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="no DALI")
@@ -424,6 +424,15 @@ class TestPhotographs:
         for format in ("ffcv", "webdataset"):
             assert_same_samples(open_source(photographs), made_photographs / format)
 
+    def test_webdataset(self, photographs: Path, made_photographs: Path) -> None:
+        original = open_source(photographs).splits["train"]
+        split = open_converted(made_photographs / "webdataset").splits["train"]
+        origins = split.records["source_index"]
+        samples = list(samples_of_tars(made_photographs / "webdataset", "train"))
+        assert [sample["jpg"] for sample in samples] == [original.read(int(index)) for index in origins]
+        assert [int(sample["cls"]) for sample in samples] == original.labels[origins].tolist()
+        assert sorted(origins) == list(range(400))
+
     @needs_ffcv
     def test_ffcv(self, foreign: ForeignReaders, photographs: Path, made_photographs: Path) -> None:
         """FFCV's crops of the middle are those that OpenCV makes of Pillow's pixels, which are a little more exact."""
@@ -444,6 +453,14 @@ class TestPhotographs:
         everything = sorted(map(as_bytes, first["images"], first["labels"]))
         for case, answer in found.items():
             assert sorted(map(as_bytes, answer["images"], answer["labels"])) == everything, case
+
+    @needs_dali
+    def test_dali(self, foreign: ForeignReaders, made_photographs: Path) -> None:
+        split = open_converted(made_photographs / "webdataset").splits["train"]
+        tars = shards(made_photographs / "webdataset", "train")
+        answer = foreign.ask(read_with_dali(tars, extensions=("jpg", "cls")))
+        assert answer["jpg"] == [split.read(index) for index in range(400)]
+        assert [int(label) for label in answer["cls"]] == split.labels.tolist()
 
     def test_cifar(self, real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
         folder = tmp_path_factory.mktemp("cifar")
@@ -477,3 +494,10 @@ def write_part(split: Split, per_class: int, root: Path) -> Path:
     """The first images of each class, as files."""
     chosen = np.concatenate([np.flatnonzero(split.labels == label)[:per_class] for label in range(len(split.classes))])
     return write_files(root, {split.names[index]: split.read(index) for index in chosen})
+
+
+def test_the_colours_can_be_told_apart() -> None:
+    for number in range(NUM_TRAIN + NUM_VAL + NUM_UNLABELED):
+        for data in (encoded(flat(color(number)), quality=95, subsampling=0), encoded(flat(color(number)), "PNG")):
+            assert number_of(truth(data)[None]).tolist() == [number]
+    assert Image.fromarray(truth(encoded(flat((1, 2, 3)), "PNG"))).getcolors() == [(480, (1, 2, 3))]

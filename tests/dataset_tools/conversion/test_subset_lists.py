@@ -17,8 +17,7 @@ from dataset_tools.sources import open_source
 from dataset_tools.sources.converted import open_converted
 from dataset_tools.sources.split import Split
 from dataset_tools.subset_lists import percent_of, read_subset_list, write_subset_list
-from tests.dataset_tools.conversion.pictures import encoded, flat
-from tests.dataset_tools.made_up import write_files
+from tests.dataset_tools.conversion.pictures import encoded, flat, write_files
 
 PERCENTS = (1, 2, 5, 10, 20, 50, 100)
 TEN_PERCENT_SHA256 = "9152b58c54d68ab678623ac3ae6e116ae54bdd90668a4069a19c8293d3df1ac0"

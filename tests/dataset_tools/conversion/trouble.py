@@ -8,8 +8,9 @@ import json
 import os
 import signal
 import sys
+import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,15 @@ def mixed_files(num_train: int, num_val: int, seed: int = 0) -> dict[str, bytes]
                 data = b"no image at all"
             files[f"{split}/class {number % 3}/{number:05}.{extension}"] = data
     return files
+
+
+def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -166,14 +176,14 @@ def journal_often(every_s: float = 0.02, pause_s: float = 0.0) -> Callable[[], N
     def prepare() -> None:
         assert convert.convert.__kwdefaults__ is not None
         convert.convert.__kwdefaults__["journal_every_s"] = every_s
-        transform = split_conversion.transform
+        treat = split_conversion.treat
 
         def slowly(*arguments: Any) -> Any:
             time.sleep(pause_s)
-            return transform(*arguments)
+            return treat(*arguments)
 
         if pause_s:
-            split_conversion.transform = slowly  # type: ignore[assignment]
+            split_conversion.treat = slowly  # type: ignore[assignment]
 
     return prepare
 

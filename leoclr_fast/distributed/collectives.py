@@ -1,0 +1,129 @@
+"""Ranks under torchrun, and the few collectives that training needs. With one rank each is a no-op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from leoclr_fast.distributed.communication_meter import CommunicationMeter
+from pipelines.order import rank_slice
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among all of a run."""
+
+    rank: int = 0
+    world_size: int = 1
+    meter: CommunicationMeter | None = field(default=None, compare=False, repr=False)
+    """Counts the collectives of tensors, where a benchmark wants that."""
+    placement: str | None = field(default=None, compare=False, repr=False)
+    """Cores, threads and memory nodes of all ranks, in a line; None for a single one."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def local_size(self, global_size: int) -> int:
+        """This rank's share of a global batch."""
+        part = rank_slice(global_size, self.rank, self.world_size)
+        return part.stop - part.start
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor], wire_dtype: torch.dtype | None = None) -> None:
+        """Sum tensors of one dtype over the ranks, in place, as one flat buffer.
+
+        Its layout, and so the order of summation, is the same in every step and after every resume. That is why there
+        is no DistributedDataParallel here: from its second step on it sums in buckets by the order in which gradients
+        became ready in the first, so that from 3 ranks on a resumed run would differ in the last bits.
+        wire_dtype: what the tensors are rounded to before they travel; the backend sums in it, too.
+        """
+        if self.world_size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        if wire_dtype is not None:
+            flat = flat.to(wire_dtype)
+        with self._metered("all_reduce", flat):
+            dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+
+    def all_gather_rows(self, rows: Tensor, global_size: int) -> Tensor:
+        """Rows of all ranks in rank order, [global_size, ...]; each rank gives its `local_size` of them."""
+        if self.world_size == 1:
+            return rows
+        largest = -(-global_size // self.world_size)
+        gathered = self.all_gather_padded(rows, largest).unflatten(0, (self.world_size, largest))
+        slices = [rank_slice(global_size, rank, self.world_size) for rank in range(self.world_size)]
+        return torch.cat([part[: s.stop - s.start] for part, s in zip(gathered, slices, strict=True)])
+
+    def all_gather_padded(self, rows: Tensor, most: int) -> Tensor:
+        """Rows of all ranks in rank order, [world size * most, ...]: `most` from each, zeros after those it has."""
+        if self.world_size == 1:
+            return rows
+        padded = rows
+        if len(rows) < most:
+            padded = torch.cat((rows, rows.new_zeros(most - len(rows), *rows.shape[1:])))
+        gathered = rows.new_empty(self.world_size * most, *rows.shape[1:])
+        with self._metered("all_gather", gathered):
+            dist.all_gather_into_tensor(gathered, padded.contiguous())
+        return gathered
+
+    def all_to_all_rows(self, rows: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        """Hand out rows, the first `send_sizes[0]` to rank 0 and so on; returns those that came, from rank 0 first."""
+        if self.world_size == 1:
+            return rows
+        received = rows.new_empty(sum(receive_sizes), *rows.shape[1:])
+        with self._metered("all_to_all", rows):
+            dist.all_to_all_single(received, rows.contiguous(), receive_sizes, send_sizes)
+        return received
+
+    def main_says(self, answer: bool, device: torch.device) -> bool:
+        """The first rank's answer, on every rank."""
+        if self.world_size == 1:
+            return answer
+        flag = torch.tensor([float(answer and self.is_main)], device=device)
+        dist.all_reduce(flag)
+        return bool(flag.item())
+
+    def require_equal(self, value: int, what: str, device: torch.device) -> None:
+        """Raises RuntimeError if the ranks do not have the same value, which would hang or corrupt them later."""
+        if self.world_size == 1:
+            return
+        values = self.all_gather_rows(torch.tensor([value], device=device), self.world_size).tolist()
+        if len(set(values)) > 1:
+            raise RuntimeError(
+                f"{what} differs between the ranks: {values} on ranks 0 to {self.world_size - 1}; all ranks must "
+                "see the same files"
+            )
+
+    def merged(self, own: dict[str, str]) -> dict[str, str]:
+        """The entries of all ranks' dicts."""
+        if self.world_size == 1:
+            return own
+        parts: list[dict[str, str]] = [{}] * self.world_size
+        dist.all_gather_object(parts, own)
+        return {key: value for part in parts for key, value in part.items()}
+
+    def from_main(self, value: Value) -> Value:
+        """The first rank's value, a picklable one, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _metered(self, kind: str, tensor: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self.meter is None else self.meter.collective(kind, tensor)

@@ -1,0 +1,61 @@
+"""Whether all ranks were started alike: options, data and packages."""
+
+from __future__ import annotations
+
+import platform
+import socket
+from importlib import metadata
+from typing import Any
+
+from dataset_tools.sources import ImageSource
+from leoclr_fast.config import RunConfig
+from leoclr_fast.config_file import as_plain
+from leoclr_fast.distributed.process_group import listed_ranks
+from leoclr_fast.distributed.side_group import SideGroup
+
+_PACKAGES = ("leoclr-fast", "torch", "torchvision", "numpy", "numba", "triton")
+_MAX_FIELDS = 8
+
+
+def require_same_everywhere(side: SideGroup, config: RunConfig, source: ImageSource, options: dict[str, Any]) -> None:
+    """Raises ValueError, on every rank the same, if ranks differ from the first one: which, and in what.
+
+    `--device` may differ. options: further ones of the command line.
+    """
+    own = _flat(as_plain(config)) | options
+    own.pop("speed.device")
+    own["the data's names and labels"] = source.fingerprint
+    own["the bytes of a sample of its images"] = source.sample_digest()
+    own["python"] = platform.python_version()
+    own |= {f"package {name}": _version(name) for name in _PACKAGES}
+    told_by = side.gathered((socket.gethostname(), own))
+    hosts, everyone = [host for host, _ in told_by], [values for _, values in told_by]
+    first = everyone[0]
+    lines: dict[str, list[int]] = {}
+    for rank, other in enumerate(everyone):
+        for name in sorted(first.keys() | other.keys()):
+            if other.get(name) != first.get(name):
+                line = f"{name}: {other.get(name)} there, {first.get(name)} on rank 0"
+                lines.setdefault(line, []).append(rank)
+    if not lines:
+        return
+    told = [f"{listed_ranks(ranks)} on {hosts[ranks[0]]}: {line}" for line, ranks in lines.items()]
+    more = f"; and {len(told) - _MAX_FIELDS} more" if len(told) > _MAX_FIELDS else ""
+    raise ValueError(
+        f"the ranks were not started alike. {'; '.join(told[:_MAX_FIELDS])}{more}. Start every rank with the same "
+        "options, data and packages."
+    )
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

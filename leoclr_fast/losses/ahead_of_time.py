@@ -1,0 +1,175 @@
+"""Compiles our Triton kernels for GPUs that are not here: ``python -m leoclr_fast.losses.ahead_of_time``.
+
+What is compiled is what would be launched, with the same tiles and the same knowledge of alignment. Prints one JSON
+document: for each kernel and target, the registers of a thread, the bytes it spills to memory, and the shared memory of
+a program. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from leoclr_fast.losses import info_nce_triton
+from pipelines import augment_triton, crop_resize_triton
+from pipelines.config import ViewConfig
+from pipelines.kernel_launch import KernelLaunch
+from pipelines.packed_images import PackedImages
+
+TARGETS = (80, 90, 100)
+"""Compute capabilities: A100; H100 and H200; B200."""
+
+_TYPE_NAMES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+def compile_launch(launch: KernelLaunch, target: int) -> dict[str, Any]:
+    """Compile for compute capability ``target`` / 10; its tensors may be on the meta device.
+
+    Returns kernel, target, registers (of a thread), spilled_bytes (of a thread), shared_bytes (of a program).
+    """
+    signature: dict[str, str] = {}
+    constants = dict(launch.constants)
+    alignment: dict[tuple[int], list[list[Any]]] = {}
+    for number, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments.get(name)
+        if isinstance(value, Tensor):
+            signature[name] = f"*{_TYPE_NAMES[value.dtype]}"
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value is None or value == 1:  # Triton makes a constant of an argument of 1
+            signature[name] = "constexpr"
+            constants.setdefault(name, value)
+        else:
+            signature[name] = "i32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0):
+            alignment[number,] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, alignment)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch.options)
+    usage = _resource_usage(compiled.asm["cubin"])
+    return {
+        "kernel": launch.kernel.__name__.lstrip("_"),
+        "target": f"sm_{target}",
+        "registers": usage["REG"],
+        "spilled_bytes": usage["STACK"] + usage["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL and others, from the cuobjdump that comes with Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text)}
+
+
+def _info_nce(dtype: torch.dtype, B: int, K: int, D: int, P: int) -> Iterator[tuple[str, KernelLaunch]]:
+    query, keys, queue = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((B, D), (P, B, D), (K, D)))
+    losses, gradient = (torch.empty(shape, device="meta") for shape in ((B,), (B, D)))
+    for launch in info_nce_triton.launches(query, keys, queue, 0.2, losses, gradient):
+        yield f"{_TYPE_NAMES[dtype]} B={B} K={K} D={D} P={P}", launch
+
+
+def info_nce() -> Iterator[tuple[str, KernelLaunch]]:
+    """The loss at the paper's sizes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from _info_nce(dtype, 256, 65536, 128, 2)
+
+
+def info_nce_odd() -> Iterator[tuple[str, KernelLaunch]]:
+    """The loss in the third dtype, and at sizes that fit no tile."""
+    yield from _info_nce(torch.float16, 256, 65536, 128, 2)
+    yield from _info_nce(torch.float32, 1, 1, 16, 1)
+    yield from _info_nce(torch.float16, 1, 1, 1, 1)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield from _info_nce(dtype, 3, 507, 33, 1)
+        yield from _info_nce(dtype, 70, 4096, 300, 3)
+
+
+def augment() -> Iterator[tuple[str, KernelLaunch]]:
+    """The augmentation of LeOCLR's three views at 224 pixels; each kernel once, though launched for one part of the
+    views after another.
+    """
+    yield from _augment(torch.bfloat16, 224, 96)
+
+
+def augment_odd() -> Iterator[tuple[str, KernelLaunch]]:
+    """The augmentation in the other dtypes, and at a side that no tile fits."""
+    for dtype in (torch.float32, torch.float16):
+        yield from _augment(dtype, 224, 96)
+        yield from _augment(dtype, 33, 5)
+    yield from _augment(torch.bfloat16, 32, 64, blur_probability=0.0)
+    yield from _augment(torch.float32, 3, 1)
+
+
+def _augment(dtype: torch.dtype, side: int, batch_size: int, **changes: Any) -> Iterator[tuple[str, KernelLaunch]]:
+    crops = torch.empty(batch_size, 3, side, side, 3, dtype=torch.uint8, device="meta").transpose(0, 1)
+    table = torch.empty(3 * batch_size, 13, dtype=torch.float64, device="meta")
+    output = torch.empty(3 * batch_size, side, side, 3, dtype=dtype, device="meta")
+    all_launches = augment_triton.launches(crops, table, replace(ViewConfig(image_size=side), **changes), output)
+    for launch in {launch.kernel: launch for launch in all_launches}.values():
+        yield f"{_TYPE_NAMES[dtype]} S={side} B={batch_size}", launch
+
+
+def crop_resize() -> Iterator[tuple[str, KernelLaunch]]:
+    """The resize of photographs to 224 pixels, with their channels side by side."""
+    yield from _crop_resize(224, 768, planar=False)
+
+
+def crop_resize_odd() -> Iterator[tuple[str, KernelLaunch]]:
+    """The resize of images in planes, to a side that no tile fits, and to CIFAR's."""
+    for size, planar in ((224, True), (33, False), (33, True), (32, False)):
+        yield from _crop_resize(size, 5, planar=planar)
+
+
+def _crop_resize(size: int, count: int, *, planar: bool) -> Iterator[tuple[str, KernelLaunch]]:
+    first, height, width = (np.full(1, number, dtype=np.int64) for number in (0, 375, 500))
+    pixels = torch.empty(3 * 375 * 500, dtype=torch.uint8, device="meta")
+    images = PackedImages(pixels=pixels, offsets=first, heights=height, widths=width, planar=planar)
+    boxes = np.full((count, 4), (0, 0, 375, 500), dtype=np.int32)
+    output = torch.empty(count, size, size, 3, dtype=torch.uint8, device="meta")
+    for launch in crop_resize_triton.launches(images, np.zeros(count, dtype=np.int64), boxes, output):
+        yield f"S={size} M={count} planar={planar}", launch
+
+
+CASES = {
+    "info_nce": info_nce,
+    "info_nce_odd": info_nce_odd,
+    "augment": augment,
+    "augment_odd": augment_odd,
+    "crop_resize": crop_resize,
+    "crop_resize_odd": crop_resize_odd,
+}
+
+
+def compile_all(names: Sequence[str] = tuple(CASES), targets: Sequence[int] = TARGETS) -> list[dict[str, Any]]:
+    """One row for each kernel, case and target."""
+    return [
+        {"case": case, **compile_launch(launch, target)}
+        for name in names
+        for case, launch in CASES[name]()
+        for target in targets
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps({"triton": triton.__version__, "rows": compile_all(sys.argv[1:] or tuple(CASES))}, indent=1))

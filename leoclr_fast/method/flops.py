@@ -1,0 +1,117 @@
+"""Arithmetic per image, the peak of a GPU, and their quotient: model FLOPs utilisation (MFU).
+
+One multiply-accumulate (MAC) is two floating-point operations (FLOPs).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from leoclr_fast.config import BackboneConfig, ResultConfig
+from leoclr_fast.method.backbone import Encoder
+
+_TERA = 10**12
+
+_PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    "GB200": {"fp16": 2500, "bf16": 2500, "tf32": 1250},
+    "B200": {"fp16": 2250, "bf16": 2250, "tf32": 1100},
+    "H200 NVL": {"fp16": 835.5, "bf16": 835.5, "tf32": 417.7, "fp32": 60.3, "fp64": 60.3},
+    "H200": {"fp16": 989.4, "bf16": 989.4, "tf32": 494.7, "fp32": 66.9, "fp64": 66.9},
+    "GH200": {"fp16": 989.4, "bf16": 989.4, "tf32": 494.7, "fp32": 66.9, "fp64": 66.9},
+    "H100 NVL": {"fp16": 835.5, "bf16": 835.5, "tf32": 417.7, "fp32": 60.3, "fp64": 60.3},
+    "H100 PCIe": {"fp16": 756.5, "bf16": 756.5, "tf32": 378.3, "fp32": 51.2, "fp64": 51.2},
+    "H100 80GB HBM3": {"fp16": 989.4, "bf16": 989.4, "tf32": 494.7, "fp32": 66.9, "fp64": 66.9},
+    "A100": {"fp16": 312, "bf16": 312, "tf32": 156, "fp32": 19.5, "fp64": 19.5},
+    "V100 PCIE": {"fp16": 112, "fp32": 14, "fp64": 7},
+    "V100": {"fp16": 125, "fp32": 15.7, "fp64": 7.8},
+    "L40S": {"fp16": 362, "bf16": 362, "tf32": 183, "fp32": 91.6},
+    "A40": {"fp16": 149.7, "bf16": 149.7, "tf32": 74.8, "fp32": 37.4},
+    "A10": {"fp16": 125, "bf16": 125, "tf32": 62.5, "fp32": 31.2},
+    "T4": {"fp16": 65, "fp32": 8.1},
+}
+"""Words of a GPU's name -> its rates; the first that fits counts."""
+
+
+def forward_macs(module: nn.Module, inputs: Tensor) -> int:
+    """Multiply-accumulates of the convolutions and linear layers that `module` runs on `inputs` (any device,
+    `meta` too). Batch-norm, activations and pooling are not counted, as is usual.
+    """
+    total = 0
+
+    def count(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        if isinstance(layer, nn.Conv2d):
+            total += output.numel() * layer.weight[0].numel()
+        elif isinstance(layer, nn.Linear):
+            total += output.numel() * layer.in_features
+
+    hooks = [layer.register_forward_hook(count) for layer in module.modules()]
+    try:
+        with torch.no_grad():
+            module(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def encoder_macs(backbone: BackboneConfig, projection_dim: int, image_size: int) -> int:
+    """Multiply-accumulates of one forward pass of an encoder for one image of `image_size` pixels a side: backbone
+    and projection head. ResNet-50 at 224: 4.09 billion.
+    """
+    with torch.device("meta"):
+        encoder = Encoder(backbone, projection_dim)
+        image = torch.empty(2, 3, image_size, image_size)  # batch-norm in training mode wants more than one value
+    return forward_macs(encoder, image) // 2
+
+
+def training_flops_per_image(result: ResultConfig) -> int:
+    """FLOPs of a training step for each image: with F for a forward pass, 3 F for the query (backward is 2 F) and F
+    for each key, so 5 F in LeOCLR and 4 F in MoCo-v2.
+
+    Counted though no step needs it: the gradient of the images (0.6 % of a ResNet-50 step). Not counted: the logits of
+    the queue (0.1 % there), batch-norm, activations, augmentation.
+    """
+    forward = 2 * encoder_macs(result.backbone, result.method.projection_dim, result.views.image_size)
+    return (3 + result.method.num_keys) * forward
+
+
+def peak_flops_per_s(device: torch.device, precision: str) -> tuple[float | None, str]:
+    """Peak FLOP/s of the device at a `--precision`, and where the number comes from; None, and why, if unknown.
+
+    fp32 means TF32 where PyTorch lets convolutions use it (its default). See `peak_of_gpu`.
+    """
+    if device.type != "cuda":
+        return None, f"the peak of a {device.type.upper()} is not known"
+    arithmetic = "tf32" if precision == "fp32" and _convolutions_use_tf32() else precision
+    return peak_of_gpu(torch.cuda.get_device_name(device), arithmetic)
+
+
+def peak_of_gpu(name: str, arithmetic: str) -> tuple[float | None, str]:
+    """Peak FLOP/s of the GPU that CUDA calls `name` in bf16, fp16, tf32, fp32 or fp64, and a remark; None and why not,
+    if it is not in the table.
+
+    The table holds the dense tensor-core rates (fp32: those of the CUDA cores) of NVIDIA's data sheets and white
+    papers of the GPUs it names; the rates with sparsity, twice as high, are not meant. They assume the boost clock and
+    the whole chip, so a MIG slice has no entry.
+    """
+    words = f" {name.replace('-', ' ')} "
+    if " MIG " in words:
+        return None, f"{name} is a MIG slice, a part of a GPU"
+    for gpu, rates in _PEAK_TFLOPS.items():
+        if f" {gpu} " in words:
+            if arithmetic not in rates:
+                return None, f"the peak of {name} in {arithmetic} is not in our table"
+            return rates[arithmetic] * _TERA, f"{rates[arithmetic]:g} TFLOP/s, dense {arithmetic}, by the data sheet"
+    return None, f"the peak of {name} is not in our table"
+
+
+def mfu(flops_per_image: int, images_per_s: float, peak: float | None) -> float | None:
+    """Share of the peak that the model's arithmetic takes, 0 to 1; None where the peak is unknown."""
+    return None if peak is None else flops_per_image * images_per_s / peak
+
+
+def _convolutions_use_tf32() -> bool:
+    supported = torch.cuda.get_device_capability()[0] >= 8
+    return supported and torch.backends.cudnn.allow_tf32

@@ -1,0 +1,1 @@
+"""The loaders held against torchvision, pixel by pixel."""

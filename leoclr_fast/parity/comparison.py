@@ -1,0 +1,211 @@
+"""Do all loaders hand out the same crops? Each against torchvision's, with the same order and the same boxes.
+
+Legend: B images, V views, S side of a view.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dataset_tools.sources import Split, open_source
+from dataset_tools.splits import choose_splits
+from dataset_tools.subsets import limited
+from leoclr_fast.distributed.process_group import resolve_device
+from pipelines.batch import CropBatch
+from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.factory import LOADERS, make_loader
+from pipelines.loader import Loader
+from pipelines.order import SequentialOrder
+from pipelines.torchvision_loader import TorchvisionLoader
+from pipelines.views import LEOCLR_VIEWS
+
+Say = Callable[[str], None]
+
+EDGE = 2
+"""Pixels at each side of a crop that are looked at by themselves: DALI reads beyond the box there."""
+BACKENDS = tuple(name for name in LOADERS if name not in ("synthetic", "torchvision"))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Largest differences from the oracle that are allowed, in levels of 255, without the `EDGE`."""
+
+    mean: float
+    max: float
+
+
+CPU_LIMITS = Limits(mean=0.5, max=2)
+"""Of every decoder and filter on a CPU; the resident and ffcv loaders are equal to the oracle."""
+GPU_LIMITS = Limits(mean=1.5, max=24)
+"""With JPEGs decoded on a GPU, whose inverse transform and chroma differ from libjpeg-turbo's. Not measured yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityConfig:
+    """What is compared."""
+
+    loaders: tuple[str, ...] = ()
+    """Names of --loader; by default all that can run here."""
+    max_images: int | None = 256
+    """At most so many images, a class-balanced choice; all if None."""
+    image_size: int = 224
+    """Side of a view, pixels."""
+    batch_size: int = 32
+    worst: int = 4
+    """Crops that are kept of each loader: those that differ most."""
+    seed: int = 0
+    workers: int | None = None
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "batch_size", "worst"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give at least 1")
+        if self.image_size <= 2 * EDGE:
+            raise ValueError(f"image_size {self.image_size} is not allowed: give more than {2 * EDGE} pixels")
+        for name in self.loaders:
+            if name not in BACKENDS:
+                nearest = difflib.get_close_matches(name, BACKENDS, n=2)
+                hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+                raise ValueError(f"{name!r} cannot be compared with torchvision.{hint} Allowed: {', '.join(BACKENDS)}.")
+
+
+@dataclass(slots=True, kw_only=True)
+class WorstCrop:
+    """A crop by the oracle and by another loader: uint8 [S, S, 3] each."""
+
+    mean_difference: float
+    name: str
+    view: str
+    oracle: npt.NDArray[np.uint8]
+    ours: npt.NDArray[np.uint8]
+
+
+@dataclass(slots=True, kw_only=True)
+class BackendParity:
+    """One loader on one data set. Differences are absolute, in levels of 255."""
+
+    loader: str
+    data: str
+    limits: Limits
+    images: int = 0
+    same_indices: bool = True
+    same_boxes: bool = True
+    same_labels: bool = True
+    mean: float = 0.0
+    """Without the edge, over all crops."""
+    max: int = 0
+    """Without the edge."""
+    edge_mean: float = 0.0
+    edge_max: int = 0
+    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
+    """int64 [256]: how many values without the edge differ by so much."""
+    worst: list[WorstCrop] = field(default_factory=list)
+    """Those that differ most on average, the worst first."""
+
+    @property
+    def ok(self) -> bool:
+        """Everything is equal that has to be, and the pixels are within the limits."""
+        same = self.same_indices and self.same_boxes and self.same_labels
+        return same and self.mean <= self.limits.mean and self.max <= self.limits.max
+
+
+def measure_parity(
+    config: ParityConfig, data: Sequence[Path], say: Say = lambda _: None
+) -> tuple[list[BackendParity], list[str]]:
+    """Every loader that can run here on every one of ``data``; and why others could not.
+
+    Raises ValueError for data or settings that cannot be, RuntimeError if one of ``config.loaders`` ran on none.
+    """
+    device = resolve_device(config.device)
+    results: list[BackendParity] = []
+    obstacles: list[str] = []
+    for path in data:
+        split = limited(choose_splits(open_source(path)).pretrain, config.max_images)
+        for name in config.loaders or BACKENDS:
+            try:
+                loader = _open(name, split, config, device)
+            except (ImportError, ValueError, RuntimeError) as error:
+                obstacles.append(f"{name} on {path.name}: {error}")
+                say(obstacles[-1])
+                continue
+            with loader:
+                results.append(_compared(loader, path.name, config))
+            say(f"{name} on {path.name}: mean {results[-1].mean:.3f}, max {results[-1].max} levels")
+    missing = [name for name in config.loaders if name not in {result.loader for result in results}]
+    if missing or not results:
+        raise RuntimeError(f"nothing was compared for {', '.join(missing) or 'any loader'}: {'; '.join(obstacles)}")
+    return results, obstacles
+
+
+def _open(name: str, split: Split, config: ParityConfig, device: torch.device) -> Loader:
+    order = SequentialOrder(num_images=len(split), batch_size=config.batch_size)
+    settings = LoaderConfig(name=name, workers=config.workers)
+    views = ViewConfig(image_size=config.image_size)
+    return make_loader(split, LEOCLR_VIEWS, views, settings, order, seed=config.seed, device=device)
+
+
+def _compared(loader: Loader, data: str, config: ParityConfig) -> BackendParity:
+    decodes_on_gpu = loader.device.type == "cuda" and loader.name in ("dali", "nvjpeg")
+    result = BackendParity(loader=loader.name, data=data, limits=GPU_LIMITS if decodes_on_gpu else CPU_LIMITS)
+    oracle = TorchvisionLoader(
+        loader.split,
+        loader.views,
+        loader.view_config,
+        LoaderConfig(workers=config.workers),
+        loader.order,
+        seed=config.seed,
+        device=torch.device("cpu"),
+    )
+    edge_counts = np.zeros(256, dtype=np.int64)
+    with oracle:
+        for ours, theirs in zip(loader.batches(0), oracle.batches(0), strict=True):
+            result.images += len(ours.indices)
+            result.same_indices &= np.array_equal(ours.indices, theirs.indices)
+            result.same_boxes &= np.array_equal(ours.boxes, theirs.boxes)
+            result.same_labels &= torch.equal(ours.labels, theirs.labels)
+            _add(result, edge_counts, ours, theirs, loader, config.worst)
+    levels = np.arange(256)
+    result.mean = float((result.counts * levels).sum() / max(1, result.counts.sum()))
+    result.max = int(levels[result.counts > 0].max(initial=0))
+    result.edge_mean = float((edge_counts * levels).sum() / max(1, edge_counts.sum()))
+    result.edge_max = int(levels[edge_counts > 0].max(initial=0))
+    return result
+
+
+def _add(
+    result: BackendParity,
+    edge_counts: npt.NDArray[np.int64],
+    ours: CropBatch,
+    theirs: CropBatch,
+    loader: Loader,
+    keep: int,
+) -> None:
+    """Take a batch into account."""
+    crops, expected = ours.crops.cpu().numpy(), theirs.crops.numpy()  # [B, V, S, S, 3]
+    difference = np.where(crops > expected, crops - expected, expected - crops)
+    inner = np.s_[:, :, EDGE:-EDGE, EDGE:-EDGE]
+    inside = np.bincount(difference[inner].ravel(), minlength=256)
+    result.counts += inside
+    edge_counts += np.bincount(difference.ravel(), minlength=256) - inside
+    means = difference.mean(axis=(2, 3, 4))  # [B, V]
+    for flat in np.argsort(-means, axis=None, kind="stable")[:keep].tolist():
+        row, view = divmod(flat, means.shape[1])
+        result.worst.append(
+            WorstCrop(
+                mean_difference=float(means[row, view]),
+                name=loader.split.names[int(theirs.indices[row])],
+                view=loader.views[view].name,
+                oracle=expected[row, view].copy(),
+                ours=crops[row, view].copy(),
+            )
+        )
+    result.worst = sorted(result.worst, key=lambda crop: -crop.mean_difference)[:keep]

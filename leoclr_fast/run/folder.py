@@ -1,0 +1,223 @@
+"""A run on disk: config, environment, metrics, checkpoints, final weights. Only one process may write to it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from dataset_tools.file_lock import LOCK_WAIT_S, take_lock
+from leoclr_fast.config import RunConfig
+from leoclr_fast.config_file import from_yaml, to_yaml
+from leoclr_fast.run.environment import environment
+
+log = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+HISTORY_KINDS = ("start", "end", "warning")
+"""Of the records of `metrics.jsonl` that no resumed run writes again."""
+_held_locks: set[IO[str]] = set()
+
+
+def _drop_locks() -> None:
+    """In a forked child: a loader's worker that outlives its killed parent must not keep the folder locked."""
+    for lock in _held_locks:
+        lock.close()
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_drop_locks)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The files of a run: `config.yaml`, `environment.json`, `data.json` and `preview.png` (what it trains on),
+    `metrics.jsonl`, `checkpoints/`, `best.json` (which of them is the best), `report.html`, after an orderly end
+    `summary.json` and `final.safetensors`, `evaluations.jsonl` once it was evaluated, and `bench_loader.json` once its
+    loader was timed.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def data_file(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def preview_file(self) -> Path:
+        return self.path / "preview.png"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def loader_bench_file(self) -> Path:
+        return self.path / "bench_loader.json"
+
+    @property
+    def evaluations_file(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def best_file(self) -> Path:
+        return self.path / "best.json"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final_weights(self) -> Path:
+        return self.path / "final.safetensors"
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.config_file.is_file()
+
+    def create(self) -> None:
+        """Make the folder. Raises ValueError if it holds other files, is no folder or cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # A run that died before it had a config leaves an empty `checkpoints` and hidden files behind.
+            names = {entry.name for entry in os.scandir(self.path)} - {"checkpoints"}
+            foreign = sorted(name for name in names if not name.startswith("."))
+            if foreign and not self.exists():
+                raise ValueError(
+                    f"the output folder {self.path} holds other files ({', '.join(foreign[:3])}…) and no run; "
+                    "give --out a new or empty folder"
+                )
+            self.checkpoints.mkdir(exist_ok=True)
+            probe = self.path / ".write-probe"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"cannot write to the output folder {self.path}: {error.strerror}") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against a second writer; children that this process forks meanwhile do not hold it.
+
+        Raises RuntimeError if another process holds it for more than a moment, as one does that was just killed, or a
+        reader that looks whether the run is alive.
+        """
+        with open(self.path / LOCK_NAME, "w") as lock:
+            _held_locks.add(lock)
+            try:
+                self._take(lock)
+                yield
+            finally:
+                _held_locks.discard(lock)
+
+    def _take(self, lock: IO[str]) -> None:
+        try:
+            take_lock(lock, LOCK_WAIT_S)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"another process is writing to {self.path}; wait for it or choose another --out"
+            ) from error
+
+    def write_config(self, config: RunConfig) -> None:
+        write_atomically(self.config_file, to_yaml(config).encode())
+
+    def read_config(self) -> RunConfig:
+        """Raises FileNotFoundError if there is no run here, ValueError if its config cannot be understood."""
+        if not self.exists():
+            raise FileNotFoundError(
+                f"{self.path} is not a run folder: it has no config.yaml; give the --out of a pretrain"
+            )
+        return from_yaml(RunConfig, self.config_file.read_text(), str(self.config_file))
+
+    def write_environment(self, device: torch.device, world_size: int, gpu_warnings: list[str] | None) -> None:
+        """gpu_warnings: what makes figures of this GPU worth less (a MIG slice, other users); None without a GPU."""
+        document = environment(device, world_size)
+        if gpu_warnings is not None:
+            document["gpu_warnings"] = gpu_warnings
+        write_json(self.environment_file, document)
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop what was logged after `step`: a resumed run logs it again. A half-written last line goes too.
+
+        When the run started and ended, and what it warned of, stays: that did happen.
+        """
+        if not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if record["kind"] in HISTORY_KINDS or 0 < step >= record["step"]:
+                kept.append(line + "\n")
+        write_atomically(self.metrics_file, "".join(kept).encode())
+
+    def has_knn_of(self, step: int) -> bool:
+        """Whether the newest kNN record is of this step."""
+        records = self.read_metrics("knn")
+        return bool(records) and records[-1]["step"] == step
+
+    def add_evaluation(self, evaluator: str, result: dict[str, Any]) -> None:
+        """Append a result to `evaluations.jsonl`, for the report. Where that cannot be written, it is a warning."""
+        line = json.dumps({"evaluator": evaluator, "unix_s": round(time.time(), 3), **result}) + "\n"
+        try:
+            with open(self.evaluations_file, "a") as file:
+                file.write(line)
+        except OSError as error:
+            log.warning("the result is not kept for the report: %s", error)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What the last orderly end of the run wrote, if there was one."""
+        if not self.summary_file.exists():
+            return None
+        summary: dict[str, Any] = json.loads(self.summary_file.read_text())
+        return summary
+
+    def read_metrics(self, kind: str) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl` with this `kind`: step, knn, start, end or warning."""
+        if not self.metrics_file.exists():
+            return []
+        records = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        return [record for record in records if record["kind"] == kind]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: temporary file, fsync, rename. Raises OSError, e.g. on a full disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())

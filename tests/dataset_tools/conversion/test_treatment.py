@@ -1,0 +1,464 @@
+"""Each kind of image, good and bad: passed through, re-encoded (and why), or put in quarantine (and why)."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.conversion.treatment import MAX_PIXELS, Treated, UnusableImageError, treat
+from dataset_tools.conversion.verify import verify
+from dataset_tools.formats.records import JPG, PASSED_THROUGH, PNG, RAW, REENCODED
+from dataset_tools.sources.converted import open_converted
+from tests.dataset_tools.conversion.pictures import (
+    GOOD_JPEG,
+    PASSED_JPEGS,
+    before_tables,
+    black_png,
+    encoded,
+    flat,
+    folder_bytes,
+    noise,
+    picture,
+    pixels,
+    rotated_by_exif,
+    truth,
+    with_adobe_transform,
+    with_frame,
+    write_files,
+)
+
+FORMATS = ("ffcv", "webdataset")
+MEAN_ERROR_OF_JPEG = 5.0
+"""Of 255, at quality 90; the most is that of a GIF, whose palette is no smooth picture."""
+
+REENCODED_JPEGS = {
+    "CMYK": (encoded(picture(mode="CMYK")), "CMYK"),
+    "YCCK": (with_adobe_transform(encoded(picture(mode="CMYK")), 2), "CMYK"),
+    "RGB": (encoded(picture(), keep_rgb=True), "RGB colour space"),
+    "arithmetic coding": (with_frame(GOOD_JPEG, marker=0xC9), "arithmetic coding"),
+    "junk between markers": (before_tables(GOOD_JPEG, b"junk"), "irregular markers"),
+    "zeros between markers": (before_tables(GOOD_JPEG, bytes(2)), "irregular markers"),
+}
+OTHERS = {
+    "RGB PNG": (encoded(picture(), "PNG"), "PNG"),
+    "PNG of odd sides": (encoded(picture(7, 5), "PNG"), "PNG"),
+    "gray PNG": (encoded(picture(mode="L"), "PNG"), "PNG"),
+    "two-colour PNG": (encoded(picture(mode="1"), "PNG"), "PNG"),
+    "16-bit PNG": (encoded(Image.fromarray((np.arange(1200).reshape(30, 40) * 54).astype(np.uint16)), "PNG"), "PNG"),
+    "palette PNG": (encoded(picture().quantize(64), "PNG"), "PNG"),
+    "transparent palette PNG": (encoded(picture().quantize(64), "PNG", transparency=3), "PNG"),
+    "transparent RGB PNG": (encoded(picture(), "PNG", transparency=(0, 0, 0)), "PNG"),
+    "RGBA PNG": (encoded(Image.merge("RGBA", [*picture().split(), picture(mode="L")]), "PNG"), "PNG"),
+    "gray and alpha PNG": (encoded(picture(mode="LA"), "PNG"), "PNG"),
+    "one-pixel PNG": (encoded(picture(1, 1), "PNG"), "PNG"),
+    "BMP": (encoded(picture(), "BMP"), "BMP"),
+    "TIFF": (encoded(picture(), "TIFF"), "TIFF"),
+    "LZW TIFF": (encoded(picture(), "TIFF", compression="tiff_lzw"), "TIFF"),
+    "CMYK TIFF": (encoded(picture(mode="CMYK"), "TIFF"), "TIFF"),
+    "PPM": (encoded(picture(), "PPM"), "PPM"),
+    "PGM": (encoded(picture(mode="L"), "PPM"), "PPM"),
+}
+"""What is kept lossless; Pillow's name of the format."""
+PASSED_PNGS = ("RGB PNG", "PNG of odd sides", "gray PNG", "one-pixel PNG")
+"""Of 8 bits, gray or RGB: as they are, where the format has PNG."""
+LOSSY = {
+    "GIF": encoded(picture(), "GIF"),
+    "WEBP": encoded(picture(), "WEBP"),
+}
+REJECTED = {
+    "zero bytes": (b"", "it is empty"),
+    "text": (b"<html>404 Not Found</html>", "it is no image that Pillow knows"),
+    "start of image only": (b"\xff\xd8", "it is no image that Pillow knows"),
+    "half a JPEG": (GOOD_JPEG[: len(GOOD_JPEG) // 2], "Truncated File Read"),
+    "JPEG cut in its scan": (GOOD_JPEG[:-40], "image file is truncated"),
+    "JPEG without its end": (GOOD_JPEG[:-2], "image file is truncated"),
+    "zeros before a JPEG": (bytes(1) + GOOD_JPEG, "it is no image that Pillow knows"),
+    "12 bits": (with_frame(GOOD_JPEG, marker=0xC1, precision=12), "it is no image that Pillow knows"),
+    "lossless JPEG": (with_frame(GOOD_JPEG, marker=0xC3), "broken data stream"),
+    "JPEG of no height": (with_frame(GOOD_JPEG, size=(40, 0)), "it is no image that Pillow knows"),
+    "JPEG bomb": (with_frame(GOOD_JPEG, size=(20_000, 20_000)), "decompression bomb"),
+    "half a PNG": (encoded(noise(40, 30), "PNG")[:2000], "truncated"),
+    "PNG of no width": (black_png(0, 30), "it is no image that Pillow knows"),
+    "PNG of no height": (black_png(40, 0), "it is no image that Pillow knows"),
+    "PNG of 2^31 pixels a row": (black_png(1 << 31, 1, with_pixels=False), "decompression bomb"),
+    "PNG bomb, header only": (black_png(20_000, 20_000, with_pixels=False), "decompression bomb"),
+}
+
+
+def treated(data: bytes, name: str, format: str = "ffcv", mode: str = "auto", **options: object) -> Treated:
+    return treat(data, name, ConvertOptions(format=format, mode=mode, **options).policy)
+
+
+def assert_reencoded(result: Treated, original: bytes, reason: str, quality: int = 90) -> None:
+    """As JPEG, of just the pixels that Pillow sees in the original."""
+    assert (result.encoding, result.handling, result.reason) == (JPG, REENCODED, reason)
+    expected = truth(original)
+    assert result.data == encoded(Image.fromarray(expected), quality=quality)
+    assert np.abs(pixels(result).astype(int) - expected).mean() < MEAN_ERROR_OF_JPEG
+
+
+class TestAuto:
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.png", "no extension"])
+    @pytest.mark.parametrize("kind", PASSED_JPEGS)
+    def test_a_jpeg_that_every_decoder_reads_keeps_its_bytes(self, kind: str, name: str, format: str) -> None:
+        data = PASSED_JPEGS[kind]
+        result = treated(data, name, format)
+        assert result.data == data
+        assert (result.encoding, result.handling, result.reason) == (JPG, PASSED_THROUGH, "")
+        height, width = truth(data).shape[:2]
+        assert (result.width, result.height) == (width, height)
+        np.testing.assert_array_equal(pixels(result), truth(data))
+
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("kind", REENCODED_JPEGS)
+    def test_a_jpeg_that_some_decoder_misreads_is_reencoded(self, kind: str, format: str) -> None:
+        data, reason = REENCODED_JPEGS[kind]
+        result = treated(data, "a.jpg", format)
+        assert (result.encoding, result.handling, result.reason) == (JPG, REENCODED, reason)
+        assert result.data == encoded(Image.fromarray(truth(data)), quality=90)
+        np.testing.assert_array_equal(truth(result.data), pixels(result))
+
+    @pytest.mark.parametrize("kind", OTHERS)
+    def test_lossless_images_stay_lossless(self, kind: str) -> None:
+        data, file_format = OTHERS[kind]
+        expected = truth(data)
+        raw = treated(data, "a.png", "ffcv")
+        assert (raw.encoding, raw.handling, raw.reason) == (RAW, REENCODED, f"{file_format}, kept lossless")
+        assert raw.data == expected.tobytes()
+        assert (raw.height, raw.width) == expected.shape[:2]
+        png = treated(data, "a.tif", "webdataset")
+        assert png.encoding == PNG
+        np.testing.assert_array_equal(truth(png.data), expected)
+        if kind in PASSED_PNGS:
+            assert (png.data, png.handling, png.reason) == (data, PASSED_THROUGH, "")
+        else:
+            assert (png.handling, png.reason) == (REENCODED, f"{file_format}, kept lossless")
+            assert Image.open(io.BytesIO(png.data)).mode == "RGB"
+
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("name", ["n02105855_2933.JPEG", "a.jpg", "a.Jpeg"])
+    def test_a_png_that_is_called_jpeg_becomes_one(self, name: str, format: str) -> None:
+        data = OTHERS["RGB PNG"][0]
+        assert_reencoded(treated(data, name, format), data, "PNG, not JPEG")
+
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("kind", LOSSY)
+    def test_other_formats_become_jpeg(self, kind: str, format: str) -> None:
+        data = LOSSY[kind]
+        for name in ("a.webp", "a.jpg"):
+            assert_reencoded(treated(data, name, format), data, f"{kind}, not JPEG")
+
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("mode", ["auto", "passthrough", "reencode"])
+    @pytest.mark.parametrize("kind", REJECTED)
+    def test_what_cannot_be_decoded_is_refused(self, kind: str, mode: str, format: str) -> None:
+        data, reason = REJECTED[kind]
+        for name in ("a.jpg", "a.png"):
+            with pytest.raises(UnusableImageError, match=reason) as first:
+                treated(data, name, format, mode)
+            with pytest.raises(UnusableImageError) as second:
+                treated(bytes(bytearray(data)), name, format, mode)
+            assert str(first.value) == str(second.value)  # no addresses in it
+
+
+class TestPassthrough:
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_keeps_what_needs_no_change(self, format: str) -> None:
+        for data in PASSED_JPEGS.values():
+            result = treated(data, "a.jpg", format, "passthrough")
+            assert (result.data, result.handling) == (data, PASSED_THROUGH)
+
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("kind", REENCODED_JPEGS)
+    def test_refuses_jpegs_that_would_have_to_be_reencoded(self, kind: str, format: str) -> None:
+        data, reason = REENCODED_JPEGS[kind]
+        reason = "there is no marker at byte 20" if reason == "irregular markers" else reason
+        with pytest.raises(UnusableImageError, match=rf"re-encoded \({reason}\); --mode passthrough does not"):
+            treated(data, "a.jpg", format, "passthrough")
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_refuses_other_formats(self, format: str) -> None:
+        for kind, data in LOSSY.items():
+            with pytest.raises(UnusableImageError, match=f"it is {kind} and would have to be re-encoded"):
+                treated(data, "a.webp", format, "passthrough")
+        with pytest.raises(UnusableImageError, match="it is PNG and would have to be re-encoded"):
+            treated(OTHERS["RGB PNG"][0], "a.jpg", format, "passthrough")
+
+    @pytest.mark.parametrize("kind", OTHERS)
+    def test_lossless_images(self, kind: str) -> None:
+        """FFCV takes their pixels as they are; webdataset the PNGs that need no change."""
+        data, file_format = OTHERS[kind]
+        assert treated(data, "a.png", "ffcv", "passthrough").data == truth(data).tobytes()
+        if kind in PASSED_PNGS:
+            assert treated(data, "a.png", "webdataset", "passthrough").data == data
+        else:
+            with pytest.raises(UnusableImageError, match=f"it is {file_format} and would have to be re-encoded"):
+                treated(data, "a.png", "webdataset", "passthrough")
+
+    def test_has_no_limit_of_size(self) -> None:
+        data = encoded(picture(1500, 40))
+        assert treated(data, "a.jpg", "ffcv", "passthrough").data == data
+        assert treated(data, "a.jpg", "ffcv", "auto").reason == "larger than the limit"
+
+
+class TestReencode:
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("kind", [*PASSED_JPEGS])
+    def test_every_jpeg_is_made_anew(self, kind: str, format: str) -> None:
+        assert_reencoded(treated(PASSED_JPEGS[kind], "a.jpg", format, "reencode"), PASSED_JPEGS[kind], "asked for")
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_lossless_images_become_jpegs_too(self, format: str) -> None:
+        for data, file_format in OTHERS.values():
+            result = treated(data, "a.png", format, "reencode")
+            assert (result.encoding, result.reason) == (JPG, f"{file_format}, not JPEG")
+            assert result.data == encoded(Image.fromarray(truth(data)), quality=90)
+
+    def test_the_reason_is_the_first_that_would_apply_anyway(self) -> None:
+        assert treated(REENCODED_JPEGS["CMYK"][0], "a.jpg", "ffcv", "reencode").reason == "CMYK"
+
+    def test_neither_rotated_nor_with_the_metadata_of_the_file(self) -> None:
+        data = rotated_by_exif(picture(), icc_profile=bytes(500), comment="hello", dpi=(300, 300))
+        result = treated(data, "a.jpg", "ffcv", "reencode")
+        with Image.open(io.BytesIO(result.data)) as image:
+            assert image.size == (40, 30)
+            assert not image.getexif()
+            assert image.info.keys() <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+        np.testing.assert_allclose(pixels(result).astype(int), truth(data).astype(int), atol=24)
+
+    def test_quality(self) -> None:
+        data = encoded(noise(64, 64), quality=95)
+        sizes = [len(treated(data, "a.jpg", mode="reencode", quality=quality).data) for quality in (1, 50, 90, 100)]
+        assert sizes == sorted(sizes)
+        assert len(set(sizes)) == 4
+        half = treated(data, "a.jpg", mode="reencode", quality=50)
+        assert half.data == encoded(Image.fromarray(truth(data)), quality=50)
+
+
+class TestLimits:
+    def test_scaled_with_lanczos(self) -> None:
+        data = encoded(picture(300, 200))
+        result = treated(data, "a.jpg", max_side=150)
+        assert (result.width, result.height, result.reason) == (150, 100, "larger than the limit")
+        expected = Image.fromarray(truth(data)).resize((150, 100), Image.Resampling.LANCZOS)
+        assert result.data == encoded(expected, quality=90)
+
+    def test_lossless_images_are_scaled_lossless(self) -> None:
+        data = encoded(noise(300, 200), "PNG")
+        expected = Image.fromarray(truth(data)).resize((60, 40), Image.Resampling.LANCZOS)
+        raw = treated(data, "a.png", "ffcv", short_side=40)
+        assert (raw.encoding, raw.data) == (RAW, expected.tobytes())
+        png = treated(data, "a.png", "webdataset", short_side=40)
+        assert (png.encoding, png.handling) == (PNG, REENCODED)
+        np.testing.assert_array_equal(truth(png.data), np.asarray(expected))
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_images_within_the_limits_keep_their_bytes(self, format: str) -> None:
+        for size, options in (((150, 100), {"max_side": 150}), ((900, 100), {"short_side": 100})):
+            data = encoded(picture(*size))
+            assert treated(data, "a.jpg", format, **options).data == data
+        data = encoded(picture(150, 100), "PNG")
+        assert treated(data, "a.png", "webdataset", max_side=150).data == data
+
+    def test_nothing_is_made_larger(self) -> None:
+        data = encoded(picture(20, 10))
+        result = treated(data, "a.jpg", mode="reencode", short_side=100, max_side=200)
+        assert (result.width, result.height) == (20, 10)
+
+    def test_a_jpeg_that_does_not_fit_into_a_page_is_reencoded(self) -> None:
+        """Only by bytes that no decoder needs can a JPEG be larger than its pixels."""
+        data = GOOD_JPEG + bytes(1 << 21)
+        assert ConvertOptions(format="ffcv", max_side=100).page_bytes == 1 << 21
+        result = treated(data, "a.jpg", "ffcv", max_side=100)
+        assert (result.reason, result.data) == (
+            "more bytes than a page",
+            encoded(Image.fromarray(truth(data)), quality=90),
+        )
+        assert treated(data, "a.jpg", "webdataset", max_side=100).data == data
+
+    def test_a_side_that_ffcv_cannot_store_is_refused(self) -> None:
+        data = encoded(Image.new("RGB", (70_000, 1)), "PNG")
+        with pytest.raises(UnusableImageError, match="a side of 70,000 pixels is more than FFCV's 65,535"):
+            treated(data, "a.png", "ffcv", max_side=0)
+        assert treated(data, "a.png", "webdataset").data == data
+        assert treated(data, "a.png", "ffcv").width == 1057
+
+    def test_the_largest_image_is_that_of_pillow(self) -> None:
+        assert 2 * Image.MAX_IMAGE_PIXELS == MAX_PIXELS
+        side = 13_377  # its square is just below
+        assert side**2 < MAX_PIXELS < (side + 1) ** 2
+        data = with_frame(GOOD_JPEG, size=(side, side))
+        assert treated(data, "a.jpg", "webdataset").width == side
+        with pytest.raises(UnusableImageError, match="13,378 x 13,378 pixels are taken for a decompression bomb"):
+            treated(with_frame(GOOD_JPEG, size=(side + 1, side + 1)), "a.jpg", "webdataset")
+
+
+def test_bombs_cost_neither_time_nor_memory() -> None:
+    """400 million pixels in a file of 1.2 MB."""
+    script = (
+        "import resource, sys\n"
+        "from dataset_tools.conversion.options import ConvertOptions\n"
+        "from dataset_tools.conversion.treatment import UnusableImageError, treat\n"
+        "data = sys.stdin.buffer.read()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for format in ('ffcv', 'webdataset'):\n"
+        "    for check in ('header', 'decode'):\n"
+        "        for name in ('a.png', 'a.jpg'):\n"
+        "            try:\n"
+        "                treat(data, name, ConvertOptions(format=format, check=check).policy)\n"
+        "            except UnusableImageError as error:\n"
+        "                assert 'decompression bomb' in str(error)\n"
+        "            else:\n"
+        "                sys.exit('passed')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    data = black_png(20_000, 20_000)
+    assert len(data) < 8 << 20
+    run = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True, timeout=60, check=True)
+    assert int(run.stdout) < 16 << 10, "KiB more than without it"
+
+
+class TestCheck:
+    """What `--check header` lets pass, and `--check decode` does not."""
+
+    def test_a_png_that_is_damaged_inside(self) -> None:
+        data = bytearray(encoded(noise(40, 30), "PNG"))
+        data[1000] ^= 0xFF
+        assert treated(bytes(data), "a.png", "webdataset").handling == PASSED_THROUGH
+        with pytest.raises(UnusableImageError, match=r"broken|checksum|CRC|truncated|error"):
+            treated(bytes(data), "a.png", "webdataset", check="decode")
+        with pytest.raises(UnusableImageError):
+            treated(bytes(data), "a.png", "ffcv")  # decoded in any case
+
+    def test_a_scan_that_ends_early_is_what_libjpeg_makes_of_it(self) -> None:
+        """Pillow does not complain: to it, too, the rest of the image is gray."""
+        data = GOOD_JPEG[: len(GOOD_JPEG) * 3 // 4] + b"\xff\xd9"
+        for check in ("header", "decode"):
+            assert treated(data, "a.jpg", "ffcv", check=check).data == data
+        assert truth(data).shape == (30, 40, 3)
+
+    @pytest.mark.parametrize("kind", PASSED_JPEGS)
+    def test_good_images_pass_both(self, kind: str) -> None:
+        assert treated(PASSED_JPEGS[kind], "a.jpg", check="decode").data == PASSED_JPEGS[kind]
+
+
+HARD_NAMES = [
+    "blank/ leading and trailing .jpg",
+    "clässe/日本.v1.2.jpg",
+    "clässe/new\nline.jpg",
+    "dots/a.b.c.JPEG",
+    "dots/same.jpg",
+    "other/same.jpg",
+    "quotes/\"double\" and 'single'.jpg",
+    os.fsdecode(b"raw \xff/\xfe\xff.jpg"),
+    "tab\tand \u202e/\\.jpg",
+]
+
+
+class TestWholeFolders:
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_names_that_are_hard_to_write(self, tmp_path: Path, format: str) -> None:
+        files = {name: encoded(flat((20 * number, 0, 0))) for number, name in enumerate(HARD_NAMES)}
+        rejected = {os.path.dirname(name) + "/bad\n" + os.fsdecode(b"\xff") + ".jpg": b"bad" for name in HARD_NAMES[:3]}
+        root = write_files(tmp_path / "source", files | rejected | {"empty class/": b""})
+        summary = convert(root, tmp_path / "made", ConvertOptions(format=format, order="source"), workers=1)
+        assert (summary["samples"], summary["passed_through"], summary["quarantined"]) == (9, 9, 2)
+        source = open_converted(tmp_path / "made")
+        split = source.splits["train"]
+        assert source.classes == tuple(sorted({name.split("/")[0] for name in HARD_NAMES} | {"empty class"}))
+        assert list(split.names) == sorted(HARD_NAMES)
+        for index, name in enumerate(split.names):
+            assert split.read(index) == files[name]
+            assert source.classes[split.labels[index]] == name.split("/")[0]
+        assert {line["name"] for line in quarantine(tmp_path / "made")} == rejected.keys()
+        assert verify(tmp_path / "made", source=root, deep=True, workers=1) == {
+            "ok": True,
+            "num_problems": 0,
+            "problems": [],
+            "samples": 9,
+        }
+
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("mode", ["auto", "passthrough", "reencode"])
+    def test_everything_at_once(self, tmp_path: Path, format: str, mode: str) -> None:
+        files = {f"good/{kind}.jpg": data for kind, data in PASSED_JPEGS.items()}
+        files |= {f"mend/{kind}.jpg": data for kind, (data, _) in REENCODED_JPEGS.items()}
+        files |= {f"lossless/{kind}.png": data for kind, (data, _) in OTHERS.items()}
+        files |= {f"lossy/{kind}.webp": data for kind, data in LOSSY.items()}
+        files |= {f"reject/{kind}.jpg": data for kind, (data, _) in REJECTED.items()}
+        root = write_files(tmp_path / "source", files)
+        (root / "good" / "up").symlink_to(root, target_is_directory=True)
+        (root / "good" / "self").symlink_to(root / "good" / "self")
+        (root / "good" / "nowhere.jpg").symlink_to(root / "nothing.jpg")
+        options = ConvertOptions(format=format, mode=mode, order="source")
+        summary = convert(root, tmp_path / "made", options, workers=2)
+
+        expected, rejected = {}, {"good/nowhere.jpg": "cannot read sample 'good/nowhere.jpg'"}
+        for name, data in files.items():
+            try:
+                expected[name] = treat(data, name, options.policy)
+            except UnusableImageError as error:
+                rejected[name] = str(error)
+        reasons: dict[str, int] = {}
+        for result in expected.values():
+            if result.reason:
+                reasons[result.reason] = reasons.get(result.reason, 0) + 1
+        assert summary["samples"] == len(expected)
+        assert summary["reencoded_because"] == reasons
+        assert summary["reencoded"] == sum(reasons.values())
+        assert summary["passed_through"] == len(expected) - sum(reasons.values())
+        assert summary["quarantined"] == len(rejected)
+        assert len(expected) + len(rejected) == len(files) + 1
+
+        split = open_converted(tmp_path / "made").splits["train"]
+        assert list(split.names) == sorted(expected)
+        for index, name in enumerate(split.names):
+            assert split.read_stored(index) == expected[name].data
+            assert split.records["encoding"][index] == expected[name].encoding
+            assert split.records["handling"][index] == expected[name].handling
+        found = quarantine(tmp_path / "made")
+        assert [line["name"] for line in found] == sorted(rejected)
+        for line in found:
+            assert line["split"] == "train"
+            assert line["reason"].startswith(rejected[line["name"]])
+            assert sorted([*expected, *rejected])[line["index"]] == line["name"]
+        report = verify(tmp_path / "made", source=root, deep=True, workers=2)
+        assert (report["ok"], report["problems"]) == (True, [])
+
+    def test_nothing_usable_is_an_error(self, tmp_path: Path) -> None:
+        root = write_files(tmp_path / "source", {"a/1.jpg": b"", "a/2.jpg": b"x"})
+        with pytest.raises(
+            ValueError,
+            match=r"none of the 2 images can be used; for example a/1.jpg: it is empty",
+        ):
+            convert(root, tmp_path / "made", ConvertOptions(format="ffcv"), workers=1)
+        assert not (tmp_path / "made").exists()
+        assert len(quarantine(tmp_path / "made.partial")) == 2
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_strict_stops_and_without_it_the_rest_is_done(self, tmp_path: Path, format: str) -> None:
+        good = {f"a/{number:03}.jpg": encoded(flat((number, 0, 0))) for number in range(150)}
+        root = write_files(tmp_path / "source", good | {"a/070.jpg": GOOD_JPEG[:-2]})
+        options = ConvertOptions(format=format, order="source")
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"a/070.jpg cannot be used: image file is truncated .*--strict stops"):
+                convert(root, tmp_path / "made", options, workers=1, strict=True)
+            assert not (tmp_path / "made").exists()
+        assert convert(root, tmp_path / "made", options, workers=1)["quarantined"] == 1
+        assert convert(root, tmp_path / "clean", options, workers=1)["quarantined"] == 1
+        assert folder_bytes(tmp_path / "made") == folder_bytes(tmp_path / "clean")
+
+
+def quarantine(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]

@@ -1,0 +1,737 @@
+"""The detector is the published one, its data are read as they are meant, its AP is what one computes by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from leoclr_fast.cli import run_command
+from leoclr_fast.config import BackboneConfig
+from leoclr_fast.evaluate.detection import synchronised_batchnorm
+from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, annotated_image
+from leoclr_fast.evaluate.detection.coco_annotations import read_coco
+from leoclr_fast.evaluate.detection.coco_ap import coco_average_precisions
+from leoclr_fast.evaluate.detection.config import DetectionConfig, published_config
+from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4, region_losses
+from leoclr_fast.evaluate.detection.image_batches import BatchReader, Wish, resized_size
+from leoclr_fast.evaluate.detection.order import GroupedOrder
+from leoclr_fast.evaluate.detection.voc_annotations import VOC_CLASSES, read_voc
+from leoclr_fast.evaluate.detection.voc_ap import ImageDetections, eleven_point_average, voc_average_precisions
+from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.run.checkpoint import list_checkpoints, load_checkpoint
+from leoclr_fast.run.folder import RunFolder
+from tests.leoclr_fast.conftest import tiny_config
+from tests.leoclr_fast.test_cli import succeeded
+from tests.leoclr_fast.training.test_bad_input import refused
+from tests.leoclr_fast.voc_files import SHAPES, annotation, write_coco, write_voc
+from tests.leoclr_fast.weights.test_export import write_weights
+
+TINY = ["--train-sets", "VOC2007/trainval", "--batch-size=4", "--warmup-iterations=2", "--max-side=160", "--workers=1"]
+TINY += ["--train-sides", "48", "64", "--test-side=64", "--anchor-sizes", "16", "24", "--regions-per-image=8"]
+TINY += ["--precise-bn-batches=2", "--device=cpu", "--log-every=1"]
+
+
+def small_detector(num_classes: int = 3) -> FasterRCNNC4:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = build_backbone(BackboneConfig(arch="resnet18", width_multiplier=0.125))
+        return FasterRCNNC4(backbone, num_classes, anchor_sizes=(16, 24), regions_per_image=8)
+
+
+@pytest.fixture(scope="module")
+def detector() -> FasterRCNNC4:
+    """The published one, without values."""
+    config = published_config("voc")
+    with torch.device("meta"):
+        return FasterRCNNC4(
+            build_backbone(BackboneConfig()),
+            20,
+            anchor_sizes=config.anchor_sizes,
+            regions_per_image=config.regions_per_image,
+        )
+
+
+class TestPublishedDetector:
+    """facebookresearch/moco, detection/configs/pascal_voc_R_50_C4_24k_moco.yaml, and detectron2's defaults."""
+
+    def test_parameters(self, detector: FasterRCNNC4) -> None:
+        """By hand. ResNet-50 without classifier: 25,557,032 - 2,049,000 = 23,508,032 (res5 is in the box head). RPN:
+        3x3 1024 -> 1024, then 15 scores and 60 deltas. Batch-norm after res5: 2 x 2048. Predictor: 21 and 80 rows."""
+        rpn = (1024 * 1024 * 9 + 1024) + (1024 * 15 + 15) + (1024 * 60 + 60)
+        predictor = (2048 * 21 + 21) + (2048 * 80 + 80)
+        expected = 23_508_032 + rpn + 2 * 2048 + predictor
+        assert expected == 33_234_160
+        assert sum(parameter.numel() for parameter in detector.parameters()) == expected
+        assert all(parameter.requires_grad for parameter in detector.parameters())  # FREEZE_AT 0
+
+    def test_shapes(self, detector: FasterRCNNC4) -> None:
+        shapes = {name: list(tensor.shape) for name, tensor in detector.named_parameters()}
+        assert shapes["rpn.head.conv.0.0.weight"] == [1024, 1024, 3, 3]
+        assert shapes["rpn.head.cls_logits.weight"] == [15, 1024, 1, 1]
+        assert shapes["rpn.head.bbox_pred.weight"] == [60, 1024, 1, 1]
+        assert shapes["regions.box_head.norm.weight"] == [2048]
+        assert shapes["regions.box_predictor.cls_score.weight"] == [21, 2048]
+        assert shapes["regions.box_predictor.bbox_pred.weight"] == [80, 2048]
+        assert not any(name.startswith("c4.layer4") for name in shapes)
+        res5 = detector.regions.box_head.res5
+        assert [block.conv2.stride for block in res5] == [(2, 2), (1, 1), (1, 1)]  # STRIDE_IN_1X1 False
+        assert [block.conv1.stride for block in res5] == [(1, 1)] * 3
+
+    def test_pooling_and_sampling(self, detector: FasterRCNNC4) -> None:
+        pool = detector.regions.box_roi_pool
+        assert (pool.output_size, pool.spatial_scale, pool.sampling_ratio, pool.aligned) == (14, 1 / 16, 0, True)
+        rpn, regions = detector.rpn, detector.regions
+        assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (256, 0.5)
+        assert (regions.fg_bg_sampler.batch_size_per_image, regions.fg_bg_sampler.positive_fraction) == (512, 0.25)
+        assert (rpn._pre_nms_top_n, rpn._post_nms_top_n) == (
+            {"training": 12_000, "testing": 6_000},
+            {"training": 2_000, "testing": 1_000},
+        )
+        assert (regions.score_thresh, regions.nms_thresh, regions.detections_per_img) == (0.05, 0.5, 100)
+        assert regions.box_coder.weights == (10.0, 10.0, 5.0, 5.0)
+
+    def test_schedule(self) -> None:
+        config = published_config("voc")
+        assert (config.iterations, config.batch_size, config.lr_steps) == (24_000, 16, (18_000, 22_000))
+        assert (config.train_sides, config.test_side, config.max_side) == (tuple(range(480, 801, 32)), 800, 1333)
+        rates = {step: config.learning_rate(step) for step in (0, 50, 100, 17_999, 18_000, 21_999, 22_000, 23_999)}
+        assert rates == pytest.approx({
+            0: 2e-5, 50: 0.02 * 0.5005, 100: 0.02, 17_999: 0.02,
+            18_000: 0.002, 21_999: 0.002, 22_000: 0.0002, 23_999: 0.0002,
+        })  # fmt: skip
+        coco = published_config("coco")
+        assert (coco.iterations, coco.lr_steps, coco.warmup_iterations) == (180_000, (120_000, 160_000), 1000)
+        assert coco.train_sides == (640, 672, 704, 736, 768, 800)
+
+
+def test_anchors_are_detectron2s() -> None:
+    """DefaultAnchorGenerator: w = sqrt(area / ratio), h = ratio * w, unrounded, around multiples of 16 from 0 on."""
+    with torch.device("meta"):
+        backbone = build_backbone(BackboneConfig())
+    generator = FasterRCNNC4(
+        backbone, 20, anchor_sizes=published_config("voc").anchor_sizes, regions_per_image=512
+    ).rpn.anchor_generator
+    features = torch.zeros(1, 1024, 50, 68)  # of 800 x 1077 pixels, which 16 does not divide
+    images = type("Images", (), {"image_sizes": [(800, 1077)]})()
+    (anchors,) = generator(images, [features])
+    assert anchors.shape == (50 * 68 * 15, 4)
+    at_origin = {tuple(anchor) for anchor in anchors[:15].double().round(decimals=4).tolist()}
+    expected = set()
+    for size in (32, 64, 128, 256, 512):
+        for ratio in (0.5, 1.0, 2.0):
+            width = math.sqrt(size**2 / ratio)
+            height = ratio * width
+            expected.add(tuple(round(edge, 4) for edge in (-width / 2, -height / 2, width / 2, height / 2)))
+    assert {tuple(np.float32(anchor).round(4)) for anchor in at_origin} == {
+        tuple(np.float32(anchor).round(4)) for anchor in expected
+    }
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    assert centres[-1].tolist() == [67 * 16, 49 * 16]
+
+
+def test_region_losses_by_hand() -> None:
+    """Two foreground regions of classes 2 and 1, and two of background: the box loss is over all four."""
+    logits = torch.tensor([[0.0, 0.0, 2.0], [0.0, 1.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([2, 1, 0, 0])
+    deltas = torch.zeros(4, 2, 4, dtype=torch.float64)
+    deltas[0, 1] = torch.tensor([1.0, 0.0, -1.0, 0.5])  # class 2 of the first region
+    deltas[1, 0] = 0.25  # class 1 of the second
+    deltas[0, 0] = 99.0  # of another class than the region's: no loss
+    losses = region_losses(logits, deltas, labels, torch.zeros(4, 4, dtype=torch.float64))
+    assert losses["loss_box"].item() == pytest.approx((2.5 + 1.0) / 4)
+    rows = [math.log(2 + math.e**2) - 2, math.log(2 + math.e) - 1, math.log(2 + math.e**3) - 3, math.log(3)]
+    assert losses["loss_classifier"].item() == pytest.approx(sum(rows) / 4)
+
+
+def test_proposal_losses_by_hand() -> None:
+    """One right anchor, two wrong ones and one between, of two images: sums over 256 anchors an image, box loss L1."""
+    network = small_detector().rpn
+    objectness = torch.tensor([[2.0], [0.0], [-1.0], [5.0]], dtype=torch.float64)
+    labels = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, -1.0])]
+    deltas = torch.tensor([[0.5, -0.5, 0.0, 1.0], *[[9.0] * 4] * 3], dtype=torch.float64)
+    targets = [torch.zeros(2, 4, dtype=torch.float64)] * 2
+    objectness_loss, box_loss = network.compute_loss(objectness, deltas, labels, targets)
+    expected = math.log(1 + math.e**-2) + math.log(2) + math.log(1 + math.e**-1)
+    assert objectness_loss.item() == pytest.approx(expected / 512)
+    assert box_loss.item() == pytest.approx(2 / 512)
+
+
+def test_detections_take_the_box_of_their_class() -> None:
+    regions = small_detector(num_classes=2).eval().regions
+    proposals = [torch.tensor([[10.0, 10.0, 30.0, 30.0], [40.0, 10.0, 60.0, 30.0]])]
+    deltas = torch.zeros(2, 2, 4)
+    deltas[0, 1] = torch.tensor([5.0, 0.0, 0.0, 0.0])  # class 2: dx 5 / weight 10 * width 20 = 10 pixels to the right
+    logits = torch.tensor([[0.0, -9.0, 4.0], [9.0, 0.0, 0.0]])
+    (found,) = regions._detections(logits, deltas, proposals, [(35, 38)])
+    assert found["labels"].tolist() == [2]
+    assert found["boxes"].tolist() == [[20.0, 10.0, 38.0, 30.0]]  # cut off at the width of 38
+    assert found["scores"].item() == pytest.approx(math.e**4 / (1 + math.e**-9 + math.e**4))
+
+
+def test_half_precision_does_not_round_boxes() -> None:
+    """bfloat16 knows 1000 and 1004, and nothing between."""
+    regions = small_detector().regions
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        features = torch.randn(1, 3, 40, 64)  # of 640 x 1024 pixels
+    boxes = [torch.tensor([[1001.3, 600.9, 1017.6, 620.2]])]
+    exact = regions.pooled(features, boxes)
+    half = regions.pooled(features.bfloat16(), boxes)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, rtol=0.02, atol=0.02)
+    moved = regions.pooled(features, [boxes[0].bfloat16().float()])
+    assert (moved - exact).abs().max() > 0.1
+
+
+def test_half_precision_trains(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path
+) -> None:
+    """The first loss is near that of float32."""
+    losses = {}
+    for name in ("fp32", "bf16"):
+        line = detect_line(backbone_run / "final.safetensors", voc, tmp_path / name, "--iterations=3")
+        succeeded(capsys, *line, "--precision", name, "--max-iterations=1")
+        losses[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
+
+
+def test_images_without_boxes_train_and_are_searched() -> None:
+    detector = small_detector().train()
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    losses, _ = detector(torch.randn(2, 3, 64, 80), [(64, 80), (60, 70)], [nothing, nothing])
+    assert losses["loss_box"] == 0
+    assert losses["loss_rpn_box_reg"] == 0
+    assert losses["loss_classifier"] > 0
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in detector.parameters())
+    assert detector.c4.conv1.weight.grad.abs().max() > 0
+    detector.regions.score_thresh = 1.0
+    _, (found,) = detector.eval()(torch.randn(1, 3, 64, 80), [(64, 80)])
+    assert found["boxes"].shape == (0, 4)
+
+
+class TestVocAnnotations:
+    def test_boxes_and_difficult_objects(self, tmp_path: Path) -> None:
+        write_voc(tmp_path, num_train=2, num_test=1, empty=1)
+        file = tmp_path / "VOC2007" / "Annotations" / "000001.xml"
+        file.write_text(annotation(80, 64, [("cat", (1, 1, 80, 64), False), ("dog", (11, 21, 20, 40), True)]))
+        images = read_voc(tmp_path, ["VOC2007/trainval", "VOC2007/test"]).images
+        assert [image.name for image in images] == [f"VOC2007/{number:06}" for number in range(4)]
+        assert images[1].boxes.tolist() == [[0, 0, 80, 64], [10, 20, 20, 40]]  # the whole image; 10 x 20 pixels
+        assert [VOC_CLASSES[label] for label in images[1].labels] == ["cat", "dog"]
+        assert images[1].ignored.tolist() == [False, True]
+        assert images[1].areas.tolist() == [80 * 64, 200]
+        assert images[2].boxes.shape == (0, 4)
+
+    @pytest.mark.parametrize(
+        ("harm", "expected"),
+        [
+            (lambda year: (year / "Annotations" / "000000.xml").unlink(), "lists the image 000000, but there is no"),
+            (lambda year: (year / "JPEGImages" / "000001.jpg").unlink(), "lists the image 000001, but there is no"),
+            (lambda year: (year / "ImageSets" / "Main" / "trainval.txt").write_text("\n"), "is empty"),
+            (lambda year: (year / "ImageSets" / "Main" / "trainval.txt").unlink(), "must be the VOCdevkit folder"),
+            (lambda year: (year / "Annotations" / "000000.xml").write_text("<annotation>"), "cannot be understood"),
+            (
+                lambda year: (year / "Annotations" / "000000.xml").write_text(
+                    annotation(80, 64, [("unicorn", (1, 1, 2, 2), False)])
+                ),
+                "'unicorn' is none of VOC's classes",
+            ),
+            (
+                lambda year: (year / "Annotations" / "000000.xml").write_text(
+                    annotation(80, 64, [("cat", (9, 1, 2, 2), False)])
+                ),
+                "ends before it begins",
+            ),
+        ],
+    )
+    def test_damage_is_named(self, tmp_path: Path, harm: Any, expected: str) -> None:
+        write_voc(tmp_path, num_train=2, num_test=1)
+        harm(tmp_path / "VOC2007")
+        with pytest.raises((ValueError, FileNotFoundError), match=expected):
+            read_voc(tmp_path, ["VOC2007/trainval"])
+
+
+class TestCocoAnnotations:
+    def test_the_same_images_in_both_layouts(self, tmp_path: Path) -> None:
+        voc = write_voc(tmp_path / "voc", num_train=3, num_test=2)
+        coco = read_coco(write_coco(tmp_path / "coco", voc), "train2017")
+        assert coco.classes == SHAPES
+        for ours, theirs in zip(coco.images, read_voc(voc, ["VOC2007/trainval"]).images, strict=True):
+            assert ours.boxes.tolist() == theirs.boxes.tolist()
+            assert [SHAPES[label] for label in ours.labels] == [VOC_CLASSES[label] for label in theirs.labels]
+            assert (ours.width, ours.height) == (theirs.width, theirs.height)
+
+    def test_crowds_and_damage(self, tmp_path: Path) -> None:
+        root = write_coco(tmp_path / "coco", write_voc(tmp_path / "voc", num_train=2, num_test=1))
+        file = root / "annotations" / "instances_train2017.json"
+        document = json.loads(file.read_text())
+        kept = len(document["annotations"])
+        crowd = {"id": 90, "image_id": 1, "category_id": 7, "bbox": [0, 0, 5, 4], "iscrowd": 1, "area": 11.5}
+        flat = {"id": 91, "image_id": 1, "category_id": 7, "bbox": [3, 3, 0, 4], "iscrowd": 0, "area": 0}
+        file.write_text(json.dumps({**document, "annotations": [*document["annotations"], crowd, flat]}))
+        images = read_coco(root, "train2017")
+        assert images.num_boxes == kept + 1  # the one without width is left out
+        assert images.images[0].ignored.tolist()[-1] is True
+        assert images.images[0].areas.tolist()[-1] == 11.5
+        file.write_text(json.dumps({**document, "annotations": [crowd | {"image_id": 77}]}))
+        with pytest.raises(ValueError, match="has boxes of 1 images that it does not list, as 77"):
+            read_coco(root, "train2017")
+        file.write_text(json.dumps({**document, "annotations": [crowd | {"category_id": 5}]}))
+        with pytest.raises(ValueError, match="cannot be understood as COCO's instances: KeyError 5"):
+            read_coco(root, "train2017")
+        file.write_text(json.dumps(document))
+        (root / "train2017" / "000001.jpg").unlink()
+        with pytest.raises(FileNotFoundError, match=r"lists an image that is not there: .*000001\.jpg"):
+            read_coco(root, "train2017")
+        with pytest.raises(FileNotFoundError, match="must be the COCO folder"):
+            read_coco(tmp_path, "train2017")
+
+
+def truth(boxes: list[list[float]], labels: list[int], ignored: list[bool] | None = None) -> AnnotatedImage:
+    return annotated_image("x", Path("x.jpg"), (100, 100), boxes, labels, ignored or [False] * len(labels))
+
+
+def found(*items: tuple[list[float], float, int]) -> ImageDetections:
+    boxes, scores, labels = ([item[part] for item in items] for part in range(3))
+    return ImageDetections(
+        boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        scores=np.array(scores),
+        labels=np.array(labels, dtype=int),
+    )
+
+
+A, B, C = [0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 40.0, 40.0], [50.0, 50.0, 60.0, 60.0]
+FAR = [80.0, 80.0, 90.0, 90.0]
+
+
+class TestAveragePrecision:
+    """Three objects in two images. Detections by score: right, wrong, right; one object is never found."""
+
+    images = (truth([A, B], [0, 0]), truth([C], [0]))
+    detections = (found((A, 0.9, 0), (FAR, 0.8, 0)), found((C, 0.7, 0)))
+
+    def test_voc_by_hand(self) -> None:
+        """Recall 1/3 at precision 1 (points 0 to 0.3), 2/3 at 2/3 (0.4 to 0.6), 0 beyond: (4 + 3 * 2/3) / 11."""
+        precisions = voc_average_precisions(self.images, self.detections, 2, [0.5])
+        assert precisions[0, 0] == pytest.approx(6 / 11)
+        assert np.isnan(precisions[0, 1])  # there is no object of the second class
+
+    def test_coco_by_hand(self) -> None:
+        """101 recalls: 0 to 0.33 at precision 1 (34 of them), 0.34 to 0.66 at 2/3 (33), 0 beyond."""
+        precisions = coco_average_precisions(self.images, self.detections, ("a", "b"), ignored_are_crowds=False)
+        expected = (34 + 33 * 2 / 3) / 101
+        assert precisions["AP50"] == pytest.approx(expected)
+        assert precisions["AP"] == pytest.approx(expected)  # the boxes are exact
+
+    def test_difficult_objects_are_neither_missed_nor_found(self) -> None:
+        """B is difficult and found twice: it is as if neither it nor what found it were there."""
+        images = (truth([A, B], [0, 0], [False, True]), truth([C], [0]))
+        detections = (found((B, 0.95, 0), (B, 0.92, 0), (A, 0.9, 0), (FAR, 0.8, 0)), found((C, 0.7, 0)))
+        # Two objects: recall 1/2 at precision 1 (points 0 to 0.5), 1 at 2/3 (0.6 to 1).
+        assert voc_average_precisions(images, detections, 1, [0.5])[0, 0] == pytest.approx((6 + 5 * 2 / 3) / 11)
+        precisions = coco_average_precisions(images, detections, ("a",), ignored_are_crowds=False)
+        assert precisions["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
+
+    def test_a_part_of_a_difficult_object_is_a_mistake_and_of_a_crowd_is_not(self) -> None:
+        images = (truth([A, B], [0, 0], [False, True]),)
+        detections = (found(([20.0, 20.0, 28.0, 28.0], 0.95, 0), (A, 0.9, 0)),)
+        assert voc_average_precisions(images, detections, 1, [0.5])[0, 0] == pytest.approx(0.5)
+        difficult = coco_average_precisions(images, detections, ("a",), ignored_are_crowds=False)
+        crowd = coco_average_precisions(images, detections, ("a",), ignored_are_crowds=True)
+        assert (difficult["AP50"], crowd["AP50"]) == pytest.approx((0.5, 1.0))
+
+    def test_a_second_detection_of_an_object_is_wrong(self) -> None:
+        images, detections = (truth([A], [0]),), (found((A, 0.9, 0), ([0.0, 0.0, 10.0, 9.0], 0.95, 0)),)
+        # The worse box comes first and is right up to IoU 0.85 (its IoU is 0.9); then the better one, at precision 1/2.
+        precisions = voc_average_precisions(images, detections, 1, [0.5, 0.85, 0.95])
+        assert precisions[:, 0].tolist() == pytest.approx([1.0, 1.0, 0.5])
+
+    def test_overlap_decides(self) -> None:
+        """A shift of 4 of 10 pixels: IoU 60 / 140; of 3: 70 / 130."""
+        images = (truth([A], [0]),)
+        for shift, expected in ((4.0, 0.0), (3.0, 1.0)):
+            detections = (found(([shift, 0.0, 10.0 + shift, 10.0], 0.9, 0)),)
+            assert voc_average_precisions(images, detections, 1, [0.5])[0, 0] == expected
+            precisions = coco_average_precisions(images, detections, ("a",), ignored_are_crowds=False)
+            assert precisions["AP50"] == pytest.approx(expected)
+            assert precisions["AP75"] == 0
+
+    def test_nothing_found_and_nothing_to_find(self) -> None:
+        empty = (found(), found())
+        assert voc_average_precisions(self.images, empty, 1, [0.5])[0, 0] == 0
+        assert coco_average_precisions(self.images, empty, ("a",), ignored_are_crowds=True)["AP"] == 0
+        without = (truth([], []), truth([], []))
+        assert np.isnan(voc_average_precisions(without, self.detections, 1, [0.5])[0, 0])
+        assert math.isnan(coco_average_precisions(without, self.detections, ("a",), ignored_are_crowds=True)["AP"])
+
+    def test_eleven_points(self) -> None:
+        """A recall of 3 / 10 reaches the point 0.3, whatever floating point makes of either."""
+        recall, precision = np.array([1, 2, 3]) / 10, np.array([1.0, 1.0, 1.0])
+        assert eleven_point_average(recall, precision) == pytest.approx(4 / 11)
+        assert eleven_point_average(np.array([]), np.array([])) == 0
+
+
+def test_sizes_are_detectron2s() -> None:
+    """ResizeShortestEdge: the shorter side as asked, the longer one 1333 at most, rounded half up."""
+    assert resized_size(500, 375, 800, 1333) == (1067, 800)
+    assert resized_size(375, 500, 480, 1333) == (480, 640)
+    assert resized_size(1000, 300, 800, 1333) == (1333, 400)
+    assert resized_size(333, 500, 800, 1333) == (800, 1201)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_pixels_and_boxes_stay_together(tmp_path: Path, flipped: bool) -> None:
+    """A white rectangle in a black image, enlarged and flipped, is where its box is; the smaller image is padded."""
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[8:20, 12:36] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = annotated_image("a", tmp_path / "a.png", (60, 40), [[12, 8, 36, 20], [0, 0, 5, 5]], [4, 2], [False, True])
+    reader = BatchReader(
+        mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), max_side=1000, with_ignored=False,
+        workers=1, device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    wishes = [Wish(image=image, side=80, flipped=flipped), Wish(image=image, side=40)]
+    (batch,) = reader.read(iter([wishes]))
+    assert batch.images.shape == (2, 3, 80, 120)
+    assert batch.sizes == [(80, 120), (40, 60)]
+    assert batch.images[1, :, 40:].abs().max() == batch.images[1, :, :, 60:].abs().max() == 0
+    (x1, y1, x2, y2) = batch.targets[0]["boxes"][0].tolist()
+    assert (x1, y1, x2, y2) == ((48, 16, 96, 40) if flipped else (24, 16, 72, 40))
+    assert batch.targets[0]["labels"].tolist() == [5]
+    inside = batch.images[0, 0, int(y1) + 2 : int(y2) - 2, int(x1) + 2 : int(x2) - 2]
+    assert inside.min() > 0.99
+    assert float(batch.images[0, 0].sum()) == pytest.approx(48 * 24, rel=0.02)
+
+    wrong = annotated_image("a", tmp_path / "a.png", (40, 60), [], [], [])
+    with pytest.raises(ValueError, match="has 60 x 40 pixels, but its annotation is for 40 x 60"):
+        list(reader.read(iter([[Wish(image=wrong, side=40)]])))
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"a\.png cannot be read"):
+        list(reader.read(iter([[Wish(image=image, side=40)]])))
+
+
+def test_batches_have_one_orientation_and_every_image_comes_once_an_epoch() -> None:
+    wide = np.array([True] * 9 + [False] * 7)
+    order = GroupedOrder(wide=wide, batch_size=3, seed=4)
+    batches = list(islice(order.batches(), 40))
+    for batch in batches:
+        assert len({bool(wide[draw.index]) for draw in batch}) == 1
+    drawn = [(draw.epoch, draw.index) for batch in batches for draw in batch]
+    assert len(drawn) == len(set(drawn))
+    for epoch in range(5):
+        assert sorted(index for e, index in drawn if e == epoch) == list(range(16))
+    assert list(islice(order.batches(17), 5)) == batches[17:22]
+    assert [d.index for d in next(GroupedOrder(wide=wide, batch_size=3, seed=5).batches())] != [
+        d.index for d in batches[0]
+    ]
+
+
+RANK_PROGRAM = """
+import torch, torch.distributed as dist
+from torch import nn
+from leoclr_fast.evaluate.detection.synchronised_batchnorm import synchronised
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+truth = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4)).double()
+ours = synchronised(__import__("copy").deepcopy(truth))
+images = torch.randn(5, 3, 9, 7, dtype=torch.float64)
+target = torch.randn(5, 4, 7, 5, dtype=torch.float64)
+part = slice(0, 2) if dist.get_rank() == 0 else slice(2, 5)
+expected = truth(images)
+(expected * target).sum().backward()
+got = ours(images[part])
+(got * target[part]).sum().backward()
+for parameter in ours.parameters():
+    dist.all_reduce(parameter.grad)
+torch.testing.assert_close(got, expected[part], rtol=1e-10, atol=1e-10)
+for one, two in zip(ours.parameters(), truth.parameters(), strict=True):
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-9)
+for one, two in zip(ours.buffers(), truth.buffers(), strict=True):
+    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+torch.testing.assert_close(ours.eval()(images), truth.eval()(images), rtol=1e-10, atol=1e-10)
+print("rank", dist.get_rank(), "agrees")
+dist.destroy_process_group()
+"""
+
+
+class TwoRanks:
+    """Two threads that sum their tensors as two ranks do."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=60)
+        self.given: dict[int, torch.Tensor] = {}
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        self.given[threading.get_ident()] = tensor
+        self.barrier.wait()
+        total = torch.stack(list(self.given.values())).sum(dim=0)
+        self.barrier.wait()
+        tensor.copy_(total)
+        self.barrier.wait()
+
+
+def test_batchnorm_of_two_threads_is_that_of_one_with_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, gradients and running statistics in float64, with 2 and 3 images on the ranks."""
+    monkeypatch.setattr(synchronised_batchnorm, "dist", TwoRanks())
+    torch.manual_seed(0)
+    truth = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4))
+    truth.double()
+    ours = [synchronised_batchnorm.synchronised(deepcopy(truth)) for _ in range(2)]
+    images, target = torch.randn(5, 3, 9, 7).double(), torch.randn(5, 4, 7, 5).double()
+    parts = (slice(0, 2), slice(2, 5))
+    (truth(images) * target).sum().backward()
+
+    def step(rank: int) -> torch.Tensor:
+        output: torch.Tensor = ours[rank](images[parts[rank]])
+        (output * target[parts[rank]]).sum().backward()
+        return output.detach()
+
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(step, range(2)))
+    expected = deepcopy(truth).train()(images).detach()
+    torch.testing.assert_close(torch.cat(outputs), expected, rtol=1e-10, atol=1e-10)
+    for whole, *pieces in zip(truth.parameters(), *(network.parameters() for network in ours), strict=True):
+        torch.testing.assert_close(pieces[0].grad + pieces[1].grad, whole.grad, rtol=1e-9, atol=1e-9)
+    for whole, *pieces in zip(truth.buffers(), *(network.buffers() for network in ours), strict=True):
+        for piece in pieces:
+            torch.testing.assert_close(piece, whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.long
+def test_batchnorm_of_two_ranks_is_that_of_one_with_all_images(tmp_path: Path) -> None:
+    """The same under torchrun with gloo."""
+    (tmp_path / "program.py").write_text(RANK_PROGRAM)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "program.py")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0 agrees", "rank 1 agrees"]
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_voc(tmp_path_factory.mktemp("voc") / "VOCdevkit", num_train=10, num_test=4, empty=2)
+
+
+@pytest.fixture(scope="module")
+def backbone_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with final weights, as a pretraining leaves it."""
+    run = RunFolder(tmp_path_factory.mktemp("detection") / "run")
+    run.create()
+    config = tiny_config(
+        result__backbone__stem="imagenet", result__backbone__width_multiplier=0.125, result__views__image_size=64
+    )
+    run.write_config(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        write_weights(run.final_weights, build_backbone(config.result.backbone), config.result.backbone)
+    return run.path
+
+
+def detect_line(run: Path, voc: Path, out: Path, *flags: str) -> list[object]:
+    return ["detect", run, "--data", voc, "--out", out, *TINY, *flags]
+
+
+def test_a_stopped_detection_continues_exactly(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path
+) -> None:
+    """Stopped at iteration 3 of 6: the same tensors, log and result as in one go; and what a result holds."""
+    whole, output = succeeded(capsys, *detect_line(backbone_run, voc, tmp_path / "whole", "--iterations=6"))
+    assert "2 images without boxes left out" in output
+    part, _ = succeeded(
+        capsys, *detect_line(backbone_run, voc, tmp_path / "parts", "--iterations=6", "--max-iterations=3")
+    )
+    assert (part["complete"], part["iteration"]) == (False, 3)
+    again, _ = succeeded(capsys, *detect_line(backbone_run, voc, tmp_path / "parts", "--iterations=6"))
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    states = [load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("parts", "whole")]
+    for name, tensor in states[1]["detector"].items():
+        assert torch.equal(states[0]["detector"][name], tensor), name
+    for one, two in ((again, whole),):
+        assert {key: value for key, value in one.items() if key not in ("out", "environment")} == {
+            key: value for key, value in two.items() if key not in ("out", "environment")
+        }
+    assert (whole["train_images"], whole["test_images"], whole["iteration"], whole["complete"]) == (10, 4, 6, True)
+    assert whole["config"]["lr_steps"] == [4, 6]  # 18 of 24 and 22 of 24
+    assert whole["weights_sha256"]
+    assert whole["settings"] == {
+        **whole["config"],
+        **{name: whole[name] for name in ("weights_sha256", "precision", "train_fingerprint", "test_fingerprint")},
+    }
+    for name in ("AP", "AP50", "AP75", "AP_11point", "AP50_11point", "AP75_11point"):
+        assert 0 <= whole[name] <= 100
+    assert whole["AP50_11point_per_class"]["aeroplane"] is None
+    kept = [json.loads(line) for line in RunFolder(backbone_run).evaluations_file.read_text().splitlines()]
+    assert [record["evaluator"] for record in kept] == ["detect-voc", "detect-voc"]
+    assert kept[0]["AP50"] == whole["AP50"]
+
+    third, output = succeeded(capsys, *detect_line(backbone_run, voc, tmp_path / "parts", "--iterations=6"))
+    assert third == json.loads((tmp_path / "parts" / "result.json").read_text())
+    assert "is finished; its result stands" in output
+    message = refused(capsys, *detect_line(backbone_run, voc, tmp_path / "parts", "--iterations=7"))
+    assert "belongs to another detection run: config.iterations: 6 there, 7 here" in message
+
+
+def test_running_statistics_are_means_over_batches(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path
+) -> None:
+    """The first batch-norm's mean is the mean over the batches of the convolution's output, not a moving average."""
+    line = detect_line(backbone_run, voc, tmp_path / "out", "--iterations=2", "--train-sides", "64", "--precision=fp64")
+    succeeded(capsys, *line)
+    state = load_checkpoint(list_checkpoints(tmp_path / "out")[-1])["detector"]
+    assert int(state["c4.bn1.num_batches_tracked"]) == 4
+    images = [i for i in read_voc(voc, ["VOC2007/trainval"]).images if len(i.labels)]
+    order = GroupedOrder(wide=np.array([i.width > i.height for i in images]), batch_size=4, seed=0)
+    means = []
+    reader = BatchReader(
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), max_side=160, with_ignored=True,
+        workers=1, device=torch.device("cpu"), dtype=torch.float64,
+    )  # fmt: skip
+    from pipelines.counter_rng import crop_stream, uniform
+
+    def wish(draw: Any) -> Wish:
+        flip = uniform(0, draw.epoch, np.array([draw.index]), crop_stream(0), 2)[0, 1] < 0.5
+        return Wish(image=images[draw.index], side=64, flipped=bool(flip))
+
+    for batch in reader.read([wish(draw) for draw in draws] for draws in islice(order.batches(2), 2)):
+        outputs = torch.nn.functional.conv2d(batch.images, state["c4.conv1.weight"], stride=2, padding=3)
+        means.append(outputs.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(state["c4.bn1.running_mean"], torch.stack(means).mean(dim=0), rtol=1e-9, atol=1e-12)
+
+
+def test_coco_layout(capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path) -> None:
+    coco = write_coco(tmp_path / "coco", voc)
+    flags = [flag for flag in TINY if flag not in ("--train-sets", "VOC2007/trainval")]
+    line = ["detect", backbone_run, "--data", coco, "--out", tmp_path / "out", "--dataset=coco", "--iterations=2"]
+    result, output = succeeded(capsys, *line, *flags, "--train-on-images-without-boxes", "--max-test-images=2")
+    assert (result["train_images"], result["test_images"], result["whole_test_set"]) == (12, 2, False)
+    assert "a part of the set alone" in output
+    assert "AP_11point" not in result
+    assert result["config"]["train_sets"] == ["train2017"]
+
+
+def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path) -> None:
+    weights = backbone_run / "final.safetensors"
+    out = tmp_path / "out"
+    assert "there is no folder" in refused(capsys, *detect_line(weights, tmp_path / "nowhere", out))
+    assert "VOC2012" in refused(capsys, "detect", weights, "--data", voc, "--out", out)
+    assert "batch_size 0 is not allowed" in refused(capsys, *detect_line(weights, voc, out, "--batch-size=0"))
+    assert "--workers 0 is not allowed" in refused(capsys, *detect_line(weights, voc, out, "--workers=0"))
+    assert "anchor_sizes (0,) are not allowed" in refused(capsys, *detect_line(weights, voc, out, "--anchor-sizes=0"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    assert "holds other files (thesis.tex" in refused(capsys, *detect_line(weights, voc, tmp_path / "mine"))
+    with pytest.raises(ValueError, match="give rising numbers of iterations"):
+        DetectionConfig(lr_steps=(5, 3))
+
+
+def test_a_file_of_weights_has_its_detector_beside_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path
+) -> None:
+    """It continues there; a damaged checkpoint names that folder, and none of the weights."""
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes((backbone_run / "final.safetensors").read_bytes())
+    line = ["detect", weights, "--data", voc, *TINY, "--iterations=2"]
+    part, _ = succeeded(capsys, *line, "--max-iterations=1")
+    folder = tmp_path / "weights.safetensors.evaluations" / "detect-voc"
+    assert part == {"complete": False, "iteration": 1, "out": str(folder)}
+    (checkpoint,) = list_checkpoints(folder)
+    whole = (checkpoint / "state.pt").read_bytes()
+    (checkpoint / "state.pt").write_bytes(whole[:-1])
+    assert run_command([str(argument) for argument in line]) == 1
+    message = capsys.readouterr().err
+    assert f"every checkpoint in {folder} is damaged; delete this folder, and no other" in message
+    (checkpoint / "state.pt").write_bytes(whole)
+    result, output = succeeded(capsys, *line)
+    assert f"resuming from {checkpoint}" in output
+    assert json.loads((folder / "result.json").read_text())["AP"] == result["AP"]
+    folder.with_name("detect-coco").write_text("no folder")
+    message = refused(capsys, "detect", weights, "--data", write_coco(tmp_path / "coco", voc), "--dataset=coco")
+    assert "give --out a folder that it can work in" in message
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_small_detector_learns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """ResNet-18 of a quarter's width from random weights, 24 drawn images of 96 x 120: AP50 above 50 % on 12 others."""
+    voc = write_voc(tmp_path / "VOCdevkit", num_train=24, num_test=12, side=96)
+    config = BackboneConfig(arch="resnet18", width_multiplier=0.25)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = write_weights(tmp_path / "weights.safetensors", build_backbone(config), config)
+    flags = ["--train-sets", "VOC2007/trainval", "--iterations=150", "--batch-size=4", "--warmup-iterations=20"]
+    flags += ["--train-sides=96", "--test-side=96", "--anchor-sizes", "24", "36", "--regions-per-image=32"]
+    flags += ["--precise-bn-batches=10", "--device=cpu", "--log-every=10"]
+    result, _ = succeeded(capsys, "detect", weights, "--data", voc, "--out", tmp_path / "out", *flags)
+    assert result["AP50"] > 50
+    assert result["AP50_11point"] > 50
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+
+
+def kill_all_that_mention(path: Path) -> None:
+    """SIGKILL to torchrun and its workers, which are in sessions of their own: all have the path in their arguments."""
+    for arguments in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"{path}\0".encode() in arguments.read_bytes():
+                os.kill(int(arguments.parent.name), signal.SIGKILL)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_killed_detection_gives_the_same_numbers(tmp_path: Path, voc: Path, backbone_run: Path) -> None:
+    """SIGKILL in the middle of training, then the same command; on one rank, and under torchrun on two."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    weights = backbone_run / "final.safetensors"
+
+    def command(out: str, ranks: int) -> list[str]:
+        flags = ["--iterations=16", "--checkpoint-every=2", "--json"]
+        arguments = [*map(str, detect_line(weights, voc, tmp_path / out, *flags))]
+        torchrun = [*("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")] if ranks > 1 else []
+        return [sys.executable, *torchrun, "-m", "leoclr_fast", *arguments]
+
+    def finish(arguments: list[str]) -> str:
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for ranks in (1, 2):
+        finish(command(f"whole{ranks}", ranks))
+        killed = tmp_path / f"killed{ranks}"
+        with subprocess.Popen(
+            command(killed.name, ranks), env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+        ) as process:
+            while process.poll() is None and not any(list_checkpoints(killed)):
+                time.sleep(0.01)
+            assert process.poll() is None
+            kill_all_that_mention(killed)
+        assert not (killed / "result.json").exists()
+        assert "resuming from" in finish(command(killed.name, ranks))
+        results = [json.loads((tmp_path / name / "result.json").read_text()) for name in (killed.name, f"whole{ranks}")]
+        for result in results:
+            del result["out"], result["environment"]
+        assert results[0] == results[1]
+        states = [load_checkpoint(list_checkpoints(tmp_path / n)[-1]) for n in (killed.name, f"whole{ranks}")]
+        for name, tensor in states[1]["detector"].items():
+            assert torch.equal(states[0]["detector"][name], tensor), name

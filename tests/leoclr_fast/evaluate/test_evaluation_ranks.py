@@ -1,0 +1,219 @@
+"""Evaluations on two ranks, on one CPU with gloo: what one rank computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from leoclr_fast.distributed.collectives import Ranks
+from tests.leoclr_fast.evaluated import evaluated, kept_results, pretrained_run
+from tests.leoclr_fast.evaluation_rank_program import detector, fine_tuned, neighbours
+from tests.leoclr_fast.voc_files import write_voc
+
+LIMIT_S = 200
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    return pretrained_run(tmp_path_factory.mktemp("evaluated") / "run", tiny_data)
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_voc(tmp_path_factory.mktemp("voc") / "VOCdevkit", num_train=12, num_test=5)
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_data: Path, voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks computed."""
+    out = tmp_path_factory.mktemp("ranks")
+    run_ranks(["-m", "tests.leoclr_fast.evaluation_rank_program", str(tiny_data), str(voc), str(out)], out, [0, 0])
+    return out
+
+
+def run_ranks(program: list[str], folder: Path, codes: list[int]) -> list[str]:
+    """Python's arguments on two ranks, as torchrun starts them, which must end with these codes; what each printed."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LIMIT_S))
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *program],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        ended = [process.wait(LIMIT_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert ended == codes, "\n".join(log.read_text() for log in logs)
+    return [log.read_text() for log in logs]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the ranks have: several threads sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def of_ranks(seen: Path, case: str) -> list[dict[str, Any]]:
+    return [torch.load(seen / f"{case}-{rank}.pt") for rank in range(2)]
+
+
+def test_fine_tuning_on_two_ranks_is_that_on_one(seen: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """With frozen batch-norm: losses weighted by 5 and 4 of 9 images, gradients summed, statistics averaged."""
+    alone = fine_tuned(tiny_data, tmp_path, Ranks())
+    for network in of_ranks(seen, "fine-tuned"):
+        assert network.keys() == alone.keys()
+        for name, tensor in network.items():
+            torch.testing.assert_close(tensor, alone[name], rtol=1e-9, atol=1e-11, msg=name)
+    assert alone["fc.weight"].abs().max() > 0.02  # five deviations of its first values
+
+
+def test_knn_on_two_ranks_is_that_on_one(seen: Path, tiny_data: Path, tmp_path: Path) -> None:
+    alone = neighbours(tiny_data, tmp_path, Ranks())
+    assert 0 < alone["top1"] < alone["top5"]
+    for found in of_ranks(seen, "neighbours"):
+        assert (found["top1"], found["top5"]) == (alone["top1"], alone["top5"])
+        assert torch.equal(found["labels"], alone["labels"])
+        torch.testing.assert_close(found["features"], alone["features"], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_detector_on_two_ranks_is_that_on_one(seen: Path, voc: Path, tmp_path: Path) -> None:
+    """With frozen batch-norm and nothing sampled at random: losses weighted by 3 and 2 of 5 images, gradients summed;
+    the same detector finds the same boxes in the images that the ranks share.
+    """
+    alone = detector(voc, tmp_path, Ranks())
+    first, second = of_ranks(seen, "detector")
+    assert len(alone["untrained"]) == 5
+    assert all(boxes for boxes, _, _ in alone["untrained"])
+    for (boxes, scores, labels), (own_boxes, own_scores, own_labels) in zip(
+        first["untrained"], alone["untrained"], strict=True
+    ):
+        assert labels == own_labels
+        assert scores == pytest.approx(own_scores, rel=1e-6)
+        torch.testing.assert_close(torch.tensor(boxes), torch.tensor(own_boxes), rtol=0, atol=1e-4)
+    assert first["precisions"] == alone["precisions"]
+    assert alone["precisions"]["AP50"] > 0
+    for records in zip(first["log"], alone["log"], strict=True):
+        assert records[0] == pytest.approx(records[1], rel=1e-9)
+    assert [record["iteration"] for record in alone["log"]] == [1, 2, 3, 4]
+    assert min(alone["log"][0][name] for name in ("loss_objectness", "loss_classifier")) > 0
+    for name, tensor in alone["state"].items():
+        for found in (first, second):
+            torch.testing.assert_close(found["state"][name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+    moved = [name for name, tensor in alone["start"].items() if not torch.equal(tensor, alone["state"][name])]
+    assert {"c4.conv1.weight", "rpn.head.bbox_pred.weight", "regions.box_predictor.bbox_pred.bias"} <= set(moved)
+
+
+HANGING = """
+import sys, time
+import torch
+from leoclr_fast.cli import run_command
+from leoclr_fast.evaluate import pace
+from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
+from os import environ
+pace.BATCH_LIMIT_S = 2.0
+step, seen = LinearClassifiers.step, []
+def hanging(self, *arguments):
+    seen.append(0)
+    if environ["RANK"] == "1" and len(seen) == 5:
+        time.sleep(1000)
+    return step(self, *arguments)
+LinearClassifiers.step = hanging
+sys.exit(run_command(sys.argv[1:]))
+"""
+
+
+@pytest.mark.long
+def test_a_rank_that_hangs_ends_the_evaluation(tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """Within seconds of its limit, and not with the collective that the other one waits in."""
+    arguments = ["linear", str(tiny_run), "--data", str(tiny_data), "--epochs=9", "--batch-size=16", "--device=cpu"]
+    for output in run_ranks(["-c", HANGING, *arguments, "--out", str(tmp_path / "out")], tmp_path, [75, 75]):
+        assert "error: rank " in output
+        assert "last step 4, in linear classification" in output
+        assert "rank 1 on " in output
+
+
+def on_two_ranks(*arguments: object) -> dict[str, Any]:
+    """The JSON of a command under torchrun."""
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "leoclr_fast",
+    ]
+    done = subprocess.run(
+        [*torchrun, *map(str, arguments), "--device=cpu", "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1, "another rank than the first has spoken"
+    document: dict[str, Any] = json.loads(lines[0])
+    return document
+
+
+@pytest.mark.long
+def test_linear_on_two_ranks_is_linear_on_one(
+    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    """Every rank sees the features of all, an odd last batch too: the same classifier, up to float64's rounding."""
+    arguments = ["linear", tiny_run, "--data", tiny_data, "--epochs=5", "--batch-size=13", "--precision=fp64"]
+    arguments += ["--lr-grid", 0.1, 1]
+    two = on_two_ranks(*arguments, "--out", tmp_path / "two")
+    assert two["world_size"] == 2
+    one = evaluated(capsys, *arguments, "--out", tmp_path / "one")
+    assert two["backbone_sha256_after"] == one["backbone_sha256_before"]
+    assert (two["lr"], two["top1"], two["top5"]) == (one["lr"], one["top1"], one["top5"])
+    weights = [load_file(tmp_path / name / "classifier.safetensors")["fc.weight"] for name in ("one", "two")]
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.long
+def test_fine_tuning_on_two_ranks(tiny_data: Path, tiny_run: Path) -> None:
+    """Each rank has its own batch-norm, so it is another training than one rank's; but it repeats itself, paused in
+    the middle of an epoch, too.
+    """
+    arguments = ["finetune", tiny_run, "--data", tiny_data, "--percent", 100, "--epochs=3", "--batch-size=9"]
+    arguments += ["--base-lr-grid", 0.1, 1]
+    (first,) = on_two_ranks(*arguments, "--out", tiny_run.parent / "first")["evaluations"]
+    (paused,) = on_two_ranks(*arguments, "--out", tiny_run.parent / "again", "--max-steps=18")["evaluations"]
+    assert (paused["complete"], paused["step"], paused["training"]) == (False, 18, "trial-002")
+    (again,) = on_two_ranks(*arguments, "--out", tiny_run.parent / "again")["evaluations"]
+    assert again == first
+    assert first["world_size"] == 2
+    networks = [load_file(tiny_run.parent / name / "network.safetensors") for name in ("first", "again")]
+    assert all(torch.equal(networks[0][name], tensor) for name, tensor in networks[1].items())
+    assert len(kept_results(tiny_run)) >= 2

@@ -1,0 +1,201 @@
+"""`parity`: equal loaders are found equal, a difference is found where it is, and what is drawn is told rightly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from leoclr_fast.cli import run_command
+from leoclr_fast.parity import comparison as parity
+from leoclr_fast.parity.comparison import ParityConfig, measure_parity
+from leoclr_fast.parity.drawn_parameters import drawn_parameters
+from pipelines.config import ViewConfig
+from pipelines.resident_loader import ResidentLoader
+from pipelines.views import LEOCLR_VIEWS
+from tests.pipelines.optional_packages import HAS_DALI, HAS_FFCV
+from tests.pipelines.pictures import picture
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for index in range(12):
+        folder = tmp_path / "images" / (HOSTILE if index % 2 else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(40 + index, 50, "waves", index)).save(folder / f"{index}.jpg")
+    return tmp_path / "images"
+
+
+def small(*loaders: str) -> ParityConfig:
+    return ParityConfig(loaders=loaders, image_size=24, batch_size=4, workers=0, device="cpu")
+
+
+def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [images]
+    if HAS_FFCV:
+        convert(images, tmp_path / "ffcv", ConvertOptions(format="ffcv"), workers=1)
+        data.append(tmp_path / "ffcv")
+    out = tmp_path / "pages" / "parity.html"
+    flags = ["--image-size", "24", "--batch-size", "4", "--workers", "1", "--device", "cpu", "--json"]
+    assert run_command(["parity", "--data", *map(str, data), "--out", str(out), *flags]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = {(row["loader"], row["data"]): row for row in document["rows"]}
+    expected = {("resident", "images")}
+    expected |= {("dali", "images")} if HAS_DALI else set()
+    expected |= {("resident", "ffcv"), ("ffcv", "ffcv")} if HAS_FFCV else set()
+    expected |= {("dali", "ffcv")} if HAS_DALI and HAS_FFCV else set()
+    assert set(found) == expected
+    for (loader, _), row in found.items():
+        assert row["ok"]
+        assert row["images"] == 11  # one is held out for kNN
+        assert row["same_indices"]
+        assert row["same_boxes"]
+        assert row["same_labels"]
+        assert row["max"] == row["edge_max"] == 0, loader
+    assert any("nvjpeg on images: nvJPEG decodes on a GPU" in line for line in document["not_compared"])
+    page = out.read_text()
+    assert "<img src=x" not in page
+    assert "https://" not in page.replace("http://www.w3.org", "")
+    assert f"{len(found)} of {len(found)} comparisons are within their limits." in page
+
+
+class TestDifferencesAreFound:
+    @pytest.fixture
+    def spoiled(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """A resident loader of which one value, one label or one box is off."""
+        original = ResidentLoader.batches
+
+        def spoil(what: str) -> None:
+            def batches(loader: ResidentLoader, epoch: int, start_step: int = 0) -> Any:
+                for batch in original(loader, epoch, start_step):
+                    if batch.step == 1:
+                        if what == "inside":
+                            batch.crops[2, 1, 9, 11, 0] ^= 64
+                        elif what == "edge":
+                            batch.crops[2, 1, 1, 11, 0] ^= 64
+                        elif what == "label":
+                            batch.labels[0] += 1
+                        else:
+                            getattr(batch, what)[0] += 1
+                    yield batch
+
+            monkeypatch.setattr(ResidentLoader, "batches", batches)
+
+        return spoil
+
+    def test_of_one_value(self, images: Path, spoiled: Any, tmp_path: Path) -> None:
+        spoiled("inside")
+        (result,), _ = measure_parity(small("resident"), [images])
+        assert not result.ok
+        assert (result.max, result.edge_max, result.edge_mean) == (64, 0, 0)
+        assert result.counts[64] == 1
+        assert result.counts.sum() == 11 * 3 * 20 * 20 * 3
+        assert result.mean == pytest.approx(64 / result.counts.sum(), rel=1e-12)
+        worst = result.worst[0]
+        assert worst.view == "crop 1"
+        assert worst.mean_difference == pytest.approx(64 / (24 * 24 * 3), rel=1e-12)
+        assert np.argwhere(worst.ours != worst.oracle).tolist() == [[9, 11, 0]]
+        assert [crop.mean_difference for crop in result.worst[1:]] == [0, 0, 0]
+        out = tmp_path / "p.html"
+        flags = ["--loaders", "resident", "--image-size", "24", "--batch-size", "4", "--device", "cpu"]
+        assert run_command(["parity", "--data", str(images), "--out", str(out), *flags]) == 1
+        assert "0 of 1 comparisons are within their limits; not resident on images." in out.read_text()
+
+    def test_at_the_edge_they_do_not_count(self, images: Path, spoiled: Any) -> None:
+        spoiled("edge")
+        (result,), _ = measure_parity(small("resident"), [images])
+        assert result.ok
+        assert (result.max, result.edge_max) == (0, 64)
+
+    @pytest.mark.parametrize("what", ["label", "boxes", "indices"])
+    def test_of_what_must_be_equal(self, what: str, images: Path, spoiled: Any) -> None:
+        spoiled(what)
+        (result,), _ = measure_parity(small("resident"), [images])
+        assert not result.ok
+        same = {"label": result.same_labels, "boxes": result.same_boxes, "indices": result.same_indices}
+        assert [name for name, is_same in same.items() if not is_same] == [what]
+
+
+def test_a_loader_that_does_not_work_here_is_named(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the nvjpeg loader cannot be used: no driver")
+
+    monkeypatch.setattr(ResidentLoader, "__init__", broken)
+    monkeypatch.setattr("leoclr_fast.parity.comparison.BACKENDS", ("resident", "torchvision"))
+    results, obstacles = measure_parity(small(), [images])
+    assert [result.loader for result in results] == ["torchvision"]
+    assert obstacles == ["resident on images: the nvjpeg loader cannot be used: no driver"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loaders", "dalli"], "'dalli' cannot be compared with torchvision. Did you mean dali"),
+        (["--loaders", "nvjpeg"], "nothing was compared for nvjpeg: nvjpeg on images: nvJPEG decodes on a GPU"),
+        (["--image-size", "4"], "image_size 4 is not allowed: give more than 4 pixels"),
+        (["--batch-size", "0"], "batch_size 0 is not allowed: give at least 1"),
+    ],
+)
+def test_mistakes(
+    flags: list[str], message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "p.html"
+    assert run_command(["parity", "--data", str(images), "--out", str(out), "--device", "cpu", *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.real_data
+def test_photographs_are_within_the_limits(real_data: Path, tmp_path: Path) -> None:
+    """Mean over the set, largest difference without the edge: the same boxes on every backend."""
+    data = [real_data / "imagenet-sample-400.tar"]
+    if HAS_FFCV:
+        convert(data[0], tmp_path / "ffcv", ConvertOptions(format="ffcv", max_side=0))
+        data.append(tmp_path / "ffcv")
+    loaders = (*(("dali",) if HAS_DALI else ()), *(("ffcv",) if HAS_FFCV else ()))
+    results, _ = measure_parity(ParityConfig(loaders=loaders, max_images=48, device="cpu"), data)
+    assert {result.loader for result in results} == set(loaders)
+    for result in results:
+        assert result.images == 48
+        assert result.ok, result
+        if result.loader == "ffcv":
+            assert result.max == result.edge_max == 0
+
+
+class TestDrawn:
+    def test_by_the_recipe(self) -> None:
+        histograms, shares = drawn_parameters(LEOCLR_VIEWS, ViewConfig(image_size=32), seed=5, draws=20_000)
+        assert [share.expected for share in shares] == [0.8, 0.2, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
+        for share in shares:
+            assert abs(share.deviation) < 4, share
+        by_name = {histogram.name: histogram for histogram in histograms}
+        assert len(by_name) == 7
+        for name in ("Brightness factor", "Contrast factor", "Saturation factor", "Hue shift", "Blur sigma"):
+            histogram = by_name[name]
+            assert histogram.density == pytest.approx(histogram.expected, rel=0.06), name
+        for name in ("Share of the image's area", "Logarithm of width over height"):
+            histogram = by_name[name]
+            assert histogram.density == pytest.approx(histogram.expected, rel=0.12, abs=0.02), name
+            assert histogram.expected.max() > 1.3 * histogram.expected.min()  # some boxes do not fit
+
+    def test_what_cannot_vary_is_left_out(self) -> None:
+        config = ViewConfig(image_size=32, blur_probability=0, hue=0, jitter_probability=1)
+        histograms, shares = drawn_parameters(LEOCLR_VIEWS, config, seed=5, draws=500)
+        names = {histogram.name for histogram in histograms}
+        assert "Blur sigma" not in names
+        assert "Hue shift" not in names
+        by_name = {share.name: share for share in shares}
+        assert (by_name["blur"].share, by_name["blur"].deviation) == (0, 0)
+        assert (by_name["jitter"].share, by_name["jitter"].deviation) == (1, 0)
+
+
+def test_backends_are_all_loaders_but_the_oracle_and_noise() -> None:
+    assert set(parity.BACKENDS) == {"resident", "dali", "ffcv", "nvjpeg"}

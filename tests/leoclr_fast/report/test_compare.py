@@ -1,0 +1,232 @@
+"""One table over runs and seeds: means and deviations by hand, and nothing averaged that should not be."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leoclr_fast.cli import run_command
+from leoclr_fast.config import RunConfig
+from leoclr_fast.recipes import get_recipe
+from leoclr_fast.report.evaluation_table import EvaluationTable, Row, evaluation_table
+from leoclr_fast.run.folder import RunFolder
+from tests.leoclr_fast.training.test_bad_input import refused
+from tests.leoclr_fast.written_run import end, knn, start, step_record, written_run
+
+LINEAR = {"epochs": 100, "batch_size": 256, "lr": 30.0, "seed": 0, "data_fingerprint": "d", "max_images": None}
+CIFAR10 = {"classes": 10, "train_images": 50_000, "val_images": 10_000}
+ENDED = {"complete": True, "steps": 552, "epochs": 12}
+
+
+def config(recipe: str, seed: int, **changes: Any) -> RunConfig:
+    found = get_recipe(recipe)
+    return replace(found, result=replace(found.result, seed=seed, **changes))
+
+
+def run_of(
+    path: Path,
+    recipe: str = "leoclr_cifar10",
+    seed: int = 0,
+    summary: Any = ENDED,
+    fingerprint: str = "d",
+    **changes: Any,
+) -> Path:
+    """A finished run without a kNN of its own."""
+    records = [start(), step_record(552), end(552, "finished")]
+    data = {"fingerprint": fingerprint}
+    return written_run(path, records, config=config(recipe, seed, **changes), summary=summary, data=data)
+
+
+def add(run: Path, evaluator: str, settings: dict[str, Any], **values: Any) -> None:
+    record = {"weights": f"{run}/final.safetensors", "weights_sha256": run.name, "untrained": False, **values}
+    settings = {"weights_sha256": run.name, **settings}
+    RunFolder(run).add_evaluation(evaluator, record | {"settings": settings})
+
+
+def row(table: EvaluationTable, label: str) -> Row:
+    (found,) = [row for row in table.rows if row.label == label]
+    return found
+
+
+def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
+    ours, theirs = (80.0, 82.0, 87.0), (75.0, 78.0, 76.0)
+    runs = []
+    for recipe, scores in (("mocov2_cifar10", theirs), ("leoclr_cifar10", ours)):
+        for seed, top1 in enumerate(scores):
+            run = run_of(tmp_path / f"{recipe}-{seed}", recipe, seed)
+            add(run, "linear", LINEAR, top1=top1, top5=99.0, mean_per_class=top1, **CIFAR10)
+            runs.append(run)
+    add(runs[0], "finetune", {"percent": 10.0, "data_fingerprint": "d"}, top1=60.0)
+    table = evaluation_table(runs)
+    assert [(column.title, column.seeds) for column in table.columns] == [
+        ("LeOCLR", ("0", "1", "2")),
+        ("MoCo-v2", ("0", "1", "2")),
+    ]
+    linear = row(table, "linear, top-1")
+    left, right = linear.cells
+    assert (left.n, left.mean, left.std) == (3, pytest.approx(83), pytest.approx(statistics.stdev(ours)))
+    assert (right.n, right.mean, right.std) == (3, pytest.approx(229 / 3), pytest.approx(statistics.stdev(theirs)))
+    assert left.by_seed == {"0": 80, "1": 82, "2": 87}
+    assert linear.difference == pytest.approx(83 - 229 / 3)
+    assert linear.difference_std == pytest.approx(statistics.stdev([5, 4, 11]))
+    assert linear.paper_difference == 5.71
+    finetune = row(table, "finetune 10 %, top-1")
+    assert [cell.n for cell in finetune.cells] == [0, 1]
+    assert finetune.difference is None
+    assert [row.label for row in table.rows] == ["linear, top-1", "linear, top-5", "finetune 10 %, top-1"]
+    lines = table.as_markdown().splitlines()
+    assert len({len(line) for line in lines[:5]}) == 1
+    assert "83.00 ± 3.61" in lines[2]
+    assert "+6.67 ± 3.79" in lines[2]
+    assert lines[2].rstrip(" |").endswith("+5.71")
+
+
+def test_only_what_is_alike_is_averaged(tmp_path: Path) -> None:
+    """Another learning rate is another row, an untrained network too; other settings of the run are another column."""
+    run, short = run_of(tmp_path / "a"), run_of(tmp_path / "b", epochs=20)
+    add(run, "linear", LINEAR, top1=80.0)
+    add(run, "linear", {**LINEAR, "epochs": 10}, top1=70.0)
+    add(run, "linear", LINEAR, top1=30.0, untrained=True)
+    add(short, "linear", LINEAR, top1=60.0)
+    add(short, "transfer", {"dataset": "pets"}, top1=50.0, mean_per_class=40.0, metric="mean_per_class")
+    table = evaluation_table([run, short])
+    assert [column.title for column in table.columns] == ["LeOCLR a", "LeOCLR b"]
+    found = {row.label: [cell.mean for cell in row.cells] for row in table.rows}
+    assert found == {
+        "linear [epochs 100], top-1": [80.0, 60.0],
+        "linear [epochs 10], top-1": [70.0, None],
+        "linear, untrained, top-1": [30.0, None],
+        "transfer pets, mean per class": [None, 40.0],
+    }
+    assert all(row.difference is None and row.paper_difference is None for row in table.rows)
+
+
+def test_the_newest_of_each_seed_counts_and_seeds_of_an_evaluation_are_one_run(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "a")
+    add(run, "linear", LINEAR, top1=10.0)
+    add(run, "linear", LINEAR, top1=80.0)
+    add(run, "linear", {**LINEAR, "seed": 1}, top1=82.0)
+    (cell,) = row(evaluation_table([run]), "linear, top-1").cells
+    assert (cell.n, cell.mean, cell.std) == (1, 81.0, None)
+
+
+def test_knn_of_the_training_stands_in_where_there_is_no_other(tmp_path: Path) -> None:
+    records = [start(), knn(0, 13.0), step_record(552), knn(552, 40.0), end(552, "finished")]
+    run = written_run(tmp_path / "a", records, config=config("leoclr_cifar10", 0), summary=ENDED)
+    table = evaluation_table([run])
+    assert row(table, "kNN (k 20, temperature 0.1) in training, top-1").cells[0].mean == 40
+    assert row(table, "kNN (k 20, temperature 0.1) in training, untrained, top-1").cells[0].mean == 13
+    add(run, "knn", {"k": 20, "temperature": 0.1, "data_fingerprint": "d"}, top1=41.0)
+    labels = [row.label for row in evaluation_table([run]).rows]
+    assert labels[0] == "kNN (k 20, temperature 0.1), top-1"
+    assert "kNN (k 20, temperature 0.1) in training, top-1" not in labels
+
+
+def test_notes_say_why_a_number_is_not_the_papers(tmp_path: Path) -> None:
+    ours = run_of(tmp_path / "ours", "leoclr_cifar10", epochs=15)
+    theirs = run_of(tmp_path / "theirs", "mocov2_cifar10", summary={"complete": False, "steps": 552, "epochs": 12})
+    twin = run_of(tmp_path / "twin", "mocov2_cifar10")
+    for run in (ours, theirs, twin):
+        add(run, "linear", {**LINEAR, "epochs": 5}, top1=50.0, **CIFAR10)
+    checkpoint = "checkpoints/step-00000007"
+    add(ours, "finetune", {"percent": 1.0}, top1=20.0, weights=f"{ours}/{checkpoint}")
+    notes = "\n".join(evaluation_table([ours, theirs, twin]).notes)
+    assert "leoclr_cifar10 as published there, these runs here: epochs: 200 there, 15 here" in notes
+    assert "linear evaluation as published there, this one here: epochs: 100 there, 5 here" in notes
+    assert f"{theirs} is not finished" in notes
+    assert "several runs have the same seed" in notes
+    assert "finetune is of the checkpoint step-00000007" in notes
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "learned_from", "reason"),
+    [
+        (
+            "imagenet_200ep",
+            CIFAR10,
+            "d",
+            "1,000 classes, 1,281,167 images learned from, 50,000 tested there, 10 classes",
+        ),
+        (
+            "cifar10",
+            {**CIFAR10, "val_images": 500},
+            "d",
+            "10,000 tested there, 10 classes, 50,000 images learned from, 500",
+        ),
+        ("stl10", {}, "d", "8,000 tested there, ? classes, ? images learned from, ? tested here"),
+        ("cifar10", CIFAR10, "another", "b learned from the data it is on"),
+    ],
+)
+def test_the_papers_gain_stands_beside_its_own_data_alone(
+    tmp_path: Path, data: str, changes: dict[str, Any], learned_from: str, reason: str
+) -> None:
+    """The recipe is of the paper; the evaluation is of other images, of a part, or of images nobody counted."""
+    runs = [
+        run_of(tmp_path / "a", f"leoclr_{data}"),
+        run_of(tmp_path / "b", f"mocov2_{data}", fingerprint=learned_from),
+    ]
+    for run, top1 in zip(runs, (80.0, 75.0), strict=True):
+        add(run, "linear", LINEAR, top1=top1, **changes)
+    table = evaluation_table(runs)
+    linear = row(table, "linear, top-1")
+    assert (linear.difference, linear.paper_difference) == (5, None)
+    assert "in the paper" not in table.as_markdown()
+    (note,) = table.notes
+    assert note.startswith(f"the paper's gain for {data.partition('_')[0]}, +5.")
+    assert reason in note
+
+
+@pytest.mark.parametrize("with_settings", [True, False])
+def test_detections_on_other_data_or_of_another_precision_are_other_rows(tmp_path: Path, with_settings: bool) -> None:
+    """As written now, and as before, when a result named its configuration alone as such."""
+    run = run_of(tmp_path / "a")
+    detector = {"dataset": "voc", "iterations": 24_000}
+    fp32 = {"precision": "fp32", "train_fingerprint": "one", "test_fingerprint": "one"}
+    others = [{}, {"test_fingerprint": "other"}, {"train_fingerprint": "other"}, {"precision": "bf16"}]
+    for number, change in enumerate(others):
+        known = {**fp32, **change}
+        settings = {"settings": {**detector, **known, "weights_sha256": "w"}} if with_settings else {}
+        found = {"AP": 50.0 + number, "config": detector, **known, **settings}
+        RunFolder(run).add_evaluation("detect-voc", found)
+    values = {row.label: row.cells[0].mean for row in evaluation_table([run]).rows}
+    assert sorted(values.values()) == [50, 51, 52, 53]
+    label = "detect-voc [precision fp32, train_fingerprint one, test_fingerprint other], AP"
+    assert values[label] == 51
+
+
+def test_results_of_other_programs_and_damaged_lines(tmp_path: Path) -> None:
+    """A detector's AP, a record without settings as of an older version, a metric that is no number, a cut line."""
+    run = run_of(tmp_path / "a")
+    detected = {"AP": 50.1, "AP50": 80.0, "AP75": float("nan"), "config": {"dataset": "voc", "iterations": 24_000}}
+    RunFolder(run).add_evaluation("detect-voc", detected)
+    RunFolder(run).add_evaluation("knn", {"top1": 40.0, "k": 5, "temperature": 0.1, "weights": "x", "data": "y"})
+    with open(RunFolder(run).evaluations_file, "a") as file:
+        file.write('{"evaluator": "lin')
+    table = evaluation_table([run])
+    assert row(table, "detect-voc, AP").cells[0].mean == 50.1
+    assert row(table, "detect-voc, AP50").cells[0].mean == 80
+    assert row(table, "kNN (k 5, temperature 0.1), top-1").cells[0].mean == 40
+    assert not [row for row in table.rows if row.metric == "ap75"]
+    assert any("line 3 of" in note for note in table.notes)
+
+
+def test_compare_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / "a", "leoclr_cifar10"), run_of(tmp_path / "b", "mocov2_cifar10")]
+    assert "nothing was evaluated in" in refused(capsys, "compare", *runs)
+    for run, top1 in zip(runs, (61.0, 60.0), strict=True):
+        add(run, "linear", LINEAR, top1=top1)
+    assert run_command(["compare", *map(str, runs), "--json"]) == 0
+    output = capsys.readouterr().out.splitlines()
+    document = json.loads(output[-1])
+    assert output[0].split("|")[1:7] == [
+        f" {name} " for name in ("evaluation   ", "LeOCLR", "n", "MoCo-v2", "n", "difference")
+    ]
+    assert document["rows"][0]["difference"] == 1
+    assert [column["runs"] for column in document["columns"]] == [[str(run)] for run in runs]
+    assert "is not a run folder" in refused(capsys, "compare", tmp_path / "nowhere", runs[0])
+    assert "given twice" in refused(capsys, "compare", runs[0], runs[0])

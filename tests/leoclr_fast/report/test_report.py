@@ -1,0 +1,477 @@
+"""The report of real runs: what `pretrain` writes by itself, and what `leoclr-fast report` makes of run folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import leoclr_fast.report.page
+import leoclr_fast.training.loop
+import leoclr_fast.training.run_diary
+from benchmarks.reference_curves import reference_curves
+from leoclr_fast.cli import run_command
+from leoclr_fast.recipes import get_recipe
+from leoclr_fast.report.elements import Markup, element, embedded_json
+from leoclr_fast.report.page import page_of
+from leoclr_fast.report.reference import REFERENCE_FILE, find_reference
+from leoclr_fast.report.reproduce import reproducing_command
+from leoclr_fast.report.run_record import RunRecord, read_run
+from leoclr_fast.report.verdict import verdict
+from leoclr_fast.run.folder import RunFolder
+from leoclr_fast.run.telemetry import NonFiniteLossError
+from leoclr_fast.training.loop import pretrain
+from leoclr_fast.training.run_diary import RunDiary
+from tests.leoclr_fast.conftest import tiny_config, write_tiny_images
+from tests.leoclr_fast.forked_runs import ForkedRuns, finished_steps
+from tests.leoclr_fast.test_cli import succeeded
+from tests.leoclr_fast.training.test_bad_input import pretrain_line, refused
+from tests.leoclr_fast.training.test_resume import run_and_kill, start_run
+from tests.leoclr_fast.written_run import knn, start, step_record, written_run
+from tests.pipelines.pictures import encode, picture, write_images
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    return RunFolder(run).read_metrics(kind)
+
+
+def plot_data(page: str) -> dict[str, Any]:
+    (text,) = re.findall(r'<script type="application/json" id="plot-data">(.*?)</script>', page)
+    data: dict[str, Any] = json.loads(text)
+    return data
+
+
+def without_markup(page: str) -> str:
+    return re.sub(r"<[^>]+>", "", page)
+
+
+def test_pretraining_leaves_a_report_whose_figures_are_its_own(
+    capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    summary, _ = succeeded(capsys, *pretrain_line(tiny_data, run))
+    page = (run / "report.html").read_text()
+    assert f"kNN top-1 is {summary['knn_top1']:.2f} %" in page
+    assert f"untrained {summary['knn_top1_untrained']:.2f} %" in page
+    assert "on 40 images of" in page
+    assert "for 2 epochs" in page
+    assert "Finished after step 6 of 6 (epoch 2 of 2)." in page
+    assert f"{summary['images_per_s']:,.1f} images/s" in page
+    loss = plot_data(page)["loss"]["curves"][0]
+    steps = records(run, "step")
+    assert loss["x"] == pytest.approx([record["step"] / 3 for record in steps], rel=1e-6)
+    assert loss["y"] == pytest.approx([record["loss"] for record in steps], rel=1e-6)
+    assert re.findall(r"<li>(train/class\d/\d+\.png \(class class\d\))</li>", page)
+    assert page.count("data:image/jpeg;base64,") == 1
+    assert len(page) < 300_000
+    kinds = [json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert (kinds[0], kinds[-1]) == ("start", "end")
+    assert records(run, "end")[0]["status"] == "finished"
+
+
+def test_the_page_asks_for_nothing(tiny_data: Path, tmp_path: Path) -> None:
+    pretrain(tiny_config(), tiny_data, tmp_path / "run", max_steps=2)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert not re.findall(r"https?://|//[a-z]+\.", page)
+    assert re.findall(r'(?:src|href)="((?!#|data:)[^"]*)"', page) == []
+    assert "default-src &#x27;none&#x27;; img-src data:;" in page
+    assert "url(" not in re.sub(r"url\(#[\w.-]+\)", "", page)
+
+
+def test_text_of_users_stays_text(tiny_data: Path, tmp_path: Path) -> None:
+    """Class names, paths and messages that are markup appear as they are."""
+    evil = "<img src=x onerror=alert(1)>"
+    data = write_tiny_images(tmp_path / "a&b <i>data")
+    (data / "train" / "class1").rename(data / "train" / evil)
+    (data / "val" / "class1").rename(data / "val" / evil)
+    run = tmp_path / "</script><script>alert(2)</script>"
+    pretrain(tiny_config(monitor__knn_every_epochs=1), data, run, max_steps=4)
+    RunFolder(run).add_evaluation("<b>probe</b>", {"top1": 12.5, "weights": "</td><script>alert(3)</script>"})
+    for page in (page_of([read_run(run)]), page_of([read_run(run), read_run(run)])):
+        assert evil not in page
+        assert "<i>data" not in page
+        assert "<b>probe" not in page
+        assert page.count("<script") == 2
+        assert page.count("</script") == 2
+        assert "alert(1)&gt;" in page
+    assert json.loads((run / "data.json").read_text())["classes"] == [evil, "class0", "class2"]
+
+
+def test_elements_escape_everything_that_is_not_markup() -> None:
+    made = element("p", "a < b & c", Markup("<br>"), ["x", None], title='"quoted" <x>', hidden=True, id=None)
+    assert made == '<p title="&quot;quoted&quot; &lt;x&gt;" hidden>a &lt; b &amp; c<br>x</p>'
+    data = embedded_json("d", {"name": "</script><!--&\u2028"})
+    assert "</script><!--" not in data
+    (text,) = re.findall(r">(.*)</script>", data)
+    assert json.loads(text) == {"name": "</script><!--&\u2028"}
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_has_a_report_that_says_so(
+    capsys: pytest.CaptureFixture[str], runs: ForkedRuns, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run_and_kill(start_run(runs, tiny_data, run), run, kill_at=9)
+    left = (run / "report.html").read_text()  # of its last checkpoint
+    assert "Running, after step" in left
+    assert "a run that was killed since could not say so" in left
+    document, _ = succeeded(capsys, "report", run)
+    last = finished_steps(run)
+    assert document["runs"][0]["state"] == "killed"
+    assert document["runs"][0]["steps"] == last
+    page = (run / "report.html").read_text()
+    assert f"Killed in the middle, after step {last} of 24" in page
+    assert "it left no word of its end" in page
+    watched = run_command(["watch", str(run), "--once"])
+    assert watched == 0
+    assert "Killed in the middle" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(300)
+def test_a_stopped_run_says_by_what(runs: ForkedRuns, tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start_run(runs, tiny_data, run, extra=("--epochs=200",))
+    process.wait_for_step(run, 3)
+    os.kill(process.process, signal.SIGTERM)
+    assert process.wait(60) == 130
+    page = (run / "report.html").read_text()
+    assert re.search(
+        r"Stopped after step \d+ of 600 .*: stopped by SIGTERM after step \d+; a checkpoint was saved", page
+    )
+    assert records(run, "end")[0]["status"] == "stopped"
+
+
+def test_a_crash_tells_where_and_why(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+
+    def broken(*_: object) -> None:
+        raise NonFiniteLossError("the training became non-finite at step 5 <loss nan>")
+
+    pretrain(tiny_config(), tiny_data, run, max_steps=3)
+    monkeypatch.setattr(leoclr_fast.training.loop, "_log_metrics", broken)
+    with pytest.raises(NonFiniteLossError):
+        pretrain(tiny_config(), tiny_data, run)
+    page = (run / "report.html").read_text()
+    assert "Failed after step 4 of 12" in page
+    assert "the training became non-finite at step 5 &lt;loss nan&gt;" in page
+    assert re.search(r"In _between_steps, leoclr_fast/training/loop.py line \d+\.", page)
+    monkeypatch.undo()
+    assert pretrain(tiny_config(), tiny_data, run)["complete"]
+    page = (run / "report.html").read_text()
+    assert "Finished after step 12 of 12" in page
+    assert "Started 3 times" in page
+    assert [record["status"] for record in records(run, "end")] == ["paused", "failed", "finished"]
+
+
+def test_a_run_that_hangs_says_why(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread is stuck: another one writes the end and the page, as before the watchdog ends the process."""
+    run, diaries = tmp_path / "run", []
+
+    class Diary(RunDiary):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
+            diaries.append(self)
+
+    class EndedError(BaseException):
+        pass
+
+    def stuck(*_: object) -> None:
+        words = threading.Thread(target=diaries[0].cut_short, args=("rank 1 on node7: no progress for 60 s",))
+        words.start()
+        words.join()
+        diaries[0].last_report(60)
+        raise EndedError((run / "report.html").read_text())
+
+    monkeypatch.setattr(leoclr_fast.training.loop, "RunDiary", Diary)
+    monkeypatch.setattr(leoclr_fast.training.loop, "_log_metrics", stuck)
+    with pytest.raises(EndedError) as ended:
+        pretrain(tiny_config(), tiny_data, run)
+    page = str(ended.value)
+    assert "Failed after step 1 of 12" in page
+    assert "rank 1 on node7: no progress for 60 s." in page
+
+
+def test_the_loader_alone_is_a_ceiling(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The report names the command that times it, and shows what that has found."""
+    run, jpegs = tmp_path / "run", tmp_path / "jpegs"
+    write_images(jpegs, {f"{i}.jpg": encode(Image.fromarray(picture(30, 40, "waves", i)), "JPEG") for i in range(40)})
+    succeeded(
+        capsys,
+        *pretrain_line(jpegs, run, "--loader=torchvision", "--loader.workers=0", "--max-steps=2", "--max-images=26"),
+    )
+    command = f"leoclr-fast bench loader --run {run}"
+    assert command in without_markup((run / "report.html").read_text())
+    document, _ = succeeded(capsys, *command.split()[1:], "--rounds", 2, "--device", "cpu")
+    assert json.loads(RunFolder(run).loader_bench_file.read_text()) == document
+    assert document["config"]["loaders"] == ["torchvision"]
+    asked = {name: document["config"][name] for name in ("views", "workers", "max_images")}
+    assert asked == {"views": 3, "workers": 0, "max_images": 26}
+    settings = RunFolder(run).read_config().result
+    assert document["config"]["batch_size"] == settings.batch_size
+    assert document["config"]["image_size"] == settings.views.image_size
+    succeeded(capsys, "report", run)
+    page = without_markup((run / "report.html").read_text())
+    assert command not in page
+    alone = document["rows"][0]["images_per_s"]
+    assert f"the loader torchvision alone, measured by bench loader: {alone:,.1f} images/s" in page
+    decoding = next(row for row in document["ceilings"] if row["loader"] == "decode-only")["images_per_s"]
+    assert f"decoding alone, measured by bench loader: {decoding:,.1f} images/s" in page
+
+
+def test_a_report_that_cannot_be_written_harms_no_run(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = pretrain(tiny_config(), tiny_data, tmp_path / "well")
+
+    def broken(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(leoclr_fast.report.page, "write_atomically", broken)
+    monkeypatch.setattr("leoclr_fast.training.run_diary.write_preview", broken)
+    summary = pretrain(tiny_config(), tiny_data, tmp_path / "ill")
+    assert summary["final_loss"] == expected["final_loss"]
+    assert not (tmp_path / "ill" / "report.html").exists()
+    warned = [record["text"] for record in records(tmp_path / "ill", "warning")]
+    assert any("cannot write the report: OSError" in text for text in warned)
+    assert any("cannot describe the data for the report" in text for text in warned)
+
+
+def test_warnings_and_unreadable_images_are_in_the_report(tmp_path: Path) -> None:
+    data = write_tiny_images(tmp_path / "data")
+    victim = sorted((data / "train").rglob("*.png"))[7]
+    victim.write_bytes(victim.read_bytes()[:60])
+    (data / "quarantine.jsonl").write_text(json.dumps({"name": "train/a<b.jpg", "reason": "cut off"}) + "\n")
+    pretrain(tiny_config(), data, tmp_path / "run", max_steps=4)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"cannot read train/{victim.parent.name}/{victim.name}" in page
+    assert "Images that could not be read, each replaced by the next: 1" in page
+    assert "Images that the conversion left out (quarantine.jsonl): 1" in page
+    assert "train/a&lt;b.jpg: cut off" in page
+
+
+@pytest.mark.parametrize(("share", "num_reports"), [(1e-9, 2), (1e9, 12)])
+def test_a_checkpoint_writes_the_report_unless_that_takes_too_long(
+    share: float, num_reports: int, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 11 checkpoints on the way the first writes it, then either none or all; and the end does."""
+    written: list[Path] = []
+    original = leoclr_fast.report.page.write_report
+
+    def counted(paths: list[Path], out: Path) -> dict[str, Any]:
+        written.append(out)
+        return original(paths, out)
+
+    monkeypatch.setattr(leoclr_fast.report.page, "write_report", counted)
+    monkeypatch.setattr(leoclr_fast.training.run_diary, "_MAX_REPORT_SHARE", share)
+    pretrain(tiny_config(monitor__checkpoint_every_steps=1), tiny_data, tmp_path / "run")
+    assert written == num_reports * [tmp_path / "run" / "report.html"]
+
+
+def test_reference_curves_are_those_of_the_committed_logs() -> None:
+    assert json.loads(REFERENCE_FILE.read_text()) == reference_curves()
+    demo = json.loads((REFERENCE_FILE.parents[2] / "benchmarks/results/demo_cpu.json").read_text())
+    ours = [run for run in demo["runs"] if run["recipe"] == "leoclr_demo"]
+    (entry,) = [entry for entry in reference_curves() if entry["recipe"] == "leoclr_demo"]
+    final = [run["summary"]["knn_top1"] for run in ours]
+    assert entry["knn_top1"][-1] == pytest.approx([12.0, sum(final) / 3, min(final), max(final)])
+    assert [point[0] for point in entry["loss"]][:5] == [10, 20, 30, 40, 46]
+    assert entry["loss"][0][1] == pytest.approx(sum(run["loss"][0][1] for run in ours) / 3, abs=6e-4)
+
+
+def test_the_expected_curve_is_drawn_only_under_a_run_like_it(tmp_path: Path) -> None:
+    demo = get_recipe("leoclr_demo")
+    made = [start(), step_record(10), knn(46, 20.0)]
+    seeded = replace(demo, result=replace(demo.result, seed=5))
+    reference, why = find_reference(
+        read_run(written_run(tmp_path / "same", made, config=seeded, data={"images": 3000}))
+    )
+    assert reference is not None
+    assert why == ""
+    assert "benchmarks/results/demo_cpu.json" in reference.source
+    page = page_of([read_run(tmp_path / "same")])
+    assert "expected top-1 (mean and range of 3 seeds)" in page
+    assert plot_data(page)["knn"]["curves"][-1]["y"] == pytest.approx(reference.knn_top1[:, 1].tolist(), rel=1e-6)
+
+    def reason(name: str, **given: Any) -> str:
+        found, text = find_reference(read_run(written_run(tmp_path / name, made, **given)))
+        assert found is None
+        assert text in page_of([read_run(tmp_path / name)])
+        return text
+
+    longer = replace(demo, result=replace(demo.result, epochs=20))
+    assert "epochs: 12 there, 20 here" in reason("longer", config=longer)
+    assert "images: 3,000 there, 2,000 here" in reason("fewer", data={"images": 2000})
+    assert "ranks: 1 there, 2 here" in reason("ranks", environment={"world_size": 2})
+    assert "has other settings: " in reason("cifar", config=get_recipe("mocov2_cifar10"))
+    assert "no run of leoclr_imagenet_200ep" in reason("imagenet", config=get_recipe("leoclr_imagenet_200ep"))
+
+
+def test_the_command_makes_the_same_run_again(
+    capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    flags = ["--views.crop-scale", "0.3", "0.9", "--no-channels-last", "--method.enqueue=all", "--seed=4"]
+    flags += ["--monitor.log-every-steps=1"]
+    succeeded(capsys, *pretrain_line(tiny_data, tmp_path / "first", *flags))
+    typed = reproducing_command(read_run(tmp_path / "first"))
+    assert typed is not None
+    assert "--max-steps" not in typed
+    assert typed in without_markup((tmp_path / "first" / "report.html").read_text())
+    words = shlex.split(typed)
+    words[words.index("--out") + 1] = str(tmp_path / "again")
+    succeeded(capsys, *words[1:])
+    assert (tmp_path / "again" / "config.yaml").read_text() == (tmp_path / "first" / "config.yaml").read_text()
+    losses = [[record["loss"] for record in records(tmp_path / name, "step")] for name in ("first", "again")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "per_node", "expected"),
+    [
+        (1, 1, "leoclr-fast pretrain"),
+        (8, 8, "torchrun --nproc-per-node 8 -m leoclr_fast pretrain"),
+        (8, None, "torchrun --nproc-per-node 8 -m leoclr_fast pretrain"),
+        (16, 8, "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 "
+         "-m leoclr_fast pretrain"),
+    ],
+)  # fmt: skip
+def test_the_command_has_its_ranks_and_machines(
+    world_size: int, per_node: int | None, expected: str, tmp_path: Path
+) -> None:
+    environment = {"world_size": world_size, "local_world_size": per_node}
+    run = written_run(tmp_path / "run", [start(last_step=552), step_record(10)], environment=environment)
+    typed = reproducing_command(read_run(run))
+    assert typed is not None
+    assert typed.startswith(f"{expected} leoclr_demo --data PATH --out RUN")
+    assert "--max-steps" not in typed
+    paused = written_run(tmp_path / "paused", [start(last_step=20), step_record(10)])
+    assert (reproducing_command(read_run(paused)) or "").endswith("--max-steps 20")
+
+
+def test_evaluations_are_kept_and_shown(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    succeeded(capsys, *pretrain_line(tiny_data, run))
+    knn_result, _ = succeeded(capsys, "knn", run, "--data", tiny_data, "--k", 5, "--device", "cpu")
+    document, output = succeeded(capsys, "report", run, "--out", tmp_path / "pages" / "one.html")
+    assert f"report: {tmp_path / 'pages' / 'one.html'}" in output
+    page = (tmp_path / "pages" / "one.html").read_text()
+    assert document["bytes"] == len(page.encode())
+    assert f"top-1 {knn_result['top1']:.2f} %, top-5 {knn_result['top5']:.2f} %" in page
+    assert "k 5, temperature 0.1" in page
+    assert f"weights sha256 {knn_result['weights_sha256'][:12]}…" in page
+    assert "{" not in page[page.index("What evaluators found") : page.index("Every kNN accuracy")]
+
+
+def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
+    summaries = {method: pretrain(tiny_config(method), tiny_data, tmp_path / method) for method in ("leoclr", "mocov2")}
+    out = tmp_path / "both.html"
+    document, _ = succeeded(capsys, "report", tmp_path / "leoclr", tmp_path / "mocov2", "--out", out)
+    assert [run["images_per_s"] for run in document["runs"]] == [summaries[m]["images_per_s"] for m in summaries]
+    assert_figures_are_those_of(out.read_text(), tmp_path, summaries)
+
+
+def assert_figures_are_those_of(page: str, folder: Path, summaries: dict[str, dict[str, Any]]) -> None:
+    """Every figure of the comparison, the curves and the tables is the one that the runs wrote."""
+    data = plot_data(page)
+    for style, (method, summary) in enumerate(summaries.items()):
+        run = folder / method
+        steps, accuracies = records(run, "step"), records(run, "knn")
+        curve = data["loss"]["curves"][style]
+        assert curve["label"] == method
+        assert curve["y"] == pytest.approx([record["loss"] for record in steps], rel=1e-6)
+        assert data["knn"]["curves"][style]["y"] == pytest.approx([record["top1"] for record in accuracies], rel=1e-6)
+        assert f"<td>{summary['knn_top1']:.2f} %</td>" in page
+        assert f"<td>{summary['images_per_s']:,.1f}</td>" in page
+        assert f"<td>{100 * summary['data_wait_fraction']:.1f} %</td>" in page
+    gain = summaries["leoclr"]["knn_top1"] - summaries["mocov2"]["knn_top1"]
+    assert f"<td>{gain:+.2f} points</td>" in page
+    ratio = summaries["mocov2"]["images_per_s"] / summaries["leoclr"]["images_per_s"]
+    (shown, low, high) = re.findall(r"<td>([\d.]+) \[([\d.]+), ([\d.]+)\]</td>", page)[0]
+    assert float(shown) == pytest.approx(ratio, abs=6e-4)
+    assert float(low) <= float(high)
+    assert "One pair says nothing about chance" in page
+    assert "result.method.name" in page
+    assert '<th scope="row">result.views.image_size</th>' not in page  # the same in both: not listed
+
+
+@pytest.mark.real_data
+@pytest.mark.timeout(300)
+def test_leoclr_beside_mocov2_on_real_jpegs(
+    real_data: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two real runs on CIFAR-10's JPEGs, small and short; the figures of their report are their own."""
+    monkeypatch.setenv("LEOCLR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    data = real_data / "cifar10-jpeg.tar.xz"
+    flags = ["--device=cpu", "--epochs=2", "--batch-size=64", "--max-images=640", "--backbone.width-multiplier=0.125"]
+    flags += ["--monitor.knn-every-epochs=1", "--monitor.knn-k=20", "--method.queue-size=512"]
+    flags += ["--monitor.log-every-steps=2"]
+    summaries = {}
+    for method in ("leoclr", "mocov2"):
+        arguments = ["pretrain", f"{method}_cifar10", "--data", data, "--out", tmp_path / method, *flags]
+        summaries[method], _ = succeeded(capsys, *arguments)
+    out = tmp_path / "both.html"
+    succeeded(capsys, "report", tmp_path / "leoclr", tmp_path / "mocov2", "--out", out)
+    page = out.read_text()
+    assert_figures_are_those_of(page, tmp_path, summaries)
+    assert "on 640 images of" in page
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert "Classes, of no use to pretraining: airplane, automobile" in page
+
+
+def test_the_demo_ends_with_a_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["demo", "--out", tmp_path / "demo", "--device", "cpu", "--max-images", 200, "--max-steps", 2]
+    summary, output = succeeded(capsys, *arguments)
+    report = tmp_path / "demo" / "run" / "report.html"
+    assert summary["report"] == str(report)
+    assert output.splitlines()[-2] == f"report: {report}"
+    assert f"kNN top-1 is {summary['knn_top1']:.2f} %" in report.read_text()
+
+
+def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", [start(), step_record(10)])
+    assert "not an HTML file" in refused(capsys, "report", run, "--out", tmp_path / "page.pdf")
+    assert "give --out FILE.html" in refused(capsys, "report", run, run)
+    assert "there is no such folder" in refused(capsys, "report", tmp_path / "nowhere")
+    assert "neither config.yaml nor metrics.jsonl" in refused(capsys, "watch", tmp_path)
+    assert "needs a run folder" in refused(capsys, "report")
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_the_verdict_is_one_sentence(tmp_path: Path) -> None:
+    made = [start(), knn(0, 10.0), *(step_record(step, data_wait_fraction=0.6) for step in (10, 46)), knn(46, 43.8)]
+    run: RunRecord = read_run(
+        written_run(
+            tmp_path / "run",
+            made,
+            data={"path": "imagenet", "images": 2944},
+            environment={"gpu": "H100", "world_size": 8, "device": "cuda"},
+        )
+    )
+    assert verdict(run) == (
+        "LeOCLR pretrained a ResNet-18 (width × 0.125) on 2,944 images of imagenet for 1 of 12 epochs: kNN top-1 is "
+        "43.80 % (k = 20, temperature 0.1, untrained 10.00 %); it took 46 seconds on 8 × H100; it was data-bound (its "
+        "steps waited for data 60 % of the time, so that loading could speed it up at most 2.50 times)."
+    )
+
+
+def test_the_contact_sheet_is_small(tiny_data: Path, tmp_path: Path) -> None:
+    """Noise is what compresses worst."""
+    run = written_run(tmp_path / "run", [start(), step_record(10)], data={"preview": [{"name": "a.jpg", "class": "b"}]})
+    noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(RunFolder(run).preview_file)
+    page = page_of([read_run(run)])
+    (encoded,) = re.findall(r"data:image/jpeg;base64,([^\"]*)", page) or [""]
+    assert len(encoded) < 350_000

@@ -1,0 +1,343 @@
+"""What is read from run folders that are unfinished, damaged, newer, huge, or still being written."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from leoclr_fast.report.comparison import differing_settings, find_pairs, time_ratio
+from leoclr_fast.report.metrics_file import MetricsFile
+from leoclr_fast.report.page import page_of, write_report
+from leoclr_fast.report.plots import thinned
+from leoclr_fast.report.run_record import read_run
+from leoclr_fast.report.verdict import verdict
+from leoclr_fast.report.watch import watch
+from leoclr_fast.run.environment import boot_id
+from leoclr_fast.run.folder import RunFolder
+from tests.leoclr_fast.written_run import START_UNIX_S, end, knn, start, step_record, written_run
+
+SOME_STEPS = [step_record(step) for step in range(10, 101, 10)]
+
+
+def notes(path: Path) -> str:
+    run = read_run(path)
+    assert page_of([run]).startswith("<!doctype html>")
+    return "\n".join(run.notes())
+
+
+def test_a_folder_without_metrics(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", [])
+    RunFolder(run).metrics_file.unlink()
+    assert "no metrics.jsonl" in notes(run)
+    assert read_run(run).state.kind == "empty"
+    assert "LeOCLR" in verdict(read_run(run))
+
+
+def test_a_folder_with_an_empty_log(tmp_path: Path) -> None:
+    assert "No step is logged yet" in notes(written_run(tmp_path / "run", []))
+
+
+def test_what_is_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"neither config.yaml nor metrics.jsonl"):
+        read_run(tmp_path)
+
+
+def test_a_half_written_last_line_is_left_out_and_read_when_it_is_whole(tmp_path: Path) -> None:
+    line = json.dumps(step_record(110))
+    run = written_run(tmp_path / "run", SOME_STEPS, tail=line[:70])
+    assert "last line of metrics.jsonl is cut off" in notes(run)
+    metrics = MetricsFile(path=RunFolder(run).metrics_file)
+    metrics.update()
+    assert (metrics.last_step, metrics.half_line) == (100, True)
+    with open(metrics.path, "a") as file:
+        file.write(line[70:] + "\n")
+    assert metrics.update()
+    assert (metrics.last_step, metrics.half_line) == (110, False)
+    assert metrics.column("loss")[-1] == 5.11
+    assert not metrics.update()
+
+
+def test_damaged_lines_are_counted(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", SOME_STEPS, tail='{"kind": "step", "st\n[1]\n\x00\x00\n\n')
+    assert "3 lines of metrics.jsonl could not be read" in notes(run)
+    assert read_run(run).metrics.num_steps_kept == 10
+
+
+def test_nans_are_gaps_and_are_told(tmp_path: Path) -> None:
+    records = [*SOME_STEPS, step_record(110, loss=math.nan), step_record(120, loss=math.inf), step_record(130)]
+    run = written_run(tmp_path / "run", records)
+    assert "loss is missing or not finite in 2 records, first at step 110" in notes(run)
+    page = page_of([read_run(run)])
+    assert "NaN" not in page
+    assert "Infinity" not in page
+
+
+def test_missing_metrics_and_strange_values(tmp_path: Path) -> None:
+    records = [{key: value for key, value in record.items() if key != "gradient_norm"} for record in SOME_STEPS]
+    run = written_run(tmp_path / "run", [*records, step_record(110, loss="high"), {"kind": "knn", "top1": 3}])
+    assert "gradient_norm is missing or not finite in 10 records, first at step 10" in notes(run)
+    page = page_of([read_run(run)])
+    assert 'id="plot-loss"' in page
+    assert 'id="plot-knn"' not in page
+
+
+@pytest.mark.parametrize("value", ["many", [3]], ids=repr)
+@pytest.mark.parametrize(
+    "place",
+    ["start.unix_s", "start.step", "start.last_step", "start.steps_per_epoch", "knn.epoch", "knn.top1", "end.unix_s",
+     "end.status", "data.images", "data.path", "data.classes", "data.num_classes", "data.preview", "data.quarantined",
+     "summary.steps", "summary.knn_top1", "summary.unreadable_images", "summary.energy_kwh", "environment.world_size",
+     "environment.local_world_size", "environment.gpu", "environment.git_commit", "environment.versions",
+     "loader_bench.rows", "loader_bench.ceilings", "result.epochs", "result.batch_size", "result.method",
+     "result.backbone", "speed.loader"],
+)  # fmt: skip
+def test_values_of_another_type(place: str, value: object, tmp_path: Path) -> None:
+    """A newer program, or a hand, may have written anything: the page leaves it out."""
+    where, name = place.split(".")
+    marks = {"start": start(), "knn": knn(100, 31.0), "end": end(100, "finished")}
+    documents: dict[str, dict[str, object]] = {
+        "data": {"images": 3000, "path": "x", "classes": ["a"], "num_classes": 1, "preview": []},
+        "summary": {"steps": 100, "knn_top1": 31.0, "unreadable_images": {}},
+        "environment": {"world_size": 1, "device": "cpu", "versions": {"torch": "2.11"}},
+        "bench_loader": {"rows": [], "ceilings": []},
+    }
+    if where in marks:
+        marks[where][name] = value
+    elif where not in ("result", "speed"):
+        documents["bench_loader" if where == "loader_bench" else where][name] = value
+    run = written_run(
+        tmp_path / "run", [marks["start"], *SOME_STEPS, marks["knn"], start(50), marks["end"]], **documents
+    )
+    if where in ("result", "speed"):
+        config = yaml.safe_load(RunFolder(run).config_file.read_text())
+        config[where][name] = value
+        RunFolder(run).config_file.write_text(yaml.safe_dump(config))
+    other = written_run(tmp_path / "other", [start(), *SOME_STEPS])
+    for page in (page_of([read_run(run)]), page_of([read_run(run), read_run(other)])):
+        assert page.startswith("<!doctype html>")
+    assert watch(run, Console(file=io.StringIO()), once=True)["run"] == str(run)
+
+
+def test_a_newer_format_says_so(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", [start(format=7), *SOME_STEPS, {"kind": "energy", "step": 100, "kwh": 1}])
+    config = RunFolder(run).config_file
+    config.write_text(config.read_text().replace("name: leoclr", "name: leoclr_v3\n    rotation: 45"))
+    text = notes(run)
+    assert "A newer version wrote this log (format 7, this program reads 1)" in text
+    assert "kinds this program does not know: energy" in text
+    assert "leoclr_v3" in page_of([read_run(run)])
+
+
+def test_damaged_other_files(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", SOME_STEPS)
+    for name in ("config.yaml", "environment.json", "summary.json", "data.json"):
+        (run / name).write_text("[{")
+    (run / "evaluations.jsonl").write_text('{"evaluator": "knn", "top1": 41.5}\n{"eval')
+    (run / "preview.png").write_bytes(b"no picture")
+    text = notes(run)
+    for name in ("config.yaml", "environment.json", "summary.json", "data.json", "line 2 of"):
+        assert name in text
+    assert "top-1 41.50 %" in page_of([read_run(run)])
+
+
+def test_a_replaced_log_is_read_again(tmp_path: Path) -> None:
+    """A resumed run writes its log anew, without the steps after its checkpoint."""
+    run = written_run(tmp_path / "run", [start(), *SOME_STEPS])
+    record = read_run(run)
+    RunFolder(run).keep_metrics_until(50)
+    assert record.metrics.update()
+    assert record.metrics.last_step == 50
+    assert record.metrics.num_step_records == 5
+    assert len(record.metrics.starts) == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "sentence"),
+    [
+        (end(552, "finished"), "finished", "Finished after step 552 of 552 (epoch 12 of 12)."),
+        (end(100, "paused", reason="--max-steps 100"), "paused", "Paused after step 100 of 552"),
+        (end(100, "stopped", reason="stopped by SIGTERM"), "stopped", "stopped by SIGTERM."),
+        (end(103, "failed", reason="no space", where="_save, train.py line 3"), "failed", "after step 103 of 552"),
+        (end(103, "failed", reason="no space", where="_save, train.py line 3"), "failed", "In _save, train.py line 3."),
+        (end(103, "evicted"), "failed", "Ended (evicted) after step 103"),
+        (None, "killed", "Killed in the middle, after step 100 of 552 (epoch 2.174 of 12): it left no word of its end"),
+    ],
+)  # fmt: skip
+def test_states(tmp_path: Path, record: dict[str, object] | None, kind: str, sentence: str) -> None:
+    run = written_run(tmp_path / "run", [start(), *SOME_STEPS, *([record] if record else [])])
+    state = read_run(run).state
+    assert state.kind == kind
+    assert sentence in state.sentence
+    assert f"state {kind}" in page_of([read_run(run)])
+
+
+def test_a_locked_run_is_running(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", [start(), *SOME_STEPS])
+    with RunFolder(run).locked():
+        assert read_run(run).state.kind == "running"
+    assert read_run(run).state.kind == "killed"
+
+
+def test_a_run_elsewhere_is_given_some_minutes(tmp_path: Path) -> None:
+    """Whether the lock of another machine is seen depends on the file system: only its silence tells."""
+    now = time.time()
+    recent = written_run(tmp_path / "recent", [start(unix_s=now - 60), step_record(10, unix_s=now - 30)])
+    assert read_run(recent).state.kind == "unsure"
+    here = written_run(tmp_path / "here", [start(unix_s=now - 60, boot_id=boot_id()), step_record(10, unix_s=now - 30)])
+    assert read_run(here).state.kind == "killed"
+
+
+def test_an_end_before_the_last_start_is_history(tmp_path: Path) -> None:
+    stopped = end(100, "stopped", reason="stopped by SIGTERM")
+    run = read_run(
+        written_run(tmp_path / "run", [start(), *SOME_STEPS, stopped, start(100, unix_s=START_UNIX_S + 500)])
+    )
+    assert run.state.kind == "killed"
+    assert run.wall_s == pytest.approx(101)
+    assert "Started 2 times" in page_of([run])
+
+
+def test_speeds_of_stretches_are_taken_out_of_the_means_since_the_start(tmp_path: Path) -> None:
+    """64 images a step: ten steps in 10 s, ten in 20 s; after a new start ten in 5 s."""
+    records = [
+        start(),
+        step_record(10, images_per_s=640 / 10, data_wait_fraction=0.1),
+        step_record(20, images_per_s=1280 / 30, data_wait_fraction=0.4),
+        start(20),
+        step_record(30, images_per_s=640 / 5, data_wait_fraction=0.2),
+    ]
+    run = read_run(written_run(tmp_path / "run", records))
+    np.testing.assert_allclose(run.window_seconds, [10, 20, 5])
+    np.testing.assert_allclose(run.window_images, [640, 640, 640])
+    np.testing.assert_allclose(run.window_wait_fraction, [0.1, 11 / 20, 0.2])
+    assert run.training_s == pytest.approx(35)
+    assert run.images_per_s == 128
+
+
+def test_the_queue_fills_until_k_over_b(tmp_path: Path) -> None:
+    run = read_run(written_run(tmp_path / "run", [start(), step_record(10)]))
+    assert run.queue_full_at_step == 2048 / 64
+    page = page_of([run])
+    assert "K/B = 2,048/64 = 32 (epoch 0.696), shaded" in page
+    assert "This run is not there yet." in page
+    assert "This run is not there yet." not in page_of([read_run(written_run(tmp_path / "on", [start(), *SOME_STEPS]))])
+
+
+def test_thinning_keeps_ends_extremes_and_gaps() -> None:
+    x = np.arange(100_000, dtype=np.float64)
+    y = np.sin(x / 5000)
+    y[12_345], y[50_000], y[77_777] = 9.0, -9.0, math.nan
+    thin_x, thin_y = thinned(x, y, 400)
+    assert len(thin_x) <= 600
+    assert (thin_x[0], thin_x[-1]) == (0, 99_999)
+    assert {12_345, 50_000, 77_777} <= set(thin_x.tolist())
+    np.testing.assert_array_equal(thin_y, y[thin_x.astype(int)])
+
+
+def test_a_million_lines_in_five_seconds(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", [start()])
+    head, tail = json.dumps(step_record(7)).split('"step": 7')
+    head += '"step": '
+    with open(RunFolder(run).metrics_file, "a") as file:
+        for first in range(1, 1_000_001, 100_000):
+            file.writelines(f"{head}{step}{tail}\n" for step in range(first, first + 100_000))
+        file.write(json.dumps(step_record(1_000_001, loss=math.nan)) + "\n")
+        file.write(json.dumps(step_record(1_000_002, loss=4.25)) + "\n")
+    begin = time.process_time()  # other programs may keep the machine busy
+    document = write_report([run], tmp_path / "report.html")
+    seconds = time.process_time() - begin
+    assert document["runs"][0]["steps"] == 1_000_002
+    assert document["bytes"] < 500_000
+    page = (tmp_path / "report.html").read_text()
+    assert "The log has 1,000,002 step records; 142,8" in page
+    assert "loss is missing or not finite in 1 record, first at step 1,000,001" in page
+    assert ">4.25<" in page  # the last value, in the table behind the curve
+    assert seconds < 5
+
+
+def test_twenty_runs_stay_below_two_megabytes(tmp_path: Path) -> None:
+    records = [step_record(step, loss=math.sin(step), gradient_norm=math.cos(step)) for step in range(1, 2001)]
+    runs = [written_run(tmp_path / f"run{number}", [start(), *records]) for number in range(20)]
+    document = write_report(runs, tmp_path / "report.html")
+    assert document["bytes"] < 2_000_000
+
+
+def test_the_nearest_run_of_the_other_method_is_the_partner(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from leoclr_fast.recipes import get_recipe
+
+    def run(name: str, recipe: str, seed: int, rate: float, top1: float) -> Path:
+        config = get_recipe(recipe)
+        config = replace(config, result=replace(config.result, seed=seed))
+        steps = [step_record(step, images_per_s=rate) for step in range(10, 201, 10)]
+        return written_run(tmp_path / name, [start(), knn(0, 10.0), *steps, knn(200, top1)], config=config)
+
+    paths = [
+        run("a", "leoclr_demo", 0, 60.0, 40.0),
+        run("b", "leoclr_demo", 1, 60.0, 42.0),
+        run("c", "mocov2_demo", 1, 90.0, 30.0),
+        run("d", "mocov2_demo", 0, 75.0, 31.0),
+    ]
+    runs = [read_run(path) for path in paths]
+    pairs = find_pairs(runs)
+    assert [(pair.leoclr.path.name, pair.mocov2.path.name) for pair in pairs] == [("a", "d"), ("b", "c")]
+    assert [pair.gain for pair in pairs] == [9.0, 12.0]
+    assert [pair.time_ratio.value for pair in pairs] == [1.25, 1.5]
+    assert all(pair.differences == [] for pair in pairs)
+    assert set(differing_settings(runs)) == {"recipe", "result.seed", "result.method.name"}
+    page = page_of(runs)
+    assert "1.250 [1.250, 1.250]" in page
+    assert "Over 2 pairs the difference is +10.50 ± 2.12 points" in page
+
+
+def test_the_interval_of_the_ratio_holds_how_unevenly_the_runs_went(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+
+    def uneven(name: str, scale: float) -> Path:
+        seconds = np.cumsum(scale * rng.lognormal(0, 0.3, 60) * 10)
+        records = [
+            step_record(10 * (i + 1), images_per_s=64 * 10 * (i + 1) / total)
+            for i, total in enumerate(seconds.tolist())
+        ]
+        return written_run(tmp_path / name, [start(), *records])
+
+    ratio = time_ratio(read_run(uneven("a", 1.3)), read_run(uneven("b", 1.0)))
+    assert ratio.low is not None
+    assert ratio.high is not None
+    assert ratio.low < ratio.value < ratio.high
+    assert 0.1 < ratio.high - ratio.low < 0.5  # two means of 60 windows with 30 % spread: ± 2 * 0.055 * 1.3
+    few = time_ratio(read_run(written_run(tmp_path / "few", [start(), *SOME_STEPS[:3]])), read_run(tmp_path / "b"))
+    assert few.low is None
+    assert few.windows == (3, 60)
+
+
+def test_two_recipes_and_measured_energy(tmp_path: Path) -> None:
+    from leoclr_fast.recipes import get_recipe
+
+    demo = written_run(tmp_path / "one" / "run", SOME_STEPS, summary={"steps": 100, "energy_kwh": 0.125})
+    other = written_run(tmp_path / "two" / "run", SOME_STEPS, config=get_recipe("leoclr_cifar10"))
+    page = page_of([read_run(demo), read_run(other)])
+    assert '<th scope="col">kWh</th>' in page
+    assert "0.125" in page
+    assert "one/run" in page  # the shortest names that tell them apart
+    assert "of different recipes" in page
+    assert "result.batch_size" in page
+    assert "kWh" not in page_of([read_run(other), read_run(other)])
+
+
+def test_watch_refuses_an_impossible_interval(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    with pytest.raises(ValueError, match="--every-s 0 is not allowed"):
+        watch(written_run(tmp_path / "run", SOME_STEPS), Console(), every_s=0)

@@ -1,0 +1,128 @@
+"""Gradient accumulation: what a step of several micro-batches shares with one of the whole batch, and what it cannot.
+
+`test_algorithm` and `test_many_ranks` compare it with a plain reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from leoclr_fast.config import ResultConfig, RunConfig
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.run.telemetry import STEP_METRICS
+from leoclr_fast.training.state import TrainingState
+from leoclr_fast.training.step import TrainingStep
+from pipelines.batch import CropBatch
+from pipelines.order import TrainOrder
+from tests.leoclr_fast.conftest import tiny_config
+from tests.leoclr_fast.rank_program import CPU, noise_batches
+
+PRECISIONS = ["fp64", "fp32", "bf16", "fp16"]
+
+
+def train(
+    config: RunConfig, batches: list[CropBatch], *, query_in_training: bool = True, static: bool = False
+) -> tuple[TrainingState, Tensor]:
+    training = TrainingState.fresh(config, Ranks(), CPU)
+    training.method.query_encoder.train(query_in_training)
+    step = TrainingStep(training, config, CPU, static=static)
+    return training, torch.stack([step(batch, config.result.lr) for batch in batches])
+
+
+class TestWithoutBatchStatistics:
+    """Where no batch-norm looks at the batch, any number of micro-batches is the whole batch."""
+
+    @pytest.mark.parametrize("micro_batches", [2, 5, 12])
+    def test_equals_the_whole_batch(self, micro_batches: int) -> None:
+        """Metrics of six steps, and every tensor after them, to 1e-12; queue and optimizer move once a step."""
+        config = tiny_config(result__method__key_batchnorm="ema", result__method__enqueue="all")
+        batches = noise_batches(config, Ranks(), 6)
+        whole, expected = train(config, batches, query_in_training=False)
+        split = tiny_config(
+            result__method__key_batchnorm="ema", result__method__enqueue="all", result__micro_batches=micro_batches
+        )
+        parts, metrics = train(split, batches, query_in_training=False)
+        torch.testing.assert_close(metrics, expected, rtol=1e-12, atol=1e-13)
+        assert parts.step == whole.step == 6
+        assert int(parts.method.queue.pointer) == 6 * 24 % 40
+        for ours, theirs in zip(parts.tensors(), whole.tensors(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12 * max(1.0, theirs.abs().max().item()))
+
+    def test_an_uneven_last_batch(self) -> None:
+        """Seven images in three parts, and two images in as many as there are."""
+        config = tiny_config(result__method__key_batchnorm="ema")
+        batches = [
+            first(batch, size) for batch, size in zip(noise_batches(config, Ranks(), 3), (12, 7, 2), strict=True)
+        ]
+        _, expected = train(config, batches, query_in_training=False)
+        _, metrics = train(tiny_config(result__method__key_batchnorm="ema", result__micro_batches=3), batches,
+                           query_in_training=False)  # fmt: skip
+        torch.testing.assert_close(metrics, expected, rtol=1e-12, atol=1e-13)
+
+
+def first(batch: CropBatch, size: int) -> CropBatch:
+    return replace(
+        batch, crops=batch.crops[:size], labels=batch.labels[:size], indices=batch.indices[:size],
+        boxes=batch.boxes[:size],
+    )  # fmt: skip
+
+
+def test_batch_norm_sees_a_part_at_a_time() -> None:
+    """So the result is another one, and the query's running statistics move once for each part."""
+    config = tiny_config()
+    batches = noise_batches(config, Ranks(), 2)
+    whole, expected = train(config, batches)
+    parts, metrics = train(tiny_config(result__micro_batches=3), batches)
+    loss = STEP_METRICS.index("loss")
+    assert abs(metrics[0, loss] / expected[0, loss] - 1) > 1e-4
+    tracked = [
+        int(state.method.query_encoder.backbone.bn1.num_batches_tracked)  # type: ignore[union-attr, arg-type]
+        for state in (whole, parts)
+    ]
+    assert tracked == [2, 6]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_static_step_is_the_eager_one(precision: str) -> None:
+    """What a GPU captures, bit by bit; in fp16 with the loss scaled once for all parts."""
+    config = tiny_config(
+        speed__precision=precision, result__micro_batches=3, result__method__key_batchnorm="split",
+        result__method__key_batchnorm_group=2,
+    )  # fmt: skip
+    batches = noise_batches(config, Ranks(), 4)
+    eager, expected = train(config, batches)
+    static, metrics = train(config, batches, static=True)
+    torch.testing.assert_close(metrics, expected, rtol=0, atol=0, equal_nan=True)  # fp16 overflows in the first step
+    for ours, theirs in zip(static.tensors(), eager.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_overflow_in_fp16_skips_one_step_of_all_parts() -> None:
+    """The scale is halved once, whatever the number of parts; the weights stay and the queue moves."""
+    config = tiny_config(speed__precision="fp16", result__micro_batches=3)
+    fresh = TrainingState.fresh(config, Ranks(), CPU)
+    training, metrics = train(config, noise_batches(config, Ranks(), 1))
+    assert not metrics[0, STEP_METRICS.index("gradient_norm")].isfinite()
+    assert metrics[0, STEP_METRICS.index("loss")].isfinite()
+    assert training.scaler.get_scale() == fresh.scaler.get_scale() / 2
+    for ours, before in zip(
+        training.method.query_encoder.parameters(), fresh.method.query_encoder.parameters(), strict=True
+    ):
+        assert torch.equal(ours, before)
+    assert int(training.method.queue.pointer) == 12
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("micro_batches", [0, 13])
+    def test_more_parts_than_images(self, micro_batches: int) -> None:
+        with pytest.raises(ValueError, match=rf"{micro_batches} micro-batches are not allowed for a batch of 12: give"):
+            ResultConfig(batch_size=12, micro_batches=micro_batches)
+
+    def test_parts_that_the_ranks_cannot_share(self) -> None:
+        message = "each needs at least one image of every micro-batch; raise --batch-size to 15 or more"
+        with pytest.raises(ValueError, match=message):
+            TrainOrder(num_images=40, batch_size=12, micro_batches=5, seed=0, world_size=3)

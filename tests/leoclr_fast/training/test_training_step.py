@@ -1,0 +1,354 @@
+"""The step by itself: static as eager, without a trace of its warm-up, and the options that change only the speed."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from leoclr_fast.config import BackboneConfig, MethodConfig, RunConfig, SpeedConfig
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.communication_meter import CommunicationMeter
+from leoclr_fast.machine import compiling
+from leoclr_fast.machine.compiling import what_compiling_lacks
+from leoclr_fast.machine.precision import require_precision
+from leoclr_fast.method.backbone import Encoder
+from leoclr_fast.method.folded_encoder import FoldedEncoder
+from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
+from leoclr_fast.run.telemetry import STEP_METRICS
+from leoclr_fast.schedules import learning_rate
+from leoclr_fast.training import acceleration
+from leoclr_fast.training.acceleration import captures_step, compiles_encoders
+from leoclr_fast.training.cuda_graph import StaticFunction, unchanged
+from leoclr_fast.training.state import TrainingState
+from leoclr_fast.training.step import TrainingStep
+from pipelines.batch import CropBatch
+from tests.leoclr_fast.conftest import tiny_config
+from tests.tolerances import COMPILED_LOSS, SPEED_OPTION_LOSS
+
+CPU = torch.device("cpu")
+NUM_STEPS = 8  # of 12 images: a queue of 40 wraps around twice
+PRECISIONS = ["fp64", "fp32", "bf16", "fp16"]
+
+
+def crop_batches(config: RunConfig, num_batches: int = NUM_STEPS, device: torch.device = CPU) -> list[CropBatch]:
+    """Noise of the right shape; the method's views are 3 for leoclr and 2 for mocov2."""
+    side, size = config.result.views.image_size, config.result.batch_size
+    num_views = config.result.method.num_keys + 1
+    generator = torch.Generator().manual_seed(0)
+    return [
+        CropBatch(
+            crops=torch.randint(
+                0, 256, (size, num_views, side, side, 3), dtype=torch.uint8, generator=generator
+            ).to(device),
+            labels=torch.full((size,), -1),
+            indices=np.arange(number * size, (number + 1) * size),
+            boxes=np.zeros((size, num_views, 4), dtype=np.int32),
+            epoch=0,
+            step=number,
+        )
+        for number in range(num_batches)
+    ]  # fmt: skip
+
+
+def first_images(batch: CropBatch, count: int) -> CropBatch:
+    return replace(
+        batch, crops=batch.crops[:count], labels=batch.labels[:count], indices=batch.indices[:count],
+        boxes=batch.boxes[:count],
+    )  # fmt: skip
+
+
+def train(
+    config: RunConfig, batches: list[CropBatch], *, static: bool = False, training: TrainingState | None = None
+) -> tuple[TrainingState, Tensor]:
+    """The state after the batches, at a rate that changes with every step, and the metrics [steps, 4]."""
+    training = training or TrainingState.fresh(config, Ranks(), CPU)
+    step = TrainingStep(training, config, CPU, static=static)
+    rates = [learning_rate("cosine_per_step", config.result.lr, training.step, 2 * NUM_STEPS, 1) for _ in batches]
+    rows = [step(batch, 0.9**number * lr) for number, (batch, lr) in enumerate(zip(batches, rates, strict=True))]
+    return training, torch.stack(rows)
+
+
+def assert_same_state(one: TrainingState, other: TrainingState) -> None:
+    assert one.step == other.step
+    names = [*one.method.state_dict()]
+    for name, ours, theirs in zip(
+        names, one.method.state_dict().values(), other.method.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+    for ours, theirs in zip(one.tensors(), other.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class TestStaticStep:
+    """Through buffers that stay where they are: what a GPU captures, here without the capture."""
+
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    @pytest.mark.parametrize("method", ["leoclr", "mocov2"])
+    def test_equals_the_eager_step_bit_by_bit(self, method: str, precision: str) -> None:
+        """Eight steps with a changing rate, through two wraps of the queue: weights, buffers, queue, loss scale."""
+        config = tiny_config(method, speed__precision=precision, result__method__key_batchnorm="split")
+        batches = crop_batches(config)
+        eager, expected = train(config, batches)
+        static, metrics = train(config, batches, static=True)
+        assert torch.equal(metrics, expected)
+        assert_same_state(static, eager)
+        assert int(static.method.queue.pointer) == NUM_STEPS * 12 % 40
+        assert metrics[:, STEP_METRICS.index("loss")].unique().numel() == NUM_STEPS
+
+    @pytest.mark.parametrize("key_batchnorm", ["plain", "ema", "sync", "shuffle"])
+    def test_in_every_mode_of_batch_norm(self, key_batchnorm: str) -> None:
+        config = tiny_config(result__method__key_batchnorm=key_batchnorm, result__method__enqueue="all")
+        batches = crop_batches(config, 4)
+        eager, expected = train(config, batches)
+        static, metrics = train(config, batches, static=True)
+        assert torch.equal(metrics, expected)
+        assert_same_state(static, eager)
+
+    def test_a_batch_of_another_size_runs_eagerly_in_between(self) -> None:
+        config = tiny_config()
+        batches = crop_batches(config, 4)
+        batches[2] = first_images(batches[2], 7)
+        eager, expected = train(config, batches)
+        static, metrics = train(config, batches, static=True)
+        assert torch.equal(metrics, expected)
+        assert_same_state(static, eager)
+        assert int(static.method.queue.pointer) == (3 * 12 + 7) % 40
+
+    def test_a_checkpoint_is_loaded_in_place_under_a_static_step(self) -> None:
+        """A step that exists already goes on from what was loaded, in the same storage."""
+        config = tiny_config(speed__precision="fp16")
+        batches = crop_batches(config)
+        uninterrupted, expected = train(config, batches)
+        earlier, _ = train(config, batches[:3])
+        checkpoint = deepcopy(earlier.state_dict(config.result, "fingerprint"))
+
+        training = TrainingState.fresh(config, Ranks(), CPU)
+        step = TrainingStep(training, config, CPU, static=True)
+        step(batches[5], 0.3)  # the buffers are made, and the state goes elsewhere
+        addresses = [tensor.data_ptr() for tensor in training.tensors()]
+        training.load_state_dict(checkpoint, config.result, "fingerprint", "here")
+        assert [tensor.data_ptr() for tensor in training.tensors()] == addresses
+        assert_same_state(training, earlier)
+        rates = [0.9**number * learning_rate("cosine_per_step", config.result.lr, 0, 16, 1) for number in range(8)]
+        rows = [step(batch, lr) for batch, lr in zip(batches[3:], rates[3:], strict=True)]
+        assert torch.equal(torch.stack(rows), expected[3:])
+        assert_same_state(training, uninterrupted)
+
+
+class TestFailingCapture:
+    """With `auto`, what cannot be compiled or captured runs without, from the same state; asked for, it is an error."""
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_auto_goes_on_eagerly(
+        self, precision: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = tiny_config(speed__precision=precision, speed__compile="auto")
+        batches = crop_batches(config, 3)
+        eager, expected = train(config, batches)
+
+        def fails(*_: object) -> None:
+            raise RuntimeError("not permitted when stream is capturing")
+
+        training = TrainingState.fresh(config, Ranks(), CPU)
+        step = TrainingStep(training, config, CPU, static=True)
+        step._is_compiled, step._compiled_query_encoder = True, fails
+        with monkeypatch.context() as patch:  # the compiled encoder fails, then the end of the eager step does
+            patch.setattr(training.method, "enqueue", fails)
+            rate = learning_rate("cosine_per_step", config.result.lr, 0, 2 * NUM_STEPS, 1)
+            with pytest.raises(RuntimeError, match="not permitted"):
+                step(batches[0], rate)  # an error of the step itself comes out of the eager one
+        assert "without torch.compile" in caplog.text
+        assert "not captured as a CUDA graph" in caplog.text
+        training.load_state_dict(
+            TrainingState.fresh(config, Ranks(), CPU).state_dict(config.result, ""), config.result, "", "start"
+        )
+        training.forget_unfinished_step()
+        rows = [step(batch, 0.9**number * rate) for number, batch in enumerate(batches)]
+        assert torch.equal(torch.stack(rows), expected)
+        assert_same_state(training, eager)
+
+    def test_a_graph_that_is_asked_for_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = tiny_config(speed__cuda_graph="on")
+        training = TrainingState.fresh(config, Ranks(), CPU)
+        before = [tensor.clone() for tensor in training.tensors()]
+        step = TrainingStep(training, config, CPU, static=True)
+
+        def fails(*_: object) -> None:
+            raise RuntimeError("not permitted when stream is capturing")
+
+        monkeypatch.setattr(training.method, "enqueue", fails)
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            step(crop_batches(config, 1)[0], 0.1)
+        assert all(torch.equal(tensor, value) for tensor, value in zip(training.tensors(), before, strict=True))
+
+
+class TestWarmUp:
+    """Before a capture the step runs a few times, and nobody may notice."""
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_leaves_every_tensor_as_it_was(self, precision: str) -> None:
+        config = tiny_config(speed__precision=precision, result__method__key_batchnorm="ema")
+        batches = crop_batches(config, 3)
+        training, _ = train(config, batches[:2])
+        before = [tensor.clone() for tensor in training.tensors()]
+        addresses = [tensor.data_ptr() for tensor in training.tensors()]
+        step = TrainingStep(training, config, CPU, static=True)
+        runs = []
+
+        def counted(inputs: Any) -> Tensor:
+            runs.append([tensor.clone() for tensor in training.tensors()])
+            return step._step(inputs, step._common)
+
+        static = StaticFunction(counted, step._inputs(batches[2], step._common), training.tensors())
+        assert len(runs) == 1
+        assert all(torch.equal(tensor, value) for tensor, value in zip(training.tensors(), before, strict=True))
+        assert [tensor.data_ptr() for tensor in training.tensors()] == addresses
+        static(step._inputs(batches[2], step._common))
+        changed = [not torch.equal(tensor, value) for tensor, value in zip(training.tensors(), before, strict=True)]
+        assert sum(changed) > 0.7 * len(changed)  # so the comparison above could have failed
+
+    def test_every_tensor_that_a_step_changes_is_among_them(self) -> None:
+        """Running statistics, their counters, momentum, queue, pointer, key model, loss scale and its counter."""
+        config = tiny_config(speed__precision="fp16")
+        training = TrainingState.fresh(config, Ranks(), CPU)
+        assert len(training.tensors()) == (
+            len(training.method.state_dict()) + len(list(training.method.query_encoder.parameters())) + 2
+        )
+        with unchanged(training.tensors()):
+            for tensor in training.tensors():
+                tensor.add_(1)
+        fresh = TrainingState.fresh(config, Ranks(), CPU)
+        assert_same_state(training, fresh)
+
+    def test_it_restores_after_an_error_too(self) -> None:
+        weight = torch.zeros(3)
+        with pytest.raises(IndexError), unchanged([weight]):
+            weight.fill_(1)[3]
+        assert torch.equal(weight, torch.zeros(3))
+
+
+class TestFoldedEncoder:
+    """In `ema` mode the batch-norms of the key encoder are part of its convolutions."""
+
+    @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+    @pytest.mark.parametrize("stem", ["small", "imagenet"])
+    def test_equals_the_encoder_to_rounding(self, arch: str, stem: str) -> None:
+        torch.manual_seed(0)
+        backbone = BackboneConfig(arch=arch, stem=stem, width_multiplier=0.125)  # type: ignore[arg-type]
+        encoder = Encoder(backbone, 8).double()
+        convert_key_batchnorm(encoder, MethodConfig(key_batchnorm="ema"), Ranks())
+        norms = [module for module in encoder.modules() if isinstance(module, KeyBatchNorm2d)]
+        folded = FoldedEncoder(encoder)
+        images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+        for _ in range(2):
+            for norm in norms:
+                for tensor, low, high in (
+                    (norm.running_mean, -1, 1), (norm.running_var, 0.5, 2), (norm.weight, 0.5, 1), (norm.bias, -1, 1)
+                ):  # fmt: skip
+                    assert tensor is not None
+                    torch.nn.init.uniform_(tensor, low, high)
+            folded.refresh()
+            with torch.no_grad():
+                torch.testing.assert_close(folded(images), encoder(images), rtol=1e-11, atol=1e-12)
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+
+    def test_it_follows_the_key_encoder_in_every_step(self) -> None:
+        config = tiny_config(result__method__key_batchnorm="ema")
+        batches = crop_batches(config, 4)
+        training, metrics = train(config, batches)
+        unfolded = TrainingState.fresh(config, Ranks(), CPU)
+        step = TrainingStep(unfolded, config, CPU)
+        step._folded = None
+        rate = learning_rate("cosine_per_step", config.result.lr, 0, 2 * NUM_STEPS, 1)
+        rows = torch.stack([step(batch, 0.9**number * rate) for number, batch in enumerate(batches)])
+        torch.testing.assert_close(metrics, rows, rtol=1e-10, atol=0)
+        torch.testing.assert_close(training.method.queue.keys, unfolded.method.queue.keys, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("num_images", "num_groups"), [(12, 3), (13, 3), (4, 1)])
+def test_batch_norm_in_groups_for_the_compiler_is_the_same(num_images: int, num_groups: int) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.BatchNorm2d(5).double())
+    torch.nn.init.normal_(module[0].weight)
+    convert_key_batchnorm(module, MethodConfig(key_batchnorm="split", key_batchnorm_group=4), Ranks())
+    norm = module[0]
+    assert isinstance(norm, KeyBatchNorm2d)
+    images = (3 + torch.randn(num_images, 5, 6, 6, dtype=torch.float64)).contiguous(memory_format=torch.channels_last)
+    eager, compiled = norm(images), norm._normalise_groups_for_compiler(images, num_groups)
+    assert eager.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-13)
+
+
+class TestOptionsThatChangeOnlyTheSpeed:
+    def test_memory_format_and_compiled_loss(self) -> None:
+        config = tiny_config(speed__precision="fp32")
+        truth = train(tiny_config(), crop_batches(config))[1][:, 0]
+        for changes in ({}, {"speed__channels_last": False}, {"speed__loss_impl": "compiled"}):
+            losses = train(tiny_config(speed__precision="fp32", **changes), crop_batches(config))[1][:, 0]
+            assert (losses / truth - 1).abs().max() < SPEED_OPTION_LOSS, changes
+
+    @pytest.mark.long
+    @pytest.mark.timeout(900)
+    @pytest.mark.skipif(what_compiling_lacks("cpu") is not None, reason="there is no C++ compiler")
+    @pytest.mark.parametrize("key_batchnorm", ["split", "ema"])
+    def test_compiled_encoders(self, key_batchnorm: str) -> None:
+        changes = {"speed__precision": "fp32", "result__method__key_batchnorm": key_batchnorm}
+        truth = train(tiny_config(**{**changes, "speed__precision": "fp64"}), crop_batches(tiny_config(), 4))[1][:, 0]
+        config = tiny_config(**changes, speed__compile="on")
+        batches = crop_batches(config, 4)
+        for static in (False, True):
+            losses = train(config, batches, static=static)[1][:, 0]
+            assert (losses / truth - 1).abs().max() < COMPILED_LOSS
+
+
+class TestBadInput:
+    def test_compile_without_a_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(acceleration, "what_compiling_lacks", lambda _: "a C++ compiler (g++ or clang++)")
+        with pytest.raises(ValueError, match=r"--compile on needs a C\+\+ compiler .* choose --compile off"):
+            compiles_encoders(SpeedConfig(compile="on"), CPU)
+        assert not compiles_encoders(SpeedConfig(compile="auto"), CPU)
+
+    def test_triton_is_missing(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda _: None)
+        monkeypatch.setattr(acceleration, "what_compiling_lacks", what_compiling_lacks.__wrapped__)
+        monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+        cuda = torch.device("cuda", 0)
+        assert not compiles_encoders(SpeedConfig(), cuda)
+        assert "not compiled because the package triton is missing" in caplog.text
+        with pytest.raises(ValueError, match="--compile on needs the package triton"):
+            compiles_encoders(SpeedConfig(compile="on"), cuda)
+
+    def test_what_a_graph_needs(self) -> None:
+        cuda = torch.device("cuda", 0)
+        wanted = SpeedConfig(cuda_graph="on")
+        with pytest.raises(ValueError, match="a CUDA GPU is needed and the device is cpu; choose --cuda-graph auto"):
+            captures_step(wanted, CPU, Ranks())
+        with pytest.raises(ValueError, match="the time of every collective is to be measured"):
+            captures_step(wanted, cuda, Ranks(0, 2, CommunicationMeter()))
+        with pytest.raises(ValueError, match="in fp64"):
+            captures_step(replace(wanted, precision="fp64"), cuda, Ranks())
+        assert captures_step(SpeedConfig(), cuda, Ranks())
+        assert not captures_step(SpeedConfig(cuda_graph="off"), cuda, Ranks())
+        assert not captures_step(SpeedConfig(), CPU, Ranks())
+
+    def test_a_graph_of_several_ranks_must_be_asked_for(self, caplog: pytest.LogCaptureFixture) -> None:
+        cuda = torch.device("cuda", 0)
+        assert not captures_step(SpeedConfig(), cuda, Ranks(0, 2))
+        assert not caplog.text
+        assert captures_step(SpeedConfig(cuda_graph="on"), cuda, Ranks(0, 2))
+        assert "a graph of 2 ranks has never been tried" in caplog.text
+
+    def test_bf16_on_an_old_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+        with pytest.raises(ValueError, match=r"bf16 needs .* 8\.0 or more, and Tesla V100 has 7\.0; choose fp16"):
+            require_precision("bf16", torch.device("cuda", 0))
+        require_precision("fp16", torch.device("cuda", 0))
+        require_precision("bf16", CPU)

@@ -1,0 +1,260 @@
+"""Exported weights give the same features in the library they are for, or are not exported."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision import models
+
+from leoclr_fast.config import BackboneConfig
+from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.run.folder import RunFolder
+from leoclr_fast.weights.backbone_file import Description, backbone_bytes, read_backbone_file, weights_sha256
+from leoclr_fast.weights.export import export, fixed_images
+from leoclr_fast.weights.formats.detectron2 import detectron2_bytes, detectron2_name, read_detectron2
+from leoclr_fast.weights.formats.safetensors import SafetensorsFormat
+from leoclr_fast.weights.formats.torchvision import TorchvisionFormat
+from leoclr_fast.weights.pretrained import load_pretrained
+from pipelines.config import ViewConfig
+from tests.leoclr_fast.test_cli import succeeded
+from tests.leoclr_fast.training.test_bad_input import pretrain_line, refused
+from tests.leoclr_fast.weights_files import lively_resnet
+
+ENDINGS = {"torchvision": ".pth", "timm": ".safetensors", "safetensors": ".safetensors", "detectron2": ".pkl"} | {
+    "onnx": ".onnx"
+}
+PACKAGES = {"timm": ("timm",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+
+
+def need(to: str) -> None:
+    for package in PACKAGES.get(to, ()):
+        pytest.importorskip(package, reason=f"{package} is not installed (extra `export`)")
+
+
+def write_weights(path: Path, network: nn.Module, config: BackboneConfig, image_size: int = 64) -> Path:
+    tensors = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    path.write_bytes(backbone_bytes(tensors, Description(
+        recipe="somehow", backbone=config, views=ViewConfig(image_size=image_size)
+    )))  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def resnet50(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Tensor]:
+    """A file of weights, images, and the features that torchvision's network has with the same tensors, in float64."""
+    network = lively_resnet("resnet50")
+    path = write_weights(tmp_path_factory.mktemp("resnet50") / "weights.safetensors", network, BackboneConfig())
+    network.fc = nn.Identity()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        truth = network.double().eval()(images.double())
+    return path, images, truth
+
+
+@pytest.mark.parametrize("to", ENDINGS)
+def test_resnet50_has_the_same_features_everywhere(
+    tmp_path: Path, resnet50: tuple[Path, Tensor, Tensor], to: str
+) -> None:
+    """On images that the export did not use, by the lines of code that the model card gives; onnx on another number."""
+    need(to)
+    weights, images, truth = resnet50
+    out = tmp_path / f"exported{ENDINGS[to]}"
+    result = export(weights, to, out)
+    card = (tmp_path / f"exported{ENDINGS[to]}.md").read_text()
+    assert result["difference"] <= result["tolerance"] <= {"onnx": 1e-4}.get(to, 1e-5)
+    assert result["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert result["sha256"] in card
+    assert result["weights_sha256"] in card
+    assert result["reader"] in card
+    code = card.split("```")[1].removeprefix("python\n")
+    if to == "detectron2":
+        assert "PIXEL_MEAN: [123.675, 116.280, 103.530]\n  PIXEL_STD: [58.395, 57.120, 57.375]" in code
+        backbone = build_backbone(BackboneConfig())
+        backbone.load_state_dict(read_detectron2(out, list(backbone.state_dict())))
+        features = backbone.eval()(images)
+    else:
+        names: dict[str, object] = {"images": images.numpy()}
+        here = os.getcwd()
+        os.chdir(tmp_path)
+        try:
+            exec(code, names)
+        finally:
+            os.chdir(here)
+        features = torch.as_tensor(names["features"]) if to == "onnx" else names["backbone"].eval()(images)  # type: ignore[attr-defined]
+    difference = float((features.detach().double() - truth).abs().max() / truth.abs().max())
+    assert difference < (1e-4 if to == "onnx" else 1e-5)
+    assert len(os.listdir(tmp_path)) == 2  # no temporary file stays
+
+
+def test_detectron2_names() -> None:
+    """As facebookresearch/moco's convert-pretrain-to-detectron2 gives them."""
+    assert {name: detectron2_name(name) for name in (
+        "conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer2.3.bn2.bias", "layer4.2.bn3.weight",
+        "layer3.0.downsample.0.weight", "layer3.0.downsample.1.running_mean",
+    )} == {
+        "conv1.weight": "stem.conv1.weight",
+        "bn1.running_var": "stem.conv1.norm.running_var",
+        "layer1.0.conv1.weight": "res2.0.conv1.weight",
+        "layer2.3.bn2.bias": "res3.3.conv2.norm.bias",
+        "layer4.2.bn3.weight": "res5.2.conv3.norm.weight",
+        "layer3.0.downsample.0.weight": "res4.0.shortcut.weight",
+        "layer3.0.downsample.1.running_mean": "res4.0.shortcut.norm.running_mean",
+    }  # fmt: skip
+
+
+def test_a_detectron2_file_is_a_plain_pickle_of_arrays(tmp_path: Path) -> None:
+    """As detectron2 opens it; and our own reader is strict."""
+    state = lively_resnet("resnet18").state_dict()
+    tensors = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(detectron2_bytes(tensors))
+    document = pickle.loads(path.read_bytes(), encoding="latin1")
+    assert (document["__author__"], document["matching_heuristics"]) == ("leoclr-fast", True)
+    assert len(document["model"]) == len(tensors)
+    for name, tensor in tensors.items():
+        array = document["model"][detectron2_name(name)]
+        assert array.flags.writeable
+        assert array.dtype == tensor.numpy().dtype
+        assert np.array_equal(array, tensor.numpy())
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in read_detectron2(path, list(tensors)).items())
+    with pytest.raises(ValueError, match=r"has no stem\.other\.weight"):
+        read_detectron2(path, ["other.weight"])
+    with pytest.raises(ValueError, match=r"tensors left over: stem\.conv1\.weight"):
+        read_detectron2(path, [name for name in tensors if name != "conv1.weight"])
+    path.write_bytes(pickle.dumps({"model": {"x": os.getcwd}}))
+    with pytest.raises(ValueError, match=r"it names posix\.getcwd, which is no array"):
+        read_detectron2(path, [])
+
+
+@pytest.mark.parametrize("to", ENDINGS)
+def test_what_a_small_narrow_network_can_be_exported_to(tmp_path: Path, to: str) -> None:
+    need(to)
+    config = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.125)
+    weights = write_weights(tmp_path / "weights.safetensors", build_backbone(config), config, image_size=32)
+    out = tmp_path / f"exported{ENDINGS[to]}"
+    if to in ("safetensors", "onnx"):
+        assert export(weights, to, out)["difference"] < 1e-5
+        return
+    with pytest.raises(ValueError, match=f"{to}'s resnet18 has a 7x7 stem .* and width 1, this backbone width 0.125, "):
+        export(weights, to, out)
+    assert not out.exists()
+
+
+def test_a_run_is_exported_with_its_story(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    succeeded(capsys, *pretrain_line(tiny_data, run))
+    knn, _ = succeeded(capsys, "knn", run, "--data", tiny_data, "--device", "cpu")
+    out = tmp_path / "weights.safetensors"
+    result, text = succeeded(capsys, "export", run, "--to", "safetensors", "--out", out)
+    assert result["difference"] == 0
+    assert "its features differ by 0 of the largest (allowed 0)" in text
+    assert out.read_bytes() == (run / "final.safetensors").read_bytes()
+    card = Path(result["card"]).read_text()
+    for expected in (
+        "resnet18, small stem, width 0.0625",
+        "recipe leoclr_demo, 2 epochs (6 steps)",
+        "\nbatch_size: 12\n",
+        "40 images of data (image folder, split train), 3 classes",
+        f"| knn | data | top1 {knn['top1']:.5g}, top5 {knn['top5']:.5g}, k 3, temperature 0.1",
+        "## Licence",
+        "16 x 16 pixels in pretraining",
+    ):
+        assert expected in card
+    assert str(tmp_path) not in card  # a card is handed on; where the files lay is nobody's business
+
+    (run / "final.safetensors").unlink()
+    result, _ = succeeded(capsys, "export", run, "--to", "safetensors", "--out", tmp_path / "again.safetensors")
+    assert result["weights"].endswith("step-00000006")
+    assert result["weights_sha256"] == load_pretrained(out).sha256
+
+
+def test_weights_and_their_description_come_back(tmp_path: Path) -> None:
+    config = BackboneConfig(arch="resnet18", width_multiplier=0.25)
+    backbone = build_backbone(config)
+    path = write_weights(tmp_path / "weights.safetensors", backbone, config, image_size=96)
+    pretrained = load_pretrained(path)
+    assert pretrained.description == Description(recipe="somehow", backbone=config, views=ViewConfig(image_size=96))
+    assert pretrained.run is None
+    assert pretrained.sha256 == weights_sha256(backbone.state_dict())
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(pretrained.backbone.state_dict()[name], tensor)
+    assert fixed_images(8).tolist() == fixed_images(8).tolist()
+
+
+def test_safetensors_of_others_are_recognised_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    state = models.resnet34(weights=None).state_dict()
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"exactly a resnet34: left over: fc\.bias \[1000\], fc\.weight \[1000, 512\]"):
+        read_backbone_file(path)
+    save_file({name: tensor for name, tensor in state.items() if not name.startswith("fc.")}, path)
+    assert read_backbone_file(path)[1].backbone == BackboneConfig(arch="resnet34")
+    save_file({"0.weight": torch.zeros(8, 8), "2.weight": torch.zeros(4, 8)}, path)
+    with pytest.raises(ValueError, match="holds no backbone: it has 2 tensors"):
+        read_backbone_file(path)
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    config = BackboneConfig(arch="resnet18", width_multiplier=0.125)
+    backbone = build_backbone(config)
+    path = write_weights(tmp_path / "weights.safetensors", backbone, config)
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_pretrained(path)
+    with torch.no_grad():
+        backbone.layer2[0].bn1.bias[3] = float("nan")
+    write_weights(path, backbone, config)
+    with pytest.raises(ValueError, match=r"with NaN or infinite values: layer2\.0\.bn1\.bias\."):
+        load_pretrained(path)
+    path.write_bytes(backbone_bytes({"conv1.weight": torch.zeros(8)}, Description(recipe="x", backbone=config)))
+    with pytest.raises(ValueError, match=r"missing: bn1\.weight \[8\].* and \d+ more; of another shape: conv1\.weight"):
+        load_pretrained(path)
+
+
+def test_a_run_whose_weights_are_anothers_is_refused(
+    capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    succeeded(capsys, *pretrain_line(tiny_data, run))
+    config = BackboneConfig(arch="resnet18", width_multiplier=0.125)
+    write_weights(RunFolder(run).final_weights, build_backbone(config), config)
+    message = refused(capsys, "export", run, "--to", "safetensors", "--out", tmp_path / "out.safetensors")
+    assert "holds another backbone" in message
+
+
+def test_an_export_that_changes_the_features_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = BackboneConfig(arch="resnet18")
+    weights = write_weights(tmp_path / "weights.safetensors", lively_resnet("resnet18"), config)
+    right = TorchvisionFormat.features
+    monkeypatch.setattr(TorchvisionFormat, "features", lambda *given: right(*given) * 1.0001)
+    with pytest.raises(RuntimeError, match=r"they differ by 1\.0e-04 of the largest, allowed are 1e-05; nothing was"):
+        export(weights, "torchvision", tmp_path / "out.pth")
+    assert os.listdir(tmp_path) == ["weights.safetensors"]
+
+
+def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = BackboneConfig(arch="resnet18", width_multiplier=0.125)
+    weights = write_weights(tmp_path / "weights.safetensors", build_backbone(config), config)
+    line = ["export", weights, "--to"]
+    assert "does not end in .onnx" in refused(capsys, *line, "onnx", "--out", tmp_path / "out.pth")
+    assert "exists already" in refused(capsys, *line, "safetensors", "--out", weights)
+    assert "there is no file of weights" in refused(
+        capsys, "export", tmp_path / "nothing", "--to", "safetensors", "--out", tmp_path / "a.safetensors"
+    )
+    assert "is not a run folder" in refused(
+        capsys, "export", tmp_path, "--to", "safetensors", "--out", tmp_path / "a.safetensors"
+    )
+    monkeypatch.setattr(SafetensorsFormat, "packages", ("safetensors", "no-such-package"))
+    message = refused(capsys, *line, "safetensors", "--out", tmp_path / "a.safetensors")
+    assert "needs no-such-package; install them with: pip install 'leoclr-fast[export]'" in message
+    with pytest.raises(ValueError, match="there is no export format 'caffe'; allowed: torchvision, timm"):
+        export(weights, "caffe", tmp_path / "out.caffe")

@@ -1,0 +1,238 @@
+"""MoCo's checkpoints come in whole or not at all, and nothing in them is executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from leoclr_fast.config import BackboneConfig
+from leoclr_fast.method.backbone import Encoder
+from leoclr_fast.weights.architecture import recognised_backbone
+from leoclr_fast.weights.moco_checkpoint import read_moco_checkpoint
+from leoclr_fast.weights.moco_import import import_moco
+from leoclr_fast.weights.pretrained import load_pretrained
+from tests.leoclr_fast.test_cli import succeeded
+from tests.leoclr_fast.training.test_bad_input import refused
+from tests.leoclr_fast.weights_files import lively_resnet, moco_state, narrow_moco_state, write_moco
+
+
+@pytest.mark.parametrize(("arch", "version"), [("resnet50", 2), ("resnet18", 1)])
+def test_features_are_those_of_torchvisions_network(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arch: str, version: int
+) -> None:
+    network = lively_resnet(arch)
+    checkpoint = write_moco(tmp_path / "moco.pth.tar", moco_state(network, version), arch, zipped=version == 2)
+    out = tmp_path / "moco.safetensors"
+    result, text = succeeded(capsys, "import-moco", checkpoint, "--out", out)
+    assert (result["arch"], result["stem"], result["width_multiplier"], result["epoch"]) == (arch, "imagenet", 1.0, 200)
+    num_tensors = len(network.state_dict()) - 2
+    assert result["tensors"] == num_tensors
+    assert result["head_tensors_left_behind"] == (2 if version == 1 else 4)
+    assert result["other_tensors_left_behind"] == num_tensors + result["head_tensors_left_behind"] + 2
+    assert f"MoCo-v{version}'s" in text
+
+    pretrained = load_pretrained(out)
+    network.fc = nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(pretrained.backbone.eval()(images), network.eval()(images))
+    assert pretrained.sha256 == result["weights_sha256"]
+    assert f"moco.pth.tar after epoch 200, sha256 {result['source_sha256']}" in pretrained.description.source
+
+
+def test_the_architecture_may_be_told(tmp_path: Path) -> None:
+    checkpoint = write_moco(tmp_path / "moco.pth.tar", narrow_moco_state())
+    narrow = BackboneConfig(arch="resnet18", width_multiplier=0.125)
+    assert read_moco_checkpoint(checkpoint, "resnet18").config == narrow
+    with pytest.raises(ValueError, match=r"exactly a resnet34 of width 0\.125: missing: layer1\.2\.conv1\.weight"):
+        read_moco_checkpoint(checkpoint, "resnet34")
+    with pytest.raises(ValueError, match="there is no architecture 'resnet101'; allowed: resnet18, resnet34, resnet50"):
+        read_moco_checkpoint(checkpoint, "resnet101")
+
+
+@pytest.mark.parametrize("config", [
+    BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.125),
+    BackboneConfig(arch="resnet50", width_multiplier=0.25),
+])  # fmt: skip
+def test_stem_and_width_are_recognised(tmp_path: Path, config: BackboneConfig) -> None:
+    """As of our own encoders, under MoCo's names."""
+    encoder = Encoder(config, 16)
+    state = {f"encoder_q.{name}": tensor for name, tensor in encoder.backbone.state_dict().items()}
+    head = encoder.projection_head.state_dict()
+    state |= {f"encoder_q.fc.{name}": tensor for name, tensor in head.items()}
+    moco = read_moco_checkpoint(write_moco(tmp_path / "moco.pth.tar", state))
+    assert moco.config == config
+    assert (moco.num_head_tensors, moco.num_other_tensors) == (4, 0)
+
+
+def test_many_nans_do_not_look_like_another_stem() -> None:
+    config = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.125)
+    tensors = Encoder(config, 16).backbone.state_dict()
+    for name in list(tensors)[:4]:
+        if tensors[name].is_floating_point():
+            tensors[name] = torch.full_like(tensors[name], torch.nan)
+    with pytest.raises(ValueError, match=r"a resnet18 with the small stem of width 0.125: with NaN .*: conv1.weight,"):
+        recognised_backbone(tensors, "the file")
+
+
+def renamed(state: dict[str, Tensor]) -> None:
+    state["module.encoder_q.layer2.1.convolution.weight"] = state.pop("module.encoder_q.layer2.1.conv2.weight")
+
+
+def without_a_batchnorm_mean(state: dict[str, Tensor]) -> None:
+    del state["module.encoder_q.layer1.0.bn1.running_mean"]
+
+
+def with_a_stem_of_another_size(state: dict[str, Tensor]) -> None:
+    state["module.encoder_q.conv1.weight"] = torch.zeros(8, 3, 5, 5)
+
+
+def with_nan(state: dict[str, Tensor]) -> None:
+    state["module.encoder_q.layer3.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+
+
+def with_integer_weights(state: dict[str, Tensor]) -> None:
+    state["module.encoder_q.bn1.weight"] = torch.ones(8, dtype=torch.int64)
+
+
+def with_half_a_key_encoder(state: dict[str, Tensor]) -> None:
+    del state["module.encoder_k.layer4.1.bn2.bias"]
+
+
+def with_a_foreign_tensor(state: dict[str, Tensor]) -> None:
+    state["module.predictor.weight"] = torch.zeros(7, 5)
+
+
+def with_a_deeper_head(state: dict[str, Tensor]) -> None:
+    for encoder in ("q", "k"):
+        state[f"module.encoder_{encoder}.fc.4.weight"] = torch.zeros(4, 4)
+
+
+def without_the_query_encoder(state: dict[str, Tensor]) -> None:
+    for name in [name for name in state if "encoder_q" in name]:
+        del state[name]
+
+
+def with_the_head_alone(state: dict[str, Tensor]) -> None:
+    for name in [name for name in state if ".fc." not in name]:
+        del state[name]
+
+
+def with_both_prefixes(state: dict[str, Tensor]) -> None:
+    state["encoder_q.conv1.weight"] = state["module.encoder_q.conv1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "expected"),
+    [
+        (renamed, r"missing: layer2\.1\.conv2\.weight \[16, 16, 3, 3\]; "
+                  r"left over: layer2\.1\.convolution\.weight \[16, 16, 3, 3\]"),
+        (without_a_batchnorm_mean, r"missing: layer1\.0\.bn1\.running_mean \[8\]\."),
+        (with_a_stem_of_another_size, r"of another shape: conv1\.weight \[8, 3, 5, 5\] where \[8, 3, "),
+        (with_nan, r"with NaN or infinite values: layer3\.0\.conv1\.weight\."),
+        (with_integer_weights, r"of another kind of number: bn1\.weight\."),
+        (with_half_a_key_encoder, r"not mirror .* 1 tensors, first in encoder_k\.layer4\.1\.bn2\.bias: missing, and "),
+        (with_a_foreign_tensor, r"1 tensors left over that belong to no MoCo checkpoint: predictor\.weight \[7, 5\]"),
+        (with_a_deeper_head, r"neither MoCo-v1's .* nor MoCo-v2's .*fc\.4\.weight \[4, 4\]"),
+        (without_the_query_encoder, r"has no query encoder: none of its 126 tensors"),
+        (with_the_head_alone, r"holds no backbone: .* A projection head alone cannot be evaluated"),
+        (with_both_prefixes, r"holds tensors twice"),
+    ],
+)  # fmt: skip
+def test_what_does_not_add_up_is_named(
+    tmp_path: Path, harm: Callable[[dict[str, Tensor]], None], expected: str
+) -> None:
+    state = narrow_moco_state()
+    harm(state)
+    if harm is with_the_head_alone:
+        state = {name: tensor for name, tensor in state.items() if "encoder_q" in name}
+        state = {name.replace("fc.", "head."): tensor for name, tensor in state.items()}
+    checkpoint = write_moco(tmp_path / "moco.pth.tar", state)
+    with pytest.raises(ValueError, match=expected):
+        import_moco(checkpoint, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (lambda: models.resnet101(num_classes=16), "exactly a resnet50: left over: layer3.10.bn1.bias [256]"),
+        (
+            lambda: models.wide_resnet50_2(num_classes=16),
+            "does not hold exactly a resnet50",
+        ),
+        (lambda: models.mobilenet_v3_small(num_classes=16), "holds no backbone"),
+    ],
+)
+def test_another_architecture_is_refused(network: Callable[[], nn.Module], expected: str) -> None:
+    with torch.device("meta"):
+        state = {name: tensor for name, tensor in network().state_dict().items() if not name.startswith("fc.")}
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        recognised_backbone(state, "the query encoder")
+
+
+class Hostile:
+    """Pickles as a call that leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_hostile_pickle_is_never_executed(capsys: pytest.CaptureFixture[str], tmp_path: Path, writer: str) -> None:
+    trace = tmp_path / "executed"
+    checkpoint = tmp_path / "hostile.pth.tar"
+    document = {"state_dict": {"module.encoder_q.conv1.weight": Hostile(trace)}}
+    if writer == "torch":
+        torch.save(document, checkpoint)
+    else:
+        checkpoint.write_bytes(pickle.dumps(document, protocol=2))
+    message = refused(capsys, "import-moco", checkpoint, "--out", tmp_path / "out.safetensors")
+    assert f"{checkpoint} is refused" in message
+    assert "None of it was executed" in message
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Hostile(trace)))
+    assert trace.exists()  # it would have
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([1, 2], "it holds a list, not a dict with a state_dict"),
+        ({"model": {}}, "it holds a dict with model, not a dict with a state_dict"),
+        ({"state_dict": {"module.encoder_q.conv1.weight": 3}}, "is no plain tensor"),
+    ],
+)
+def test_other_checkpoints_are_refused(tmp_path: Path, content: Any, expected: str) -> None:
+    torch.save(content, tmp_path / "other.pth.tar")
+    with pytest.raises(ValueError, match=expected):
+        read_moco_checkpoint(tmp_path / "other.pth.tar")
+
+
+def test_files_that_are_no_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    good = write_moco(tmp_path / "moco.pth.tar", narrow_moco_state())
+    cut = tmp_path / "cut.pth.tar"
+    cut.write_bytes(good.read_bytes()[:20_000])
+    assert "cut.pth.tar" in refused(capsys, "import-moco", cut, "--out", out)
+    empty = tmp_path / "empty.pth.tar"
+    empty.write_bytes(b"")
+    assert "empty.pth.tar" in refused(capsys, "import-moco", empty, "--out", out)
+    assert "there is no checkpoint" in refused(capsys, "import-moco", tmp_path / "none.pth.tar", "--out", out)
+    assert "does not end in .safetensors" in refused(capsys, "import-moco", good, "--out", tmp_path / "out.pth")
+    assert "does not exist" in refused(capsys, "import-moco", good, "--out", tmp_path / "no" / "out.safetensors")
+    assert not out.exists()
+    succeeded(capsys, "import-moco", good, "--out", out)
+    assert "exists already and is not overwritten" in refused(capsys, "import-moco", good, "--out", out)
