@@ -1,4 +1,4 @@
-"""A few steps of a demo recipe on noise: `-m tests.leoclr_fast.narrow_training RECIPE BATCH SIDE THREADS STEPS WIDTH`"""
+"""A few steps of a demo recipe on noise: `narrow_training RECIPE BATCH SIDE THREADS STEPS WIDTH`."""
 
 import faulthandler
 import sys
