@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
 from pipelines.augment import augmented_views
 from pipelines.batch import CropBatch
@@ -44,18 +43,16 @@ def extract_features(
     ranks: Ranks,
     *,
     normalized: bool = True,
-    pace: Pace | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of all images of a sequential loader, gathered from all ranks.
 
-    The backbone runs in eval mode and is left as it was. normalized: features of unit length. pace: in an evaluation
-    of several ranks; none in training, whose evaluations are one phase. Returns float32 [N, D] (float64 for fp64) on
-    the loader's device, and int64 [N] on the host.
+    The backbone runs in eval mode and is left as it was. normalized: features of unit length.
+    Returns float32 [N, D] (float64 for fp64) on the loader's device, and int64 [N] on the host.
     """
     features, labels = torch.empty(0), torch.empty(len(loader.split), dtype=torch.int64)
     done = 0
     with eval_mode(backbone):
-        for batch in (pace or Pace()).batches(f"the features of {loader.split.name}", loader.batches(epoch=0)):
+        for batch in loader.batches(epoch=0):
             outputs, batch_labels = encode_batch(backbone, batch, loader, precision, ranks, normalized=normalized)
             if done == 0:
                 features = outputs.new_empty(len(loader.split), outputs.shape[1])

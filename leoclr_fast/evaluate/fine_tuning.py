@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
@@ -21,7 +21,6 @@ from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints
 from leoclr_fast.evaluate.features import extract_features
-from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
 from leoclr_fast.run.telemetry import TrainingClock
@@ -59,7 +58,6 @@ class FineTuner:
     precision: str
     ranks: Ranks
     display: EvaluationProgress
-    pace: Pace = field(default_factory=Pace)
 
     def train(self, training: Training, checkpoints: Checkpoints) -> ResNet | None:
         """The fine-tuned network with its classifier, from the checkpoint on if there is one; None if it diverged.
@@ -99,7 +97,7 @@ class FineTuner:
         with stop_signals(enabled=ranks.world_size == 1) as stop:
             to_come = max(0, checkpoints.last_step(training.total_steps) - step)
             batches = clock.timed(islice(_batches_from(loader, step), to_come))
-            for batch in self.pace.batches("fine-tuning", batches, step):
+            for batch in batches:
                 # ---- a single training step ---------------------------------------------------------------------
                 if batch.step == 0:
                     epoch_loss.zero_()
@@ -143,7 +141,7 @@ class FineTuner:
 
     def scores(self, network: nn.Module, images: Loader) -> tuple[Tensor, Tensor]:
         """Class scores [N, C] and labels [N] of all images of a sequential loader; the same on every rank."""
-        return extract_features(network, images, self.precision, self.ranks, normalized=False, pace=self.pace)
+        return extract_features(network, images, self.precision, self.ranks, normalized=False)
 
     def _network(self, training: Training) -> ResNet:
         """A copy of the backbone under a new classifier, in training mode."""

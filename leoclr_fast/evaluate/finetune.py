@@ -18,12 +18,11 @@ from dataset_tools.subset_lists import percent_of, read_subset_list, subset_text
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.evaluate.evaluation_folder import PausedError, evaluation_folder
-from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.grid import GridSearch, Trial
 from leoclr_fast.evaluate.labelled_data import LabelledData, open_labelled_data, require_every_class
 from leoclr_fast.evaluate.options import EvaluationOptions
-from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 from leoclr_fast.evaluate.subject import Subject, load_subject, require_real_images, view_settings
 from pipelines.config import ViewConfig
@@ -59,7 +58,7 @@ def run_finetune(
         raise ValueError(f"--out is for one share of the labels, but {len(percents)} are asked for")
     speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
-    with evaluation_ranks(speed.device) as (ranks, device, pace):
+    with process_group(speed.device) as (ranks, device):
         subject = load_subject(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)
         subsets: list[tuple[npt.NDArray[np.int64], dict[str, Any]]]
@@ -93,7 +92,7 @@ def run_finetune(
                     if ranks.is_main:
                         write_subset_list(folder.path / "labels.txt", labelled.train, indices)
                     epochs = settings["epochs"]
-                    search = _search(subject, labelled, part, protocol, epochs, views, speed, ranks, device, pace)
+                    search = _search(subject, labelled, part, protocol, epochs, views, speed, ranks, device)
                     try:
                         found = search.run(folder, console)
                     except PausedError as paused:
@@ -126,7 +125,6 @@ def _search(
     speed: SpeedConfig,
     ranks: Ranks,
     device: torch.device,
-    pace: Pace,
 ) -> GridSearch:
     """The learning rates to choose from, which scale with the batch, on the labels that there are."""
     base_lrs = protocol.base_lr_grid or (protocol.base_lr,)
@@ -148,5 +146,4 @@ def _search(
         speed=speed,
         ranks=ranks,
         device=device,
-        pace=pace,
     )

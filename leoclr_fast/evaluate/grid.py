@@ -25,7 +25,6 @@ from leoclr_fast.evaluate.accuracy import Accuracy, accuracy
 from leoclr_fast.evaluate.evaluation_folder import EvaluationFolder
 from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
 from leoclr_fast.evaluate.loaders import EvaluationLoaders
-from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.run.folder import write_atomically, write_json
 from pipelines.config import ViewConfig
@@ -69,7 +68,6 @@ class GridSearch:
     speed: SpeedConfig
     ranks: Ranks
     device: torch.device
-    pace: Pace
 
     def run(self, folder: EvaluationFolder, console: Console | None) -> dict[str, Any]:
         """Try, choose, train on all of train, test on val.
@@ -171,7 +169,6 @@ class GridSearch:
             precision=self.speed.precision,
             ranks=self.ranks,
             display=EvaluationProgress(console, total_steps, enabled=self.ranks.is_main),
-            pace=self.pace,
         )
         training = Training(
             lr=self.trials[0].lr,

@@ -15,7 +15,6 @@ from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.knn import KnnAccuracy, knn_accuracy
 from leoclr_fast.evaluate.loaders import EvaluationLoaders
-from leoclr_fast.evaluate.pace import Pace
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.loader import Loader
 
@@ -30,12 +29,11 @@ class KnnEvaluation:
     temperature: float
     precision: str
     ranks: Ranks
-    pace: Pace | None = None
 
     def run(self, backbone: nn.Module) -> KnnAccuracy:
         """Accuracy of the frozen backbone's features, the same on every rank."""
-        bank, bank_labels = extract_features(backbone, self.bank, self.precision, self.ranks, pace=self.pace)
-        queries, query_labels = extract_features(backbone, self.queries, self.precision, self.ranks, pace=self.pace)
+        bank, bank_labels = extract_features(backbone, self.bank, self.precision, self.ranks)
+        queries, query_labels = extract_features(backbone, self.queries, self.precision, self.ranks)
         return knn_accuracy(
             bank,
             bank_labels,
@@ -59,13 +57,11 @@ def knn_evaluation(
     precision: str,
     device: torch.device,
     ranks: Ranks,
-    pace: Pace | None = None,
     max_images: int | None = None,
 ) -> Iterator[KnnEvaluation | None]:
     """Loaders over the splits' bank and queries; None where the data has no labels.
 
-    pace: as in `extract_features`. max_images: at most so many in the bank and in the queries each, a class-balanced
-    choice.
+    max_images: at most so many in the bank and in the queries each, a class-balanced choice.
     Raises ValueError if the bank has fewer than k images.
     """
     if splits.bank is None or splits.queries is None:
@@ -87,5 +83,4 @@ def knn_evaluation(
             temperature=temperature,
             precision=precision,
             ranks=ranks,
-            pace=pace,
         )

@@ -25,15 +25,14 @@ from dataset_tools.splits import hold_out
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.evaluation_folder import Checkpoints, EvaluationFolder, PausedError, evaluation_folder
-from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.features import encode_batch, extract_features
 from leoclr_fast.evaluate.labelled_data import open_labelled_data
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
 from leoclr_fast.evaluate.loaders import EvaluationLoaders
 from leoclr_fast.evaluate.options import EvaluationOptions
-from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.evaluate.subject import freeze, load_subject, require_real_images, view_settings
@@ -71,7 +70,7 @@ def run_linear(
     """
     speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
-    with evaluation_ranks(speed.device) as (ranks, device, pace), ExitStack() as stack:
+    with process_group(speed.device) as (ranks, device), ExitStack() as stack:
         subject = load_subject(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)
         views = subject.view_config(protocol.crop_scale, options.image_size)
@@ -114,7 +113,7 @@ def run_linear(
         if protocol.cached_features:
             crops = loaders.center_crops(train)
             batches = _CachedFeatures(
-                *extract_features(backbone, crops, speed.precision, ranks, normalized=False, pace=pace), order
+                *extract_features(backbone, crops, speed.precision, ranks, normalized=False), order
             )
         else:
             batches = _LiveFeatures(backbone, loaders.random_crops(train, order), speed.precision, ranks)
@@ -134,7 +133,7 @@ def run_linear(
         display.say(_headline(evaluator, subject.weights, labelled.note, len(train), held_out, protocol))
         checkpoints = folder.checkpoints("training")
         try:
-            losses = _train(classifiers, batches, order, protocol, checkpoints, display, ranks, device, pace)
+            losses = _train(classifiers, batches, order, protocol, checkpoints, display, ranks, device)
         except PausedError as paused:
             return paused.document if ranks.is_main else {}
 
@@ -145,11 +144,10 @@ def run_linear(
             backbone,
             speed.precision,
             ranks,
-            pace,
         )
         chosen = _choose(grid, protocol)
         features, labels = extract_features(
-            backbone, loaders.center_crops(labelled.val), speed.precision, ranks, normalized=False, pace=pace
+            backbone, loaders.center_crops(labelled.val), speed.precision, ranks, normalized=False
         )
         found = accuracy(F.linear(features, classifiers.weight[chosen], classifiers.bias[chosen]), labels)
         after = weights_sha256(backbone.state_dict())
@@ -218,7 +216,6 @@ def _train(
     display: EvaluationProgress,
     ranks: Ranks,
     device: torch.device,
-    pace: Pace,
 ) -> list[float]:
     """All epochs, from the checkpoint on if there is one; returns the mean losses of the last epoch: [G].
 
@@ -241,7 +238,7 @@ def _train(
     with stop_signals(enabled=ranks.world_size == 1) as stop:
         to_come = max(0, checkpoints.last_step(total_steps) - step)
         batches = islice(_from_step(source, step, steps_per_epoch, clock), to_come)
-        for features, labels in pace.batches("linear classification", batches, step):
+        for features, labels in batches:
             epoch, step_in_epoch = divmod(step, steps_per_epoch)
             if step_in_epoch == 0:
                 epoch_losses.zero_()
@@ -291,12 +288,11 @@ def _grid(
     backbone: nn.Module,
     precision: str,
     ranks: Ranks,
-    pace: Pace,
 ) -> list[dict[str, float | None]]:
     """Each learning rate with its accuracy on what was held out of train; None where it came to nothing."""
     scores: list[float | None] = [None] * len(losses)
     if held_out is not None:
-        features, labels = extract_features(backbone, held_out, precision, ranks, normalized=False, pace=pace)
+        features, labels = extract_features(backbone, held_out, precision, ranks, normalized=False)
         scores = [accuracy(logits, labels).top1 for logits in _scores(classifiers, features)]
     finite = [
         math.isfinite(loss) and bool(weight.isfinite().all())

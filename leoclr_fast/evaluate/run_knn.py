@@ -11,7 +11,7 @@ import torch
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from leoclr_fast.config import MonitorConfig, SpeedConfig
-from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
+from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
 from leoclr_fast.evaluate.subject import load_subject, require_real_images
 from leoclr_fast.machine.precision import encoder_dtype
@@ -36,7 +36,7 @@ def run_knn(
     file to those of MoCo's CIFAR demo.
     """
     require_real_images(speed.loader)
-    with evaluation_ranks(speed.device) as (ranks, device, pace):
+    with process_group(speed.device) as (ranks, device):
         subject = load_subject(weights, untrained=untrained)
         monitor = subject.run.read_config().monitor if subject.run else MonitorConfig()
         backbone = subject.backbone.to(device, encoder_dtype(speed.precision)).to(memory_format=torch.channels_last)
@@ -55,7 +55,6 @@ def run_knn(
             precision=speed.precision,
             device=device,
             ranks=ranks,
-            pace=pace,
             max_images=max_images,
         ) as evaluation:
             if not ranks.is_main and evaluation is None:

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from dataset_tools.subsets import limited
 from leoclr_fast.config_file import as_plain
+from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.evaluate.evaluation_folder import PausedError, evaluation_folder
-from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
 from leoclr_fast.evaluate.grid import GridSearch, Trial
 from leoclr_fast.evaluate.options import EvaluationOptions
 from leoclr_fast.evaluate.protocols import TransferProtocol
@@ -39,7 +39,7 @@ def run_transfer(
     """
     speed, max_images = options.speed, options.max_images
     require_real_images(speed.loader)
-    with evaluation_ranks(speed.device) as (ranks, device, pace):
+    with process_group(speed.device) as (ranks, device):
         transfer = open_transfer_data(dataset, data)
         published = TRANSFER_SETS[dataset]
         subject = load_subject(weights, untrained=options.untrained)
@@ -83,7 +83,6 @@ def run_transfer(
                 speed=speed,
                 ranks=ranks,
                 device=device,
-                pace=pace,
             )
             try:
                 found = search.run(folder, console)

@@ -37,7 +37,6 @@ from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
 from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
 from leoclr_fast.evaluate.loaders import EvaluationLoaders
-from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.progress import EvaluationProgress
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.weights.backbone_file import Description
@@ -111,7 +110,6 @@ def neighbours(data: Path, _out: Path, ranks: Ranks) -> dict[str, Any]:
         precision="fp64",
         device=CPU,
         ranks=ranks,
-        pace=Pace(),
     ) as evaluation:
         assert evaluation is not None
         accuracy = evaluation.run(backbone)
@@ -144,10 +142,10 @@ def detector(voc: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     )
     training = DetectorTraining(
         config=config, state=state, images=train.images, reader=reader, ranks=ranks, precision="fp64", folder=folder,
-        checkpoint_every=1000, log_every=1, pace=Pace(),
+        checkpoint_every=1000, log_every=1,
     )  # fmt: skip
     start = {name: tensor.clone() for name, tensor in state.detector.state_dict().items()}
-    untrained = detect(state, test, reader, config.test_side, ranks, "fp64", Pace())
+    untrained = detect(state, test, reader, config.test_side, ranks, "fp64")
     with patch.object(torch, "randperm", lambda number, **options: torch.arange(number, **options)):
         training.run(config.iterations)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if ranks.is_main else []

@@ -15,6 +15,7 @@ import torch
 
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImages
 from leoclr_fast.evaluate.detection.coco_annotations import read_coco
 from leoclr_fast.evaluate.detection.coco_ap import coco_average_precisions, require_pycocotools
@@ -25,8 +26,6 @@ from leoclr_fast.evaluate.detection.train_detector import DetectorTraining
 from leoclr_fast.evaluate.detection.voc_annotations import read_voc
 from leoclr_fast.evaluate.detection.voc_ap import COCO_THRESHOLDS, ImageDetections, voc_average_precisions
 from leoclr_fast.evaluate.evaluation_folder import newest_checkpoint
-from leoclr_fast.evaluate.evaluation_ranks import evaluation_ranks
-from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.evaluate.subject import evaluations_beside
 from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
 from leoclr_fast.run.environment import environment
@@ -61,7 +60,7 @@ def run_detection(
     ended it.
     Raises ValueError, FileNotFoundError, NonFiniteLossError, OSError (a full disk).
     """
-    with evaluation_ranks(device) as (ranks, chosen, pace), ExitStack() as stack:
+    with process_group(device) as (ranks, chosen), ExitStack() as stack:
         require_pycocotools()  # not only when the training is over
         pretrained = load_pretrained(weights)
         folder = _folder(pretrained, config, out)
@@ -104,14 +103,13 @@ def run_detection(
             folder=folder,
             checkpoint_every=checkpoint_every,
             log_every=log_every,
-            pace=pace,
         )
         training.run(config.iterations if max_iterations is None else min(max_iterations, config.iterations))
         if state.iteration < config.iterations:
             return {"complete": False, "iteration": state.iteration, "out": str(folder)} if ranks.is_main else {}
 
         shown = replace(test, images=test.images[:max_test_images])
-        detections = detect(state, shown, reader, config.test_side, ranks, precision, pace)
+        detections = detect(state, shown, reader, config.test_side, ranks, precision)
         if not ranks.is_main:
             return {}
         result: dict[str, Any] = {
@@ -155,14 +153,13 @@ def detect(
     side: int,
     ranks: Ranks,
     precision: str,
-    pace: Pace,
 ) -> list[ImageDetections]:
     """What the detector finds in the images, one after the other; on the first rank of all, on the others of some."""
     state.detector.eval()
     own = range(ranks.rank, len(test.images), ranks.world_size)
     wishes: Iterator[list[Wish]] = ([Wish(image=test.images[number], side=side)] for number in own)
     found = {}
-    for number, batch in zip(own, pace.batches("the test images", reader.read(wishes)), strict=True):
+    for number, batch in zip(own, reader.read(wishes), strict=True):
         with encoder_precision(precision, reader.device):
             _, (detected,) = state.detector(batch.images, batch.sizes)
         image, (height, width) = batch.annotated[0], batch.sizes[0]

@@ -20,7 +20,6 @@ from leoclr_fast.evaluate.detection.config import DetectionConfig
 from leoclr_fast.evaluate.detection.detector_state import DetectorState
 from leoclr_fast.evaluate.detection.image_batches import BatchReader, DetectionBatch, Wish
 from leoclr_fast.evaluate.detection.order import Draw, GroupedOrder
-from leoclr_fast.evaluate.pace import Pace
 from leoclr_fast.machine.precision import encoder_precision
 from leoclr_fast.run.checkpoint import list_checkpoints, save_checkpoint
 from leoclr_fast.run.folder import write_atomically
@@ -46,7 +45,6 @@ class DetectorTraining:
     folder: Path
     checkpoint_every: int
     log_every: int
-    pace: Pace
 
     def run(self, last_iteration: int) -> None:
         """Train until `last_iteration`; at the configured end average the running statistics. Saves checkpoints.
@@ -72,7 +70,7 @@ class DetectorTraining:
         began, first = time.perf_counter(), state.iteration
         with stop_signals(enabled=ranks.world_size == 1) as stop:
             batches = self._batches(state.iteration, last_iteration - state.iteration)
-            for batch in self.pace.batches("detector training", batches, state.iteration):
+            for batch in batches:
                 # ---- a single training step -----------------------------------------------------------------
                 lr = config.learning_rate(state.iteration)
                 for group in state.optimizer.param_groups:
@@ -117,7 +115,7 @@ class DetectorTraining:
         for norm in norms:
             norm.momentum = 1.0  # so that the running statistics are those of the batch
         batches = self._batches(first, self.config.precise_bn_batches)
-        for number, batch in enumerate(self.pace.batches("averaging the statistics", batches, first), start=1):
+        for number, batch in enumerate(batches, start=1):
             self._seed_sampling(first + number)
             with encoder_precision(self.precision, self.reader.device):
                 self.state.detector(batch.images, batch.sizes, batch.targets)

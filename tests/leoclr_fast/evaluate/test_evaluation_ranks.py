@@ -131,35 +131,6 @@ def test_a_detector_on_two_ranks_is_that_on_one(seen: Path, voc: Path, tmp_path:
     assert {"c4.conv1.weight", "rpn.head.bbox_pred.weight", "regions.box_predictor.bbox_pred.bias"} <= set(moved)
 
 
-HANGING = """
-import sys, time
-import torch
-from leoclr_fast.cli import run_command
-from leoclr_fast.evaluate import pace
-from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
-from os import environ
-pace.BATCH_LIMIT_S = 2.0
-step, seen = LinearClassifiers.step, []
-def hanging(self, *arguments):
-    seen.append(0)
-    if environ["RANK"] == "1" and len(seen) == 5:
-        time.sleep(1000)
-    return step(self, *arguments)
-LinearClassifiers.step = hanging
-sys.exit(run_command(sys.argv[1:]))
-"""
-
-
-@pytest.mark.long
-def test_a_rank_that_hangs_ends_the_evaluation(tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
-    """Within seconds of its limit, and not with the collective that the other one waits in."""
-    arguments = ["linear", str(tiny_run), "--data", str(tiny_data), "--epochs=9", "--batch-size=16", "--device=cpu"]
-    for output in run_ranks(["-c", HANGING, *arguments, "--out", str(tmp_path / "out")], tmp_path, [75, 75]):
-        assert "error: rank " in output
-        assert "last step 4, in linear classification" in output
-        assert "rank 1 on " in output
-
-
 def on_two_ranks(*arguments: object) -> dict[str, Any]:
     """The JSON of a command under torchrun."""
     torchrun = [
