@@ -10,6 +10,8 @@ FFCV ?= yes
 DEMO_ARGS ?= --out runs/demo
 TEST_ARGS ?=
 TEST_JOBS ?= 2
+# Tests on real images are skipped where this is empty.
+export LEOCLR_TEST_DATA ?= $(abspath $(wildcard ../shared/data))
 
 bin := .venv/bin
 stamp := .venv/setup.stamp

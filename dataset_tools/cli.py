@@ -15,6 +15,7 @@ from rich.table import Table
 from dataset_tools.command_line import (
     Command,
     CommonFlags,
+    first_line,
     parse_flags,
     print_commands,
     run_command_line,
@@ -191,7 +192,7 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: list[str]) -> Command | None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("python -m dataset_tools COMMAND: convert images, and check, list and join what was converted\n")
-        print_commands(COMMANDS)
+        print_commands({name: first_line(command.__doc__) for name, command in COMMANDS.items()})
         print("\npython -m dataset_tools COMMAND --help lists the flags of a command.")
         return None
     name, *rest = arguments

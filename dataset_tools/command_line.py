@@ -96,10 +96,15 @@ def unknown(kind: str, name: str, known: Mapping[str, Any]) -> str:
     return f"there is no {kind} {name!r}.{hint} Allowed: {', '.join(known)}."
 
 
-def print_commands(commands: Mapping[str, type[Any]]) -> None:
-    """Each command with the first line of its docstring."""
-    for name, command in commands.items():
-        print(f"  {name:16} {(command.__doc__ or '').strip().splitlines()[0]}")
+def print_commands(lines: Mapping[str, str]) -> None:
+    """Each command with the line that says what it does."""
+    for name, line in lines.items():
+        print(f"  {name:16} {line}")
+
+
+def first_line(docstring: str | None) -> str:
+    """The first line of a docstring."""
+    return (docstring or "").strip().splitlines()[0]
 
 
 def say(console: Console, text: str) -> None:

@@ -1,67 +1,60 @@
 """The command line: `leoclr-fast <command>`, the same as `python -m leoclr_fast <command>`.
 
-Each command is a dataclass in `leoclr_fast.commands` whose fields are its flags, typed and explained by tyro, and whose
-method `run` returns one JSON document. This file finds the command that is meant.
+Each command is a dataclass whose fields are its flags, typed and explained by tyro, and whose method `run` returns one
+JSON document. This file imports the command that is meant and no other, so that what needs no torch starts without.
 """
 
 from __future__ import annotations
 
+import ast
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import tyro
+from dataset_tools.command_line import (
+    Command,
+    first_line,
+    parse_flags,
+    print_commands,
+    run_command_line,
+    unknown,
+)
+from leoclr_fast.recipes import RECIPES
 
-from dataset_tools.cli import COMMANDS as DATASET_COMMANDS
-from dataset_tools.command_line import Command, parse_flags, print_commands, run_command_line, unknown
-from leoclr_fast.commands.bench_augment import BenchAugment
-from leoclr_fast.commands.bench_loader import BenchLoader
-from leoclr_fast.commands.bench_loss import BenchLoss
-from leoclr_fast.commands.bench_scaling import BenchScaling
-from leoclr_fast.commands.bench_step import BenchStep
-from leoclr_fast.commands.bench_train_time import BenchTrainTime
-from leoclr_fast.commands.compare import Compare
-from leoclr_fast.commands.demo import Demo
-from leoclr_fast.commands.detect import Detect
-from leoclr_fast.commands.doctor import Doctor
-from leoclr_fast.commands.export import Export
-from leoclr_fast.commands.finetune import Finetune
-from leoclr_fast.commands.import_moco import ImportMoco
-from leoclr_fast.commands.knn import Knn
-from leoclr_fast.commands.linear import Linear
-from leoclr_fast.commands.parity import Parity
-from leoclr_fast.commands.pretrain import Pretrain
-from leoclr_fast.commands.preview import Preview
-from leoclr_fast.commands.report import Report
-from leoclr_fast.commands.transfer import Transfer
-from leoclr_fast.commands.watch import Watch
-from leoclr_fast.recipes import RECIPES, get_recipe
-
-COMMANDS: dict[str, type[Any]] = {
-    "demo": Demo,
-    **DATASET_COMMANDS,
-    "pretrain": Pretrain,
-    "knn": Knn,
-    "linear": Linear,
-    "finetune": Finetune,
-    "transfer": Transfer,
-    "compare": Compare,
-    "detect": Detect,
-    "export": Export,
-    "import-moco": ImportMoco,
-    "preview": Preview,
-    "parity": Parity,
-    "report": Report,
-    "watch": Watch,
-    "doctor": Doctor,
-    "bench loader": BenchLoader,
-    "bench augment": BenchAugment,
-    "bench loss": BenchLoss,
-    "bench step": BenchStep,
-    "bench train-time": BenchTrainTime,
-    "bench scaling": BenchScaling,
+_HERE = "leoclr_fast.commands"
+COMMANDS = {
+    "demo": f"{_HERE}.demo:Demo",
+    "convert": "dataset_tools.cli:Convert",
+    "verify": "dataset_tools.cli:Verify",
+    "inspect": "dataset_tools.cli:Inspect",
+    "subset": "dataset_tools.cli:Subset",
+    "merge": "dataset_tools.cli:Merge",
+    "pretrain": f"{_HERE}.pretrain:Pretrain",
+    "knn": f"{_HERE}.knn:Knn",
+    "linear": f"{_HERE}.linear:Linear",
+    "finetune": f"{_HERE}.finetune:Finetune",
+    "transfer": f"{_HERE}.transfer:Transfer",
+    "compare": f"{_HERE}.compare:Compare",
+    "detect": f"{_HERE}.detect:Detect",
+    "export": f"{_HERE}.export:Export",
+    "import-moco": f"{_HERE}.import_moco:ImportMoco",
+    "preview": f"{_HERE}.preview:Preview",
+    "parity": f"{_HERE}.parity:Parity",
+    "report": f"{_HERE}.report:Report",
+    "watch": f"{_HERE}.watch:Watch",
+    "doctor": f"{_HERE}.doctor:Doctor",
+    "bench loader": f"{_HERE}.bench_loader:BenchLoader",
+    "bench augment": f"{_HERE}.bench_augment:BenchAugment",
+    "bench loss": f"{_HERE}.bench_loss:BenchLoss",
+    "bench step": f"{_HERE}.bench_step:BenchStep",
+    "bench train-time": f"{_HERE}.bench_train_time:BenchTrainTime",
+    "bench scaling": f"{_HERE}.bench_scaling:BenchScaling",
 }
-"""A name may be of two words; its first word alone lists what follows it."""
+"""Name → `module:Class`. A name may be of two words; its first word alone lists what follows it."""
 
 _SHORTHANDS = {"--loader": "--loader.name"}
 _PAPER = "LeOCLR: Leveraging Original Images for Contrastive Learning of Visual Representations (TMLR 2024)"
@@ -82,36 +75,23 @@ def parse_command(arguments: list[str]) -> Command | None:
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_overview()
         return None
-    group = {name: command for name, command in COMMANDS.items() if name.startswith(f"{arguments[0]} ")}
+    group = {name: target for name, target in COMMANDS.items() if name.startswith(f"{arguments[0]} ")}
     if group and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
-        print_commands(group)
+        print_commands(_first_lines(group))
         return None
     num_words = 2 if group else 1
     name, rest = " ".join(arguments[:num_words]), arguments[num_words:]
     if name not in COMMANDS:
         raise ValueError(unknown("command", name, group or COMMANDS))
     rest = [_without_shorthand(argument) for argument in rest]
-    return _parse_pretrain(rest) if name == "pretrain" else parse_flags(COMMANDS[name], rest, f"leoclr-fast {name}")
+    if name == "pretrain":
+        from leoclr_fast.commands.pretrain import parse_pretrain
 
-
-def _parse_pretrain(arguments: list[str]) -> Pretrain:
-    """The defaults of its flags are those of the recipe, which comes first."""
-    recipe_name, prog = "leoclr_imagenet_200ep", "leoclr-fast pretrain"
-    if arguments and not arguments[0].startswith("-"):
-        recipe_name, *arguments = arguments
-        prog = f"{prog} {recipe_name}"
-    elif "-h" not in arguments and "--help" not in arguments:
-        raise ValueError(f"pretrain needs a recipe first: leoclr-fast pretrain RECIPE …; recipes: {', '.join(RECIPES)}")
-    recipe = get_recipe(recipe_name)
-    defaults = Pretrain(
-        data=tyro.MISSING,
-        out=tyro.MISSING,
-        recipe=recipe.recipe,
-        result=recipe.result,
-        speed=recipe.speed,
-        monitor=recipe.monitor,
-    )
-    return parse_flags(Pretrain, arguments, prog, default=defaults, description=_recipe_help(recipe_name))
+        return parse_pretrain(rest)
+    module, _, class_name = COMMANDS[name].partition(":")
+    kind: type[Any] = getattr(import_module(module), class_name)
+    command: Command = parse_flags(kind, rest, f"leoclr-fast {name}")
+    return command
 
 
 def _without_shorthand(argument: str) -> str:
@@ -119,14 +99,27 @@ def _without_shorthand(argument: str) -> str:
     return f"{_SHORTHANDS.get(flag, flag)}{equals}{value}"
 
 
-def _recipe_help(name: str) -> str:
-    docstring = (RECIPES[name].__doc__ or "").strip()
-    return f"{Pretrain.__doc__}\n\nRecipe {name}: {docstring}\n\nAll recipes: {', '.join(RECIPES)}."
-
-
 def _print_overview() -> None:
     print(f"leoclr-fast: pretrain LeOCLR, and MoCo-v2 beside it.\n{_PAPER}\n")
-    print_commands(COMMANDS)
+    print_commands(_first_lines(COMMANDS))
     print("\nleoclr-fast COMMAND --help lists the flags of a command. Recipes of pretrain:")
     for name, recipe in RECIPES.items():
-        print(f"  {name:24} {(recipe.__doc__ or '').strip().splitlines()[0]}")
+        print(f"  {name:24} {first_line(recipe.__doc__)}")
+
+
+def _first_lines(targets: Mapping[str, str]) -> dict[str, str]:
+    """Name → the first line of the docstring of its class, read from the source: nothing is imported for it."""
+    return {
+        name: first_line(_docstrings(module)[class_name])
+        for name, (module, _, class_name) in ((name, target.partition(":")) for name, target in targets.items())
+    }
+
+
+@cache
+def _docstrings(module: str) -> dict[str, str | None]:
+    """Class → docstring."""
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    body = ast.parse(Path(spec.origin).read_text()).body
+    return {node.name: ast.get_docstring(node) for node in body if isinstance(node, ast.ClassDef)}

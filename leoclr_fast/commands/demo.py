@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,28 @@ class Demo(CommonFlags):
     """auto, cpu, cuda or cuda:N."""
 
     def run(self, console: Console) -> dict[str, Any]:
-        from dataclasses import replace
+        from dataset_tools.demo_data import write_demo_data
+        from dataset_tools.sources import open_source
+        from leoclr_fast.method.methods import METHODS
+        from leoclr_fast.run.folder import RunFolder
+        from leoclr_fast.run.preview import write_preview
+        from leoclr_fast.training.loop import pretrain
 
-        from leoclr_fast.training.demo import run_demo
-
+        start = time.perf_counter()
         recipe = get_recipe(f"{self.method}_demo")
-        result = replace(
-            recipe.result,
-            seed=self.seed,
-            max_images=self.max_images,
-            epochs=recipe.result.epochs if self.epochs is None else self.epochs,
-        )
+        changes: dict[str, Any] = {"seed": self.seed, "max_images": self.max_images}
+        if self.epochs is not None:
+            changes["epochs"] = self.epochs
+        result = replace(recipe.result, **changes)
         config = replace(recipe, result=result, speed=replace(recipe.speed, device=self.device))
-        summary = run_demo(config, self.out, max_steps=self.max_steps, console=console)
+        data, run, preview = self.out / "data", self.out / "run", self.out / "preview.png"
+        write_demo_data(data)
+        views = METHODS[result.method.name].views
+        write_preview(preview, open_source(data).splits["train"], views, result.views, seed=result.seed)
+        trained = pretrain(config, data, run, max_steps=self.max_steps, console=console)
+        summary = {name: trained.get(name) for name in ("knn_top1", "knn_top1_untrained", "complete", "images_per_s")}
+        summary |= {"recipe": config.recipe, "seconds": time.perf_counter() - start, "data": str(data)}
+        summary |= {"run": str(run), "preview": str(preview), "report": str(RunFolder(run).report_file)}
         say(console, outcome(summary))
         say(console, f"views: {summary['preview']}   run: {summary['run']}   data: {summary['data']}")
         say(console, f"report: {summary['report']}")

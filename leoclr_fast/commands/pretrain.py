@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from dataset_tools.command_line import CommonFlags, say
+from dataset_tools.command_line import CommonFlags, parse_flags, say
 from leoclr_fast.commands.outcome import outcome
 from leoclr_fast.config import MonitorConfig, ResultConfig, RunConfig, SpeedConfig
+from leoclr_fast.recipes import RECIPES, get_recipe
 
 _Flattened = tyro.conf.arg(name="")
 
@@ -44,3 +45,25 @@ class Pretrain(CommonFlags):
         if summary:
             say(console, outcome(summary))
         return summary
+
+
+def parse_pretrain(arguments: list[str]) -> Pretrain:
+    """`RECIPE [FLAG …]` as a command; the defaults of its flags are those of the recipe. Raises ValueError."""
+    recipe_name, prog = "leoclr_imagenet_200ep", "leoclr-fast pretrain"
+    if arguments and not arguments[0].startswith("-"):
+        recipe_name, *arguments = arguments
+        prog = f"{prog} {recipe_name}"
+    elif "-h" not in arguments and "--help" not in arguments:
+        raise ValueError(f"pretrain needs a recipe first: leoclr-fast pretrain RECIPE …; recipes: {', '.join(RECIPES)}")
+    recipe = get_recipe(recipe_name)
+    defaults = Pretrain(
+        data=tyro.MISSING,
+        out=tyro.MISSING,
+        recipe=recipe.recipe,
+        result=recipe.result,
+        speed=recipe.speed,
+        monitor=recipe.monitor,
+    )
+    of_recipe = (RECIPES[recipe_name].__doc__ or "").strip()
+    description = f"{Pretrain.__doc__}\n\nRecipe {recipe_name}: {of_recipe}\n\nAll recipes: {', '.join(RECIPES)}."
+    return parse_flags(Pretrain, arguments, prog, default=defaults, description=description)

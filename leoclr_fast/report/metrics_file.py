@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from leoclr_fast.run.telemetry import STEP_METRICS
+from leoclr_fast.run.folder import STEP_METRICS
 
 FORMAT = 1
 """Of the records. A reader that meets a higher number shows what it knows, and says so."""

@@ -5,27 +5,25 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import leoclr_fast
+from dataset_tools.versions import installed_version
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("leoclr-fast", "torch", "torchvision", "numpy", "pillow", "numba", "triton", "nvidia-dali-cuda130", "ffcv")
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """As plain JSON; what a machine does not have is left out or None."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    import torch
+
+    versions = {package: installed_version(package) for package in _PACKAGES}
     return {
-        "versions": versions,
+        "versions": {package: version for package, version in versions.items() if version is not None},
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": _cpu_model(),

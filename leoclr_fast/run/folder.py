@@ -10,20 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import torch
+from typing import IO, TYPE_CHECKING, Any
 
 from dataset_tools.file_lock import LOCK_WAIT_S, take_lock
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
 from leoclr_fast.run.environment import environment
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 HISTORY_KINDS = ("start", "end", "warning")
 """Of the records of `metrics.jsonl` that no resumed run writes again."""
+STEP_METRICS = ("loss", "positive_similarity", "negative_similarity", "gradient_norm")
+"""What a step's record holds of the training itself."""
 _held_locks: set[IO[str]] = set()
 
 
@@ -37,6 +40,16 @@ def _drop_locks() -> None:
 os.register_at_fork(after_in_child=_drop_locks)
 
 
+class _File:
+    """The path of a file in the folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: RunFolder, _: type[RunFolder]) -> Path:
+        return folder.path / self._name
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """The files of a run: `config.yaml`, `environment.json`, `data.json` and `preview.png` (what it trains on),
@@ -47,53 +60,18 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def environment_file(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def data_file(self) -> Path:
-        return self.path / "data.json"
-
-    @property
-    def preview_file(self) -> Path:
-        return self.path / "preview.png"
-
-    @property
-    def report_file(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def loader_bench_file(self) -> Path:
-        return self.path / "bench_loader.json"
-
-    @property
-    def evaluations_file(self) -> Path:
-        return self.path / "evaluations.jsonl"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def best_file(self) -> Path:
-        return self.path / "best.json"
-
-    @property
-    def summary_file(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def final_weights(self) -> Path:
-        return self.path / "final.safetensors"
+    config_file = _File("config.yaml")
+    environment_file = _File("environment.json")
+    data_file = _File("data.json")
+    preview_file = _File("preview.png")
+    metrics_file = _File("metrics.jsonl")
+    checkpoints = _File("checkpoints")
+    best_file = _File("best.json")
+    report_file = _File("report.html")
+    summary_file = _File("summary.json")
+    final_weights = _File("final.safetensors")
+    evaluations_file = _File("evaluations.jsonl")
+    loader_bench_file = _File("bench_loader.json")
 
     def exists(self) -> bool:
         """Whether a run was started here."""
@@ -128,18 +106,14 @@ class RunFolder:
         with open(self.path / LOCK_NAME, "w") as lock:
             _held_locks.add(lock)
             try:
-                self._take(lock)
+                try:
+                    take_lock(lock, LOCK_WAIT_S)
+                except BlockingIOError as error:
+                    wait = "wait for it or choose another --out"
+                    raise RuntimeError(f"another process is writing to {self.path}; {wait}") from error
                 yield
             finally:
                 _held_locks.discard(lock)
-
-    def _take(self, lock: IO[str]) -> None:
-        try:
-            take_lock(lock, LOCK_WAIT_S)
-        except BlockingIOError as error:
-            raise RuntimeError(
-                f"another process is writing to {self.path}; wait for it or choose another --out"
-            ) from error
 
     def write_config(self, config: RunConfig) -> None:
         write_atomically(self.config_file, to_yaml(config).encode())

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.run.folder import STEP_METRICS
 from leoclr_fast.run.trackers import Tracker
 
 Item = TypeVar("Item")
@@ -27,8 +28,6 @@ MAX_STEPS_AHEAD = 4
 """Steps that the host may have enqueued and a GPU not finished."""
 MAX_OVERFLOWS_IN_A_ROW = 25
 """Steps in fp16 that may be skipped one after another: the loss scale, 65,536 at first, is below 0.01 then."""
-
-STEP_METRICS = ("loss", "positive_similarity", "negative_similarity", "gradient_norm")
 
 
 class NonFiniteLossError(RuntimeError):

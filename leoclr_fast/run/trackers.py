@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +49,23 @@ class Tracker:
 def require_trackers(config: MonitorConfig) -> None:
     """Raises ValueError, with what to install, if a package that the configuration asks for is missing."""
     if config.tensorboard:
-        _summary_writer()
+        _optional("tensorboard", "torch.utils.tensorboard")
     if config.wandb:
-        _wandb_package()
+        _optional("wandb", "wandb")
 
 
 def open_trackers(config: RunConfig, run: Path) -> list[Tracker]:
     """Those that the configuration asks for. Raises as `require_trackers`."""
     trackers = []
     if config.monitor.tensorboard:
-        writer = _summary_writer()(str(run / "tensorboard"))
+        writer = _optional("tensorboard", "torch.utils.tensorboard").SummaryWriter(str(run / "tensorboard"))
         trackers.append(Tracker("TensorBoard", partial(_add_scalars, writer), writer.close))
     if config.monitor.wandb:
-        session = _wandb_package().init(project=_PROJECT, name=run.name, dir=str(run), config=as_plain(config))
-        trackers.append(Tracker("Weights & Biases", partial(_log_to_session, session), session.finish))
+        names = {"project": _PROJECT, "name": run.name, "dir": str(run)}
+        session = _optional("wandb", "wandb").init(**names, config=as_plain(config))
+        trackers.append(
+            Tracker("Weights & Biases", lambda step, numbers: session.log(dict(numbers), step=step), session.finish)
+        )
     return trackers
 
 
@@ -70,28 +74,12 @@ def _add_scalars(writer: Any, step: int, numbers: Mapping[str, float]) -> None:
         writer.add_scalar(name, value, step)
 
 
-def _log_to_session(session: Any, step: int, numbers: Mapping[str, float]) -> None:
-    session.log(dict(numbers), step=step)
-
-
-def _summary_writer() -> Any:
+def _optional(package: str, module: str) -> Any:
+    """The module. Raises ValueError where the package is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return import_module(module)
     except ImportError as error:
-        raise ValueError(_missing("tensorboard")) from error
-    return SummaryWriter
-
-
-def _wandb_package() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(_missing("wandb")) from error
-    return wandb
-
-
-def _missing(package: str) -> str:
-    return (
-        f"--monitor.{package} needs the package {package}, which is not installed: pip install {package}, or leave the "
-        "flag out"
-    )
+        raise ValueError(
+            f"--monitor.{package} needs the package {package}, which is not installed: pip install {package}, or "
+            "leave the flag out"
+        ) from error
