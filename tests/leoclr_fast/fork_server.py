@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib.pyplot  # noqa: F401 - what the report needs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import leoclr_fast.commands.pretrain
 import leoclr_fast.report.page
 import leoclr_fast.training.loop  # noqa: F401
 from leoclr_fast.cli import run_command
