@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -22,8 +23,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipelines.packed_images import PackedImages
-
 log = logging.getLogger(__name__)
 
 Impl = Literal["auto", "torch", "numba", "triton"]
@@ -31,6 +30,52 @@ Impl = Literal["auto", "torch", "numba", "triton"]
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 _WEIGHT_BITS = 22  # PIL's, after the binary point
 _LOW_BITS = 11
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedImages:
+    """Decoded images of any size in one buffer.
+
+    The geometry stays on the host, where the boxes are drawn; only pixels live on the device.
+    """
+
+    pixels: Tensor
+    """uint8 [total bytes], each image as [height, width, 3] RGB, or as [3, height, width] where `planar`."""
+    offsets: npt.NDArray[np.int64]
+    """int64 [N]: first byte of each image."""
+    heights: npt.NDArray[np.int64]
+    """int64 [N], pixels."""
+    widths: npt.NDArray[np.int64]
+    """int64 [N], pixels."""
+    planar: bool = False
+
+    @classmethod
+    def side_by_side(
+        cls, pixels: Tensor, heights: npt.NDArray[np.int64], widths: npt.NDArray[np.int64], *, planar: bool = False
+    ) -> PackedImages:
+        """Images that lie behind one another without gaps."""
+        sizes = 3 * heights * widths
+        return cls(pixels=pixels, offsets=np.cumsum(sizes) - sizes, heights=heights, widths=widths, planar=planar)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+def cut_views(
+    images: PackedImages,
+    rows: npt.NDArray[np.int64],
+    boxes: npt.NDArray[np.int32],
+    output_size: int,
+    *,
+    num_threads: int | None = None,
+) -> Tensor:
+    """All views of some images: uint8 [B, V, S, S, 3]; see `crop_resize`.
+
+    rows: int64 [B], which images. boxes: int32 [B, V, 4].
+    """
+    num_views = boxes.shape[1]
+    crops = crop_resize(images, np.repeat(rows, num_views), boxes.reshape(-1, 4), output_size, num_threads=num_threads)
+    return crops.unflatten(0, (len(rows), num_views))
 
 
 def crop_resize(

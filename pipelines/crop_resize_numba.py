@@ -12,8 +12,8 @@ from numba import types
 from torch import Tensor
 
 from pipelines.box_resize import resize_boxes, scratch_size
+from pipelines.crop_resize import PackedImages
 from pipelines.numba_kernel import compile_kernel, run_in_threads
-from pipelines.packed_images import PackedImages
 
 _SHARES = 8  # that each thread takes, about: some threads are slower than others
 

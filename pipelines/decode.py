@@ -1,4 +1,4 @@
-"""An encoded image as RGB pixels, as torchvision's ImageFolder would load it: PIL, no EXIF rotation."""
+"""An encoded image as RGB pixels, as torchvision's ImageFolder would load it; another image where it cannot be read."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from dataset_tools.sources import Split
+
+_MAX_BAD_FRACTION = 0.01
+ALWAYS_TOLERATED = 10
 
 
 class UnreadableImageError(Exception):
@@ -16,20 +21,26 @@ class UnreadableImageError(Exception):
 
 
 def decode_rgb(split: Split, index: int) -> Image.Image:
-    """Image ``index`` of a split in RGB. Raises `UnreadableImageError` with the reason."""
+    """Image ``index`` of a split in RGB, without EXIF rotation. Raises `UnreadableImageError` with the reason."""
     with _reasons():
-        return _open(split, index).convert("RGB")
+        return _open(split.read(index)).convert("RGB")
+
+
+def decode_bytes(encoded: bytes) -> Image.Image:
+    """The same of an image's bytes."""
+    with _reasons():
+        return _open(encoded).convert("RGB")
 
 
 def image_size(split: Split, index: int) -> tuple[int, int]:
     """(height, width) of an image, pixels, from its header alone. Raises `UnreadableImageError`."""
-    with _reasons(), _open(split, index) as image:
+    with _reasons(), _open(split.read(index)) as image:
         return image.height, image.width
 
 
-def next_index(index: int, num_images: int) -> int:
-    """The image that takes the place of an unreadable one."""
-    return (index + 1) % num_images
+def max_unreadable(num_images: int) -> int:
+    """How many unreadable images a run puts up with."""
+    return max(ALWAYS_TOLERATED, int(_MAX_BAD_FRACTION * num_images))
 
 
 def none_readable(split: Split, unreadable: dict[int, str]) -> ValueError:
@@ -38,8 +49,50 @@ def none_readable(split: Split, unreadable: dict[int, str]) -> ValueError:
     return ValueError(f"none of the {len(split)} images can be read; {split.names[index]}: {reason}")
 
 
-def _open(split: Split, index: int) -> Image.Image:
-    return Image.open(io.BytesIO(split.read(index)))
+class Substitutes:
+    """The next readable image of a split takes the place of one that cannot be read; what cannot is remembered."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self.unreadable: dict[int, str] = {}
+        """Index of each image that is known to be unreadable -> the reason."""
+
+    def find(self, index: int, passed: dict[int, str]) -> int | None:
+        """The image itself, or the next one that is not known to be unreadable.
+
+        passed: collects those in between, with their reasons. None if they become more than a run puts up with, or
+        all that there are.
+        """
+        for _ in range(len(self._split)):
+            reason = self.unreadable.get(index)
+            if reason is None:
+                return index
+            passed[index] = reason
+            if len(passed) > max_unreadable(len(self._split)):
+                break
+            index = (index + 1) % len(self._split)
+        return None
+
+    def replace(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The images that take the places of ``indices``, int64 [B], as far as it is known now."""
+        replaced = indices.copy()
+        for row in np.flatnonzero(np.isin(indices, list(self.unreadable))).tolist():
+            found = self.find(int(indices[row]), {})
+            replaced[row] = replaced[row] if found is None else found  # None: so many that the run ends anyway
+        return replaced
+
+    def decode(self, index: int, passed: dict[int, str]) -> tuple[int, Image.Image] | None:
+        """The image or the next one that can be read: its index and its pixels. passed and None: as in `find`."""
+        while (found := self.find(index, passed)) is not None:
+            try:
+                return found, decode_rgb(self._split, found)
+            except UnreadableImageError as error:
+                self.unreadable[found] = str(error)
+        return None
+
+
+def _open(encoded: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(encoded))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,12 +13,13 @@ from dataset_tools.sources import Split
 from pipelines.byte_readers import Indices, open_bytes
 from pipelines.config import ViewConfig
 from pipelines.crops import Boxes, Sizes
-from pipelines.decode import UnreadableImageError, decode_rgb, next_index
-from pipelines.loader import max_unreadable
+from pipelines.decode import Substitutes, UnreadableImageError, decode_bytes
 from pipelines.order import Order
 from pipelines.views import ViewRecipe, draw_boxes
 
 log = logging.getLogger(__name__)
+
+Bytes = npt.NDArray[np.uint8]
 
 _MAX_LOGGED = 10
 _MANY_REFUSED = 4
@@ -35,7 +37,8 @@ class EncodedBatch:
     heights: Sizes  # [B]
     widths: Sizes  # [B]
     boxes: Boxes  # [B, V, 4]
-    images: list[npt.NDArray[np.uint8]]
+    images: list[Bytes]
+    """B times an encoded image, uint8 [num_bytes], or pixels that Pillow has decoded, uint8 [H, W, 3]."""
     unreadable: dict[int, str] = field(default_factory=dict)
     """Index of each image that had to be replaced here -> the reason."""
 
@@ -46,28 +49,39 @@ class EncodedBatch:
 class EncodedBatches:
     """Any batch of any epoch; may be used by several threads at once.
 
-    An image that cannot be read is replaced by the next one that can. JPEGs and PNGs are handed out as they are;
+    An image that cannot be read is replaced by the next one that can. Plain JPEGs and PNGs are handed out as they are;
     everything that another decoder than Pillow might see differently (cut JPEGs, 16-bit PNGs, other formats) is
-    decoded by Pillow and handed out as a PPM: the same pixels, without a loss.
+    decoded by Pillow.
     """
 
-    def __init__(self, split: Split, views: ViewRecipe, view_config: ViewConfig, order: Order, *, seed: int) -> None:
+    def __init__(
+        self,
+        split: Split,
+        views: ViewRecipe,
+        view_config: ViewConfig,
+        order: Order,
+        *,
+        seed: int,
+        is_plain: Callable[[Bytes], bool],
+    ) -> None:
+        """is_plain: whether a decoder sees in an encoded image what Pillow sees."""
         self.split, self.views, self.view_config, self.order, self.seed = split, views, view_config, order, seed
+        self._is_plain = is_plain
         self._reader = open_bytes(split)
-        self._unreadable: dict[int, str] = {}
+        self._substitutes = Substitutes(split)
         self._for_pillow: set[int] = set()
         self._sizes: dict[int, tuple[int, int]] = {}
 
     def prepare(self, epoch: int, step: int) -> EncodedBatch:
         """The batch of this rank. Raises nothing for an image that cannot be read."""
         indices = self.order.indices(epoch, step).copy()
-        images: list[npt.NDArray[np.uint8]] = [np.empty(0, dtype=np.uint8)] * len(indices)
+        images = [np.empty(0, dtype=np.uint8)] * len(indices)
         heights, widths = np.ones_like(indices), np.ones_like(indices)
         unreadable: dict[int, str] = {}
         missing = np.arange(len(indices))
         while len(missing):
             for row in missing.tolist():
-                readable = self._readable(int(indices[row]), unreadable)
+                readable = self._substitutes.find(int(indices[row]), unreadable)
                 if readable is None:
                     return self._batch(epoch, step, indices[:0], heights[:0], widths[:0], [], unreadable)
                 indices[row] = readable
@@ -79,16 +93,16 @@ class EncodedBatches:
                 reason = encoded.unreadable.get(place) or reasons.get(place)
                 if reason is None:
                     images[row] = encoded[place]
-                    if index in self._for_pillow or not _is_plain(images[row]):
+                    if index in self._for_pillow or not self._is_plain(images[row]):
                         try:
-                            images[row] = _as_ppm(pixels := np.asarray(decode_rgb(self.split, index)))
-                            heights[row], widths[row] = pixels.shape[:2]
+                            pixels = decode_bytes(images[row].tobytes())
+                            images[row], heights[row], widths[row] = np.asarray(pixels), pixels.height, pixels.width
                         except UnreadableImageError as error:
                             reason = str(error)
                     elif index in self._sizes:
                         heights[row], widths[row] = self._sizes[index]
                 if reason is not None:
-                    self._unreadable[index] = reason
+                    self._substitutes.unreadable[index] = reason
                     failed.append(row)
             missing = np.array(failed, dtype=np.int64)
         return self._batch(epoch, step, indices, heights, widths, images, unreadable)
@@ -99,7 +113,7 @@ class EncodedBatches:
 
     def mark_unreadable(self, index: int, reason: str) -> None:
         """From now on another image takes the place of this one."""
-        self._unreadable[index] = reason
+        self._substitutes.unreadable[index] = reason
 
     def mark_for_pillow(self, refused: list[int], num_tried: int, decoder: str, error: Exception) -> None:
         """From now on these images, which a decoder refused and Pillow reads, are decoded by Pillow.
@@ -125,18 +139,6 @@ class EncodedBatches:
         """The image is of another size than the data set says."""
         self._sizes[index] = height, width
 
-    def _readable(self, index: int, unreadable: dict[int, str]) -> int | None:
-        """The image or the next one not known to be unreadable; None if too many of this batch are."""
-        for _ in range(len(self.split)):
-            reason = self._unreadable.get(index)
-            if reason is None:
-                return index
-            unreadable[index] = reason
-            if len(unreadable) > max_unreadable(len(self.split)):
-                break
-            index = next_index(index, len(self.split))
-        return None
-
     def _batch(
         self,
         epoch: int,
@@ -144,22 +146,16 @@ class EncodedBatches:
         indices: Indices,
         heights: Sizes,
         widths: Sizes,
-        images: list[npt.NDArray[np.uint8]],
+        images: list[Bytes],
         unreadable: dict[int, str],
     ) -> EncodedBatch:
         boxes = draw_boxes(self.views, self.view_config, heights, widths, self.seed, epoch, indices)
         return EncodedBatch(epoch, step, indices, heights, widths, boxes, images, unreadable)
 
 
-def _is_plain(image: npt.NDArray[np.uint8]) -> bool:
+def is_plain(image: Bytes) -> bool:
     """Whether any decoder sees in it what Pillow sees: a JPEG that is not cut short, or a PNG of at most 8 bits."""
     head = image[: _PNG_BIT_DEPTH_AT + 1].tobytes()
     if head.startswith(_JPEG_BEGIN):
         return image[-2:].tobytes() == _JPEG_END
     return head.startswith(_PNG_SIGNATURE) and head[-1] <= 8
-
-
-def _as_ppm(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """pixels: uint8 [H, W, 3]."""
-    header = b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0])
-    return np.concatenate((np.frombuffer(header, dtype=np.uint8), pixels.reshape(-1)))

@@ -170,17 +170,6 @@ def open_beton(path: str, image_decoder: CropDecoder, **settings: int) -> Loader
     return loader
 
 
-def resize_image(pixels: npt.NDArray[np.uint8], boxes: npt.NDArray[np.int32], view_size: int) -> npt.NDArray[np.uint8]:
-    """The views of an image [H, W, 3] at boxes [V, 4], as the decoder makes them: uint8 [V, S, S, 3]."""
-    height, width = pixels.shape[:2]
-    flat = np.append(pixels.reshape(-1), np.uint8(0))
-    scratch = np.empty(scratch_size(height, width, view_size), dtype=np.uint32)
-    crops = np.empty((len(boxes), view_size, view_size, 3), dtype=np.uint8)
-    for crop, (top, left, box_height, box_width) in zip(crops, boxes.tolist(), strict=True):
-        resize_box(flat, width, top, left, box_height, box_width, view_size, crop.reshape(-1), scratch)
-    return crops
-
-
 @intrinsic
 def _pointer(typing_context: Any, address: Any) -> Any:
     """An address as a pointer to bytes."""

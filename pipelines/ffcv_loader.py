@@ -10,33 +10,26 @@ from __future__ import annotations
 import logging
 import os
 import time
-import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib import import_module
 from io import FileIO
 from queue import Empty
-from typing import Any
+from typing import Any, ClassVar, TypeGuard
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
-from torch import Tensor
 
 from dataset_tools.formats.beton import read_beton_head
 from dataset_tools.sources import Split
 from dataset_tools.sources.converted import ConvertedSplit
-from dataset_tools.sources.split import SubsetSplit
-from pipelines.batch import CropBatch
+from pipelines.byte_readers import base_of
 from pipelines.cores import available_cores
-from pipelines.crops import Boxes
-from pipelines.decode import UnreadableImageError, decode_rgb, next_index
-from pipelines.device_copies import DeviceCopies, PendingCopy
-from pipelines.loader import Loader
+from pipelines.crop_resize import PackedImages, cut_views
+from pipelines.decode import Substitutes
+from pipelines.loader import DecodedBatch, Loader
 from pipelines.views import draw_boxes
 
 log = logging.getLogger(__name__)
@@ -54,6 +47,10 @@ class FfcvLoader(Loader):
     """
 
     name = "ffcv"
+    package = "ffcv"
+    installing = "make ffcv"
+    auto_places: ClassVar = {"cuda": 3, "cpu": 1}
+    drawbacks: ClassVar = {"cuda": "it decodes on the CPU"}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -70,10 +67,9 @@ class FfcvLoader(Loader):
                 num_workers=self.num_threads,
                 batches_ahead=self.config.prefetch_batches,
             )
-        _check_records(base, self._ffcv.reader.metadata["f0"])
-        self._path = base.files[0].path
-        self._decoder, self._resize_image = decoder, decoder.resize_image
         images = self._ffcv.reader.metadata["f0"]
+        _check_records(base, images)
+        self._path, self._decoder = base.files[0].path, decoder
         self._heights, self._widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
         self._offsets = images["data_ptr"].astype(np.int64)
         self._num_bytes = np.array(base.records["num_bytes"], dtype=np.int64)
@@ -83,90 +79,45 @@ class FfcvLoader(Loader):
             self.num_threads, self.order.max_local_batch_size, len(self.views), self.view_config.image_size,
             self._heights[used], self._widths[used], self._num_bytes[used],
         )  # fmt: skip
-        self._substitutes: dict[int, int] = {}
-        """Index of each image that cannot be read -> the one that takes its place."""
+        self._substitutes = Substitutes(self.split)
         self._hangs = False
-        self._passes: list[_Pass] = []
-        """The one in progress, if any."""
-        self._copies = DeviceCopies(self.device)
-        weakref.finalize(self, _close_all, self._passes)  # also when Python ends, before its threads are cut off
+        self._pass: _Pass | None = None
+
+    @classmethod
+    def obstacle(cls, split: Split, device: torch.device) -> str | None:
+        return super().obstacle(split, device) if is_beton(base_of(split)[0]) else "it reads .betons alone"
 
     @property
     def num_decodes(self) -> int:
         """How many JPEGs FFCV was given to decode so far."""
         return int(self._state.num_decodes.sum())
 
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
-        _close_all(self._passes)
-        current = _Pass(self, epoch, start_step)
-        self._passes.append(current)
+    def decode_batches(self, epoch: int, start_step: int) -> Generator[DecodedBatch, None, None]:
+        current = self._pass = _Pass(self, epoch, start_step)
         try:
             current.start()
-            upcoming = deque[tuple[CropBatch, PendingCopy]]()
-            for step in range(start_step, self.steps_per_epoch):
-                if not upcoming:
-                    upcoming.append(self._finished(current.next_batch(), epoch))
-                if self._copies.run_beside and step + 1 < self.steps_per_epoch and current.has_next:
-                    upcoming.append(self._finished(current.next_batch(), epoch))  # copied while this one is used
-                batch, copy = upcoming.popleft()
-                copy.wait()
-                yield batch
+            for _ in range(start_step, self.steps_per_epoch):
+                yield self._mended(*current.next_batch(), epoch)
         finally:
             current.close()
-            with suppress(ValueError):
-                self._passes.remove(current)
+            self._pass = None
 
-    def close(self) -> None:
-        _close_all(self._passes)
+    def is_next_ready(self) -> bool:
+        return self._pass is not None and self._pass.has_next
 
-    def _finished(self, batch: _HostBatch, epoch: int) -> tuple[CropBatch, PendingCopy]:
-        """On its way to the device, and with the rows mended that FFCV could not decode."""
-        for row in np.flatnonzero(batch.failed).tolist():
-            self._mend(batch, row, epoch)
-        copy = self._copies.start(batch.crops)
-        crop_batch = CropBatch(
-            crops=copy.tensor,
-            labels=torch.from_numpy(self.split.labels[batch.indices]),
-            indices=batch.indices,
-            boxes=batch.boxes,
-            epoch=epoch,
-            step=batch.step,
-        )
-        return crop_batch, copy
-
-    def _mend(self, batch: _HostBatch, row: int, epoch: int) -> None:
-        """What TurboJPEG refuses or only warns of is up to Pillow, as in the other loaders."""
-        image, index = self._first_readable(int(batch.indices[row]))
-        sizes = np.array([image.height]), np.array([image.width])
-        boxes = draw_boxes(self.views, self.view_config, *sizes, self.seed, epoch, np.array([index]))
-        batch.indices[row], batch.boxes[row] = index, boxes[0]
-        crops = self._resize_image(np.asarray(image), boxes[0], self.view_config.image_size)
-        batch.crops[row] = torch.from_numpy(crops)
-
-    def _first_readable(self, wanted: int) -> tuple[Image.Image, int]:
-        """The image or the next one that can be read, and its index."""
-        index = wanted
-        passed: list[int] = []
-        while True:
-            if index not in self.unreadable:
-                try:
-                    image = decode_rgb(self.split, index)
-                    break
-                except UnreadableImageError as error:
-                    self.report_unreadable(index, str(error))  # raises at the latest when none is left
-            passed.append(index)
-            index = next_index(index, len(self.split))
-        self._substitutes.update(dict.fromkeys(passed, index))
-        return image, index
-
-
-@dataclass(slots=True)
-class _HostBatch:
-    step: int
-    indices: npt.NDArray[np.int64]  # [B]
-    boxes: Boxes  # [B, V, 4]
-    crops: Tensor  # uint8 [B, V, S, S, 3], in nobody else's memory
-    failed: npt.NDArray[np.bool_]  # [B]: these are to be mended
+    def _mended(self, batch: DecodedBatch, failed: npt.NDArray[np.bool_], epoch: int) -> DecodedBatch:
+        """What TurboJPEG refuses or only warns of is up to Pillow, as in the other loaders. failed: bool [B]."""
+        for row in np.flatnonzero(failed).tolist():
+            found = self._substitutes.decode(int(batch.indices[row]), batch.unreadable)
+            if found is None:
+                break  # so many that `Loader` ends the run
+            index, image = np.array([found[0]]), torch.tensor(np.asarray(found[1]))
+            sizes = np.array([image.shape[0]]), np.array([image.shape[1]])
+            boxes = draw_boxes(self.views, self.view_config, *sizes, self.seed, epoch, index)
+            packed = PackedImages.side_by_side(image.flatten(), *sizes)
+            batch.indices[row], batch.boxes[row] = index[0], boxes[0]
+            batch.crops[row] = cut_views(packed, np.zeros(1, dtype=np.int64), boxes, self.view_config.image_size)[0]
+        return batch
 
 
 class _Pass:
@@ -179,10 +130,9 @@ class _Pass:
         self._loader, self._epoch = loader, epoch
         self._steps = range(start_step, loader.steps_per_epoch)
         self._indices = [loader.order.indices(epoch, step) for step in self._steps]
-        if substitutes := loader._substitutes:
-            known = [[substitutes.get(index, index) for index in indices.tolist()] for indices in self._indices]
-            self._indices = [np.array(indices, dtype=np.int64) for indices in known]
-        self._fed = deque[_HostBatch]()  # what FFCV was given and nobody has taken
+        if loader._substitutes.unreadable:
+            self._indices = [loader._substitutes.replace(indices) for indices in self._indices]
+        self._fed = deque[DecodedBatch]()  # what FFCV was given and nobody has taken
         self._num_taken = 0
         self._stopped = False
         self._error: Exception | None = None
@@ -211,19 +161,19 @@ class _Pass:
         """Whether `next_batch` will not wait."""
         return self._iterator is not None and not self._iterator.output_queue.empty()
 
-    def next_batch(self) -> _HostBatch:
-        """Raises RuntimeError soon after FFCV's thread has died, and when nothing came for ``stall_timeout_s``."""
-        assert not self._stopped, "another pass over this loader has begun"
+    def next_batch(self) -> tuple[DecodedBatch, npt.NDArray[np.bool_]]:
+        """A batch, and which of its rows FFCV could not decode: bool [B]; nobody else's memory.
+
+        Raises RuntimeError soon after FFCV's thread has died, and when nothing came for ``stall_timeout_s``.
+        """
         number = self._num_taken
         self._num_taken += 1
         if not len(self._indices[number]):
-            return self._allocate(number)
+            return self._allocate(number), np.empty(0, dtype=np.bool_)
         failed = self._wait()
-        batch = self._fed.popleft()
-        batch.failed = failed
         if number == 0:
             torch.set_num_threads(self._num_torch_threads)  # FFCV's thread has set its own number, for all to come
-        return batch
+        return self._fed.popleft(), failed
 
     def close(self) -> None:
         """Ends FFCV's thread after the batch it is working on, and waits for that; one that hangs is left behind, with
@@ -314,7 +264,7 @@ class _Pass:
             for offset, size in zip(loader._offsets[ahead].tolist(), loader._num_bytes[ahead].tolist(), strict=True):
                 os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
-    def _allocate(self, number: int) -> _HostBatch:
+    def _allocate(self, number: int) -> DecodedBatch:
         """A batch whose pixels are still to come."""
         loader = self._loader
         indices = self._indices[number].copy()
@@ -323,7 +273,7 @@ class _Pass:
         boxes = draw_boxes(loader.views, loader.view_config, heights, widths, loader.seed, self._epoch, indices)
         size, on_gpu = loader.view_config.image_size, loader.device.type == "cuda"
         crops = torch.empty(len(indices), len(loader.views), size, size, 3, dtype=torch.uint8, pin_memory=on_gpu)
-        return _HostBatch(self._steps[number], indices, boxes, crops, np.zeros(len(indices), dtype=np.bool_))
+        return DecodedBatch(crops, indices, boxes)
 
 
 class _GivenOrder:
@@ -336,24 +286,21 @@ class _GivenOrder:
         return self._samples
 
 
-def _close_all(passes: list[_Pass]) -> None:
-    while passes:
-        passes.pop().close()
-
-
 def _beton_behind(split: Split) -> tuple[ConvertedSplit, npt.NDArray[np.int64] | None]:
     """The converted split that ``split`` is, or was taken from, and which of its samples; None: all of them."""
-    given, chosen = split, None
-    while isinstance(split, SubsetSplit):
-        chosen = split.indices if chosen is None else split.indices[chosen]
-        split = split.parent
-    if isinstance(split, ConvertedSplit) and split.files[0].path.suffix == ".beton":
-        return split, chosen
-    what = f"tars ({split.files[0].path.name}, …)" if isinstance(split, ConvertedSplit) else type(split).__name__
+    base, chosen = base_of(split)
+    if is_beton(base):
+        return base, chosen
+    what = f"tars ({base.files[0].path.name}, …)" if isinstance(base, ConvertedSplit) else type(base).__name__
     raise ValueError(
-        f"the ffcv loader reads .beton files alone, but {given.name!r} is made of {what}; convert the data first "
+        f"the ffcv loader reads .beton files alone, but {split.name!r} is made of {what}; convert the data first "
         "(python -m dataset_tools convert SOURCE DEST --format ffcv) and give DEST, or take --loader torchvision"
     )
+
+
+def is_beton(split: Split) -> TypeGuard[ConvertedSplit]:
+    """Whether a split, and not one that it was taken from, is a .beton."""
+    return isinstance(split, ConvertedSplit) and split.files[0].path.suffix == ".beton"
 
 
 def _import_decoder() -> Any:
@@ -382,6 +329,8 @@ def _check_records(base: ConvertedSplit, images: npt.NDArray[np.void]) -> None:
 
 def _settled_threads(workers: int | None) -> int:
     """How many threads will decode."""
+    import numba
+
     wanted = max(1, available_cores() if workers is None else workers)
     possible = int(numba.config.NUMBA_NUM_THREADS)
     if wanted > 1 and not _numba_s_threads_can_be_shared():
@@ -396,6 +345,8 @@ def _settled_threads(workers: int | None) -> int:
 
 def _prefer_openmp() -> None:
     """TBB, numba's first choice, complains at every fork, and torch's data loaders fork."""
+    import numba
+
     if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
         numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # heeded until numba's first threads start
 
@@ -412,6 +363,8 @@ def _numba_s_threads_can_be_shared() -> bool:
 @contextmanager
 def _thread_counts_kept() -> Iterator[None]:
     """FFCV sets the numbers of threads of torch and numba, even as it is imported."""
+    import numba
+
     num_torch_threads, num_numba_threads = torch.get_num_threads(), numba.get_num_threads()
     try:
         yield

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipelines.batch import CropBatch
-from pipelines.loader import Loader
+from pipelines.loader import DecodedBatch, Loader
 
 
 class SyntheticLoader(Loader):
     """Fixed uint8 crops, made once on the device; indices and labels are those of the order."""
 
     name = "synthetic"
+    shows_images = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -23,17 +23,10 @@ class SyntheticLoader(Loader):
         shape = (self.order.max_local_batch_size, len(self.views), size, size, 3)
         generator = torch.Generator().manual_seed(self.seed % 2**63)
         self._crops = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(self.device)
+        self._box = np.array([0, 0, size, size], dtype=np.int32)
 
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
-        size = self.view_config.image_size
+    def decode_batches(self, epoch: int, start_step: int) -> Generator[DecodedBatch, None, None]:
         for step in range(start_step, self.steps_per_epoch):
             indices = self.order.indices(epoch, step)
-            box = np.array([0, 0, size, size], dtype=np.int32)
-            yield CropBatch(
-                crops=self._crops[: len(indices)],
-                labels=torch.from_numpy(self.split.labels[indices]),
-                indices=indices,
-                boxes=np.broadcast_to(box, (len(indices), len(self.views), 4)),
-                epoch=epoch,
-                step=step,
-            )
+            boxes = np.broadcast_to(self._box, (len(indices), len(self.views), 4))
+            yield DecodedBatch(self._crops[: len(indices)], indices, boxes)

@@ -4,41 +4,39 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset_tools.sources import Split
-from pipelines.batch import CropBatch
 from pipelines.config import ViewConfig
 from pipelines.cores import available_cores
-from pipelines.crops import Boxes
-from pipelines.decode import UnreadableImageError, decode_rgb, next_index
-from pipelines.device_copies import DeviceCopies, PendingCopy
-from pipelines.loader import Loader, max_unreadable
+from pipelines.decode import Substitutes
+from pipelines.loader import DecodedBatch, Loader
 from pipelines.order import Order, TrainOrder
 from pipelines.views import ViewRecipe, draw_boxes
+
+_CountedBatch = tuple[DecodedBatch, int]
+"""A batch, and how many images were decoded for it."""
 
 
 class TorchvisionLoader(Loader):
     """``torch.utils.data.DataLoader`` with our order and boxes; one PIL decode per image, one PIL resize per view."""
 
     name = "torchvision"
+    auto_places: ClassVar = {"cuda": 4, "cpu": 4}
+    drawbacks: ClassVar = {"cuda": "it decodes on the CPU", "cpu": "slower"}
+    remedy = "let a GPU decode (--loader dali or nvjpeg), or convert the data and take --loader ffcv"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         workers = available_cores() if self.config.workers is None else self.config.workers
-        self._copies = DeviceCopies(self.device)
         self._sampler = _StepSampler(self.order)
-        self._loader: DataLoader[_HostBatch] = DataLoader(
+        self._loader: DataLoader[_CountedBatch] = DataLoader(
             _CropDataset(self.split, self.views, self.view_config, self.seed),
             batch_sampler=self._sampler,
             num_workers=workers,
@@ -51,60 +49,25 @@ class TorchvisionLoader(Loader):
             generator=torch.Generator(),  # else every pass would draw from torch's global one
         )
 
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
-        position = self._sampler.position = (epoch, start_step)
-        for batch, copy in self._copied_ahead(epoch, start_step):
-            copy.wait()
-            yield batch
-            # The workers serve one pass at a time; another one would take this one's batches.
-            assert self._sampler.position is position, "another pass over this loader has begun"
-
-    def _copied_ahead(self, epoch: int, start_step: int) -> Iterator[tuple[CropBatch, PendingCopy]]:
-        """On a GPU the copy of a batch begins before the one before it is handed out."""
-        upcoming = deque[tuple[CropBatch, PendingCopy]]()
-        for step, batch in enumerate(self._host_batches(), start=start_step):
-            self._num_decodes += batch.num_decodes
-            for index, reason in batch.unreadable.items():
-                self.report_unreadable(index, reason)  # raises where a worker gave up
-            copy = self._copies.start(batch.crops)
-            crop_batch = CropBatch(
-                crops=copy.tensor,
-                labels=torch.from_numpy(self.split.labels[batch.indices]),
-                indices=batch.indices,
-                boxes=batch.boxes,
-                epoch=epoch,
-                step=step,
-            )
-            upcoming.append((crop_batch, copy))
-            if len(upcoming) > self._copies.run_beside:
-                yield upcoming.popleft()
-        yield from upcoming
-
-    def _host_batches(self) -> Iterator[_HostBatch]:
+    def decode_batches(self, epoch: int, start_step: int) -> Generator[DecodedBatch, None, None]:
         """Raises RuntimeError soon after a worker has died, and when none has answered for ``stall_timeout_s``."""
+        self._sampler.position = (epoch, start_step)
         try:
-            yield from self._loader
+            for batch, num_decodes in self._loader:
+                self._num_decodes += num_decodes
+                yield batch
         except (ConnectionError, EOFError, FileNotFoundError) as error:  # it had a batch in hand
             raise RuntimeError(f"a worker process of the torchvision loader has died ({error!r})") from error
 
+    def is_next_ready(self) -> bool:
+        return True  # worth waiting for: the workers are batches ahead
+
     def close(self) -> None:
+        super().close()
         iterator = getattr(self._loader, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
             self._loader._iterator = None
-
-
-@dataclass(slots=True)
-class _HostBatch:
-    crops: Tensor  # uint8 [B, V, S, S, 3]
-    indices: npt.NDArray[np.int64]  # [B]
-    boxes: Boxes  # [B, V, 4]
-    unreadable: dict[int, str]  # index -> reason
-    num_decodes: int
-
-    def pin_memory(self) -> _HostBatch:
-        self.crops = self.crops.pin_memory()
-        return self
 
 
 class _StepSampler(Sampler[list[tuple[int, int]]]):
@@ -120,25 +83,24 @@ class _StepSampler(Sampler[list[tuple[int, int]]]):
             yield [(epoch, int(index)) for index in self.order.indices(epoch, step)]
 
 
-class _CropDataset(Dataset[_HostBatch]):
+class _CropDataset(Dataset[_CountedBatch]):
     def __init__(self, split: Split, views: ViewRecipe, view_config: ViewConfig, seed: int) -> None:
-        self.split = split
         self.views = views
         self.view_config = view_config
         self.seed = seed
-        self.num_decodes = 0
+        self.substitutes = Substitutes(split)
 
-    def __getitems__(self, samples: list[tuple[int, int]]) -> _HostBatch:
+    def __getitems__(self, samples: list[tuple[int, int]]) -> _CountedBatch:
         epoch = samples[0][0] if samples else 0
         unreadable: dict[int, str] = {}
-        num_before = self.num_decodes
+        num_known = len(self.substitutes.unreadable)
         images, indices = [], []
         for _, wanted in samples:
-            found = self._decode(wanted, unreadable)
+            found = self.substitutes.decode(wanted, unreadable)
             if found is None:  # an error raised here would reach the user wrapped in a worker's traceback
                 break
-            images.append(found[0])
-            indices.append(found[1])
+            indices.append(found[0])
+            images.append(found[1])
         index_array = np.array(indices, dtype=np.int64)
         heights = np.array([image.height for image in images], dtype=np.int64)
         widths = np.array([image.width for image in images], dtype=np.int64)
@@ -152,21 +114,8 @@ class _CropDataset(Dataset[_HostBatch]):
                 # One side at a time, else the order of the two passes would depend on Pillow's version.
                 narrow = crop.resize((size, height), Image.Resampling.BILINEAR)
                 crops[row, view] = np.asarray(narrow.resize((size, size), Image.Resampling.BILINEAR))
-        num_decodes = self.num_decodes - num_before
-        return _HostBatch(torch.from_numpy(crops), index_array, boxes, unreadable, num_decodes)
-
-    def _decode(self, index: int, unreadable: dict[int, str]) -> tuple[Image.Image, int] | None:
-        """The image or the next readable one, and its index; None if too many are unreadable to go on."""
-        for _ in range(len(self.split)):
-            self.num_decodes += 1
-            try:
-                return decode_rgb(self.split, index), index
-            except UnreadableImageError as error:
-                unreadable[index] = str(error)
-                index = next_index(index, len(self.split))
-            if len(unreadable) > max_unreadable(len(self.split)):
-                break
-        return None
+        num_decodes = len(images) + len(self.substitutes.unreadable) - num_known
+        return DecodedBatch(torch.from_numpy(crops), index_array, boxes, unreadable), num_decodes
 
 
 def _already_a_batch(batch: Any) -> Any:

@@ -15,8 +15,7 @@ from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.training.loop import pretrain
 from pipelines.augment import augment, draw_augmentation
 from pipelines.config import ViewConfig
-from pipelines.crop_resize import crop_resize
-from pipelines.packed_images import PackedImages
+from pipelines.crop_resize import PackedImages, crop_resize
 from pipelines.views import LEOCLR_VIEWS, draw_boxes
 from tests.leoclr_fast.conftest import tiny_config, write_tiny_images
 

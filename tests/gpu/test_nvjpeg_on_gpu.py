@@ -127,7 +127,7 @@ def test_a_batch_is_decoded_while_the_one_before_waits_to_be_cut(split: Split) -
 
 
 def test_auto_takes_it_without_dali(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.factory._is_installed", lambda _: False)
+    monkeypatch.setattr("pipelines.loader.is_installed", lambda _: False)
     assert choose_loader(split, LoaderConfig(resident_limit_gib=0.0), torch.device("cuda")) == "nvjpeg"
 
 

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 from pipelines import crop_resize_triton as compiled
-from pipelines.crop_resize import crop_resize
+from pipelines.crop_resize import PackedImages, crop_resize
 from pipelines.crops import Boxes, full_image_boxes
-from pipelines.packed_images import PackedImages
 from tests.pipelines.pictures import picture
 from tests.pipelines.test_crop_resize import in_single_passes, pack, random_boxes
 

@@ -17,10 +17,9 @@ from PIL import Image
 
 from dataset_tools.sources import open_source
 from pipelines import crop_resize as module
-from pipelines.crop_resize import Impl, crop_resize
+from pipelines.crop_resize import Impl, PackedImages, crop_resize
 from pipelines.crops import Boxes, full_image_boxes, random_resized_crop_boxes, random_resized_crop_draws
 from pipelines.decode import decode_rgb
-from pipelines.packed_images import PackedImages
 from tests.pipelines.pictures import picture
 from tests.tolerances import CROP_RESIZE, Tolerance
 

@@ -15,10 +15,9 @@ from PIL import Image
 
 from pipelines import crop_resize as module
 from pipelines import crop_resize_numba as compiled
-from pipelines.crop_resize import crop_resize
+from pipelines.crop_resize import PackedImages, crop_resize
 from pipelines.crop_resize_numba import crop_resize_numba
 from pipelines.crops import Boxes, full_image_boxes
-from pipelines.packed_images import PackedImages
 from tests.pipelines.pictures import picture
 from tests.pipelines.test_crop_resize import in_single_passes, pack, random_boxes
 
@@ -47,7 +46,7 @@ def test_no_byte_beyond_an_image_is_read() -> None:
 import ctypes, mmap
 import numpy as np, torch
 from pipelines.crop_resize import crop_resize
-from pipelines.packed_images import PackedImages
+from pipelines.crop_resize import PackedImages
 page = mmap.PAGESIZE
 memory = mmap.mmap(-1, 4 * page)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -161,7 +160,7 @@ class TestChoice:
     def test_numba_is_imported_when_it_is_needed(self) -> None:
         code = (
             "import sys; import numpy as np, torch; from pipelines.crop_resize import crop_resize\n"
-            "from pipelines.packed_images import PackedImages\n"
+            "from pipelines.crop_resize import PackedImages\n"
             "zero, box = np.zeros(1, dtype=np.int64), np.array([[0, 0, 4, 5]], dtype=np.int32)\n"
             "pixels = torch.zeros(60, dtype=torch.uint8)\n"
             "images = PackedImages(pixels=pixels, offsets=zero, heights=zero + 4, widths=zero + 5)\n"
@@ -178,7 +177,7 @@ import sys
 import numpy as np, torch
 from numba import types
 from pipelines.crop_resize import crop_resize
-from pipelines.packed_images import PackedImages
+from pipelines.crop_resize import PackedImages
 from pipelines.crop_resize_numba import compiled_kernel
 zero, boxes = np.zeros(1, dtype=np.int64), np.array([[0, 0, 40, 50]], dtype=np.int32)
 pixels = torch.randint(0, 256, (6000,), dtype=torch.uint8)

@@ -13,7 +13,7 @@ from torchvision.datasets.folder import default_loader
 
 from dataset_tools.sources import Split, open_source
 from pipelines import decode
-from pipelines.decode import UnreadableImageError, decode_rgb, image_size, next_index, none_readable
+from pipelines.decode import Substitutes, UnreadableImageError, decode_rgb, image_size, none_readable
 from tests.pipelines.pictures import picture
 
 PIXELS = picture(21, 34, "waves")
@@ -192,8 +192,30 @@ def test_random_damage_is_never_another_error() -> None:
     assert min(outcomes.values()) > 30
 
 
-def test_the_next_index_wraps() -> None:
-    assert [next_index(index, 3) for index in range(3)] == [1, 2, 0]
+def test_the_next_readable_image_takes_the_place_of_one_that_is_not() -> None:
+    split = MemorySplit(JPEG, b"no image", b"no image", JPEG)
+    substitutes = Substitutes(split)
+    for _ in range(2):  # found out, and remembered
+        passed: dict[int, str] = {}
+        found = substitutes.decode(1, passed)
+        assert found is not None
+        assert found[0] == 3
+        assert found[1].size == (34, 21)
+        assert sorted(passed) == sorted(substitutes.unreadable) == [1, 2]
+        assert "cannot identify image file" in passed[2]
+    assert substitutes.replace(np.arange(4)).tolist() == [0, 3, 3, 3]
+    substitutes.unreadable[3] = "why"
+    assert substitutes.find(2, {}) == 0  # around the end
+    substitutes.unreadable[0] = "why"
+    assert substitutes.find(2, passed) is None
+    assert sorted(passed) == [0, 1, 2, 3]
+
+
+def test_a_disk_that_went_away_is_not_asked_for_every_image() -> None:
+    passed: dict[int, str] = {}
+    substitutes = Substitutes(MemorySplit(*[b"no image"] * 40))
+    assert substitutes.decode(35, passed) is None
+    assert sorted(passed) == [0, 1, 2, 3, 4, 5, 35, 36, 37, 38, 39]
 
 
 def test_none_readable_names_the_first() -> None:

@@ -130,8 +130,7 @@ def test_a_thread_that_died(role: str, split: Split, open_loader: Open) -> None:
     loader = open_loader(split, prefetch_batches=1)
     batches = loader.batches(0)
     next(batches)
-    decoder = loader._feeder if isinstance(loader, DaliLoader) else loader._decoder
-    worker = loader._readers if role == "readers" else decoder
+    worker = loader._readers if role == "readers" else loader._decoder
     assert worker is not None
     for _ in worker._threads:
         worker._calls.put(None)

@@ -12,11 +12,10 @@ from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.sources import Split, open_source
 from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.factory import _is_installed, choose_loader, loader_class, make_loader, settle_loader
-from pipelines.loader import Loader
+from pipelines.factory import choose_loader, loader_class, make_loader, settle_loader
+from pipelines.loader import Loader, is_installed
 from pipelines.order import TrainOrder
-from pipelines.resident_images import estimate_decoded_bytes
-from pipelines.resident_loader import ResidentLoader
+from pipelines.resident_loader import ResidentLoader, estimate_decoded_bytes
 from pipelines.synthetic_loader import SyntheticLoader
 from pipelines.torchvision_loader import TorchvisionLoader
 from pipelines.views import MOCOV2_VIEWS
@@ -70,7 +69,7 @@ class TestAuto:
     def test_large_data_do_not(
         self, has_dali: bool, split: Split, package_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipelines.factory._is_installed", lambda package: has_dali and package == "nvidia.dali")
+        monkeypatch.setattr("pipelines.loader.is_installed", lambda package: has_dali and package == "nvidia.dali")
         gib = estimate_decoded_bytes(split) / 2**30
         config = LoaderConfig(workers=0, resident_limit_gib=gib / 2)
         chosen = choose_loader(split, config, torch.device("cpu"))
@@ -98,8 +97,8 @@ class TestAuto:
         self, has_dali: bool, nvjpeg_obstacle: str | None, expected: str, others: str, split: Split,
         package_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr("pipelines.factory._is_installed", lambda _: has_dali)
-        monkeypatch.setattr("pipelines.factory._nvjpeg_obstacle", lambda _: nvjpeg_obstacle)
+        monkeypatch.setattr("pipelines.loader.is_installed", lambda _: has_dali)
+        monkeypatch.setattr("pipelines.nvjpeg_loader.nvjpeg_obstacle", lambda _: nvjpeg_obstacle)
         config = LoaderConfig(resident_limit_gib=0.0)
         assert choose_loader(split, config, torch.device("cuda")) == expected
         assert settle_loader(split, config, torch.device("cuda")).name == expected
@@ -117,7 +116,7 @@ class TestAuto:
     ) -> None:
         convert(split.root, tmp_path / "beton", ConvertOptions(format="ffcv"), workers=1)  # type: ignore[attr-defined]
         beton = open_source(tmp_path / "beton").splits["train"].subset([3, 1, 2])
-        monkeypatch.setattr("pipelines.factory._is_installed", lambda package: has_ffcv or package != "ffcv")
+        monkeypatch.setattr("pipelines.loader.is_installed", lambda package: has_ffcv or package != "ffcv")
         config = LoaderConfig(resident_limit_gib=0.0)
         assert choose_loader(beton, config, torch.device("cpu")) == ("ffcv" if has_ffcv else "dali")
         why_not = "dali (slower on a .beton), nvjpeg (" if has_ffcv else "ffcv (not installed: make ffcv), nvjpeg ("
@@ -138,7 +137,7 @@ class TestAuto:
 
 
 def test_settling_replaces_auto_alone(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.factory._is_installed", lambda _: False)
+    monkeypatch.setattr("pipelines.loader.is_installed", lambda _: False)
     auto = LoaderConfig(workers=3, prefetch_batches=5, resident_limit_gib=0.0)
     settled = settle_loader(split, auto, torch.device("cpu"))
     assert settled == LoaderConfig(name="torchvision", workers=3, prefetch_batches=5, resident_limit_gib=0.0)
@@ -155,7 +154,7 @@ def test_optional_packages_are_not_imported_by_the_way() -> None:
 
 @pytest.mark.parametrize(("package", "installed"), [("torch", True), ("torch.no_such", False), ("no_such.part", False)])
 def test_is_installed(package: str, installed: bool) -> None:
-    assert _is_installed(package) is installed
+    assert is_installed(package) is installed
 
 
 @needs_dali

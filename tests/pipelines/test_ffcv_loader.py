@@ -28,9 +28,8 @@ from dataset_tools.formats.beton import METADATA_START
 from dataset_tools.formats.records import RAW
 from dataset_tools.sources import Split, open_source
 from dataset_tools.sources.converted import ConvertedSplit
-from pipelines import ffcv_loader
+from pipelines import decode, ffcv_loader
 from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.device_copies import DeviceCopies
 from pipelines.factory import make_loader
 from pipelines.ffcv_loader import FfcvLoader
 from pipelines.order import Order, SequentialOrder, TrainOrder
@@ -88,13 +87,13 @@ def overwrite(split: ConvertedSplit, index: int, data: bytes, at: int = 0) -> No
 def mended(loader: FfcvLoader, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Will hold the images that FFCV gave up on."""
     found: list[int] = []
-    mend = loader._mend
+    mended = loader._mended
 
-    def note(batch: Any, row: int, epoch: int) -> None:
-        found.append(int(batch.indices[row]))
-        mend(batch, row, epoch)
+    def note(batch: Any, failed: Any, epoch: int) -> Any:
+        found.extend(batch.indices[failed].tolist())
+        return mended(batch, failed, epoch)
 
-    monkeypatch.setattr(loader, "_mend", note)
+    monkeypatch.setattr(loader, "_mended", note)
     return found
 
 
@@ -183,7 +182,7 @@ class TestPixels:
         self, world_size: int, beton: ConvertedSplit, open_ffcv: OpenFfcv, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What is done for a GPU, without one: tests/gpu has the rest."""
-        monkeypatch.setattr(DeviceCopies, "run_beside", True)
+        monkeypatch.setattr(FfcvLoader, "_copies_ahead", True)
         order = SequentialOrder(num_images=23, batch_size=11, rank=world_size - 1, world_size=world_size)
         loader = open_ffcv(beton, order)
         for start in range(4):
@@ -221,7 +220,7 @@ class TestUnreadableImages:
         overwrite(beton, 9, b"no image")
         loader = open_ffcv(beton)
         list(loader.batches(0))
-        monkeypatch.delattr(ffcv_loader, "decode_rgb")
+        monkeypatch.delattr(decode, "decode_rgb")
         assert sum(len(batch.indices) for batch in loader.batches(1)) == 23
 
     def test_what_turbojpeg_only_warns_of_is_read_as_by_pillow(
@@ -398,7 +397,7 @@ class TestThreads:
         with pytest.raises(RuntimeError, match="FFCV's thread has died in the middle of the epoch"):
             list(loader.batches(1))
         assert time.monotonic() - began < 60
-        assert not loader._passes
+        assert loader._pass is None
 
     def test_a_thread_that_hangs(
         self, beton: ConvertedSplit, open_ffcv: OpenFfcv, monkeypatch: pytest.MonkeyPatch

@@ -19,8 +19,9 @@ from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.sources import Split, open_source
 from pipelines.batch import CropBatch
 from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.decode import max_unreadable
 from pipelines.factory import make_loader
-from pipelines.loader import Loader, max_unreadable
+from pipelines.loader import Loader
 from pipelines.nvjpeg_loader import NvjpegLoader
 from pipelines.order import Order, SequentialOrder, TrainOrder
 from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS, MOCOV2_VIEWS, ViewRecipe, draw_boxes

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from dataset_tools.sources import Split, open_source
-from pipelines import resident_images
+from pipelines import resident_loader
 from pipelines.cores import available_cores
 from pipelines.decode import decode_rgb, image_size
-from pipelines.resident_images import estimate_decoded_bytes, load_resident_images
+from pipelines.resident_loader import estimate_decoded_bytes, load_resident_images
 
 CPU = torch.device("cpu")
 
@@ -42,13 +42,13 @@ def test_every_image_lies_at_its_place(split: Split, workers: int | None) -> Non
 
 def test_threads_are_those_asked_for(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    pool = resident_images.ThreadPoolExecutor
+    pool = resident_loader.ThreadPoolExecutor
 
     def record(num_threads: int) -> object:
         asked.append(num_threads)
         return pool(num_threads)
 
-    monkeypatch.setattr(resident_images, "ThreadPoolExecutor", record)
+    monkeypatch.setattr(resident_loader, "ThreadPoolExecutor", record)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 5})
     assert available_cores() == 3
     for workers in (None, 0, 1, 2):
@@ -99,7 +99,7 @@ def test_a_header_that_lies_harms_no_neighbour(
         height, width = image_size(split, index)
         return (wrong[0] or width, wrong[1] or height) if index == 7 else (height, width)
 
-    monkeypatch.setattr(resident_images, "image_size", lie)
+    monkeypatch.setattr(resident_loader, "image_size", lie)
     resident = load_resident_images(split, CPU, 2)
     height, width = image_size(split, 7)
     assert resident.unreadable == {7: f"it is {height} x {width} pixels, not as its header says"}
@@ -111,9 +111,9 @@ def test_a_header_that_lies_harms_no_neighbour(
 class TestMemory:
     def test_too_little(self, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
         num_bytes = estimate_decoded_bytes(split)
-        monkeypatch.setattr(resident_images, "_available_bytes", lambda _: int(num_bytes / 0.79))
+        monkeypatch.setattr(resident_loader, "_available_bytes", lambda _: int(num_bytes / 0.79))
         load_resident_images(split, CPU, 1)
-        monkeypatch.setattr(resident_images, "_available_bytes", lambda _: int(num_bytes / 0.81))
+        monkeypatch.setattr(resident_loader, "_available_bytes", lambda _: int(num_bytes / 0.81))
         message = (
             r"the decoded images take 0\.0 GiB, but cpu has 0\.0 GiB free and at most 80% of that may be used; choose "
             "--loader torchvision"
@@ -123,15 +123,15 @@ class TestMemory:
 
     def test_it_is_checked_before_it_is_taken(self, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
         """By the headers alone: images of 63 TiB must not be decoded first."""
-        monkeypatch.setattr(resident_images, "image_size", lambda *_: (10**6, 10**6))
-        monkeypatch.setattr(resident_images, "decode_rgb", lambda *_: pytest.fail("it was decoded"))
+        monkeypatch.setattr(resident_loader, "image_size", lambda *_: (10**6, 10**6))
+        monkeypatch.setattr(resident_loader, "decode_rgb", lambda *_: pytest.fail("it was decoded"))
         with pytest.raises(ValueError, match=r"take 64261\.3 GiB, but cpu has"):
             load_resident_images(split, CPU, 1)
 
     def test_the_page_cache_counts_as_available(self) -> None:
         with open("/proc/meminfo") as lines:
             kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-        available = resident_images._available_bytes(CPU) / 1024
+        available = resident_loader._available_bytes(CPU) / 1024
         assert available == pytest.approx(kib["MemAvailable"], rel=0.2)
         assert available <= kib["MemTotal"]
 

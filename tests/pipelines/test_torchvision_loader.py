@@ -22,10 +22,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from dataset_tools.sources import Split
-from pipelines import torchvision_loader
+from pipelines import decode
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.decode import decode_rgb
-from pipelines.device_copies import DeviceCopies
 from pipelines.order import SequentialOrder, TrainOrder
 from pipelines.torchvision_loader import TorchvisionLoader
 from pipelines.views import LEOCLR_VIEWS
@@ -239,7 +238,7 @@ def test_copying_ahead_keeps_the_order(workers: int, split: Split, monkeypatch: 
     """What is done for a GPU, without one."""
     with open_torchvision(split, workers) as loader:
         expected = list(loader.batches(2))
-        monkeypatch.setattr(DeviceCopies, "run_beside", True)
+        monkeypatch.setattr(TorchvisionLoader, "_copies_ahead", True)
         for start in range(6):
             batches = list(loader.batches(2, start))
             assert [batch.step for batch in batches] == list(range(start, 5))
@@ -250,13 +249,13 @@ def test_copying_ahead_keeps_the_order(workers: int, split: Split, monkeypatch: 
 
 def test_one_decode_for_each_image(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: Counter[int] = Counter()
-    original = torchvision_loader.decode_rgb
+    original = decode.decode_rgb
 
-    def decode(split: Split, index: int) -> Image.Image:
+    def count_decode(split: Split, index: int) -> Image.Image:
         decoded[index] += 1
         return original(split, index)
 
-    monkeypatch.setattr(torchvision_loader, "decode_rgb", decode)
+    monkeypatch.setattr(decode, "decode_rgb", count_decode)
     with open_torchvision(split, 0) as loader:
         for epoch in (1, 2):
             seen = np.concatenate([batch.indices for batch in loader.batches(epoch)])

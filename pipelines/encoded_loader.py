@@ -1,0 +1,183 @@
+"""Loaders that are given encoded images: threads read ahead, and one more thread decodes them and cuts their views."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import CancelledError, Future
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.cores import available_cores
+from pipelines.decode import UnreadableImageError, decode_rgb
+from pipelines.encoded_batches import Bytes, EncodedBatch, EncodedBatches, is_plain
+from pipelines.loader import DecodedBatch, Loader
+from pipelines.worker_threads import WorkerThreads
+
+T = TypeVar("T")
+
+
+class EncodedLoader(Loader):
+    """A subclass decodes whole batches: see `decode_next`, which the one decoding thread calls for each step.
+
+    Threads read ``config.prefetch_batches`` batches ahead, and as many are decoded ahead. Errors of the threads, dead
+    ones and silent ones become errors of who waits for a batch.
+    """
+
+    decoder: ClassVar[str]
+    """What messages call the decoder."""
+    queues_batches: ClassVar[bool] = False
+    """Whether the decoder itself works on several batches at a time, so that one call at a time is enough."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._batches = EncodedBatches(
+            self.split, self.views, self.view_config, self.order, seed=self.seed, is_plain=self.is_plain
+        )
+        self._readers: WorkerThreads | None = None
+        self._decoder: WorkerThreads | None = None
+        self._doing = "starting"
+
+    @abstractmethod
+    def decode_next(self, current: Pass) -> DecodedBatch:
+        """The next batch of a pass, of those that `next_read` hands out. By the decoding thread."""
+
+    @abstractmethod
+    def decodes(self, batch: EncodedBatch, row: int) -> bool:
+        """Whether the decoder can decode this image by itself. By the decoding thread."""
+
+    @staticmethod
+    def is_plain(image: Bytes) -> bool:
+        """Whether the decoder sees in an encoded image, uint8 [num_bytes], what Pillow sees. Else Pillow decodes it."""
+        return is_plain(image)
+
+    @property
+    def num_for_pillow(self) -> int:
+        """How many images the decoder turned out to be unable to decode, so that Pillow does it."""
+        return self._batches.num_for_pillow
+
+    def decode_batches(self, epoch: int, start_step: int) -> Generator[DecodedBatch, None, None]:
+        current = Pass(epoch, start_step, self.steps_per_epoch, *self._threads())
+        try:
+            for _ in range(start_step, self.steps_per_epoch):
+                self._decode_ahead(current)
+                decoded = self._wait_for(current.decoder, current.decoding.popleft())
+                self._decode_ahead(current)
+                yield decoded
+                del decoded
+        finally:
+            current.cancel()
+
+    def close(self) -> None:
+        super().close()
+        decoder, readers = self._decoder, self._readers
+        self._decoder = self._readers = None
+        for threads in (decoder, readers):
+            if threads is not None:
+                threads.close()
+
+    @property
+    def num_threads(self) -> int:
+        """``config.workers``, at least one."""
+        return max(1, available_cores() if self.config.workers is None else self.config.workers)
+
+    def _threads(self) -> tuple[WorkerThreads, WorkerThreads]:
+        """The readers, and the decoder."""
+        if self._readers is None or self._decoder is None:
+            self._readers = WorkerThreads("image reader", min(self.num_threads, self.config.prefetch_batches + 1))
+            self._decoder = WorkerThreads(f"{self.decoder} decoder", 1)
+        return self._readers, self._decoder
+
+    def _decode_ahead(self, current: Pass) -> None:
+        ahead = 1 if self.queues_batches else self.config.prefetch_batches
+        while len(current.decoding) < ahead and current.num_left > 0:
+            current.num_left -= 1
+            current.decoding.append(current.decoder.submit(self.decode_next, current))
+
+    def _wait_for(self, worker: WorkerThreads, future: Future[T]) -> T:
+        return worker.result(future, limit_s=self.config.stall_timeout_s, doing=lambda: self._doing)
+
+    # ---- what the readers do --------------------------------------------------------------------------------------
+
+    def _read(self, current: Pass, step: int) -> EncodedBatch:
+        if current.cancelled:
+            raise CancelledError
+        later = step + self.config.prefetch_batches
+        if later < current.end:
+            self._batches.will_need(current.epoch, later)
+        return self._batches.prepare(current.epoch, step)
+
+    # ---- what the decoder does ------------------------------------------------------------------------------------
+
+    def next_read(self, current: Pass) -> EncodedBatch:
+        """The next batch of a pass, read; and others after it are being read."""
+        if current.cancelled:
+            raise CancelledError
+        while len(current.reads) <= self.config.prefetch_batches and current.next_step < current.end:
+            current.reads.append(current.readers.submit(self._read, current, current.next_step))
+            current.next_step += 1
+        self._doing = f"reading the images of step {current.next_step - len(current.reads)}"
+        return self._wait_for(current.readers, current.reads.popleft())
+
+    def has_true_sizes(self, batch: EncodedBatch, sizes: npt.NDArray[np.int64]) -> bool:
+        """Whether the images are as large as the boxes were drawn for; if not, the batch has to be prepared again.
+
+        sizes: int64 [B, 2], height and width of the decoded images.
+        """
+        wrong = np.flatnonzero((sizes[:, 0] != batch.heights) | (sizes[:, 1] != batch.widths))
+        for row in wrong.tolist():
+            self._batches.correct_size(int(batch.indices[row]), *sizes[row].tolist())
+        return not len(wrong)
+
+    def find_fault(self, batch: EncodedBatch, error: RuntimeError) -> None:
+        """Find the images that made the decoder fail, so that the batch can be prepared again without them.
+
+        What Pillow cannot read either is replaced from now on; what it can, and the decoder not, is decoded by Pillow
+        from now on. Raises RuntimeError if there is no such image, or if it is all of them.
+        """
+        self._doing = f"finding out which image of step {batch.step} {self.decoder} cannot decode"
+        rows = [row for row, image in enumerate(batch.images) if image.ndim == 1]
+        found = False
+        for row in rows:
+            try:
+                decode_rgb(self.split, int(batch.indices[row]))
+            except UnreadableImageError as reason:
+                self._batches.mark_unreadable(int(batch.indices[row]), str(reason))
+                found = True
+        if found:
+            return
+        refused = [int(batch.indices[row]) for row in rows if not self.decodes(batch, row)]
+        self._batches.mark_for_pillow(refused, len(rows), self.decoder, error)
+        if not refused:
+            raise RuntimeError(
+                f"{self.decoder} failed at step {batch.step} of epoch {batch.epoch}, though it can decode each of the "
+                f"images: {error}"
+            ) from error
+
+
+class Pass:
+    """One pass over an epoch. `reads` and `next_step` belong to the decoding thread."""
+
+    def __init__(self, epoch: int, start_step: int, end: int, readers: WorkerThreads, decoder: WorkerThreads) -> None:
+        self.epoch, self.end, self.readers, self.decoder = epoch, end, readers, decoder
+        self.num_left = end - start_step
+        """Batches that the decoder has not been asked for yet."""
+        self.decoding = deque[Future[DecodedBatch]]()
+        self.next_step = start_step
+        """The first step that is not being read yet."""
+        self.reads = deque[Future[EncodedBatch]]()
+        self.cancelled = False
+
+    @property
+    def is_read(self) -> bool:
+        """Whether `EncodedLoader.next_read` has handed out all batches."""
+        return not self.reads and self.next_step == self.end
+
+    def cancel(self) -> None:
+        """Nobody waits for its batches any more."""
+        self.cancelled = True
+        for future in [*list[Future[Any]](self.decoding), *self.reads]:
+            future.cancel()
