@@ -28,9 +28,18 @@ _UNKNOWN, _UNREADABLE = 0, -1
 class EncodedImages:
     """The bytes of B images in one buffer. An image that could not be read has none, and a reason."""
 
-    def __init__(self, buffer: npt.NDArray[np.uint8], offsets: Indices, unreadable: dict[int, str]) -> None:
-        """buffer: uint8 [total]; offsets: int64 [B + 1]; unreadable: row -> reason."""
+    def __init__(
+        self,
+        buffer: npt.NDArray[np.uint8],
+        offsets: Indices,
+        unreadable: dict[int, str],
+        is_raw: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """buffer: uint8 [total]; offsets: int64 [B + 1]; unreadable: row -> reason; is_raw: bool [B], whether they are
+        pixels, uint8 [H, W, 3]; by default none are.
+        """
         self.buffer, self.offsets, self.unreadable = buffer, offsets, unreadable
+        self.is_raw = np.zeros(len(self), dtype=np.bool_) if is_raw is None else is_raw
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -48,7 +57,7 @@ class ByteReader(ABC):
 
     @abstractmethod
     def read(self, indices: Indices) -> EncodedImages:
-        """The encoded images at ``indices`` (int64 [B]), in that order: JPEG, PNG, ….
+        """The encoded images at ``indices`` (int64 [B]), in that order: JPEG, PNG, … or raw pixels.
 
         Raises nothing for an image that cannot be read: it is in ``unreadable``.
         """
@@ -64,20 +73,21 @@ class ByteReader(ABC):
 def open_bytes(split: Split) -> ByteReader:
     """The reader for a split: positioned reads where its images are pieces of files, else image by image."""
     base, chosen = base_of(split)
-    if isinstance(base, ConvertedSplit) and not (base.records["encoding"] == RAW).any():
+    if isinstance(base, ConvertedSplit):
         records = base.records
         sizes = np.stack([records["height"], records["width"]], axis=1).astype(np.int32)
         shards = np.array(records["shard"], dtype=np.int32)
         offsets, lengths = (np.array(records[name], dtype=np.int64) for name in ("offset", "num_bytes"))
-        return ExtentReader(split, base.files, chosen, shards, offsets, lengths, sizes)
+        is_raw = np.array(records["encoding"] == RAW)
+        return ExtentReader(split, base.files, chosen, shards, offsets, lengths, sizes, is_raw)
     if isinstance(base, ExtentSplit):
         offsets, lengths = (np.ascontiguousarray(base.extents[:, column]) for column in (0, 1))
-        return ExtentReader(split, (base.file,), chosen, None, offsets, lengths, None)
+        return ExtentReader(split, (base.file,), chosen, None, offsets, lengths)
     return SplitReader(split)
 
 
 class SplitReader(ByteReader):
-    """Any split, through `Split.read`: image folders, raw pixels."""
+    """Any split, through `Split.read`: image folders."""
 
     def __init__(self, split: Split) -> None:
         super().__init__(split)
@@ -110,14 +120,16 @@ class ExtentReader(ByteReader):
         shards: npt.NDArray[np.int32] | None,
         offsets: Indices,
         lengths: Indices,
-        sizes: npt.NDArray[np.int32] | None,
+        sizes: npt.NDArray[np.int32] | None = None,
+        is_raw: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         """chosen: int64 [N], where image i of the split stands in the other arrays; None: at i. shards: which file;
-        None: the first. offsets, lengths: bytes. sizes: int32 [·, 2], height and width, where they are known.
+        None: the first. offsets, lengths: bytes. sizes: int32 [·, 2], height and width, where they are known. is_raw:
+        which are pixels; None: none.
         """
         super().__init__(split)
         self._files, self._chosen, self._shards = files, chosen, shards
-        self._offsets, self._lengths = offsets, lengths
+        self._offsets, self._lengths, self._is_raw = offsets, lengths, is_raw
         if sizes is not None and chosen is not None:
             sizes = sizes[chosen]
         self._sizes = _KnownSizes(split, sizes)
@@ -135,7 +147,7 @@ class ExtentReader(ByteReader):
                 self._files[shards[row]].read_into(int(self._offsets[rows[row]]), piece, self.split.names[indices[row]])
             except OSError as error:
                 unreadable[row] = str(error)
-        return EncodedImages(buffer, offsets, unreadable)
+        return EncodedImages(buffer, offsets, unreadable, None if self._is_raw is None else self._is_raw[rows])
 
     def sizes(self, indices: Indices) -> tuple[Sizes, Sizes, dict[int, str]]:
         return self._sizes.of(indices)

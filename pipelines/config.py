@@ -81,8 +81,8 @@ class LoaderConfig:
     """Worker threads (resident, dali, nvjpeg, ffcv) or processes (torchvision); by default the machine's cores, shared
     by its ranks."""
     prefetch_batches: int = 2
-    """Batches that each worker process prepares ahead (torchvision); that are decoded ahead (ffcv, nvjpeg, dali),
-    beside as many that are read ahead (dali)."""
+    """Batches that each worker process prepares ahead (torchvision); that are decoded ahead, beside as many that are
+    read ahead (ffcv, nvjpeg, dali)."""
     resident_limit_gib: float = 8.0
     """auto: data sets that decode to at most this much stay resident on the device."""
     hw_decoder_load: float = 0.65

@@ -70,12 +70,6 @@ class DaliLoader(EncodedLoader):
         self._current: Pass | None = None
         """The pass whose batches are in flight."""
 
-    def close(self) -> None:
-        if self._decoder is not None:
-            self._end_pass()
-            self._decoder.submit(self._give_back)
-        super().close()
-
     # ---- what the decoding thread does ----------------------------------------------------------------------------
 
     def decode_next(self, current: Pass) -> DecodedBatch:
@@ -176,7 +170,7 @@ class DaliLoader(EncodedLoader):
         self._pipeline = None
         self._in_flight.clear()
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
         self._drop_pipeline()
         if self.device.type == "cuda":
             import_module("nvidia.dali.backend").ReleaseUnusedMemory()  # it pools what its pipelines have let go

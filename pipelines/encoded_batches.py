@@ -38,7 +38,7 @@ class EncodedBatch:
     widths: Sizes  # [B]
     boxes: Boxes  # [B, V, 4]
     images: list[Bytes]
-    """B times an encoded image, uint8 [num_bytes], or pixels that Pillow has decoded, uint8 [H, W, 3]."""
+    """B times an encoded image, uint8 [num_bytes], or pixels (raw ones, or decoded by Pillow), uint8 [H, W, 3]."""
     unreadable: dict[int, str] = field(default_factory=dict)
     """Index of each image that had to be replaced here -> the reason."""
 
@@ -69,13 +69,14 @@ class EncodedBatches:
         self._is_plain = is_plain
         self._reader = open_bytes(split)
         self._substitutes = Substitutes(split)
-        self._for_pillow: set[int] = set()
+        self.for_pillow: set[int] = set()
+        """Images that Pillow decodes, whatever they are."""
         self._sizes: dict[int, tuple[int, int]] = {}
 
     def prepare(self, epoch: int, step: int) -> EncodedBatch:
         """The batch of this rank. Raises nothing for an image that cannot be read."""
         indices = self.order.indices(epoch, step).copy()
-        images = [np.empty(0, dtype=np.uint8)] * len(indices)
+        images: list[Bytes] = [np.empty(0, dtype=np.uint8)] * len(indices)
         heights, widths = np.ones_like(indices), np.ones_like(indices)
         unreadable: dict[int, str] = {}
         missing = np.arange(len(indices))
@@ -92,15 +93,18 @@ class EncodedBatches:
                 index = int(indices[row])
                 reason = encoded.unreadable.get(place) or reasons.get(place)
                 if reason is None:
-                    images[row] = encoded[place]
-                    if index in self._for_pillow or not self._is_plain(images[row]):
-                        try:
-                            pixels = decode_bytes(images[row].tobytes())
-                            images[row], heights[row], widths[row] = np.asarray(pixels), pixels.height, pixels.width
-                        except UnreadableImageError as error:
-                            reason = str(error)
-                    elif index in self._sizes:
-                        heights[row], widths[row] = self._sizes[index]
+                    image = encoded[place]
+                    try:
+                        if encoded.is_raw[place]:
+                            images[row] = image.reshape(int(heights[row]), int(widths[row]), 3)
+                        elif index not in self.for_pillow and self._is_plain(image):
+                            images[row] = image
+                            heights[row], widths[row] = self._sizes.get(index, (heights[row], widths[row]))
+                        else:
+                            images[row] = np.asarray(decode_bytes(image.tobytes()))
+                            heights[row], widths[row] = images[row].shape[:2]
+                    except (UnreadableImageError, ValueError) as error:  # raw pixels of another number
+                        reason = str(error)
                 if reason is not None:
                     self._substitutes.unreadable[index] = reason
                     failed.append(row)
@@ -125,7 +129,7 @@ class EncodedBatches:
                 f"{decoder} decodes none of the {num_tried} images of a batch, and Pillow decodes all of them: {error}"
             ) from error
         for index in refused:
-            self._for_pillow.add(index)
+            self.for_pillow.add(index)
             if self.num_for_pillow <= _MAX_LOGGED:
                 last = "; others will not be named" if self.num_for_pillow == _MAX_LOGGED else ""
                 log.warning("%s cannot decode %s, Pillow does%s", decoder, self.split.names[index], last)
@@ -133,7 +137,7 @@ class EncodedBatches:
     @property
     def num_for_pillow(self) -> int:
         """How many images have been marked as ones that Pillow decodes."""
-        return len(self._for_pillow)
+        return len(self.for_pillow)
 
     def correct_size(self, index: int, height: int, width: int) -> None:
         """The image is of another size than the data set says."""
@@ -153,9 +157,12 @@ class EncodedBatches:
         return EncodedBatch(epoch, step, indices, heights, widths, boxes, images, unreadable)
 
 
+def is_jpeg(image: Bytes) -> bool:
+    """Whether it is a JPEG that is not cut short."""
+    return image[:2].tobytes() == _JPEG_BEGIN and image[-2:].tobytes() == _JPEG_END
+
+
 def is_plain(image: Bytes) -> bool:
     """Whether any decoder sees in it what Pillow sees: a JPEG that is not cut short, or a PNG of at most 8 bits."""
     head = image[: _PNG_BIT_DEPTH_AT + 1].tobytes()
-    if head.startswith(_JPEG_BEGIN):
-        return image[-2:].tobytes() == _JPEG_END
-    return head.startswith(_PNG_SIGNATURE) and head[-1] <= 8
+    return is_jpeg(image) or (head.startswith(_PNG_SIGNATURE) and head[-1] <= 8)

@@ -45,9 +45,9 @@ class EncodedLoader(Loader):
     def decode_next(self, current: Pass) -> DecodedBatch:
         """The next batch of a pass, of those that `next_read` hands out. By the decoding thread."""
 
-    @abstractmethod
     def decodes(self, batch: EncodedBatch, row: int) -> bool:
-        """Whether the decoder can decode this image by itself. By the decoding thread."""
+        """Whether the decoder can decode this image by itself: for `find_fault`. By the decoding thread."""
+        raise NotImplementedError
 
     @staticmethod
     def is_plain(image: Bytes) -> bool:
@@ -71,10 +71,15 @@ class EncodedLoader(Loader):
         finally:
             current.cancel()
 
+    def give_back(self) -> None:
+        """Let go of what belongs to the decoding thread, by which it is called."""
+
     def close(self) -> None:
         super().close()
         decoder, readers = self._decoder, self._readers
         self._decoder = self._readers = None
+        if decoder is not None:
+            decoder.submit(self.give_back)
         for threads in (decoder, readers):
             if threads is not None:
                 threads.close()
@@ -132,6 +137,17 @@ class EncodedLoader(Loader):
             self._batches.correct_size(int(batch.indices[row]), *sizes[row].tolist())
         return not len(wrong)
 
+    def readable_by_pillow(self, batch: EncodedBatch, rows: list[int]) -> list[int]:
+        """Indices of those of some images that Pillow reads; the others are replaced from now on."""
+        readable = []
+        for index in batch.indices[rows].tolist():
+            try:
+                decode_rgb(self.split, index)
+                readable.append(index)
+            except UnreadableImageError as reason:
+                self._batches.mark_unreadable(index, str(reason))
+        return readable
+
     def find_fault(self, batch: EncodedBatch, error: RuntimeError) -> None:
         """Find the images that made the decoder fail, so that the batch can be prepared again without them.
 
@@ -140,14 +156,7 @@ class EncodedLoader(Loader):
         """
         self._doing = f"finding out which image of step {batch.step} {self.decoder} cannot decode"
         rows = [row for row, image in enumerate(batch.images) if image.ndim == 1]
-        found = False
-        for row in rows:
-            try:
-                decode_rgb(self.split, int(batch.indices[row]))
-            except UnreadableImageError as reason:
-                self._batches.mark_unreadable(int(batch.indices[row]), str(reason))
-                found = True
-        if found:
+        if len(self.readable_by_pillow(batch, rows)) < len(rows):
             return
         refused = [int(batch.indices[row]) for row in rows if not self.decodes(batch, row)]
         self._batches.mark_for_pillow(refused, len(rows), self.decoder, error)

@@ -1,54 +1,34 @@
-"""What FFCV runs for a batch: each image read, decoded once, and cut into its views. Importing this needs FFCV.
+"""Batches of JPEGs decoded once each, by the TurboJPEG that FFCV is linked to, and cut into views in the same threads.
 
-Two things are not done as FFCV's own decoders do them. Encoded images are read with `pread` and not through a memory
-map: a mapped file that is cut short while training kills the process (SIGBUS). And the TurboJPEG that FFCV is linked to
-is asked for the accurate DCT: FFCV's `imdecode` asks for the fast one, which is a few percent faster and one level of
-255 off; it also leaks a decompressor for each thread there ever was.
-Legend: B images of a batch, V views, S side of a view, T threads.
+FFCV's library is loaded, and nothing of FFCV is imported: it would change how many threads torch and numba use. Its own
+`imdecode` asks for TurboJPEG's fast DCT, which is a few percent faster and one level of 255 off; here the accurate one
+is asked for, so that pixels are Pillow's, as far as both have the same libjpeg-turbo inside.
+Legend: B images of a batch, V views, S side of a view.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import ffcv._libffcv
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
-from ffcv.loader import Loader
-from ffcv.pipeline import Compiler, PipelineSpec
-from ffcv.pipeline.operation import Operation
-from ffcv.pipeline.state import State
 from llvmlite import ir
-from numba import carray, njit, prange, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
+from torch import Tensor
 
-from dataset_tools.formats.records import RAW
 from pipelines.box_resize import resize_box, scratch_size
+from pipelines.encoded_batches import EncodedBatch
+from pipelines.numba_kernel import run_in_threads
 
-DESCRIPTOR, CROPS_ADDRESS, NEXT_ROW = range(3)
-"""Places in `DecodeState.control`."""
-
+_SHARES = 8  # that each thread takes, about: some images are larger than others
 _PIXEL_RGB, _ACCURATE_DCT = 0, 4096  # TJPF_RGB, TJFLAG_ACCURATEDCT
 
-
-def _turbojpeg() -> ctypes.CDLL:
-    """The library that FFCV's own is linked to, with the functions we use; compiled code knows them by name."""
-    library = ctypes.CDLL(ffcv._libffcv.__file__)
-    try:
-        library.tjInitDecompress.restype = ctypes.c_void_p
-        library.tjDestroy.argtypes = [ctypes.c_void_p]
-        for name in ("tjDecompressHeader3", "tjDecompress2"):
-            llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
-    except AttributeError as error:
-        raise ImportError(f"FFCV's library has no TurboJPEG behind it: {error}") from error
-    return library
-
-
-_LIBRARY = _turbojpeg()
 _ADDRESS = types.intp
 _read_header = types.ExternalFunction(
     "tjDecompressHeader3", types.int32(_ADDRESS, _ADDRESS, types.uint64, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS)
@@ -59,115 +39,75 @@ _decompress = types.ExternalFunction(
         _ADDRESS, _ADDRESS, types.uint64, _ADDRESS, types.int32, types.int32, types.int32, types.int32, types.int32
     ),
 )
-_pread = types.ExternalFunction("pread", types.intp(types.int32, _ADDRESS, types.uint64, types.int64))
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeState:
-    """Everything that a batch is decoded with, in arrays that stay where they are: FFCV takes them once an epoch.
+@cache
+def load_turbojpeg() -> ctypes.CDLL:
+    """The library; compiled code knows its functions by name. Raises ImportError, with the reason, if it is missing."""
+    spec = find_spec("ffcv")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    found = [path for folder in folders for path in sorted(folder.glob("_libffcv*.so"))]
+    if not found:
+        raise ImportError("there is no _libffcv in the package ffcv" if spec else "No module named 'ffcv'")
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        library.tjInitDecompress.restype = ctypes.c_void_p
+        library.tjDestroy.argtypes = [ctypes.c_void_p]
+        for name in ("tjDecompressHeader3", "tjDecompress2"):
+            llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+    except OSError as error:
+        raise ImportError(str(error)) from error
+    except AttributeError as error:
+        raise ImportError(f"FFCV's library has no TurboJPEG behind it: {error}") from error
+    return library
 
-    Scratch is per thread; FFCV's own decoders have it for each sample of each batch ahead.
-    """
 
-    control: npt.NDArray[np.int64]  # [3], see above
-    num_bytes: npt.NDArray[np.int64]  # [B], of each encoded image
-    boxes: npt.NDArray[np.int64]  # [B, V, 4]
-    failed: npt.NDArray[np.bool_]  # [B], out: this row was not decoded
-    num_decodes: npt.NDArray[np.int64]  # [T], out: calls of tjDecompress2
-    decompressors: npt.NDArray[np.int64]  # [T], TurboJPEG's handles, between `open` and `close`
-    headers: npt.NDArray[np.int32]  # [T, 4]: width, height, subsampling, color space
-    encoded: npt.NDArray[np.uint8]  # [T, largest file]
-    pixels: npt.NDArray[np.uint8]  # [T, largest image and a byte]
-    resize_scratch: npt.NDArray[np.uint32]  # [T, ·]
+class BatchDecoder:
+    """Decodes batches in ``num_threads`` threads, each with a decompressor and memory of its own."""
 
-    @classmethod
-    def allocate(
-        cls,
-        num_threads: int,
-        batch_size: int,
-        num_views: int,
-        view_size: int,
-        heights: npt.NDArray[np.int64],
-        widths: npt.NDArray[np.int64],
-        num_bytes: npt.NDArray[np.int64],
-    ) -> DecodeState:
-        """heights, widths, num_bytes: int64 [N], of all images that may come."""
-        max_pixels = int((heights * widths).max())
-        resize_size = scratch_size(int(heights.max()), int(widths.max()), view_size)
-        return cls(
-            control=np.zeros(3, dtype=np.int64),
-            num_bytes=np.zeros(batch_size, dtype=np.int64),
-            boxes=np.zeros((batch_size, num_views, 4), dtype=np.int64),
-            failed=np.zeros(batch_size, dtype=np.bool_),
-            num_decodes=np.zeros(num_threads, dtype=np.int64),
-            decompressors=np.zeros(num_threads, dtype=np.int64),
-            headers=np.zeros((num_threads, 4), dtype=np.int32),
-            encoded=np.empty((num_threads, int(num_bytes.max())), dtype=np.uint8),
-            pixels=np.empty((num_threads, 3 * max_pixels + 1), dtype=np.uint8),
-            resize_scratch=np.empty((num_threads, resize_size), dtype=np.uint32),
-        )
+    def __init__(self, num_threads: int, view_size: int) -> None:
+        self._library = load_turbojpeg()
+        self._view_size = view_size
+        self._decompressors = [int(self._library.tjInitDecompress()) for _ in range(num_threads)]
 
-    @property
-    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
-        """As `decode_batch` takes them: in the order above."""
-        return (
-            self.control, self.num_bytes, self.boxes, self.failed, self.num_decodes, self.decompressors, self.headers,
-            self.encoded, self.pixels, self.resize_scratch,
-        )  # fmt: skip
+    def decode(self, batch: EncodedBatch, crops: Tensor) -> npt.NDArray[np.int64]:
+        """Fill ``crops``, uint8 [B, V, S, S, 3] on the host, with the views of a batch at its boxes.
 
-    def open(self) -> None:
-        """Before batches are decoded."""
-        self.decompressors[:] = [_LIBRARY.tjInitDecompress() for _ in self.decompressors]
+        Returns height and width of each image, int64 [B, 2], pixels: 0 where TurboJPEG gave an error or a warning.
+        Where they are not those of the batch, the crops mean nothing.
+        """
+        is_encoded = np.array([image.ndim == 1 for image in batch.images], dtype=np.bool_)
+        addresses = np.array([image.__array_interface__["data"][0] for image in batch.images], dtype=np.int64)
+        num_bytes = np.array([len(image) for image in batch.images], dtype=np.int64)
+        sizes = np.stack((batch.heights, batch.widths), axis=1)
+        true_sizes = sizes.copy()
+        boxes = batch.boxes.astype(np.int64)
+        target = crops.numpy().view(np.int8).reshape(-1)  # not uint8: FFCV, imported, makes numba's type read-only
+        pixels_size = 3 * int((batch.heights * batch.widths).max()) + 1
+        resize_size = scratch_size(int(batch.heights.max()), int(batch.widths.max()), self._view_size)
+
+        num_threads = min(len(self._decompressors), len(batch))
+        num_shares = min(len(batch), _SHARES * num_threads) if num_threads > 1 else 1
+        shares = iter([np.arange(share, len(batch), num_shares) for share in range(num_shares)])
+        decompressors = iter(self._decompressors)
+
+        def work() -> None:
+            decompressor = next(decompressors)
+            header = np.zeros(4, dtype=np.int32)  # width, height, subsampling, colour space
+            pixels, scratch = np.empty(pixels_size, dtype=np.uint8), np.empty(resize_size, dtype=np.uint32)
+            for rows in shares:
+                _decode_rows(
+                    rows, addresses, num_bytes, is_encoded, sizes, boxes, true_sizes, target, self._view_size,
+                    decompressor, header, pixels, scratch,
+                )  # fmt: skip
+
+        run_in_threads(work, num_threads)
+        return true_sizes
 
     def close(self) -> None:
         """When nothing is decoded any more; may be called twice."""
-        for handle in self.decompressors[self.decompressors != 0].tolist():
-            _LIBRARY.tjDestroy(handle)
-        self.decompressors[:] = 0
-
-
-class CropDecoder(Operation):
-    """FFCV's decoder of the image field. The crops go where `DecodeState.control` says; returned is what failed."""
-
-    def __init__(self, view_size: int, num_threads: int) -> None:
-        super().__init__()
-        self._view_size = view_size
-        self._decode_batch = _decode_batch_alone if num_threads == 1 else _decode_batch_in_threads
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        return replace(previous_state, jit_mode=True, shape=(), dtype=np.dtype(np.bool_)), None
-
-    def generate_code(self) -> Callable[..., npt.NDArray[np.bool_]]:
-        decode_batch, view_size = self._decode_batch, self._view_size
-
-        def decode(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
-            return decode_batch(batch_indices, metadata, view_size, storage_state)
-
-        return decode
-
-
-def open_beton(path: str, image_decoder: CropDecoder, **settings: int) -> Loader:
-    """The stock loader of a .beton, with our decoder and without labels; it still needs a memory manager and an order.
-
-    settings: batch_size, num_workers, batches_ahead.
-    """
-    # FFCV makes numba's one and only type of uint8 arrays immutable; what is compiled for it would be found no more.
-    bytes_type = types.uint8[::1]
-    Compiler.set_enabled(False)  # our decoder is compiled, once for all loaders of the process
-    try:
-        loader = Loader(
-            path,
-            pipelines={"image": PipelineSpec("image", decoder=image_decoder), "label": None},
-            os_cache=True,
-            drop_last=False,
-            seed=0,  # else it would be drawn from numpy's global generator
-            **settings,
-        )
-    finally:
-        Compiler.set_enabled(True)
-        bytes_type.mutable = True
-    loader.memory_manager = None  # its tables, several hundred bytes for each sample, serve FFCV's caches alone
-    return loader
+        while self._decompressors:
+            self._library.tjDestroy(self._decompressors.pop())
 
 
 @intrinsic
@@ -180,69 +120,38 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.CPointer(types.uint8)(types.int64), generate
 
 
-@intrinsic
-def _take(typing_context: Any, address: Any) -> Any:
-    """Adds one to the int64 at an address and returns what was there, as one step that no thread can interrupt."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "seq_cst")
-
-    return types.int64(types.int64), generate
-
-
 @njit(nogil=True, error_model="numpy")
-def _decode_row(sample, row, thread, images, crops, state):  # type: ignore[no-untyped-def]
-    """Reads, decodes and cuts one image. Returns whether it could."""
-    control, all_num_bytes, boxes, _, num_decodes, decompressors, headers, all_encoded, all_pixels, scratch = state
-    image = images[sample]
-    height, width = np.int64(image["height"]), np.int64(image["width"])  # as uint16 their product would overflow
-    num_bytes, offset = all_num_bytes[row], np.int64(image["data_ptr"])
-    descriptor, decompressor = control[DESCRIPTOR], decompressors[thread]
-    pixels, encoded, header = all_pixels[thread], all_encoded[thread], headers[thread]
-    if image["mode"] == RAW:
-        if num_bytes != 3 * height * width or _pread(descriptor, pixels.ctypes.data, num_bytes, offset) != num_bytes:
-            return False
-    else:
-        if _pread(descriptor, encoded.ctypes.data, num_bytes, offset) != num_bytes:
-            return False
-        place = header.ctypes.data
-        if _read_header(decompressor, encoded.ctypes.data, num_bytes, place, place + 4, place + 8, place + 12) != 0:
-            return False
-        if header[0] != width or header[1] != height:  # TurboJPEG would scale it without a word
-            return False
-        num_decodes[thread] += 1
-        result = _decompress(
-            decompressor, encoded.ctypes.data, num_bytes, pixels.ctypes.data,
-            width, 0, height, _PIXEL_RGB, _ACCURATE_DCT,
-        )  # fmt: skip
-        if result != 0:  # an error, or only a warning: the host looks again, with Pillow
-            return False
-    for view in range(boxes.shape[1]):
-        top, left, box_height, box_width = boxes[row, view]
-        crop = crops[row, view].reshape(-1)
-        resize_box(pixels, width, top, left, box_height, box_width, crops.shape[2], crop, scratch[thread])
-    return True
-
-
-def _decode_batch(samples, images, view_size, state):  # type: ignore[no-untyped-def]
-    """Returns which rows failed: bool [B].
-
-    Iteration t uses scratch number t and takes one row after the other from a common counter: no two threads share
-    scratch, whichever of them runs an iteration, and none is idle while there are rows.
-    """
-    control, boxes, failed, num_decodes = state[0], state[2], state[3], state[4]
-    count = len(samples)
-    crops = carray(_pointer(control[CROPS_ADDRESS]), (count, boxes.shape[1], view_size, view_size, 3), np.uint8)
-    control[NEXT_ROW] = 0
-    counter = control.ctypes.data + 8 * NEXT_ROW
-    for thread in prange(len(num_decodes)):
-        row = _take(counter)
-        while row < count:
-            failed[row] = not _decode_row(samples[row], row, thread, images, crops, state)
-            row = _take(counter)
-    return failed[:count].copy()
-
-
-_decode_batch_alone = njit(nogil=True, error_model="numpy")(_decode_batch)
-_decode_batch_in_threads = njit(nogil=True, error_model="numpy", parallel=True)(_decode_batch)
+def _decode_rows(  # type: ignore[no-untyped-def]
+    rows, addresses, num_bytes, is_encoded, sizes, boxes, true_sizes, crops, view_size,
+    decompressor, header, pixels, scratch,
+):  # fmt: skip
+    """Decodes and cuts some images of a batch; those that Pillow has decoded are only cut."""
+    length = 3 * view_size * view_size
+    place = header.ctypes.data
+    for row in rows:
+        height, width = sizes[row]
+        image = pixels
+        if not is_encoded[row]:
+            image = carray(_pointer(addresses[row]), (3 * height * width,), np.uint8)
+        else:
+            true_sizes[row] = 0
+            if _read_header(
+                decompressor, addresses[row], num_bytes[row], place, place + 4, place + 8, place + 12
+            ) != 0:  # fmt: skip
+                continue
+            if header[0] != width or header[1] != height:  # TurboJPEG would scale it without a word
+                true_sizes[row, 0], true_sizes[row, 1] = header[1], header[0]
+                continue
+            result = _decompress(
+                decompressor, addresses[row], num_bytes[row], pixels.ctypes.data,
+                width, 0, height, _PIXEL_RGB, _ACCURATE_DCT,
+            )  # fmt: skip
+            if result != 0:  # an error, or only a warning: the host looks again, with Pillow
+                continue
+            true_sizes[row, 0], true_sizes[row, 1] = height, width
+        for view in range(boxes.shape[1]):
+            top, left, box_height, box_width = boxes[row, view]
+            first = (row * boxes.shape[1] + view) * length
+            resize_box(
+                image, width, top, left, box_height, box_width, view_size, crops[first : first + length], scratch
+            )

@@ -75,6 +75,8 @@ class Loader(ABC):
     """Whether the crops are those of the split's images."""
     decodes_on_gpu: ClassVar[bool] = False
     """Whether JPEGs are decoded by the device where that is a GPU, so that pixels differ a little from Pillow's."""
+    copies_ahead: ClassVar[bool] = False
+    """Whether a batch is asked for before the one before it is handed out, so that its copy to a GPU is under way."""
     remedy: ClassVar[str] = (
         "raise --loader.workers to the number of cores, or convert the data with --short-side 400, so that there is "
         "less to decode"
@@ -117,10 +119,6 @@ class Loader(ABC):
     def decode_batches(self, epoch: int, start_step: int) -> Generator[DecodedBatch, None, None]:
         """Generate the batches of this rank from ``start_step`` to the end of ``epoch``; closing it ends the pass."""
 
-    def is_next_ready(self) -> bool:
-        """Whether `decode_batches` may be asked for another batch early, so that it is copied beside the one in use."""
-        return False
-
     @property
     def steps_per_epoch(self) -> int:
         return self.order.steps_per_epoch
@@ -140,7 +138,7 @@ class Loader(ABC):
             for step in range(start_step, self.steps_per_epoch):
                 if not upcoming:
                     upcoming.append(self._received(next(decoding)))
-                if self._copies_ahead and step + 1 < self.steps_per_epoch and self.is_next_ready():
+                if self._is_copied_ahead and step + 1 < self.steps_per_epoch:
                     upcoming.append(self._received(next(decoding)))
                 yield self._handed_out(upcoming.popleft(), epoch, step)
                 assert self._decoding is decoding, "another pass over this loader has begun"
@@ -189,13 +187,16 @@ class Loader(ABC):
         return torch.cuda.Stream(self.device)
 
     @property
-    def _copies_ahead(self) -> bool:
-        return self.device.type == "cuda"
+    def _is_copied_ahead(self) -> bool:
+        return self.copies_ahead and self.device.type == "cuda"
 
     def _received(self, decoded: DecodedBatch) -> DecodedBatch:
-        """Reports what could not be read, and begins the copy to the device."""
         for index, reason in decoded.unreadable.items():
             self.report_unreadable(index, reason)  # raises where the loader gave up
+        return self.on_device(decoded)
+
+    def on_device(self, decoded: DecodedBatch) -> DecodedBatch:
+        """Begins the copy to the device of crops that are not there; in any thread."""
         if self.device.type != "cuda":
             decoded.crops = decoded.crops.to(self.device)
         elif not decoded.crops.is_cuda:

@@ -30,6 +30,7 @@ class TorchvisionLoader(Loader):
     name = "torchvision"
     auto_places: ClassVar = {"cuda": 4, "cpu": 4}
     drawbacks: ClassVar = {"cuda": "it decodes on the CPU", "cpu": "slower"}
+    copies_ahead = True
     remedy = "let a GPU decode (--loader dali or nvjpeg), or convert the data and take --loader ffcv"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,9 +59,6 @@ class TorchvisionLoader(Loader):
                 yield batch
         except (ConnectionError, EOFError, FileNotFoundError) as error:  # it had a batch in hand
             raise RuntimeError(f"a worker process of the torchvision loader has died ({error!r})") from error
-
-    def is_next_ready(self) -> bool:
-        return True  # worth waiting for: the workers are batches ahead
 
     def close(self) -> None:
         super().close()

@@ -1,45 +1,86 @@
-"""Torchvision's loader as the truth: what every other loader hands out is held against its batches."""
+"""What loaders are held against: batches made in the plainest way, and torchvision's loader."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import io
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dataset_tools.sources import Split
+from pipelines.batch import CropBatch
 from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.factory import make_loader
 from pipelines.loader import Loader
-from pipelines.order import Order, TrainOrder
-from pipelines.torchvision_loader import TorchvisionLoader
-from pipelines.views import LEOCLR_VIEWS
+from pipelines.order import Order, SequentialOrder, TrainOrder
+from pipelines.views import LEOCLR_VIEWS, ViewRecipe, draw_boxes
 
-L = TypeVar("L", bound=Loader)
+SEED = 11
+CPU = torch.device("cpu")
 
 
-def cpu_loader(
-    kind: type[L], split: Split, order: Order | None = None, *, image_size: int = 16, config: LoaderConfig | None = None
-) -> L:
-    """A loader of LeOCLR's views on the CPU, by default in a shuffled order of batches of 4."""
-    order = order or TrainOrder(num_images=len(split), batch_size=4, seed=3)
-    views = ViewConfig(image_size=image_size)
-    return kind(split, LEOCLR_VIEWS, views, config or LoaderConfig(), order, seed=3, device=torch.device("cpu"))
+def train_order(split: Split, batch_size: int = 5, rank: int = 0, world_size: int = 1) -> TrainOrder:
+    return TrainOrder(num_images=len(split), batch_size=batch_size, seed=SEED, rank=rank, world_size=world_size)
+
+
+def in_order(split: Split, batch_size: int = 5) -> SequentialOrder:
+    return SequentialOrder(num_images=len(split), batch_size=batch_size)
+
+
+def open_by_name(
+    name: str,
+    split: Split,
+    order: Order | None = None,
+    views: ViewRecipe = LEOCLR_VIEWS,
+    *,
+    image_size: int = 16,
+    device: str = "cpu",
+    **config: float,
+) -> Loader:
+    """A loader of LeOCLR's views, by default in a shuffled order of batches of 5."""
+    settings, view_config = LoaderConfig(name=name, **config), ViewConfig(image_size=image_size)  # type: ignore[arg-type]
+    order = order or train_order(split)
+    return make_loader(split, views, view_config, settings, order, seed=SEED, device=torch.device(device))
+
+
+def plain_batch(
+    split: Split, indices: np.ndarray, epoch: int, views: ViewRecipe = LEOCLR_VIEWS
+) -> dict[str, np.ndarray]:
+    """A batch made in the plainest way: image by image, view by view, with Pillow."""
+    images = [Image.open(io.BytesIO(split.read(int(index)))).convert("RGB") for index in indices]
+    heights, widths = (np.array([getattr(image, side) for image in images]) for side in ("height", "width"))
+    boxes = draw_boxes(views, ViewConfig(image_size=16), heights, widths, SEED, epoch, indices)
+    crops = np.zeros((len(images), len(views), 16, 16, 3), dtype=np.uint8)
+    for row, image in enumerate(images):
+        for column in range(len(views)):
+            top, left, height, width = boxes[row, column].tolist()
+            crop = image.crop((left, top, left + width, top + height))
+            crops[row, column] = crop.resize((16, height), Image.Resampling.BILINEAR).resize(
+                (16, 16), Image.Resampling.BILINEAR
+            )
+    return {"indices": indices, "labels": split.labels[indices], "boxes": boxes, "crops": crops}
+
+
+def assert_is(batch: CropBatch, expected: dict[str, np.ndarray]) -> None:
+    """Everything is equal."""
+    assert batch.crops.dtype == torch.uint8
+    assert batch.labels.dtype == torch.int64
+    assert batch.boxes.dtype == np.int32
+    for name, value in expected.items():
+        assert np.array_equal(np.asarray(getattr(batch, name)), value), name
+
+
+def assert_same(ours: list[CropBatch], theirs: list[CropBatch]) -> None:
+    assert [(batch.epoch, batch.step) for batch in ours] == [(batch.epoch, batch.step) for batch in theirs]
+    for batch, other in zip(ours, theirs, strict=True):
+        assert_is(batch, {name: np.asarray(getattr(other, name)) for name in ("indices", "labels", "boxes", "crops")})
 
 
 def assert_like_the_oracle(loader: Loader, epochs: int = 1) -> None:
-    """Everything is equal, to the last bit."""
-    truth = cpu_loader(
-        TorchvisionLoader,
-        loader.split,
-        loader.order,
-        image_size=loader.view_config.image_size,
-        config=LoaderConfig(workers=0),
-    )
+    """Everything is equal to what torchvision's loader hands out, to the last bit."""
+    size = loader.view_config.image_size
+    truth = open_by_name("torchvision", loader.split, loader.order, image_size=size, workers=0)
     for epoch in range(epochs):
-        for batch, expected in zip(loader.batches(epoch), truth.batches(epoch), strict=True):
-            assert (batch.epoch, batch.step) == (expected.epoch, expected.step)
-            assert np.array_equal(batch.indices, expected.indices)
-            assert np.array_equal(batch.boxes, expected.boxes)
-            assert torch.equal(batch.labels, expected.labels)
-            assert torch.equal(batch.crops, expected.crops)
+        assert_same(list(loader.batches(epoch)), list(truth.batches(epoch)))
     assert sorted(loader.unreadable) == sorted(truth.unreadable)

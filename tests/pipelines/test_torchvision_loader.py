@@ -5,16 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from itertools import chain, count, islice
 from multiprocessing.process import BaseProcess
 
 import numpy as np
 import PIL
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -68,37 +65,6 @@ def test_crops_are_torchvision_s(split: Split, image_size: int) -> None:
     assert np.mean(differences) <= CROP_RESIZE.mean
 
 
-@pytest.mark.parametrize("how", ["with", "close", "after one batch", "unused"])
-def test_closing_leaves_no_worker(how: str, split: Split) -> None:
-    threads, processes = set(threading.enumerate()), set(multiprocessing.active_children())
-    if how == "with":
-        with open_torchvision(split, 2) as loader:
-            list(loader.batches(0))
-            assert len(set(multiprocessing.active_children()) - processes) == 2
-    else:
-        loader = open_torchvision(split, 2)
-        batches = loader.batches(0)
-        if how != "unused":
-            next(batches)
-        if how == "close":
-            list(batches)
-        loader.close()
-        loader.close()
-    assert set(multiprocessing.active_children()) <= processes
-    patience = time.monotonic() + 20  # the threads that feed the workers end by themselves, a moment later
-    while not set(threading.enumerate()) <= threads and time.monotonic() < patience:
-        time.sleep(0.01)
-    assert set(threading.enumerate()) <= threads
-
-
-def test_workers_start_again_after_closing(split: Split) -> None:
-    with open_torchvision(split, 1) as loader:
-        first = [batch.crops for batch in loader.batches(0)]
-        loader.close()
-        again = [batch.crops for batch in loader.batches(0)]
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
-
-
 def test_workers_live_on_between_epochs(split: Split) -> None:
     others = set(multiprocessing.active_children())
     with open_torchvision(split, 2) as loader:
@@ -107,43 +73,6 @@ def test_workers_live_on_between_epochs(split: Split) -> None:
         assert len(workers) == 2
         list(loader.batches(1))
         assert workers_beside(others) == workers
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_pass_that_another_one_overtook(split: Split, workers: int) -> None:
-    with open_torchvision(split, workers) as loader:
-        overtaken = loader.batches(0)
-        next(overtaken)
-        assert len(list(loader.batches(1))) == loader.steps_per_epoch
-        with pytest.raises(AssertionError, match="another pass over this loader has begun"):
-            next(overtaken)
-
-
-@pytest.mark.parametrize("num_images", [8, 30])
-def test_errors_come_without_a_worker_s_traceback(
-    num_images: int, write_split: Callable[..., Split], damage: Callable[..., None]
-) -> None:
-    split = write_split(num_images)
-    damage(split, *range(num_images))
-    with open_torchvision(split, 2) as loader, pytest.raises((ValueError, RuntimeError)) as raised:
-        list(loader.batches(0))
-    assert str(raised.value).splitlines() == [str(raised.value)]
-    assert "cannot identify image file" in str(raised.value)
-
-
-def test_a_worker_gives_up_early(write_split: Callable[..., Split], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that went away must not be asked for every image first."""
-    split = write_split(40)
-    reads: list[int] = []
-
-    def fail(index: int) -> bytes:
-        reads.append(index)
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(split, "read", fail)
-    with pytest.raises(RuntimeError, match=r"11 of 40 images cannot be read.*the disk is gone"):
-        list(open_torchvision(split, 0).batches(0))
-    assert len(reads) == 11
 
 
 def test_by_default_one_worker_for_each_core(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,33 +141,11 @@ def test_a_worker_that_hangs(split: Split, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_abandoned_epochs_leave_nothing(workers: int, split: Split) -> None:
-    process = psutil.Process()
-    with open_torchvision(split, workers) as loader:
-        states = []
-        for epoch in range(60):
-            batches = loader.batches(epoch)
-            list(islice(batches, 1 + epoch % 3))
-            if epoch % 2:
-                batches.close()
-            del batches
-            if epoch in (9, 59):
-                list(loader.batches(100))
-                states.append(
-                    (process.num_threads(), process.num_fds(), len(process.children()), process.memory_info())
-                )
-    (*before, memory), (*after, memory_later) = states
-    # Not one for five of 50 epochs; what tests before this one have left goes away meanwhile.
-    assert all(later - earlier < 10 for later, earlier in zip(after, before, strict=True))
-    assert memory_later.rss <= memory.rss + 8 * 2**20
-
-
-@pytest.mark.parametrize("workers", [0, 2])
 def test_copying_ahead_keeps_the_order(workers: int, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done for a GPU, without one."""
     with open_torchvision(split, workers) as loader:
         expected = list(loader.batches(2))
-        monkeypatch.setattr(TorchvisionLoader, "_copies_ahead", True)
+        monkeypatch.setattr(TorchvisionLoader, "_is_copied_ahead", True)
         for start in range(6):
             batches = list(loader.batches(2, start))
             assert [batch.step for batch in batches] == list(range(start, 5))
