@@ -22,7 +22,9 @@ from dataset_tools.command_line import (
     say,
     unknown,
 )
-from dataset_tools.conversion.options import DECODE_LIMIT_BYTES, ConvertOptions
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.formats.beton import DECODE_LIMIT_BYTES, decode_bytes
+from dataset_tools.formats.formats import FORMATS
 
 _Positional = tyro.conf.Positional
 
@@ -81,8 +83,8 @@ class Verify(CommonFlags):
         more = result["num_problems"] - len(result["problems"])
         if more:
             say(console, f"… and {more:,} more")
-        verdict = "whole" if result["ok"] else f"NOT whole: {result['num_problems']:,} problem(s)"
-        say(console, f"{self.data}: {verdict}; {result['samples']:,} samples")
+        state = "whole" if result["ok"] else f"NOT whole: {result['num_problems']:,} problem(s)"
+        say(console, f"{self.data}: {state}; {result['samples']:,} samples")
         return result
 
 
@@ -107,7 +109,7 @@ class Inspect(CommonFlags):
         say(console, "versions: " + ", ".join(f"{name} {value}" for name, value in manifest.versions.items()))
         document = asdict(manifest)
         for name, split in manifest.splits.items():
-            document["splits"][name]["ffcv_decode_bytes"] = split.ffcv_decode_bytes
+            document["splits"][name]["ffcv_decode_bytes"] = decode_bytes(split.max_width, split.max_height)
         return document
 
 
@@ -208,13 +210,13 @@ def _progress(console: Console) -> Any:
 
 
 def _print_summary(console: Console, summary: dict[str, Any]) -> None:
-    is_ffcv = summary["format"] == "ffcv"
-    table = Table("split", "samples", "in quarantine", "largest", *(["FFCV decodes in"] if is_ffcv else []))
+    has_buffers = FORMATS[summary["format"]].decodes_into_buffers
+    table = Table("split", "samples", "in quarantine", "largest", *(["FFCV decodes in"] if has_buffers else []))
     for column in table.columns[1:]:
         column.justify = "right"
     for name, split in summary["splits"].items():
         row = [f"{split['samples']:,}", f"{split['quarantined']:,}", f"{split['max_width']} x {split['max_height']}"]
-        table.add_row(name, *row, *([f"{split['ffcv_decode_bytes'] / 2**30:.2f} GiB"] if is_ffcv else []))
+        table.add_row(name, *row, *([f"{split['ffcv_decode_bytes'] / 2**30:.2f} GiB"] if has_buffers else []))
     console.print(table)
     speed = f", {summary['images_per_s']:,.0f} images/s" if summary["images_per_s"] else ""
     say(
@@ -225,7 +227,7 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     )
     for reason, count in summary["reencoded_because"].items():
         say(console, f"  re-encoded, {reason}: {count:,}")
-    if not is_ffcv:
+    if not has_buffers:
         return
     say(
         console,

@@ -20,7 +20,7 @@ from dataset_tools.sources.split import SPLIT_ORDER
 
 RECORD = "demo.json"
 VERSION = 4
-"""Of the drawings: goes up when the pictures change."""
+"""The version of the drawings goes up when the pictures change."""
 
 
 def write_demo_data(

@@ -98,8 +98,8 @@ def draw_object(
 ) -> None:
     """One object, turned, squeezed and partly over the edge at times. `center` [2] and `radius` in pixels."""
     outline, surface = CLASSES[CLASS_NAMES[label]]
-    turn, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1)
-    matrix = np.array([(np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))]) * (1, squeeze) * radius
+    angle, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1)
+    matrix = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))]) * (1, squeeze) * radius
 
     left, top = np.maximum(np.floor(center - radius), 0).astype(int)
     right, bottom = np.minimum(np.ceil(center + radius) + 1, canvas.size).astype(int)

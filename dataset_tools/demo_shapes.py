@@ -11,17 +11,17 @@ Floats = NDArray[np.float32]
 Surface = Callable[[Floats, Floats], Floats]
 
 
-def polar(radii: ArrayLike, turn: float = 0.0) -> Floats:
-    """The polygon [K, 2] with corners at K equal angles, the first one upwards (`turn`: in full turns)."""
+def polar(radii: ArrayLike, rotation: float = 0.0) -> Floats:
+    """The polygon [K, 2] with corners at K equal angles, the first one upwards but for `rotation` (1: all round)."""
     lengths = np.asarray(radii, dtype=np.float32)
-    angles = 2 * np.pi * (np.arange(len(lengths)) / len(lengths) + turn)
+    angles = 2 * np.pi * (np.arange(len(lengths)) / len(lengths) + rotation)
     return np.asarray(lengths[:, None] * np.stack([np.sin(angles), -np.cos(angles)], axis=1), np.float32)
 
 
 def cross(arm: float = 0.36) -> Floats:
     corner = np.array([(-arm, -1), (arm, -1), (arm, -arm)], dtype=np.float32)
     quarter_turn = np.array([(0, 1), (-1, 0)], dtype=np.float32)
-    corners = [corner @ np.linalg.matrix_power(quarter_turn, turns) for turns in range(4)]
+    corners = [corner @ np.linalg.matrix_power(quarter_turn, number) for number in range(4)]
     return np.concatenate(corners).astype(np.float32)
 
 
@@ -102,7 +102,7 @@ def _edge(wave: NDArray[np.floating]) -> Floats:
 
 CLASSES: dict[str, tuple[tuple[Floats, ...], Surface]] = {
     "bricked_heart": ((heart(),), bricks),
-    "checkered_square": ((polar([1, 1, 1, 1], turn=1 / 8),), checks),
+    "checkered_square": ((polar([1, 1, 1, 1], rotation=1 / 8),), checks),
     "dotted_triangle": ((polar([1, 1, 1]),), dots),
     "grated_hexagon": ((polar([1] * 6),), grid),
     "ringed_crescent": ((crescent(),), rings),

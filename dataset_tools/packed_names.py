@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,15 @@ class PackedNames(Sequence[str]):
         packed = cls.__new__(cls)
         packed.blob, packed.offsets = blob, offsets
         return packed
+
+    @classmethod
+    def from_arrays(cls, saved: Any, key: str) -> PackedNames:
+        """The inverse of `as_arrays`. Raises ValueError or KeyError."""
+        return cls.from_buffers(saved[f"{key}_blob"].tobytes(), saved[f"{key}_ends"])
+
+    def as_arrays(self, key: str) -> dict[str, NDArray[Any]]:
+        """Two arrays for an .npz, whose names begin with `key`."""
+        return {f"{key}_blob": np.frombuffer(self.blob, dtype=np.uint8), f"{key}_ends": self.offsets}
 
     def select(self, indices: NDArray[np.int64]) -> PackedNames:
         """The names at `indices` (int64 [M], in [0, N)), in that order."""

@@ -39,6 +39,11 @@ class StopSignals:
         elif not self.saving and (self.repeats_insist or self._is_meant(number)):
             raise KeyboardInterrupt
 
+    def raise_if_requested(self, then: str = "; the same command continues") -> None:
+        """Raises StoppedBySignalError, whose message ends with `then`."""
+        if self.requested:
+            raise StoppedBySignalError(f"stopped by {self.name}{then}")
+
     def _is_meant(self, number: int) -> bool:
         """Not sent by a scheduler and torchrun both, nor by a terminal to a whole group of processes."""
         return number == signal.SIGINT and time.monotonic() - self._since_s > _AT_ONCE_AFTER_S

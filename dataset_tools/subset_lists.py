@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset_tools.files import written
 from dataset_tools.sources.split import Split
+from dataset_tools.subsets import rank_by
 
 
 def percent_of(split: Split, percent: float, seed: int) -> NDArray[np.int64]:
@@ -25,12 +26,8 @@ def percent_of(split: Split, percent: float, seed: int) -> NDArray[np.int64]:
     if not 0 < percent <= 100:
         raise ValueError(f"--percent {percent:g} is not allowed: give a number above 0 and at most 100")
     draws = np.fromiter((_draw(name, split.name, seed) for name in split.names), dtype=np.uint64, count=len(split))
-    by_class = np.lexsort((draws, split.labels))
-    sizes = np.unique(split.labels, return_counts=True)[1]
-    rank = np.empty(len(split), dtype=np.int64)
-    rank[by_class] = np.arange(len(split)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     count = max(1, round(len(split) * percent / 100))
-    return np.sort(np.lexsort((draws, rank))[:count])
+    return np.sort(np.lexsort((draws, rank_by(draws, split.labels)))[:count])
 
 
 def _draw(name: str, split: str, seed: int) -> int:
@@ -44,9 +41,8 @@ def write_subset_list(path: Path, split: Split, indices: NDArray[np.int64]) -> d
     `sha256`.
     """
     text = subset_text(split, indices)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text)
-    os.replace(partial, path)
+    with written(path) as file:
+        file.write(text)
     per_class = np.bincount(split.labels[indices][split.labels[indices] >= 0], minlength=len(split.classes))
     return {
         "out": str(path),
@@ -80,15 +76,15 @@ def read_subset_list(path: Path, split: Split) -> NDArray[np.int64]:
     missing = set(wanted)
     found = {name: index for index, name in enumerate(split.names) if name in missing}
     missing -= found.keys()
-    ends: dict[str, int] = {}
     depths = sorted({name.count("/") for name in missing})
-    for index, name in enumerate(split.names if depths else ()):
-        for end in _ends(name, depths):
-            if end not in missing:
-                continue
+    ends: dict[str, int] = {}
+    for index, name in enumerate(split.names if missing else ()):
+        parts = name.split("/")
+        for end in ("/".join(parts[-depth - 1 :]) for depth in depths if depth < len(parts)):
             if end in ends:
                 raise ValueError(f"{end!r} of the list {path} could be {split.names[ends[end]]!r} or {name!r}")
-            ends[end] = index
+            if end in missing:
+                ends[end] = index
     found |= ends
     missing -= ends.keys()
     if missing:
@@ -98,12 +94,6 @@ def read_subset_list(path: Path, split: Split) -> NDArray[np.int64]:
     if len(np.unique(indices)) != len(wanted):
         raise ValueError(f"the list {path} names an image more than once, in different words")
     return indices
-
-
-def _ends(name: str, depths: list[int]) -> list[str]:
-    """What `name` ends in, with so many slashes."""
-    parts = name.split("/")
-    return ["/".join(parts[-depth - 1 :]) for depth in depths if depth < len(parts)]
 
 
 def _escaped(name: str) -> str:

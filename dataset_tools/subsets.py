@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -51,10 +53,15 @@ def rank_in_class(labels: ArrayLike, seed: int) -> NDArray[np.int64]:
     given = np.asarray(labels)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise ValueError(f"labels must be integers in one dimension, not {given.dtype} of shape {given.shape}")
-    by_class = np.lexsort((_hash(seed, len(given), stream=0), given))
-    sizes = np.unique(given, return_counts=True)[1]
-    rank = np.empty(len(given), dtype=np.int64)
-    rank[by_class] = np.arange(len(given)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return rank_by(_hash(seed, len(given), stream=0), given)
+
+
+def rank_by(draws: NDArray[np.uint64], labels: NDArray[Any]) -> NDArray[np.int64]:
+    """int64 [N]: the place, from 0, of each sample among those of its class, sorted by `draws` [N]."""
+    by_class = np.lexsort((draws, labels))
+    sizes = np.unique(labels, return_counts=True)[1]
+    rank = np.empty(len(labels), dtype=np.int64)
+    rank[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return rank
 
 

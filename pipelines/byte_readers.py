@@ -11,12 +11,11 @@ from abc import ABC, abstractmethod
 import numpy as np
 import numpy.typing as npt
 
+from dataset_tools.files import ByteFile
 from dataset_tools.formats.records import RAW
 from dataset_tools.sources import Split
-from dataset_tools.sources.byte_file import ByteFile
 from dataset_tools.sources.converted import ConvertedSplit
-from dataset_tools.sources.extent_split import ExtentSplit
-from dataset_tools.sources.split import SubsetSplit
+from dataset_tools.sources.split import ExtentSplit, SubsetSplit
 from pipelines.decode import UnreadableImageError, image_size
 
 Indices = npt.NDArray[np.int64]

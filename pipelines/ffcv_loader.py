@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeGuard
 import numpy as np
 import torch
 
-from dataset_tools.formats.beton import METADATA, METADATA_START, read_beton_head
+from dataset_tools.formats.beton import METADATA, METADATA_START, Beton, read_beton_head
 from dataset_tools.sources import Split
 from dataset_tools.sources.converted import ConvertedSplit
 from pipelines.byte_readers import base_of
@@ -77,7 +77,7 @@ class FfcvLoader(EncodedLoader):
 
 
 def _is_beton(split: Split) -> TypeGuard[ConvertedSplit]:
-    return isinstance(split, ConvertedSplit) and split.files[0].path.suffix == ".beton"
+    return isinstance(split, ConvertedSplit) and isinstance(split.output, Beton)
 
 
 def _require_sound_beton(split: Split) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,28 +18,22 @@ from PIL import features
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.progress import Progress
-from dataset_tools.conversion.split_conversion import (
-    Positions,
-    SplitConversion,
-    TreatedImages,
-    crashed_image,
-    treat_images,
-)
+from dataset_tools.conversion.split_conversion import Positions, SplitConversion, TransformedImages, complete_split
 from dataset_tools.conversion.staging import Staging, remove_leftover, settled_destination, staged, staging_folder
 from dataset_tools.conversion.workers import WorkerPool, settled_workers
-from dataset_tools.formats.beton import read_beton_head
-from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest, SplitManifest
-from dataset_tools.packed_names import PackedNames
+from dataset_tools.formats.beton import decode_bytes
+from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest
+from dataset_tools.formats.records import ROW
+from dataset_tools.formats.split_manifest import SplitManifest
 from dataset_tools.sources import ImageSource, Split, open_source
 from dataset_tools.stop_signals import StoppedBySignalError, StopSignals, stop_signals
+from dataset_tools.versions import installed_version
 
 logger = logging.getLogger(__name__)
 
 QUARANTINE_NAME = "quarantine.jsonl"
 JOURNAL_EVERY_S = 5.0
 SPACE_SAMPLES = 32
-SAMPLE_OVERHEAD_BYTES = {"ffcv": 300, "webdataset": 2400}
-"""Upper bounds, beside the image: row, record, name, tables; tar headers and padding, index line."""
 
 
 def convert(
@@ -85,20 +75,11 @@ def convert(
     with (
         staged(target, plan) as staging,
         stop_signals(enabled=True) as stop,
-        disk_errors(staging),
         progress or Progress() as shown,
     ):
         if staging.continued:
             logger.info("continuing what an earlier call left in %s", staging.folder)
-        run = _Conversion(
-            options=options,
-            staging=staging,
-            num_workers=num_workers,
-            strict=strict,
-            progress=shown,
-            stop=stop,
-            journal_every_s=journal_every_s,
-        )
+        run = _Conversion(options, staging, num_workers, strict, shown, stop, journal_every_s)
         splits = _chosen_splits(source, options)
         images = run.convert_splits(splits)
         manifest = run.publish(splits, source)
@@ -106,19 +87,18 @@ def convert(
 
 
 def summarize(destination: Path, manifest: Manifest, *, images: int, seconds: float) -> dict[str, Any]:
-    """What `convert --json` prints; `images` were treated in `seconds`."""
+    """What `convert --json` prints; `images` were looked at in `seconds`."""
     splits = manifest.splits.values()
-    reasons: dict[str, int] = {}
+    reasons = Counter[str]()
     for split in splits:
-        for reason, count in split.reasons.items():
-            reasons[reason] = reasons.get(reason, 0) + count
+        reasons.update(split.reasons)
     return {
         "destination": str(destination),
         "format": manifest.format,
         "samples": sum(split.samples for split in splits),
         "passed_through": sum(split.passed_through for split in splits),
         "reencoded": sum(split.reencoded for split in splits),
-        "reencoded_because": reasons,
+        "reencoded_because": dict(reasons),
         "quarantined": sum(split.quarantined for split in splits),
         "bytes": sum(file.bytes for split in splits for file in split.files),
         "images_per_s": round(images / seconds, 1) if images else None,
@@ -129,7 +109,7 @@ def summarize(destination: Path, manifest: Manifest, *, images: int, seconds: fl
                 "quarantined": split.quarantined,
                 "max_width": split.max_width,
                 "max_height": split.max_height,
-                "ffcv_decode_bytes": split.ffcv_decode_bytes,
+                "ffcv_decode_bytes": decode_bytes(split.max_width, split.max_height),
             }
             for name, split in manifest.splits.items()
         },
@@ -137,41 +117,28 @@ def summarize(destination: Path, manifest: Manifest, *, images: int, seconds: fl
 
 
 def package_versions() -> dict[str, str]:
-    """Of what the bytes of re-encoded images depend on."""
-    try:
-        ours = version("leoclr-fast")
-    except PackageNotFoundError:  # a checkout that is not installed
-        ours = "unknown"
+    """The versions of the packages on which the bytes of re-encoded images depend."""
+    ours = installed_version("leoclr-fast") or "unknown"
     turbo = features.version("libjpeg_turbo") or "none"
     return {"leoclr-fast": ours, "pillow": PIL.__version__, "libjpeg-turbo": turbo}
 
 
-class NoRoomError(OSError):
-    """What is to be written does not fit on the disk, as is known before it is begun."""
-
-
+@dataclass(slots=True)
 class _Conversion:
     """One call of `convert`, holding its staging folder."""
 
-    def __init__(
-        self,
-        *,
-        options: ConvertOptions,
-        staging: Staging,
-        num_workers: int,
-        strict: bool,
-        progress: Progress,
-        stop: StopSignals,
-        journal_every_s: float,
-    ) -> None:
-        self.options, self.staging, self.num_workers, self.strict = options, staging, num_workers, strict
-        self.progress, self.stop, self.journal_every_s = progress, stop, journal_every_s
-        staging.state.setdefault("splits", {})
-        staging.state.setdefault("quarantine_bytes", 0)
+    options: ConvertOptions
+    staging: Staging
+    num_workers: int
+    strict: bool
+    progress: Progress
+    stop: StopSignals
+    journal_every_s: float
+    _quarantine: BinaryIO = None  # type: ignore[assignment]
 
     def convert_splits(self, splits: list[Split]) -> int:
         """Converts what is not converted yet. Returns how many images it looked at."""
-        states = self.staging.state["splits"]
+        states = self.staging.state.setdefault("splits", {})
         unfinished = [
             SplitConversion(split, self.options, self.staging.folder, states.setdefault(split.name, {}))
             for split in splits
@@ -179,30 +146,35 @@ class _Conversion:
         ]
         if not unfinished:  # quarantine.jsonl may be in its last place already
             return 0
+        images = sum(conversion.num_left for conversion in unfinished)
         with self._open_quarantine() as self._quarantine:
-            self._check_space(unfinished)
-            images = sum(self._convert_split(conversion) for conversion in unfinished)
+            self._check_room(unfinished)
+            for conversion in unfinished:
+                with conversion.opened():
+                    done = conversion.num_positions - conversion.num_left
+                    self.progress.start(conversion.split.name, conversion.num_positions, done)
+                    self._transform(conversion)
+                    self._finish(conversion)
         return images
 
     def publish(self, splits: list[Split], source: ImageSource) -> Manifest:
         """The manifest, and DEST."""
         states = {split.name: self.staging.state["splits"][split.name]["finished"] for split in splits}
         finished = {name: entry for name, entry in states.items() if entry["manifest"]}
+        quarantine = self.staging.find(QUARANTINE_NAME)
         if not finished:
-            lines = self.staging.find(QUARANTINE_NAME).read_text(encoding="utf-8").splitlines()
+            lines = quarantine.read_text(encoding="utf-8").splitlines()
             raise ValueError(
                 f"none of the {len(lines):,} images can be used; for example {json.loads(lines[0])['name']}: "
-                f"{json.loads(lines[0])['reason']}. {self.staging.find(QUARANTINE_NAME)} lists them all"
+                f"{json.loads(lines[0])['reason']}. {quarantine} lists them all"
             )
         manifest = Manifest(
             format=self.options.format,
             classes=source.classes,
             splits={name: SplitManifest.from_json(entry["manifest"]) for name, entry in finished.items()},
-            source=self.staging.plan["source"],
-            options=self.staging.plan["options"],
-            versions=self.staging.plan["versions"],
-            quarantine=hash_files([self.staging.find(QUARANTINE_NAME)], 1, self.stop)[0],
+            quarantine=hash_files([(quarantine, None)], 1, self.stop)[0],
             part=self.options.part_numbers,
+            **self.staging.plan,
         )
         manifest.save(self.staging.folder)
         names = [name for entry in finished.values() for name in entry["working_files"]]
@@ -217,7 +189,7 @@ class _Conversion:
 
     def _open_quarantine(self) -> BinaryIO:
         """quarantine.jsonl, cut back to what the journal knows."""
-        path, known = self.staging.folder / QUARANTINE_NAME, self.staging.state["quarantine_bytes"]
+        path, known = self.staging.folder / QUARANTINE_NAME, self.staging.state.setdefault("quarantine_bytes", 0)
         if known and (not path.exists() or path.stat().st_size < known):
             raise ValueError(
                 f"the unfinished conversion cannot be continued: {path} is missing or shorter than the journal says. "
@@ -228,18 +200,25 @@ class _Conversion:
         file.seek(known)
         return file
 
-    def _convert_split(self, conversion: SplitConversion) -> int:
-        begin = conversion.state["done"]
-        try:
-            conversion.open()
-            self.progress.start(conversion.split.name, conversion.num_positions, begin - conversion.start)
-            self._treat_all(conversion)
-            self._finish(conversion)
-        finally:
-            conversion.close()
-        return conversion.stop - begin
+    def _check_room(self, unfinished: list[SplitConversion]) -> None:
+        """Raises OSError if what is left would not fit on the disk, judged by a few images of each split."""
+        needed = 0
+        for conversion in unfinished:
+            num_samples = min(SPACE_SAMPLES, conversion.num_left)
+            spread = np.unique(np.linspace(conversion.start, conversion.stop - 1, num_samples).astype(np.int64))
+            sizes = list[int]()
+            with self._pool(conversion) as pool:
+                for done in pool.map((position, position + 1) for position in spread.tolist()):
+                    if self.stop.requested:  # the conversion stops at its first step
+                        return
+                    if done is not None:
+                        sizes.append(len(done.payload))
+            if sizes:
+                conversion.limit_task_bytes(max(sizes))
+                needed += int(conversion.num_left * (np.mean(sizes) + self.options.output.sample_overhead_bytes))
+        self.staging.check_room(needed, "what is left to write takes about")
 
-    def _treat_all(self, conversion: SplitConversion) -> None:
+    def _transform(self, conversion: SplitConversion) -> None:
         saved = time.monotonic()
         with self._pool(conversion) as pool:
             for done in pool.map(conversion.tasks()):
@@ -255,10 +234,9 @@ class _Conversion:
                         )
                 if self.stop.requested:
                     self._save(conversion)
-                    left = conversion.stop - conversion.state["done"]
                     raise StoppedBySignalError(
-                        f"stopped by {self.stop.name} with {left:,} images of {conversion.split.name} left; the same "
-                        "command continues"
+                        f"stopped by {self.stop.name} with {conversion.num_left:,} images of {conversion.split.name} "
+                        "left; the same command continues"
                     )
                 if time.monotonic() - saved > self.journal_every_s:
                     self._save(conversion)
@@ -267,35 +245,29 @@ class _Conversion:
 
     def _finish(self, conversion: SplitConversion) -> None:
         """Everything of a split but its place in DEST; may be done again after a death in its midst."""
-        split = conversion.split
-        rows = conversion.rows
+        split, state, rows = conversion.split, conversion.state, conversion.rows
         if not len(rows):
             logger.warning("%s is left out: none of its %d images can be used", split.name, conversion.num_positions)
-            conversion.state["finished"] = {"manifest": None, "working_files": []}
+            state["finished"] = {"manifest": None, "working_files": []}
             self.staging.save()
             return
         self.progress.say(f"{split.name}: completing the files")
         images = conversion.writer.finish(rows)
-        names = split.names if isinstance(split.names, PackedNames) else PackedNames(split.names)
-        records = self.staging.folder / f"{split.name}.records.safetensors"
-        rows.write_records(records, lambda block, _: names.select(block["source_index"]))
         self.progress.say(f"{split.name}: hashing the files")
-        files = [records, *images]
-        hashed = hash_files(files, self.num_workers, self.stop, lambda: [self.staging.lock, self._quarantine.fileno()])
-        entries = dict(zip(files, hashed, strict=True))
-        manifest = SplitManifest.of(
+        names = split.packed_names()
+        manifest, working_files = complete_split(
+            split.name,
             rows,
+            lambda block, _: names.select(block["source_index"]),
+            dict.fromkeys(images),
+            self.options.output,
+            num_workers=self.num_workers,
+            stop=self.stop,
             positions=conversion.num_positions,
-            reasons=dict(sorted(conversion.state["reasons"].items())),
-            quarantined=conversion.state["counts"]["quarantined"],
-            page_bytes=int(read_beton_head(images[0])["page_size"]) if self.options.format == "ffcv" else None,
-            records=entries[records],
-            files=tuple(entries[path] for path in images),
+            reasons=dict(sorted(state["reasons"].items())),
+            quarantined=state["counts"]["quarantined"],
         )
-        conversion.state["finished"] = {
-            "manifest": asdict(manifest),
-            "working_files": [path.name for path in files],
-        }
+        state["finished"] = {"manifest": asdict(manifest), "working_files": working_files}
         self.staging.save()
 
     def _save(self, conversion: SplitConversion) -> None:
@@ -305,53 +277,29 @@ class _Conversion:
         self.staging.state["quarantine_bytes"] = self._quarantine.tell()
         self.staging.save()
 
-    def _pool(self, conversion: SplitConversion) -> WorkerPool[Positions, TreatedImages]:
+    def _pool(self, conversion: SplitConversion) -> WorkerPool[Positions, TransformedImages]:
         def describe(positions: Positions) -> str:
             name = conversion.name_at(positions[0])
             more = positions[1] - positions[0] - 1
             return f"{name} and the {more} images behind it" if more else name
 
         return WorkerPool(
-            treat_images(conversion.split, conversion.order, self.options.policy),
+            conversion.transform,
             self.num_workers,
             pieces=lambda positions: [(position, position + 1) for position in range(*positions)],
-            crashed=crashed_image,
+            crashed=lambda positions, reason: TransformedImages(
+                np.zeros(0, dtype=ROW), Counter(), [(positions[0], reason)]
+            ),
             describe=describe,
-            descriptors=lambda: [self.staging.lock, self._quarantine.fileno(), *conversion.descriptors()],
+            descriptors=(self.staging.lock,),
         )
-
-    def _check_space(self, unfinished: list[SplitConversion]) -> None:
-        """Raises OSError if what is left would not fit on the disk, judged by a few images of each split."""
-        needed = 0
-        for conversion in unfinished:
-            left = conversion.stop - conversion.state["done"]
-            spread = np.linspace(conversion.start, conversion.stop - 1, min(SPACE_SAMPLES, left)).astype(np.int64)
-            tasks = [(int(position), int(position) + 1) for position in np.unique(spread)]
-            sizes = list[int]()
-            with self._pool(conversion) as pool:
-                for done in pool.map(tasks):
-                    if self.stop.requested:  # the conversion stops at its first step
-                        return
-                    if done is not None:
-                        sizes.append(len(done.payload))
-            if sizes:
-                conversion.limit_task_bytes(max(sizes))
-                needed += int(left * (np.mean(sizes) + SAMPLE_OVERHEAD_BYTES[self.options.format]))
-        free = shutil.disk_usage(self.staging.folder).free
-        if needed > free:
-            raise NoRoomError(
-                errno.ENOSPC,
-                f"what is left to write takes about {in_words(needed)}, but {self.staging.folder.parent} has "
-                f"{in_words(free)} free. Free some, or choose another destination",
-            )
 
 
 def _plan(source: ImageSource, options: ConvertOptions) -> dict[str, Any]:
-    versions = package_versions()
     return {
         "source": {"kind": source.kind, "fingerprint": source.fingerprint},
         "options": options.identity(),
-        "versions": versions,
+        "versions": package_versions(),
     }
 
 
@@ -387,21 +335,3 @@ def _chosen_splits(source: ImageSource, options: ConvertOptions) -> list[Split]:
         if len(split) < num_parts:
             raise ValueError(f"{split.name} has {len(split)} images, too few for {num_parts} parts")
     return chosen
-
-
-def in_words(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
-
-
-@contextmanager
-def disk_errors(staging: Staging, then: str = "the same command continues") -> Iterator[None]:
-    """A full disk, in words; `then`: what comes after room was made."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, NoRoomError):
-            raise
-        raise OSError(
-            error.errno,
-            f"the disk of {staging.folder} is full ({error.strerror}). Free some space, and {then}",
-        ) from error

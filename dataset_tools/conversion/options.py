@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from dataset_tools.conversion.treatment import Policy
-from dataset_tools.formats.beton import page_bytes_for
-from dataset_tools.formats.manifest import FFCV_BATCH_SIZE, FFCV_BATCHES_AHEAD, FORMATS
+from dataset_tools.formats.formats import FORMATS
+from dataset_tools.formats.output_format import OutputFormat
 from dataset_tools.formats.tar_shards import parse_bytes
 
-DECODE_LIMIT_BYTES = 4 << 30
-DEFAULT_MAX_SIDE = math.isqrt((DECODE_LIMIT_BYTES - 1) // ((FFCV_BATCHES_AHEAD + 2) * FFCV_BATCH_SIZE * 3))
-"""Pixels: with no side above this, FFCV's stock decoders stay under 4 GiB."""
-UNLIMITED_PAGE_BYTES = 1 << 23
-"""Where the images have no limit: FFCV's own page size, and larger ones if a sample needs it."""
-
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
 _ALLOWED: dict[str, tuple[str | None, ...]] = {
-    "format": FORMATS,
+    "format": tuple(FORMATS),
     "mode": ("auto", "passthrough", "reencode"),
     "check": ("header", "decode"),
     "order": ("source", "shuffled", None),
@@ -30,7 +26,7 @@ _ALLOWED: dict[str, tuple[str | None, ...]] = {
 class ConvertOptions:
     """The flags of `convert`. Raises ValueError for what is not allowed."""
 
-    format: Literal["ffcv", "webdataset"]
+    format: FormatName
     """ffcv: one .beton for each split; webdataset: numbered tars, with the .idx files of DALI."""
     split: str | None = None
     """Convert only this split; all of them if not given."""
@@ -89,36 +85,36 @@ class ConvertOptions:
         return parse_bytes(self.shard_size)
 
     @property
+    def output(self) -> OutputFormat:
+        return FORMATS[self.format]
+
+    @property
     def settled_order(self) -> str:
-        return self.order or ("shuffled" if self.format == "webdataset" else "source")
+        return self.order or self.output.default_order
 
     @property
     def settled_max_side(self) -> int | None:
         if self.max_side is not None:
             return self.max_side or None
-        if self.format == "ffcv" and self.mode != "passthrough" and not self.short_side:
-            return DEFAULT_MAX_SIDE
-        return None
+        return None if self.mode == "passthrough" or self.short_side else self.output.default_max_side
 
     @property
     def page_bytes(self) -> int | None:
-        """FFCV's page size, which holds the largest image within the limits, uncompressed."""
-        if self.format != "ffcv":
-            return None
-        side = self.settled_max_side
-        return page_bytes_for(3 * side * side) if side else UNLIMITED_PAGE_BYTES
+        """The size of the format's pages, which hold the largest image within the limits, uncompressed."""
+        return self.output.page_bytes(self.settled_max_side)
 
     @property
-    def policy(self) -> Policy:
-        return Policy(
-            format=self.format,
-            mode=self.mode,
-            check=self.check,
-            short_side=self.short_side,
-            max_side=self.settled_max_side,
-            quality=self.quality,
-            max_jpeg_bytes=self.page_bytes if self.settled_max_side else None,
-        )
+    def max_jpeg_bytes(self) -> int | None:
+        """A JPEG of more bytes is encoded anew; None: any number."""
+        return self.page_bytes if self.settled_max_side else None
+
+    def target_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) within the limits, with the same ratio; never larger."""
+        limits = (self.short_side, min), (self.settled_max_side, max)
+        for limit, side_of in limits:
+            if limit and (side := side_of(width, height)) > limit:
+                width, height = max(1, round(width * limit / side)), max(1, round(height * limit / side))
+        return width, height
 
     def identity(self) -> dict[str, Any]:
         """What the bytes of the result depend on, as JSON."""
@@ -127,7 +123,7 @@ class ConvertOptions:
         identity = given | settled
         if self.settled_order == "source":
             del identity["seed"]
-        if self.format != "webdataset":
+        if not self.output.has_shards:
             del identity["shard_size"]
         return identity
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset_tools.file_lock import take_lock
+from dataset_tools.files import written
 
 JOURNAL_NAME = "journal.json"
 
@@ -39,14 +42,19 @@ class Staging:
         """Make `state` what a later process continues from; the files it speaks of must be synced before."""
         body = json.dumps({"plan": self.plan, "state": self.state})
         checksum = hashlib.sha256(body.encode()).hexdigest()
-        partial = self.folder / (JOURNAL_NAME + ".new")
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(f"{checksum}\n{body}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.folder / JOURNAL_NAME)
+        with written(self.folder / JOURNAL_NAME, suffix=".new") as file:
+            file.write(f"{checksum}\n{body}\n".encode())
         sync_folder(self.folder)
         self.has_progress = True
+
+    def check_room(self, needed_bytes: int, what: str) -> None:
+        """Raises OSError, which begins with `what`, if the disk has no room for so many bytes."""
+        free = shutil.disk_usage(self.folder).free
+        if needed_bytes > free:
+            raise OSError(
+                f"{what} {_in_words(needed_bytes)}, but {self.folder.parent} has {_in_words(free)} free. Free some, or "
+                "choose another destination"
+            )
 
     def publish(self, names: list[str]) -> None:
         """Make the files called `names`, and nothing else, the folder DEST, in one step.
@@ -91,12 +99,13 @@ class Staging:
 
 
 @contextmanager
-def staged(destination: Path, plan: dict[str, Any]) -> Iterator[Staging]:
+def staged(destination: Path, plan: dict[str, Any], *, then: str = "the same command continues") -> Iterator[Staging]:
     """Hold DEST.partial, made if it is not there. `plan` (JSON): what is being made; it must be that of an earlier try.
 
     What fails before anything can be continued leaves nothing behind. Raises FileExistsError if there is something at
     `destination`, or something that is not ours at DEST.partial, RuntimeError if another process holds it, ValueError
-    for a damaged journal or another plan, OSError if the folder cannot be written.
+    for a damaged journal or another plan, OSError if the folder cannot be written. If the disk becomes full, the
+    message says what comes after room was made: `then`.
     """
     folder = staging_folder(destination)
     _refuse_foreign(folder)
@@ -106,6 +115,12 @@ def staged(destination: Path, plan: dict[str, Any]) -> Iterator[Staging]:
         staging = Staging(destination, folder, plan, lock)
         try:
             yield staging
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                error.errno, f"the disk of {folder} is full ({error.strerror}). Free some space, and {then}"
+            ) from error
         finally:
             if not staging.has_progress:
                 _remove(folder)
@@ -163,8 +178,12 @@ def staging_folder(destination: Path) -> Path:
 
 
 def final_name(name: str) -> str:
-    """Of a working file: a .beton with larger pages carries their size behind its name."""
-    return name[: name.index(".beton") + len(".beton")] if ".beton." in name else name
+    """The name without the number behind it, such as the page size of a .beton with larger pages."""
+    return re.sub(r"\.\d+$", "", name)
+
+
+def _in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def sync_folder(folder: Path) -> None:
@@ -178,7 +197,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[int]:
-    """While this process holds the lock of a staging folder; an empty one is removed at the end."""
+    """Holds the lock of a staging folder, and removes the folder at the end if it is empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -206,7 +225,7 @@ def _alone(folder: Path) -> Iterator[int]:
 
 
 def _difference(theirs: Any, ours: Any, name: str = "") -> str:
-    """What differs between two plans, for a message."""
+    """Says what differs between two plans."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         found = [
             _difference(theirs.get(key), ours.get(key), str(key))

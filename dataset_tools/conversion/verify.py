@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,21 @@ from numpy.typing import NDArray
 
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.progress import Progress
-from dataset_tools.conversion.treatment import UnusableImageError, decode
+from dataset_tools.conversion.transform import UnusableImageError, decode
 from dataset_tools.conversion.workers import WorkerPool, settled_workers
-from dataset_tools.file_io import read_at
-from dataset_tools.formats.beton import (
-    ALLOCATION,
-    METADATA,
-    METADATA_START,
-    beton_head,
-    beton_tables,
-)
-from dataset_tools.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, SplitManifest
-from dataset_tools.formats.records import BLOCK_ROWS, HASH_BYTES, PASSED_THROUGH, SampleRecords
-from dataset_tools.formats.tar_shards import BLOCK, index_line, member_header, sample_members
+from dataset_tools.files import ByteFile
+from dataset_tools.formats.formats import FORMATS
+from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest
+from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, SampleRecords
+from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 from dataset_tools.sources import Split, open_source
-from dataset_tools.sources.byte_file import ByteFile
 from dataset_tools.sources.converted import ConvertedSplit
-from dataset_tools.stop_signals import StoppedBySignalError, StopSignals, stop_signals
+from dataset_tools.stop_signals import StopSignals, stop_signals
 
 logger = logging.getLogger(__name__)
 
 MAX_PROBLEMS = 1000
-"""More are counted, not named."""
+"""Problems beyond this number are counted, not named."""
 CHUNK_SAMPLES = 256
 
 
@@ -65,33 +59,41 @@ def verify(
     original = open_source(source).splits if source is not None else None
     with stop_signals(enabled=True) as stop, progress or Progress() as shown:
         shown.say(f"{place}: hashing the files")
-        checks = _Verification(place, manifest, original, deep, num_workers, shown, stop)
-        problems = list(islice(found := checks.problems(), MAX_PROBLEMS))
+        found = _Verification(place, manifest, original, deep, num_workers, shown, stop).problems()
+        problems = list(islice(found, MAX_PROBLEMS))
         num_problems = len(problems) + sum(1 for _ in found)
     samples = sum(split.samples for split in manifest.splits.values())
     return {"ok": not num_problems, "num_problems": num_problems, "problems": problems, "samples": samples}
 
 
+@dataclass(frozen=True, slots=True)
 class _Verification:
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        original: dict[str, Split] | None,
-        deep: bool,
-        num_workers: int,
-        progress: Progress,
-        stop: StopSignals,
-    ) -> None:
-        self.folder, self.manifest, self.original, self.deep = folder, manifest, original, deep
-        self.num_workers, self.progress, self.stop = num_workers, progress, stop
+    folder: Path
+    manifest: Manifest
+    original: dict[str, Split] | None
+    deep: bool
+    num_workers: int
+    progress: Progress
+    stop: StopSignals
 
     def problems(self) -> Iterator[str]:
         """A sentence for each."""
-        yield from self._strangers()
+        yield from self._unknown_files_and_splits()
         yield from self._file_problems([self.manifest.quarantine])
         for name, entry in self.manifest.splits.items():
             yield from self._split_problems(name, entry)
+
+    def _unknown_files_and_splits(self) -> Iterator[str]:
+        known = {MANIFEST_NAME, *(file.name for file in self.manifest.all_files)}
+        for name in sorted(set(os.listdir(self.folder)) - known):
+            logger.warning("%s is not in the manifest", name)
+        if self.original is None:
+            return
+        if unknown := sorted(self.manifest.splits.keys() - self.original.keys()):
+            yield f"the source has no split {', '.join(unknown)}"
+        if self.manifest.options.get("split", "") is None:  # all were converted
+            for name in sorted(self.original.keys() - self.manifest.splits.keys()):
+                yield f"{name}: the source has {len(self.original[name]):,} images, here are none"
 
     def _split_problems(self, name: str, entry: SplitManifest) -> Iterator[str]:
         if problems := list(self._file_problems([entry.records])):
@@ -101,28 +103,18 @@ class _Verification:
         yield from self._file_problems(entry.files)
         if any(not (self.folder / file.name).is_file() for file in entry.files):
             return
+        files = tuple(ByteFile(self.folder / file) for file in entry.image_files)
+        output = FORMATS[self.manifest.format]
         try:
-            records = SampleRecords.open(self.folder / entry.records.name)
+            split = ConvertedSplit(name, self.folder / entry.records.name, files, self.manifest.classes, output)
         except ValueError as error:
             yield str(error)
             return
-        if self.manifest.format == "ffcv":
-            yield from self._beton_problems(entry, records)
-        else:
-            yield from self._index_problems(entry, records)
-        yield from self._sample_problems(name, entry, records)
-        if self.original is not None:
-            yield from self._coverage_problems(name, entry, records)
-
-    def _strangers(self) -> Iterator[str]:
-        known = {MANIFEST_NAME, *(file.name for file in self.manifest.all_files)}
-        for name in sorted(set(os.listdir(self.folder)) - known):
-            logger.warning("%s is not in the manifest", name)
-        if self.original is not None and (unknown := sorted(self.manifest.splits.keys() - self.original.keys())):
-            yield f"the source has no split {', '.join(unknown)}"
-        if self.original is not None and self.manifest.options.get("split", "") is None:  # all were converted
-            for name in sorted(self.original.keys() - self.manifest.splits.keys()):
-                yield f"{name}: the source has {len(self.original[name]):,} images, here are none"
+        original = self.original.get(name) if self.original is not None else None
+        yield from output.problems(self.folder, entry, split.records)
+        yield from self._sample_problems(entry, split, original)
+        if original is not None:
+            yield from self._coverage_problems(name, split.records, original)
 
     def _file_problems(self, files: Sequence[FileEntry]) -> Iterator[str]:
         """Whether files are there, and as they were written."""
@@ -132,73 +124,27 @@ class _Verification:
                 there.append(file)
             else:
                 yield f"{file.name}: it is missing"
-        found = hash_files([self.folder / file.name for file in there], self.num_workers, self.stop)
-        for expected, now in zip(there, found, strict=True):
+        to_hash = [(self.folder / file.name, file.block_bytes) for file in there]
+        for expected, now in zip(there, hash_files(to_hash, self.num_workers, self.stop, then=""), strict=True):
             if now.bytes != expected.bytes:
                 yield f"{expected.name}: it has {now.bytes:,} bytes and not {expected.bytes:,}"
             elif now.sha256 != expected.sha256:
                 yield f"{expected.name}: its SHA-256 is {now.sha256[:16]}… and not {expected.sha256[:16]}…"
 
-    def _beton_problems(self, entry: SplitManifest, records: SampleRecords) -> Iterator[str]:
-        name = entry.image_files[0]
-        with open(self.folder / name, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            table_at = size - len(records) * ALLOCATION.itemsize
-            header, fields = beton_head(len(records), entry.page_bytes or 0, max(table_at, 0))
-            head = header.tobytes() + fields.tobytes()
-            if size < METADATA_START or read_at(file.fileno(), METADATA_START, 0) != head:
-                yield f"{name}: its header is not what the manifest says"
-                return
-            for start in range(0, len(records), BLOCK_ROWS):
-                rows = records.rows(start, start + BLOCK_ROWS)
-                metadata, allocations = beton_tables(rows, start)
-                metadata_at = METADATA_START + start * METADATA.itemsize
-                allocations_at = table_at + start * ALLOCATION.itemsize
-                for what, expected, at in (
-                    ("metadata", metadata, metadata_at),
-                    ("allocation", allocations, allocations_at),
-                ):
-                    found = np.frombuffer(read_at(file.fileno(), expected.nbytes, at), dtype=expected.dtype)
-                    for index in np.flatnonzero(found != expected).tolist():
-                        yield f"{name}: the {what} of sample {start + index} is not what the records say"
-                page = entry.page_bytes or 1
-                crossing = rows["offset"] // page != (rows["offset"] + np.maximum(rows["num_bytes"], 1) - 1) // page
-                for index in np.flatnonzero(crossing).tolist():
-                    yield f"{name}: sample {start + index} crosses the end of a page"
-
-    def _index_problems(self, entry: SplitManifest, records: SampleRecords) -> Iterator[str]:
-        lines: dict[int, list[str]] = {}
-        for start in range(0, len(records), BLOCK_ROWS):
-            for row in records.rows(start, start + BLOCK_ROWS):
-                lines.setdefault(int(row["shard"]), []).append(index_line(row))
-            complete = sorted(lines)[:-1] if start + BLOCK_ROWS < len(records) else sorted(lines)
-            for shard in complete:
-                name = Path(entry.image_files[shard]).with_suffix(".idx").name
-                expected = lines.pop(shard)
-                if (self.folder / name).read_text(errors="replace") != f"v1.2 {len(expected)}\n" + "".join(expected):
-                    yield f"{name}: it is not the index of the samples in its tar"
-
-    def _sample_problems(self, name: str, entry: SplitManifest, records: SampleRecords) -> Iterator[str]:
-        files = tuple(ByteFile(self.folder / file) for file in entry.image_files)
-        split = ConvertedSplit(name, records, files, self.manifest.classes)
-        original = self.original.get(name) if self.original is not None else None
+    def _sample_problems(self, entry: SplitManifest, split: ConvertedSplit, original: Split | None) -> Iterator[str]:
+        records = split.records
 
         def work(samples: tuple[int, int]) -> tuple[list[str], list[bytes]]:
-            rows = records.rows(*samples)
+            rows = zip(range(*samples), records.rows(*samples), strict=True)
             return [
                 f"{split.names[index]}: {problem}"
-                for index, row in zip(range(*samples), rows, strict=True)
+                for index, row in rows
                 for problem in self._problems_of_sample(split, index, row, original)
             ], []
 
-        tasks = [(start, min(start + CHUNK_SAMPLES, len(split))) for start in range(0, len(split), CHUNK_SAMPLES)]
-        self.progress.start(name, len(split), 0)
-        counts = {
-            "passed_through": entry.passed_through,
-            "reencoded": entry.reencoded,
-            "quarantined": entry.quarantined,
-        }
-        read_bytes = 0
+        self.progress.start(split.name, len(split), 0)
+        counts = {what: getattr(entry, what) for what in ("passed_through", "reencoded", "quarantined")}
+        counts["bytes"] = 0
         with WorkerPool(
             work,
             self.num_workers,
@@ -206,11 +152,12 @@ class _Verification:
             crashed=lambda samples, reason: [f"{split.names[samples[0]]}: {reason}"],
             describe=lambda samples: split.names[samples[0]],
         ) as pool:
-            for done in pool.map(tasks):
-                self._stop_if_asked()
+            starts = range(0, len(split), CHUNK_SAMPLES)
+            for done in pool.map((start, min(start + CHUNK_SAMPLES, len(split))) for start in starts):
+                self.stop.raise_if_requested(then="")
                 if done is not None:
-                    read_bytes += int(records["num_bytes"][slice(*done.task)].sum())
-                    self.progress.update(done.task[1], counts | {"bytes": read_bytes})
+                    counts["bytes"] += int(records["num_bytes"][slice(*done.task)].sum())
+                    self.progress.update(done.task[1], counts)
                     yield from done.result
 
     def _problems_of_sample(
@@ -221,14 +168,13 @@ class _Verification:
         except OSError as error:
             yield str(error)
             return
-        if _half_sha256(data) != row["hash"].tobytes():
+        if hashlib.sha256(data).digest()[:HASH_BYTES] != row["hash"].tobytes():
             yield "its bytes are not those that were written"
             return
-        if self.manifest.format == "webdataset":
-            try:
-                yield from _tar_problems(split, row, len(data))
-            except OSError as error:
-                yield str(error)
+        try:
+            yield from split.output.sample_problems(split.files[int(row["shard"])], row)
+        except OSError as error:
+            yield str(error)
         if self.deep:
             try:
                 decode(data, int(row["encoding"]), int(row["width"]), int(row["height"]))
@@ -244,25 +190,19 @@ class _Verification:
             yield f"its label is {int(row['label'])}, in the source {int(original.labels[source_index])}"
         if row["handling"] == PASSED_THROUGH:
             try:
-                same = original.read(source_index) == data
+                if original.read(source_index) != data:
+                    yield "its bytes are not those of the source"
             except OSError as error:
                 yield f"the source cannot be read: {error}"
-                return
-            if not same:
-                yield "its bytes are not those of the source"
 
-    def _coverage_problems(self, name: str, entry: SplitManifest, records: SampleRecords) -> Iterator[str]:
+    def _coverage_problems(self, name: str, records: SampleRecords, original: Split) -> Iterator[str]:
         """Whether the source has images that are neither here nor in quarantine."""
-        original = self.original.get(name) if self.original else None
-        if original is None:
-            return
         present = np.unique(records["source_index"])
         if len(present) != len(records):
             yield f"{name}: {len(records) - len(present)} images of the source are here more than once"
         if self.manifest.part is None:
             known = np.union1d(present, self._quarantined(name))
-            missing = np.setdiff1d(np.arange(len(original)), known)
-            for index in missing.tolist():
+            for index in np.setdiff1d(np.arange(len(original)), known).tolist():
                 yield f"{original.names[index]}: the source has it; here it is neither a sample nor in quarantine"
 
     def _quarantined(self, name: str) -> NDArray[np.int64]:
@@ -271,26 +211,5 @@ class _Verification:
         try:
             entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             return np.array([entry["index"] for entry in entries if entry["split"] == name], dtype=np.int64)
-        except (OSError, ValueError, KeyError, TypeError):  # told as a damaged file
+        except (OSError, ValueError, KeyError, TypeError):  # reported as a damaged file
             return np.zeros(0, dtype=np.int64)
-
-    def _stop_if_asked(self) -> None:
-        if self.stop.requested:
-            raise StoppedBySignalError(f"stopped by {self.stop.name}")
-
-
-def _tar_problems(split: ConvertedSplit, row: np.void, size: int) -> Iterator[str]:
-    file = split.files[int(row["shard"])]
-    position, encoding, label = int(row["position"]), int(row["encoding"]), int(row["label"])
-    image, label_name, text = sample_members(position, encoding, size, label)
-    if file.read(int(row["offset"]) - BLOCK, BLOCK, sample=image) != member_header(image, size):
-        yield f"the tar header before {image} is damaged"
-    if label_name:
-        begin = int(row["offset"]) + size + -size % BLOCK
-        expected = member_header(label_name, len(text)) + text
-        if file.read(begin, len(expected), sample=label_name) != expected:
-            yield f"{label_name} is damaged"
-
-
-def _half_sha256(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()[:HASH_BYTES]

@@ -1,1 +1,1 @@
-"""What a converted data set looks like on disk: manifest, sample records, and the two formats of the images."""
+"""What a converted data set looks like on disk: manifest, sample records, and the formats of the images."""

@@ -8,17 +8,21 @@ and samples lie in order. The stock ffcv.loader.Loader reads it.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.file_io import read_at, write_at
+from dataset_tools.files import read_at, write_at
+from dataset_tools.formats.output_format import OutputFormat, PartOfSplit, ReadBytes, SampleWriter
+from dataset_tools.formats.records import RAW, SampleRecords
 from dataset_tools.formats.row_file import RowFile
-from dataset_tools.formats.sample_writer import ReadBytes, SampleWriter
+from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 
 VERSION = 2
 MIN_PAGE_BYTES = 1 << 21
@@ -45,6 +49,82 @@ FIELDS = ((2, b"image"), (1, b"label"))
 METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
 COPY_BYTES = 16 << 20
+HASH_BLOCK_BYTES = 1 << 26
+UNLIMITED_PAGE_BYTES = 1 << 23
+"""FFCV's own page size, for images without a limit; a larger sample makes pages larger."""
+SAMPLES_IN_DECODER = (3 + 2) * 256
+"""(batches_ahead + 2) x batch size that FFCV's decoding memory is stated for; the former is its default."""
+DECODE_LIMIT_BYTES = 4 << 30
+DEFAULT_MAX_SIDE = math.isqrt((DECODE_LIMIT_BYTES - 1) // (SAMPLES_IN_DECODER * 3))
+"""Pixels: with no side above this, FFCV's stock decoders stay under 4 GiB."""
+
+
+class Beton(OutputFormat):
+    """One .beton for each split."""
+
+    title = "FFCV"
+    lossless = RAW
+    default_order = "source"
+    default_max_side = DEFAULT_MAX_SIDE
+    largest_side = MAX_SIDE
+    sample_overhead_bytes = 300  # row, record, name, tables
+    hash_block_bytes = HASH_BLOCK_BYTES
+    decodes_into_buffers = True
+
+    def page_bytes(self, max_side: int | None) -> int:
+        return page_bytes_for(3 * max_side * max_side) if max_side else UNLIMITED_PAGE_BYTES
+
+    def writer(
+        self, folder: Path, split: str, *, num_reserved: int, page_bytes: int | None, state: Any, **_: Any
+    ) -> BetonWriter:
+        assert page_bytes is not None
+        return BetonWriter(folder / f"{split}.beton", num_reserved=num_reserved, page_bytes=page_bytes, state=state)
+
+    def settled_page_bytes(self, files: Sequence[Path]) -> int:
+        return int(read_beton_head(files[0])["page_size"])
+
+    def problems(self, folder: Path, manifest: SplitManifest, records: SampleRecords) -> Iterator[str]:
+        name, page = manifest.image_files[0], manifest.page_bytes or 1
+        with open(folder / name, "rb") as file:
+            table_at = max(0, os.fstat(file.fileno()).st_size - len(records) * ALLOCATION.itemsize)
+            header, fields = beton_head(len(records), page, table_at)
+            if file.read(METADATA_START) != header.tobytes() + fields.tobytes():
+                yield f"{name}: its header is not what the manifest says"
+                return
+            for rows, start in records.blocks():
+                places = METADATA_START + start * METADATA.itemsize, table_at + start * ALLOCATION.itemsize
+                tables = zip(("metadata", "allocation"), beton_tables(rows, start), places, strict=True)
+                for what, expected, at in tables:
+                    found = np.frombuffer(read_at(file.fileno(), expected.nbytes, at), dtype=expected.dtype)
+                    for index in np.flatnonzero(found != expected).tolist():
+                        yield f"{name}: the {what} of sample {start + index} is not what the records say"
+                crossing = rows["offset"] // page != (rows["offset"] + np.maximum(rows["num_bytes"], 1) - 1) // page
+                for index in np.flatnonzero(crossing).tolist():
+                    yield f"{name}: sample {start + index} crosses the end of a page"
+
+    def merge(
+        self, folder: Path, split: str, parts: Sequence[PartOfSplit], rows: RowFile, check: Callable[[], None]
+    ) -> dict[Path, FileEntry | None]:
+        num_reserved = sum(part.manifest.positions for part in parts)
+        page_bytes = max(part.manifest.page_bytes or 0 for part in parts)
+        path = folder / f"{split}.beton"
+        with closing(BetonWriter(path, num_reserved=num_reserved, page_bytes=page_bytes)) as writer:
+            for part in parts:
+                with open(part.folder / part.manifest.image_files[0], "rb", buffering=0) as file:
+
+                    def read(offset: int, size: int, descriptor: int = file.fileno()) -> bytes:
+                        check()
+                        return read_at(descriptor, size, offset)
+
+                    for block, _ in part.records.blocks():
+                        writer.write(block, read)
+                        rows.append(block)
+            return dict.fromkeys(writer.finish(rows))
+
+
+def decode_bytes(max_width: int, max_height: int) -> int:
+    """What FFCV's stock decoders allocate: (batches ahead + 2) x batch x largest width x largest height x 3."""
+    return SAMPLES_IN_DECODER * max_width * max_height * 3
 
 
 def page_bytes_for(largest: int) -> int:
@@ -117,14 +197,11 @@ class BetonWriter(SampleWriter):
     def _finish_with_larger_pages(self, rows: RowFile, page_bytes: int) -> list[Path]:
         """A copy with larger pages; this writer's own file stays as it is, for another try."""
         path = self.path.with_name(f"{self.path.name}.{page_bytes}")
-        writer = BetonWriter(path, num_reserved=self.num_reserved, page_bytes=page_bytes)
-        try:
+        with closing(BetonWriter(path, num_reserved=self.num_reserved, page_bytes=page_bytes)) as writer:
             for block, start in rows.blocks():
                 writer.write(block, lambda offset, size: read_at(self._file.fileno(), size, offset))
                 rows.replace(start, block)
             writer._write_tables(rows)
-        finally:
-            writer.close()
         return [path]
 
     def _write_tables(self, rows: RowFile) -> None:
@@ -142,9 +219,6 @@ class BetonWriter(SampleWriter):
 
     def close(self) -> None:
         self._file.close()
-
-    def descriptors(self) -> list[int]:
-        return [self._file.fileno()]
 
 
 def beton_head(num_samples: int, page_bytes: int, allocations_at: int) -> tuple[NDArray[np.void], NDArray[np.void]]:

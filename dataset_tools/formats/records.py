@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from dataset_tools.packed_names import PackedNames
 
 HASH_BYTES = 16
-"""Of a SHA-256; a sample is known by its first half."""
+"""A sample is known by the first half of its SHA-256."""
 
 ROW = np.dtype(
     [
@@ -78,6 +79,11 @@ class SampleRecords:
         for name, column in chosen.items():
             rows[name] = column
         return rows
+
+    def blocks(self) -> Iterator[tuple[NDArray[np.void], int]]:
+        """All samples as rows, a block at a time, with the number of the first one."""
+        for start in range(0, len(self), BLOCK_ROWS):
+            yield self.rows(start, start + BLOCK_ROWS), start
 
     @classmethod
     def open(cls, path: Path) -> SampleRecords:

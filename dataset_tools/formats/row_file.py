@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.file_io import read_at, write_at
+from dataset_tools.files import read_at, write_at, written
 from dataset_tools.formats.records import BLOCK_ROWS, ROW, TYPE_NAMES
 from dataset_tools.packed_names import PackedNames
 
@@ -61,12 +61,10 @@ class RowFile:
         columns |= {"name_ends": (np.dtype("<i8"), (len(self) + 1,)), "name_bytes": (np.dtype("u1"), (num_bytes,))}
         # Wide types first: every column is then aligned.
         columns = dict(sorted(columns.items(), key=lambda item: -item[1][0].itemsize))
-        with open(path, "wb") as file:
+        with written(path) as file:
             file.write(_safetensors_header(columns))
             for name in columns:
                 file.writelines(self._column(name, names_of))
-            file.flush()
-            os.fsync(file.fileno())
 
     def _column(self, name: str, names_of: NamesOf) -> Iterator[bytes]:
         """The bytes of a column, a block at a time."""
@@ -95,7 +93,7 @@ class RowFile:
 
 
 def _safetensors_header(columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> bytes:
-    """What stands before columns of these types and shapes, which follow one behind the other."""
+    """The header of columns of these types and shapes, which follow one behind the other."""
     layout, begin = {}, 0
     for name, (dtype, shape) in columns.items():
         stop = begin + dtype.itemsize * int(np.prod(shape))

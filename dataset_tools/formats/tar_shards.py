@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.file_io import write_pieces
-from dataset_tools.formats.records import EXTENSIONS
+from dataset_tools.files import ByteFile, write_pieces, written
+from dataset_tools.formats.output_format import OutputFormat, PartOfSplit, ReadBytes, SampleWriter
+from dataset_tools.formats.records import EXTENSIONS, PNG, SampleRecords
 from dataset_tools.formats.row_file import RowFile
-from dataset_tools.formats.sample_writer import ReadBytes, SampleWriter
+from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 
 BLOCK = tarfile.BLOCKSIZE
 END_BYTES = 2 * BLOCK
@@ -30,8 +33,58 @@ _MODE_AND_OWNER = _EMPTY[_NAME_BYTES:_SIZE_AT]
 _AFTER_SIZE = _EMPTY[_SIZE_AT + 11 : _CHECKSUM_AT]
 _AFTER_CHECKSUM = _EMPTY[_CHECKSUM_AT + 7 :]
 _EMPTY_CHECKSUM = int(_EMPTY[_CHECKSUM_AT : _CHECKSUM_AT + 6], 8) - 11 * ord("0")
-"""Of the header of a file without name and without the digits of its size."""
+"""The checksum of a header without name and without the digits of a size."""
 INDEX_VERSION = "v1.2"
+
+
+class TarShards(OutputFormat):
+    """Numbered tars for each split, with the .idx files of DALI."""
+
+    title = "WebDataset"
+    lossless = PNG
+    default_order = "shuffled"
+    sample_overhead_bytes = 2400  # row, record, name, tar headers and padding, line of the index
+    has_shards = True
+
+    def writer(self, folder: Path, split: str, *, shard_bytes: int, state: Any, **_: Any) -> ShardWriter:
+        return ShardWriter(folder, split, shard_bytes=shard_bytes, state=state)
+
+    def problems(self, folder: Path, manifest: SplitManifest, records: SampleRecords) -> Iterator[str]:
+        for shard, expected in _index_files(records.blocks()):
+            name = Path(manifest.image_files[shard]).with_suffix(".idx").name
+            if (folder / name).read_text(errors="replace") != expected:
+                yield f"{name}: it is not the index of the samples in its tar"
+
+    def sample_problems(self, file: ByteFile, row: np.void) -> Iterator[str]:
+        offset, size = int(row["offset"]), int(row["num_bytes"])
+        image, label_name, text = sample_members(row)
+        if file.read(offset - BLOCK, BLOCK, sample=image) != member_header(image, size):
+            yield f"the tar header before {image} is damaged"
+        if label_name:
+            expected = member_header(label_name, len(text)) + text
+            if file.read(offset + size + -size % BLOCK, len(expected), sample=label_name) != expected:
+                yield f"{label_name} is damaged"
+
+    def merge(
+        self, folder: Path, split: str, parts: Sequence[PartOfSplit], rows: RowFile, check: Callable[[], None]
+    ) -> dict[Path, FileEntry | None]:
+        """The tars as they are, numbered through."""
+        files: dict[Path, FileEntry | None] = {}
+        shard = 0
+        for part in parts:
+            for block, _ in part.records.blocks():
+                block["shard"] += shard
+                rows.append(block)
+            known = {file.name: file for file in part.manifest.files}
+            for old in part.manifest.image_files:
+                for suffix in (".tar", ".idx"):
+                    check()
+                    source = known[Path(old).with_suffix(suffix).name]
+                    target = (folder / shard_name(split, shard)).with_suffix(suffix)
+                    shutil.copyfile(part.folder / source.name, target)
+                    files[target] = source
+                shard += 1
+        return files
 
 
 def shard_name(split: str, number: int) -> str:
@@ -51,9 +104,10 @@ def member_header(name: str, size: int) -> bytes:
     return b"".join((padded, _MODE_AND_OWNER, octal, _AFTER_SIZE, checksum, _AFTER_CHECKSUM))
 
 
-def sample_members(position: int, encoding: int, num_bytes: int, label: int) -> tuple[str, str | None, bytes]:
+def sample_members(row: np.void) -> tuple[str, str | None, bytes]:
     """The names of a sample's members, image and label (None where there is none), and the label's text."""
-    image = f"{position:09}.{EXTENSIONS[encoding]}"
+    position, label = int(row["position"]), int(row["label"])
+    image = f"{position:09}.{EXTENSIONS[int(row['encoding'])]}"
     if label < 0:
         return image, None, b""
     return image, f"{position:09}.cls", str(label).encode()
@@ -81,9 +135,8 @@ class ShardWriter(SampleWriter):
     def write(self, rows: NDArray[np.void], read: ReadBytes) -> None:
         pieces: list[memoryview | bytes] = []
         for row in rows:
-            size, label = int(row["num_bytes"]), int(row["label"])
-            image, label_name, text = sample_members(int(row["position"]), int(row["encoding"]), size, label)
-            members: list[tuple[str, memoryview | bytes]] = [(image, read(int(row["offset"]), size))]
+            image, label_name, text = sample_members(row)
+            members: list[tuple[str, memoryview | bytes]] = [(image, read(int(row["offset"]), int(row["num_bytes"])))]
             if label_name:
                 members.append((label_name, text))
             total = sum(BLOCK + len(data) + -len(data) % BLOCK for _, data in members)
@@ -103,22 +156,16 @@ class ShardWriter(SampleWriter):
     def finish(self, rows: RowFile) -> list[Path]:
         self._close_shard()
         files: list[Path] = []
-        for number, lines in _index_lines(rows):
+        for number, text in _index_files(rows.blocks()):
             path = self._path(number)
             index = path.with_suffix(".idx")
-            with open(index, "w", encoding="ascii") as file:
-                file.write(f"{INDEX_VERSION} {len(lines)}\n")
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
+            with written(index) as file:
+                file.write(text.encode())
             files += [path, index]
         return files
 
     def close(self) -> None:
         self._file.close()
-
-    def descriptors(self) -> list[int]:
-        return [self._file.fileno()]
 
     @property
     def _shard(self) -> int:
@@ -148,24 +195,20 @@ class ShardWriter(SampleWriter):
 
 def index_line(row: np.void) -> str:
     """A sample's line of a .idx: for each member its extension, offset and size in bytes, and name."""
-    offset, size, label = int(row["offset"]), int(row["num_bytes"]), int(row["label"])
-    image, label_name, text = sample_members(int(row["position"]), int(row["encoding"]), size, label)
+    offset, size = int(row["offset"]), int(row["num_bytes"])
+    image, label_name, text = sample_members(row)
     line = f"{EXTENSIONS[int(row['encoding'])]} {offset} {size} {image}"
     if label_name:
         line += f" cls {offset + size + -size % BLOCK + BLOCK} {len(text)} {label_name}"
     return line + "\n"
 
 
-def _index_lines(rows: RowFile) -> Iterator[tuple[int, list[str]]]:
-    """(number, lines) of each shard, in order."""
-    current, lines = 0, list[str]()
-    for block, _ in rows.blocks():
-        for row in block:
-            if row["shard"] != current:
-                yield current, lines
-                current, lines = int(row["shard"]), []
-            lines.append(index_line(row))
-    yield current, lines
+def _index_files(blocks: Iterable[tuple[NDArray[np.void], int]]) -> Iterator[tuple[int, str]]:
+    """(number of a shard, content of its .idx), in order."""
+    rows = (row for block, _ in blocks for row in block)
+    for shard, of_shard in groupby(rows, key=lambda row: int(row["shard"])):
+        lines = [index_line(row) for row in of_shard]
+        yield shard, "".join([f"{INDEX_VERSION} {len(lines)}\n", *lines])
 
 
 def parse_bytes(text: str) -> int:

@@ -35,7 +35,7 @@ class Variant:
     test: str
     class_names: str
     label_bytes: int = 0
-    """Before the pixels of a record; the last one is the (fine) label. 0: pickles."""
+    """This many stand before the pixels of a record; the last one is the (fine) label. 0: pickles."""
     label_key: str = ""
     class_names_key: str = ""
 
@@ -54,13 +54,10 @@ def open_cifar(folder: Path) -> ImageSource | None:
     Labels of CIFAR-100 are the fine ones. Raises FileNotFoundError if files are missing, ValueError if one is
     damaged, or if a pickle asks for anything but arrays.
     """
-    for variant in VARIANTS:
-        if (folder / variant.class_names).is_file() and (folder / variant.train[0]).is_file():
-            return _open(folder, variant)
-    return None
-
-
-def _open(folder: Path, variant: Variant) -> ImageSource:
+    marks = ((variant, folder / variant.class_names, folder / variant.train[0]) for variant in VARIANTS)
+    variant = next((variant for variant, names, train in marks if names.is_file() and train.is_file()), None)
+    if variant is None:
+        return None
     require_files(folder, [*variant.train, variant.test, variant.class_names], variant.kind)
     names_file = folder / variant.class_names
     if variant.label_bytes:

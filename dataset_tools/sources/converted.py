@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset_tools.files import ByteFile
+from dataset_tools.formats.formats import FORMATS
 from dataset_tools.formats.manifest import Manifest
+from dataset_tools.formats.output_format import OutputFormat
 from dataset_tools.formats.records import RAW, SampleRecords
 from dataset_tools.packed_names import PackedNames
-from dataset_tools.sources.byte_file import ByteFile
 from dataset_tools.sources.split import ImageSource, Split, split_rank
 
 
@@ -19,12 +21,13 @@ class ConvertedSplit(Split):
     """Samples of a .beton or of numbered tars. Memory: the name and 16 bytes for each."""
 
     def __init__(
-        self, name: str, records: SampleRecords, files: tuple[ByteFile, ...], classes: tuple[str, ...]
+        self, name: str, records: Path, files: tuple[ByteFile, ...], classes: tuple[str, ...], output: OutputFormat
     ) -> None:
-        self.name, self.classes = name, classes
-        self.records, self.files = records, files
-        self.names: PackedNames = records.names()
-        self.labels = np.array(records["label"], dtype=np.int64)
+        """`records`: a file. `output`: the format of `files`. Raises FileNotFoundError, or ValueError for damage."""
+        self.name, self.files, self.classes, self.output = name, files, classes, output
+        self.records = SampleRecords.open(records)
+        self.names: PackedNames = self.records.names()
+        self.labels = np.array(self.records["label"], dtype=np.int64)
 
     def read(self, index: int) -> bytes:
         """Raw pixels come as a PNG."""
@@ -43,7 +46,7 @@ class ConvertedSplit(Split):
         return file.read(int(records["offset"][index]), int(records["num_bytes"][index]), sample=self.names[index])
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopened, (self.name, self.records.path, self.files, self.classes)
+        return ConvertedSplit, (self.name, self.records.path, self.files, self.classes, self.output)
 
 
 def open_converted(folder: Path) -> ImageSource:
@@ -52,7 +55,7 @@ def open_converted(folder: Path) -> ImageSource:
     Raises ValueError if manifest or records are damaged or do not fit, FileNotFoundError if files are missing.
     """
     manifest = Manifest.load(folder)
-    splits: dict[str, Split] = {}
+    splits, output = dict[str, Split](), FORMATS[manifest.format]
     for name in sorted(manifest.splits, key=split_rank):
         entry = manifest.splits[name]
         for file in (entry.records, *entry.files):
@@ -66,17 +69,12 @@ def open_converted(folder: Path) -> ImageSource:
                     f"{path} has {path.stat().st_size:,} bytes and not {file.bytes:,}, as the manifest says; copy or "
                     "convert it again"
                 )
-        records = SampleRecords.open(folder / entry.records.name)
         files = tuple(ByteFile(folder / file) for file in entry.image_files)
-        labels, shards = records["label"], records["shard"]
+        split = ConvertedSplit(name, folder / entry.records.name, files, manifest.classes, output)
+        records, labels, shards = split.records, split.labels, split.records["shard"]
         if len(records) != entry.samples or len(records) == 0:
             raise ValueError(f"{records.path} knows {len(records)} samples, the manifest {entry.samples}")
         if labels.min() < -1 or labels.max() >= len(manifest.classes) or shards.min() < 0 or shards.max() >= len(files):
             raise ValueError(f"{records.path} is damaged: it has labels or file numbers that do not exist")
-        splits[name] = ConvertedSplit(name, records, files, manifest.classes)
-    kind = "FFCV" if manifest.format == "ffcv" else "WebDataset"
-    return ImageSource(path=folder, kind=kind, splits=splits, classes=manifest.classes)
-
-
-def _reopened(name: str, records: Path, files: tuple[ByteFile, ...], classes: tuple[str, ...]) -> ConvertedSplit:
-    return ConvertedSplit(name, SampleRecords.open(records), files, classes)
+        splits[name] = split
+    return ImageSource(path=folder, kind=output.title, splits=splits, classes=manifest.classes)

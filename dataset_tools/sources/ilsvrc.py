@@ -12,24 +12,22 @@ import logging
 import os
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dataset_tools.files import ByteFile
 from dataset_tools.packed_names import PackedNames
-from dataset_tools.sources.byte_file import ByteFile
-from dataset_tools.sources.extent_split import ExtentSplit
 from dataset_tools.sources.ilsvrc_labels import (
     MAPPING,
     SOLUTION,
     WHAT_TO_PUT,
-    ValidationLabels,
     find_validation_labels,
 )
 from dataset_tools.sources.image_folder import FolderSplit, open_image_folder
 from dataset_tools.sources.layout import first_few, is_hidden, is_image
-from dataset_tools.sources.split import UNLABELED, ImageSource, Split
+from dataset_tools.sources.split import UNLABELED, ExtentSplit, ImageSource, Split
 from dataset_tools.sources.tar_archive import open_tar, read_index
 
 logger = logging.getLogger(__name__)
@@ -49,7 +47,7 @@ def open_ilsvrc_tar(archive: Path) -> ImageSource | None:
     match = FLAT_IMAGE.fullmatch(_first_image(archive))
     if match is None:
         return None
-    split = _val_split(archive, None) if match[1] == "val" else _test_split(archive, ())
+    split = _flat_split(archive, match[1], ())
     return ImageSource(path=archive, kind="ILSVRC2012", splits={split.name: split}, classes=split.classes)
 
 
@@ -68,7 +66,7 @@ def _open_tars(folder: Path) -> ImageSource | None:
         return None
     tests = sorted(folder.glob(TEST_TARS))
     tars = [path for path in (train, val, *tests) if path.is_file()]
-    if unpacked := [name for name in ("train", "val") if _holds_anything(folder / name)]:
+    if unpacked := [name for name in ("train", "val") if (folder / name).is_dir() and any((folder / name).iterdir())]:
         names = first_few([path.name for path in tars])
         logger.warning("%s: left out, being beside the unpacked %s: %s", folder, " and ".join(unpacked), names)
         return None
@@ -82,19 +80,20 @@ def _open_tars(folder: Path) -> ImageSource | None:
             raise ValueError(f"{train} must hold one tar for each class, or a folder for each, but it is: {source}")
         splits, classes = dict(source.splits), source.classes
     if val in tars:
-        splits["val"] = _val_split(val, classes or None)
+        splits["val"] = _flat_split(val, "val", classes)
         classes = splits["val"].classes
     if tests:
-        splits["test"] = _test_split(tests[0], classes)
+        splits["test"] = _flat_split(tests[0], "test", classes)
     return ImageSource(path=folder, kind="ILSVRC2012", splits=splits, classes=classes)
 
 
 def _open_tree(folder: Path) -> ImageSource | None:
     """The `CLS-LOC` folder of Kaggle's archive, or any that has the validation images right inside val/."""
-    tree = next((tree for name in KAGGLE_TREES if (tree := folder / name).is_dir() and _has_split(tree)), folder)
+    trees = [folder / name for name in KAGGLE_TREES]
+    tree = next((tree for tree in trees if (tree / "train").is_dir() or (tree / "val").is_dir()), folder)
     flat = _first_file(tree / "val")
     if not (flat and FLAT_IMAGE.fullmatch(flat)):
-        return None if tree is folder else _renamed(open_image_folder(tree), folder)
+        return None if tree is folder else replace(open_image_folder(tree), path=folder, kind="ILSVRC2012")
     place = tree.resolve()
     is_kaggle = (place.parent.name, place.name) == ("Data", "CLS-LOC")
     above = place.parents[:3] if is_kaggle else ()
@@ -122,27 +121,16 @@ def _open_tree(folder: Path) -> ImageSource | None:
     return ImageSource(path=folder, kind="ILSVRC2012", splits=splits, classes=classes)
 
 
-def _renamed(source: ImageSource, path: Path) -> ImageSource:
-    return ImageSource(path=path, kind="ILSVRC2012", splits=source.splits, classes=source.classes)
-
-
-def _val_split(archive: Path, train_classes: tuple[str, ...] | None) -> ExtentSplit:
-    labels = find_validation_labels([archive.absolute().parent])
-    if labels is None:
+def _flat_split(archive: Path, split: str, train_classes: tuple[str, ...]) -> ExtentSplit:
+    """All images of a tar without classes, by name, whatever folder they are in; those of val with their labels."""
+    folder, classes = archive.absolute().parent, train_classes
+    known = find_validation_labels([folder]) if split == "val" else None
+    if known:
+        classes = train_classes or known.classes
+    elif split == "val":
         raise ValueError(
-            f"{archive} has validation images, but their labels are missing. Put {WHAT_TO_PUT} into "
-            f"{archive.absolute().parent}."
+            f"{archive} has validation images, but their labels are missing. Put {WHAT_TO_PUT} into {folder}."
         )
-    classes = train_classes or labels.classes
-    return _flat_split(archive, "val", classes, labels)
-
-
-def _test_split(archive: Path, classes: tuple[str, ...]) -> ExtentSplit:
-    return _flat_split(archive, "test", classes, None)
-
-
-def _flat_split(archive: Path, split: str, classes: tuple[str, ...], known: ValidationLabels | None) -> ExtentSplit:
-    """All images of a tar without classes, by name, whatever folder they are in."""
     tar, index = read_index(archive)
     base_names = [os.path.basename(name) for name in index.names]
     if strangers := [name for name in base_names if (m := FLAT_IMAGE.fullmatch(name)) is None or m[1] != split]:
@@ -151,7 +139,7 @@ def _flat_split(archive: Path, split: str, classes: tuple[str, ...], known: Vali
         labels = known.ranks([name.removesuffix(".JPEG") for name in base_names], classes, archive)
     else:
         labels = np.full(len(base_names), UNLABELED, dtype=np.int64)
-    order: NDArray[np.int64] = np.array(sorted(range(len(base_names)), key=base_names.__getitem__), dtype=np.int64)
+    order = np.argsort(base_names)
     names = PackedNames(f"{split}/{base_names[number]}" for number in order)
     return ExtentSplit(split, ByteFile(tar), names, index.extents[order], labels[order], classes)
 
@@ -175,11 +163,3 @@ def _first_file(folder: Path) -> str | None:
         return None
     with os.scandir(folder) as entries:
         return next((entry.name for entry in entries if is_image(entry.name) and not is_hidden(entry.name)), None)
-
-
-def _has_split(tree: Path) -> bool:
-    return any((tree / name).is_dir() for name in ("train", "val"))
-
-
-def _holds_anything(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())

@@ -31,7 +31,7 @@ class ValidationLabels:
     """Which class (WNID) each validation image is."""
 
     path: Path
-    """Where that is written."""
+    """The file that says so."""
     wnids: dict[str, str]
     """Name of the image, without extension ("ILSVRC2012_val_00000001") → WNID."""
     classes: tuple[str, ...]
@@ -101,21 +101,22 @@ def read_devkit(devkit: Path) -> ValidationLabels:
 
 def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
     """The bytes of META and GROUND_TRUTH."""
-    found: dict[str, bytes] = {}
+    wanted = META, GROUND_TRUTH
     if devkit.is_dir():
-        found = {name: (devkit / name).read_bytes() for name in (META, GROUND_TRUTH) if (devkit / name).is_file()}
+        found = {name: (devkit / name).read_bytes() for name in wanted if (devkit / name).is_file()}
     else:
+        found = {}
         try:
             with tarfile.open(devkit) as archive:
                 for member in archive:
-                    name = next((name for name in (META, GROUND_TRUTH) if f"/{member.name}".endswith(f"/{name}")), None)
-                    if name and (file := archive.extractfile(member)):
-                        found[name] = file.read()
+                    for name in wanted:
+                        if f"/{member.name}".endswith(f"/{name}") and (file := archive.extractfile(member)):
+                            found[name] = file.read()
         except Exception as error:  # gzip, zlib and tarfile each have their own
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise ValueError(f"{devkit} is damaged or cut short ({error}); download it again.") from error
-    if missing := [name for name in (META, GROUND_TRUTH) if name not in found]:
+    if missing := [name for name in wanted if name not in found]:
         raise ValueError(f"{devkit} lacks {' and '.join(missing)}; download it again.")
     return found[META], found[GROUND_TRUTH]
 

@@ -6,7 +6,8 @@ import errno
 import logging
 import os
 import stat
-from itertools import chain
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,15 @@ class DanglingLinkError(FileNotFoundError):
     """The image is a link that leads nowhere."""
 
 
+@dataclass(eq=False, repr=False)
 class FolderSplit(Split):
     """Images that are files of their own. Memory: the relative path and 16 bytes for each."""
 
-    def __init__(
-        self, name: str, root: Path, names: PackedNames, labels: NDArray[np.int64], classes: tuple[str, ...]
-    ) -> None:
-        self.name, self.root, self.names, self.labels, self.classes = name, root, names, labels, classes
+    name: str
+    root: Path
+    names: PackedNames
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
 
     def read(self, index: int) -> bytes:
         name = self.names[index]
@@ -52,23 +55,24 @@ def open_image_folder(root: Path) -> ImageSource:
 
     Raises ValueError if there is none (see `layout.lay_out`), OSError if a folder cannot be read.
     """
-    files = scan(root)
+    files = {folder: PackedNames(names) for folder, names in scan(root)}
     layout = lay_out({folder: len(names) for folder, names in files.items()}, f"the folder {root}")
     splits: dict[str, Split] = {}
     for split, folders in layout.splits.items():
-        names = PackedNames(chain.from_iterable(_joined(folder, files[folder]) for folder, _ in folders))
+        names = PackedNames(f"{folder}/{name}".lstrip("/") for folder, _ in folders for name in files[folder])
         labels = np.repeat([label for _, label in folders], [len(files[folder]) for folder, _ in folders])
         splits[split] = FolderSplit(split, root, names, labels.astype(np.int64), layout.classes)
     return ImageSource(path=root, kind="image folder", splits=splits, classes=layout.classes)
 
 
-def scan(root: Path) -> dict[str, PackedNames]:
-    """Every folder below `root` (path relative to it, "" itself) → the sorted names of the images right
-    inside.
+def scan(
+    root: Path, is_wanted: Callable[[str], bool] = is_image, depth: int | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below `root` (path relative to it, "" itself), to that `depth`, and the sorted names of the files
+    right inside that `is_wanted`, not hidden ones.
 
     Follows links, except one that leads back to a folder it is inside of.
     """
-    found: dict[str, PackedNames] = {}
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while waiting:
         folder, above = waiting.pop()
@@ -78,26 +82,21 @@ def scan(root: Path) -> dict[str, PackedNames]:
         if identity in above:
             logger.warning("the link %s leads back to a folder it is in, and is not followed", path)
             continue
-        images: list[str] = []
+        names: list[str] = []
         with os.scandir(path) as entries:
             for entry in entries:
                 if is_hidden(entry.name):
                     continue
-                if is_folder(entry):
+                if not _is_folder(entry):
+                    names += [entry.name] if is_wanted(entry.name) else []
+                elif depth is None or len(above) + 1 < depth:
                     waiting.append((f"{folder}/{entry.name}" if folder else entry.name, above | {identity}))
-                elif is_image(entry.name):
-                    images.append(entry.name)
-        found[folder] = PackedNames(sorted(images))
-    return found
+        yield folder, sorted(names)
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Or a link to one."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def _joined(folder: str, names: PackedNames) -> list[str]:
-    return [f"{folder}/{name}" if folder else name for name in names]

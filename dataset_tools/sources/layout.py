@@ -43,7 +43,7 @@ def is_image(name: str) -> bool:
 
 
 def lay_out(folders: Mapping[str, int], where: str) -> Layout:
-    """Tells what each folder is. `folders`: path relative to the source ("" its root) → images right inside.
+    """Says what each folder is. `folders`: path relative to the source ("" its root) → images right inside.
 
     A class folder without images stays in the class list (torchvision raises). Images beside class folders,
     and folders beside split folders, are left out with a warning. Raises ValueError, beginning with `where`,

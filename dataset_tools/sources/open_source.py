@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from dataset_tools.formats.manifest import is_converted
@@ -21,6 +22,12 @@ ALLOWED = (
     "or Kaggle's ILSVRC/ tree, Parquet files with an image column (one, or a folder), or a folder with CIFAR-10, "
     "CIFAR-100 or STL-10 files"
 )
+Opener = Callable[[Path], ImageSource | None]
+"""Opens what it recognises, and gives None for anything else."""
+PUBLISHED: tuple[Opener, ...] = (open_cifar, open_stl10)
+FOLDERS: tuple[Opener, ...] = (open_ilsvrc_folder, open_parquet, open_image_folder)
+FILES: tuple[Opener, ...] = (open_parquet, open_ilsvrc_tar, open_tar)
+"""The input formats; the last of each takes whatever the others do not, or says what is wrong with it."""
 PUBLISHED_FOLDERS = (
     "cifar-10-batches-bin",
     "cifar-10-batches-py",
@@ -44,26 +51,26 @@ def open_source(path: str | os.PathLike[str]) -> ImageSource:
     if place.is_dir():
         if is_converted(place):
             return open_converted(place)
-        _refuse_unfinished(place)
-        return _open_published(place) or open_ilsvrc_folder(place) or open_parquet(place) or open_image_folder(place)
-    if place.is_file():
+        if place.name.endswith(".partial") and (place / "journal.json").is_file():
+            raise ValueError(
+                f"{place} is an unfinished conversion. Give the convert command that began it again: it continues, and "
+                f"the data set is then called {place.name.removesuffix('.partial')}"
+            )
+        openers = _open_published, *FOLDERS
+    elif place.is_file():
         if is_converted(place.parent):
             raise ValueError(f"{place} is a file of the converted data set {place.parent}: give that folder.")
-        return open_parquet(place) or open_ilsvrc_tar(place) or open_tar(place)
-    raise ValueError(f"{place} is neither a file nor a folder. Give the path of {ALLOWED}.")
-
-
-def _refuse_unfinished(place: Path) -> None:
-    if place.name.endswith(".partial") and (place / "journal.json").is_file():
-        raise ValueError(
-            f"{place} is an unfinished conversion. Give the convert command that began it again: it continues, and the "
-            "data set is then called " + place.name.removesuffix(".partial")
-        )
+        openers = FILES
+    else:
+        raise ValueError(f"{place} is neither a file nor a folder. Give the path of {ALLOWED}.")
+    source = next(source for opener in openers if (source := opener(place)))
+    assert source is not None
+    return source
 
 
 def _open_published(place: Path) -> ImageSource | None:
     candidates = [place, *(place / name for name in PUBLISHED_FOLDERS)]
-    found = [source for folder in candidates if (source := open_cifar(folder) or open_stl10(folder))]
+    found = [source for folder in candidates for opener in PUBLISHED if (source := opener(folder))]
     if len(found) > 1:
         choices = ", ".join(str(source.path) for source in found)
         raise ValueError(f"{place} holds several data sets; give one of {choices}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,14 +16,12 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset_tools.files import ByteFile, save_arrays
 from dataset_tools.packed_names import PackedNames
-from dataset_tools.sources.array_file import save_arrays
-from dataset_tools.sources.byte_file import ByteFile
-from dataset_tools.sources.extent_split import ExtentSplit
 from dataset_tools.sources.layout import first_few, is_image
 from dataset_tools.sources.parquet_files import is_parquet, split_files
 from dataset_tools.sources.raw_pixels import remap
-from dataset_tools.sources.split import UNLABELED, ImageSource, Split
+from dataset_tools.sources.split import UNLABELED, ExtentSplit, ImageSource, Split
 from dataset_tools.sources.spool import alone, cache_entry, check_room, write_chunks
 
 logger = logging.getLogger(__name__)
@@ -32,9 +29,9 @@ logger = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 BATCH_BYTES = 8 << 20
-"""Of images, at most about so many are in memory at a time."""
+"""At most about so many bytes of images are in memory at a time."""
 FORMAT = "parquet 1"
-"""Of what is kept in the cache folder; part of its name."""
+"""The format of what is kept in the cache folder; part of its name."""
 
 MAGICS = {
     b"\xff\xd8\xff": ".jpg",
@@ -61,7 +58,7 @@ class Columns:
     is_text: bool
     """Labels are names, not numbers."""
     class_names: tuple[str, ...] | None
-    """Of the numbers, where the file says so."""
+    """The names of the numbers, where the file gives them."""
 
 
 def open_parquet(place: Path) -> ImageSource | None:
@@ -97,10 +94,10 @@ def _load(entry: Path) -> dict[str, Split] | None:
     """The splits that `_unpack` has kept; None if they are not there, or damaged."""
     try:
         with np.load(_index_of(entry), allow_pickle=False) as saved:
-            classes = tuple(_unpacked_names(saved, "classes"))
+            classes = tuple(PackedNames.from_arrays(saved, "classes"))
             splits: dict[str, Split] = {}
             for split in map(str, saved["splits"]):
-                names, extents = _unpacked_names(saved, f"{split}_names"), saved[f"{split}_extents"]
+                names, extents = PackedNames.from_arrays(saved, f"{split}_names"), saved[f"{split}_extents"]
                 splits[split] = ExtentSplit(split, ByteFile(entry), names, extents, saved[f"{split}_labels"], classes)
             if int(saved["bytes"]) == entry.stat().st_size:
                 return splits
@@ -110,14 +107,6 @@ def _load(entry: Path) -> dict[str, Split] | None:
     except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
         logger.warning("the index of %s cannot be read (%s), and both are made again", entry, error)
     return None
-
-
-def _unpacked_names(saved: Any, key: str) -> PackedNames:
-    return PackedNames.from_buffers(saved[f"{key}_blob"].tobytes(), saved[f"{key}_ends"])
-
-
-def _packed_names(names: PackedNames, key: str) -> dict[str, NDArray[Any]]:
-    return {f"{key}_blob": np.frombuffer(names.blob, dtype=np.uint8), f"{key}_ends": names.offsets}
 
 
 def _index_of(entry: Path) -> Path:
@@ -141,18 +130,16 @@ def _unpack(place: Path, files: dict[str, list[Path]], entry: Path) -> None:
     finally:
         partial.unlink(missing_ok=True)
 
-    extents = np.empty((len(sizes), 2), dtype=np.int64)
-    extents[:, 1] = np.frombuffer(sizes, dtype=np.int64) if sizes else 0
-    np.cumsum(extents[:, 1], out=extents[:, 0])
-    extents[:, 0] -= extents[:, 1]
+    num_bytes = np.array(sizes, dtype=np.int64)
+    extents = np.stack([np.cumsum(num_bytes) - num_bytes, num_bytes], axis=1)
     splits = [split for split in files if len(labels[split])]
-    saved: dict[str, NDArray[Any]] = {"splits": np.array(splits, dtype=np.str_), "bytes": np.array(sum(sizes))}
-    saved |= _packed_names(PackedNames(classes), "classes")
+    saved: dict[str, NDArray[Any]] = {"splits": np.array(splits, dtype=np.str_), "bytes": num_bytes.sum()}
+    saved |= PackedNames(classes).as_arrays("classes")
     start = 0
     for split in splits:
         stop = start + len(labels[split])
         names = _names(split, files[split], columns, kinds[start:stop])
-        saved |= _packed_names(names, f"{split}_names")
+        saved |= names.as_arrays(f"{split}_names")
         saved |= {f"{split}_extents": extents[start:stop], f"{split}_labels": labels[split]}
         start = stop
     assert start == len(sizes), f"{place}: {start} labels for {len(sizes)} images"
@@ -163,29 +150,28 @@ def find_columns(path: Path) -> Columns:
     """Raises ValueError if `path` is damaged, if there is no image column, or if there are several candidates."""
     with _open(path) as file:
         schema = file.schema_arrow
-    import pyarrow as pa  # _open has told what to do if it is missing
+    from pyarrow import types  # _open has told what to do if it is missing
 
     def is_binary(kind: Any) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return types.is_binary(kind) or types.is_large_binary(kind)
 
     def is_text(kind: Any) -> bool:
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        return types.is_string(kind) or types.is_large_string(kind)
 
     images: dict[str, tuple[str, str | None]] = {}
     for field in schema:
         if is_binary(field.type):
             images[field.name] = field.name, None
-        elif pa.types.is_struct(field.type):
+        elif types.is_struct(field.type):
             inside = {child.name: child.type for child in field.type}
             if "bytes" in inside and is_binary(inside["bytes"]):
                 has_path = "path" in inside and is_text(inside["path"])
                 images[field.name] = f"{field.name}.bytes", f"{field.name}.path" if has_path else None
     chosen = [name for name in images if name in IMAGE_COLUMNS] or list(images)
-    listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if len(chosen) != 1:
         what = f"several image columns, {first_few(chosen)}" if chosen else "no image column"
+        listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise ValueError(
             f"{path} has {what}; expected one of bytes, or a struct of bytes and path, called {IMAGE_COLUMNS[0]!r}. "
             f"Rename or drop columns. Its columns: {listed}."
@@ -198,7 +184,7 @@ def find_columns(path: Path) -> Columns:
     if not label_names:
         return Columns(image, image_path, None, False, None)
     field = schema.field(label_names[0])
-    if not pa.types.is_integer(field.type) and not is_text(field.type):
+    if not types.is_integer(field.type) and not is_text(field.type):
         raise ValueError(
             f"{path}: its label column {field.name!r} holds {field.type}; expected one integer, or one text, an image."
         )
@@ -209,8 +195,7 @@ def _class_names(path: Path, schema: Any, label: str) -> tuple[str, ...] | None:
     """What the Hugging Face metadata of a file call the numbers in column `label`."""
     try:
         stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = stored.get("info", {}).get("features", {})
-        names = features.get(label, {}).get("names")
+        names = stored.get("info", {}).get("features", {}).get(label, {}).get("names")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: its Hugging Face metadata cannot be read: {error}") from error
     return tuple(map(str, names)) if names else None
@@ -224,55 +209,37 @@ def _labels(
     if len(described) > 1:
         raise ValueError(f"the Parquet files of {place} differ in their class names, or in the type of their labels.")
     is_text, declared = described.pop() if described else (False, None)
-    numbers: dict[str, int] = {}  # text → number, in the order met
     stored = {
-        split: np.concatenate([_stored_labels(path, columns[path], numbers) for path in paths])
+        split: [label for path in paths for label in _column(path, columns[path].label)]
         for split, paths in files.items()
     }
-    everything = np.concatenate(list(stored.values()))
-    if (everything < UNLABELED).any():
-        raise ValueError(f"{place} is damaged: its least label is {everything.min()}; -1 is for images without one.")
-    if is_text:
-        class_names = list(numbers)
-    elif declared:
-        class_names = list(declared)
-    else:
-        present = np.unique(everything[everything >= 0])
-        class_names = [str(number) for number in present]
-        stored = {
-            split: np.where(labels >= 0, np.searchsorted(present, labels), UNLABELED)
-            for split, labels in stored.items()
-        }
+    present = {label for labels in stored.values() for label in labels} - {None, UNLABELED}
+    if not is_text and min(present, default=0) < UNLABELED:
+        raise ValueError(f"{place} is damaged: its least label is {min(present)}; -1 is for images without one.")
+    names = dict(enumerate(declared)) if declared else {label: str(label) for label in present}
+    number_of = {label: number for number, label in enumerate(names)}
     labels: dict[str, NDArray[np.int64]] = {}
-    classes: tuple[str, ...] = tuple(sorted(class_names))
+    classes: tuple[str, ...] = tuple(sorted(names.values()))
     for split, given in stored.items():
-        labels[split] = np.full(len(given), UNLABELED, dtype=np.int64)
-        if (known := given >= 0).any():
-            labels[split][known], classes = remap(given[known], class_names, place)
+        numbers = [UNLABELED if label is None else number_of.get(label, label) for label in given]
+        labels[split] = np.array(numbers, dtype=np.int64)
+        if (known := labels[split] != UNLABELED).any():
+            labels[split][known], classes = remap(labels[split][known], list(names.values()), place)
     if "train" in labels and not declared:
         in_train = np.unique(labels["train"])
         for split in labels:
             if len(strangers := np.setdiff1d(labels[split], [*in_train, UNLABELED])) and (in_train >= 0).any():
-                names = first_few([classes[label] for label in strangers])
-                raise ValueError(f"{place}: {split} has {len(strangers)} class(es) that train lacks: {names}.")
+                class_names = first_few([classes[label] for label in strangers])
+                raise ValueError(f"{place}: {split} has {len(strangers)} class(es) that train lacks: {class_names}.")
     return labels, classes
 
 
-def _stored_labels(path: Path, columns: Columns, numbers: dict[str, int]) -> NDArray[np.int64]:
-    """The label column as int64 [N], -1 where there is none; texts count as `numbers` says, which grows."""
+def _column(path: Path, name: str | None) -> list[Any]:
+    """All values of a column, None where there is none."""
     with _open(path) as file:
-        if columns.label is None:
-            return np.full(file.metadata.num_rows, UNLABELED, dtype=np.int64)
-        parts = [np.zeros(0, dtype=np.int64)]
-        for batch in file.iter_batches(batch_size=1 << 16, columns=[columns.label]):
-            if columns.is_text:
-                texts = batch.column(0).to_pylist()
-                found = [UNLABELED if text is None else numbers.setdefault(text, len(numbers)) for text in texts]
-                parts.append(np.array(found, dtype=np.int64))
-            else:
-                filled = batch.column(0).cast("int64").fill_null(UNLABELED)
-                parts.append(filled.to_numpy(zero_copy_only=False))
-    return np.concatenate(parts)
+        if name is None:
+            return [None] * file.metadata.num_rows
+        return list(_leaf(file.read(columns=[name]).column(0)).to_pylist())
 
 
 def _chunks(path: Path, columns: Columns, sizes: array[int], kinds: array[int]) -> Iterator[bytes]:
@@ -299,33 +266,21 @@ def _chunks(path: Path, columns: Columns, sizes: array[int], kinds: array[int]) 
 
 def _names(split: str, files: list[Path], columns: dict[Path, Columns], kinds: array[int]) -> PackedNames:
     """The stored paths below "SPLIT/" if all can be names and are distinct, else numbers."""
-    if all(columns[path].path for path in files):
-        names = PackedNames(f"{split}/{stored}" for path in files for stored in _stored_paths(path, columns[path]))
-        digests = np.fromiter((_digest(name) for name in names), dtype=np.uint64, count=len(names))
-        if np.unique(digests[digests != 0]).size == len(names):
-            return names
+    stored = [name for path in files for name in _column(path, columns[path].path)]
+    if len(set(stored)) == len(stored) and all(map(_is_name, stored)):
+        return PackedNames(f"{split}/{name}" for name in stored)
     extensions = [*MAGICS.values(), ".bin"]  # the last one for -1
     return PackedNames(f"{split}/{index:09}{extensions[kind]}" for index, kind in enumerate(kinds))
 
 
-def _stored_paths(path: Path, columns: Columns) -> Iterator[str]:
-    """ "" where there is none."""
-    with _open(path) as file:
-        for batch in file.iter_batches(batch_size=1 << 12, columns=[columns.path]):
-            yield from (stored or "" for stored in _leaf(batch.column(0)).to_pylist())
+def _is_name(stored: str | None) -> bool:
+    """Whether it is a safe relative path of an image."""
+    return stored is not None and is_image(stored) and not {"", ".", ".."} & set(stored.split("/"))
 
 
 def _leaf(column: Any) -> Any:
     """The one column that was selected, be it inside a struct or not."""
     return column.flatten()[0] if str(column.type).startswith("struct") else column
-
-
-def _digest(name: str) -> int:
-    """64 bits that tell names apart, or 0 for one that is no safe relative path of an image."""
-    parts = name.split("/")
-    if not is_image(name) or "" in parts or "." in parts or ".." in parts:
-        return 0
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
 def _image_bytes(path: Path, column: str) -> int:

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from dataset_tools.sources.image_folder import is_folder
+from dataset_tools.sources.image_folder import scan
 from dataset_tools.sources.layout import SPLIT_NAMES, first_few, is_hidden, is_image
 from dataset_tools.sources.split import SPLIT_ORDER
 
@@ -22,7 +22,7 @@ SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})$")
 
 
 def is_parquet(file: Path) -> bool:
-    """By its first bytes, or by its name, so that a damaged one is not taken for something else."""
+    """Looks at the first bytes, and at the name, so that a damaged file is not taken for something else."""
     with open(file, "rb") as opened:
         return opened.read(len(MAGIC)) == MAGIC or is_parquet_name(file.name)
 
@@ -44,27 +44,26 @@ def split_files(place: Path) -> dict[str, list[Path]]:
     files = _find(place)
     if not files:
         return {}
-    named: dict[str | None, list[str]] = defaultdict(list)
-    words: dict[str, set[str]] = defaultdict(set)
-    folders: set[str] = set()
+    spellings: dict[str, set[str]] = defaultdict(set)
+    named: dict[str, list[str]] = defaultdict(list)
+    others, folders = list[str](), set[str]()
     for file in files:
         folder, name = os.path.split(file)
         parent, last = os.path.split(folder)
-        word = _split_word(name) or (last if last in SPLIT_NAMES else None)
-        split = SPLIT_NAMES[word] if word else None
-        named[split].append(file)
-        if split and word:
-            words[split].add(word)
         folders.add(parent if last in SPLIT_NAMES else folder)
+        if word := _split_word(name) or (last if last in SPLIT_NAMES else None):
+            named[SPLIT_NAMES[word]].append(file)
+            spellings[SPLIT_NAMES[word]].add(word)
+        else:
+            others.append(file)
     if len(folders) > 1:
         raise ValueError(
             f"{place} holds several Parquet data sets; give one of the folders: "
             f"{first_few([str(place / folder) for folder in sorted(folders)])}."
         )
-    for split, spellings in words.items():
-        if len(spellings) > 1:
-            raise ValueError(f"{place}: {first_few(sorted(spellings))} mean the same split, {split}: keep one.")
-    others = named.pop(None, [])
+    for split, words in spellings.items():
+        if len(words) > 1:
+            raise ValueError(f"{place}: {first_few(sorted(words))} mean the same split, {split}: keep one.")
     if not named:
         named["train"] = others
     elif others:
@@ -74,23 +73,12 @@ def split_files(place: Path) -> dict[str, list[Path]]:
 
 
 def _find(place: Path) -> list[str]:
-    """Paths, relative to `place`; [] as soon as an image is met."""
+    """Paths, relative to `place`; [] if there is an image."""
     found: list[str] = []
-    waiting = [""]
-    while waiting:
-        folder = waiting.pop()
-        with os.scandir(place / folder) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if is_hidden(entry.name):
-                    continue
-                if is_folder(entry):
-                    if path.count("/") < DEPTH - 1:
-                        waiting.append(path)
-                elif is_image(entry.name):
-                    return []
-                elif is_parquet_name(entry.name):
-                    found.append(path)
+    for folder, names in scan(place, depth=DEPTH, is_wanted=lambda name: is_image(name) or is_parquet_name(name)):
+        if any(map(is_image, names)):
+            return []
+        found += [f"{folder}/{name}" if folder else name for name in names]
     return sorted(found)
 
 

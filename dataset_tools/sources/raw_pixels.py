@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dataset_tools.files import ByteFile
 from dataset_tools.packed_names import PackedNames
-from dataset_tools.sources.byte_file import ByteFile
 from dataset_tools.sources.split import Split
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dataset_tools.files import ByteFile
 from dataset_tools.packed_names import PackedNames
 
 SPLIT_ORDER = ("train", "val", "test", "unlabeled")
@@ -39,6 +40,10 @@ class Split(ABC):
     def read(self, index: int) -> bytes:
         """The encoded image (JPEG, PNG …). Raises OSError, naming the sample, if it is gone or cut short."""
 
+    def packed_names(self) -> PackedNames:
+        """The names, in little memory."""
+        return self.names if isinstance(self.names, PackedNames) else PackedNames(self.names)
+
     def subset(self, indices: ArrayLike) -> Split:
         """A view of the samples at `indices` (integers [M], in [0, N), distinct or not), in that order."""
         return SubsetSplit(self, checked_indices(indices, len(self)))
@@ -57,14 +62,30 @@ class SubsetSplit(Split):
         self.parent, self.indices = parent, indices
         self.name, self.classes = parent.name, parent.classes
         self.labels = parent.labels[indices]
-        names = parent.names if isinstance(parent.names, PackedNames) else PackedNames(parent.names)
-        self.names = names.select(indices)
+        self.names = parent.packed_names().select(indices)
 
     def read(self, index: int) -> bytes:
         return self.parent.read(int(self.indices[index]))
 
     def subset(self, indices: ArrayLike) -> Split:
         return SubsetSplit(self.parent, self.indices[checked_indices(indices, len(self))])
+
+
+@dataclass(eq=False, repr=False)
+class ExtentSplit(Split):
+    """Images that are pieces of one file, read by position. Memory: the name and 32 bytes for each."""
+
+    name: str
+    file: ByteFile
+    names: PackedNames
+    extents: NDArray[np.int64]
+    """int64 [N, 2]: offset and size, in bytes, of each image in the file."""
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def read(self, index: int) -> bytes:
+        offset, size = map(int, self.extents[index])
+        return self.file.read(offset, size, sample=self.names[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +103,10 @@ class ImageSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over split names, sample names and labels, not over the images: is this the same
-        data?
-        """
+        """SHA-256 (hex) over split names, sample names and labels, not over the images: is this the same data?"""
         digest = hashlib.sha256()
         for name, split in self.splits.items():
-            names = split.names if isinstance(split.names, PackedNames) else PackedNames(split.names)
+            names = split.packed_names()
             digest.update(f"{name} {len(split)}\n".encode())
             digest.update(names.blob)
             digest.update(names.offsets.astype("<i8").tobytes())
@@ -114,9 +133,7 @@ class ImageSource:
 
 
 def checked_indices(indices: ArrayLike, size: int) -> NDArray[np.int64]:
-    """`indices` as int64 [M]. Raises ValueError if not integers in one dimension, IndexError out of [0,
-    size).
-    """
+    """`indices` as int64 [M]. Raises ValueError if not integers in one dimension, IndexError out of [0, size)."""
     given = np.asarray(indices)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise ValueError(f"indices must be integers in one dimension, not {given.dtype} of shape {given.shape}")

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 16 << 20
 SPARE_BYTES = 256 << 20
-"""Left free on the disk of the cache folder."""
+"""So much is left free on the disk of the cache folder."""
 INDEX_KEPT_FROM = 10_000
 """Images in a plain tar from which on its index is kept: reading the headers takes a quarter of a second."""
 
@@ -113,7 +113,7 @@ def _load(kept_index: Path) -> TarIndex | None:
 
 @contextmanager
 def alone(entry: Path) -> Iterator[None]:
-    """While this process holds the lock of a cache entry."""
+    """Holds the lock of a cache entry."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         lock = open(entry.with_name(entry.name + ".lock"), "wb")  # noqa: SIM115

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset_tools.files import ByteFile
 from dataset_tools.packed_names import PackedNames
-from dataset_tools.sources.byte_file import ByteFile
-from dataset_tools.sources.extent_split import ExtentSplit
 from dataset_tools.sources.layout import SPLIT_NAMES, lay_out
-from dataset_tools.sources.split import ImageSource, Split
+from dataset_tools.sources.split import ExtentSplit, ImageSource, Split
 from dataset_tools.sources.spool import compression, plain_tar
 from dataset_tools.sources.tar_index import END_OF_ARCHIVE, DamagedArchiveError, TarIndex, is_tar_of_tars
 
@@ -27,7 +26,7 @@ def open_tar(archive: Path) -> ImageSource:
     damaged, holds a name twice or an absolute or `..` path, or for its layout (`layout.lay_out`).
     """
     tar, index = read_index(archive)
-    ranges = index.folders()
+    ranges = index.folders
     top = _common_top(list(ranges))
     layout = lay_out({folder[len(top) :]: stop - start for folder, (start, stop) in ranges.items()}, f"{archive}")
     chosen: dict[str, slice | NDArray[np.int64]] = {}

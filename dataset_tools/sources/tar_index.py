@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tarfile
 from array import array
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,8 +14,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset_tools.files import save_arrays
 from dataset_tools.packed_names import PackedNames
-from dataset_tools.sources.array_file import save_arrays
 from dataset_tools.sources.layout import is_hidden, is_image
 
 END_OF_ARCHIVE = bytes(tarfile.BLOCKSIZE)
@@ -34,6 +33,8 @@ class TarIndex:
     """Paths, without "./" at the front."""
     extents: NDArray[np.int64]
     """int64 [N, 2]: where the bytes of an image begin in the tar, and how many they are."""
+    folders: dict[str, tuple[int, int]]
+    """Each folder that holds images → the range [start, stop) of them, in order."""
 
     @classmethod
     def build(cls, tar: Path) -> TarIndex:
@@ -43,60 +44,52 @@ class TarIndex:
         Raises DamagedArchiveError if the tar, or one inside, is cut short or damaged, holds a name twice, or
         an absolute or `..` path.
         """
-        names, extents, folder_rank = _read(tar)
-        order = np.argsort(folder_rank, kind="stable")
-        stop = 0
-        for count in np.bincount(folder_rank):
-            start, stop = stop, stop + int(count)
-            in_folder = order[start:stop].tolist()
-            if any(later < earlier for earlier, later in pairwise(map(names.__getitem__, in_folder))):
-                order[start:stop] = sorted(in_folder, key=names.__getitem__)
-        del folder_rank
+        offsets, folder_of, numbers = array("q"), array("i"), dict[str, int]()
+
+        def read_names() -> Iterator[str]:
+            for name, offset, size in _nested_images(tar) if is_tar_of_tars(tar) else _images(tar):
+                folder_of.append(numbers.setdefault(os.path.dirname(name), len(numbers)))
+                offsets.extend((offset, size))
+                yield name
+
+        names = PackedNames(read_names())
+        extents = np.frombuffer(offsets, dtype=np.int64).reshape(-1, 2)
+        by_folder = np.argsort(np.frombuffer(folder_of, dtype=np.int32), kind="stable")
+        stops = np.cumsum(np.bincount(folder_of, minlength=len(numbers)))
+        order, folders, start = np.empty_like(by_folder), dict[str, tuple[int, int]](), 0
+        for folder in sorted(numbers):
+            number = numbers[folder]
+            inside = by_folder[stops[number - 1] if number else 0 : stops[number]].tolist()
+            inside.sort(key=names.__getitem__)
+            for name, following in pairwise(map(names.__getitem__, inside)):
+                if name == following:
+                    raise DamagedArchiveError(f"it holds {name!r} more than once; keep one of them.")
+            folders[folder] = start, start + len(inside)
+            order[start : start + len(inside)] = inside
+            start += len(inside)
+        del by_folder
         if (order[1:] < order[:-1]).any():
             extents = extents[order]  # one after the other, so that only one of them is there twice
             names = names.select(order)
-        index = cls(names, extents)
-        index._refuse_duplicates()
-        return index
-
-    def _refuse_duplicates(self) -> None:
-        previous = None
-        for name in self.names:
-            if name == previous:
-                raise DamagedArchiveError(f"it holds {name!r} more than once; keep one of them.")
-            previous = name
-
-    def folders(self) -> dict[str, tuple[int, int]]:
-        """Each folder that holds images → the range [start, stop) of them, in order."""
-        ranges: dict[str, tuple[int, int]] = {}
-        start = 0
-        while start < len(self.names):
-            folder = os.path.dirname(self.names[start])
-            start, ranges[folder] = (stop := self._end_of(folder, start)), (start, stop)
-        return ranges
-
-    def _end_of(self, folder: str, start: int) -> int:
-        """The first position after `start` that is in another folder: some 20 names are looked at, not all."""
-        step = 1
-        while start + step < len(self.names) and os.path.dirname(self.names[start + step]) == folder:
-            step *= 2
-        within = range(start + step // 2, min(start + step, len(self.names)))
-        return within.start + bisect_left(within, True, key=lambda at: os.path.dirname(self.names[at]) != folder)
+        return cls(names, extents, folders)
 
     def save(self, path: Path) -> None:
-        """As an .npz without pickles; atomic."""
-        blob = np.frombuffer(self.names.blob, dtype=np.uint8)
-        save_arrays(path, {"blob": blob, "ends": self.names.offsets, "extents": self.extents})
+        """Writes an .npz without pickles; atomic."""
+        ranges = np.array(list(self.folders.values()), dtype=np.int64).reshape(-1, 2)
+        named = self.names.as_arrays("names") | PackedNames(self.folders).as_arrays("folders")
+        save_arrays(path, named | {"extents": self.extents, "ranges": ranges})
 
     @classmethod
     def load(cls, path: Path) -> TarIndex:
         """The inverse of `save`. Raises OSError, EOFError, ValueError, KeyError or zipfile.BadZipFile."""
         with np.load(path, allow_pickle=False) as saved:
-            names = PackedNames.from_buffers(saved["blob"].tobytes(), saved["ends"])
-            index = cls(names, saved["extents"])
-        if index.extents.shape != (len(names), 2):
+            names, extents = PackedNames.from_arrays(saved, "names"), saved["extents"]
+            folders = dict(
+                zip(PackedNames.from_arrays(saved, "folders"), map(tuple, saved["ranges"].tolist()), strict=True)
+            )
+        if extents.shape != (len(names), 2):
             raise ValueError(f"{path} is inconsistent")
-        return index
+        return cls(names, extents, folders)
 
 
 def is_tar(name: str) -> bool:
@@ -114,22 +107,6 @@ def is_tar_of_tars(tar: Path) -> bool:
             if not is_tar(parts[-1]):
                 return False
     return parts is not None
-
-
-def _read(tar: Path) -> tuple[PackedNames, NDArray[np.int64], NDArray[np.int32]]:
-    """Names, extents int64 [N, 2] and rank of the folder int32 [N] of all images, in the order of the archive."""
-    extents, folder_of, folders = array("q"), array("i"), dict[str, int]()
-
-    def names() -> Iterator[str]:
-        for name, offset, size in _nested_images(tar) if is_tar_of_tars(tar) else _images(tar):
-            folder_of.append(folders.setdefault(os.path.dirname(name), len(folders)))
-            extents.extend((offset, size))
-            yield name
-
-    packed = PackedNames(names())
-    rank = np.empty(len(folders), dtype=np.int32)
-    rank[[folders[folder] for folder in sorted(folders)]] = np.arange(len(folders))
-    return packed, np.frombuffer(extents, dtype=np.int64).reshape(-1, 2), rank[np.frombuffer(folder_of, dtype=np.int32)]
 
 
 def _images(tar: Path) -> Iterator[tuple[str, int, int]]:

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 
 from dataset_tools.conversion.jpeg import START
+from dataset_tools.formats.beton import Beton
+from dataset_tools.formats.tar_shards import TarShards
 from dataset_tools.sources import Split, open_source
 from dataset_tools.sources.converted import ConvertedSplit
 from dataset_tools.sources.image_folder import FolderSplit
@@ -288,7 +290,7 @@ def _splits(task: LoaderTask) -> Iterator[Split]:
 def _beton(task: LoaderTask) -> tuple[ConvertedSplit, Sequence[int] | None]:
     for split in _splits(task):
         base, chosen = base_of(split)
-        if isinstance(base, ConvertedSplit) and base.files[0].path.suffix == ".beton":
+        if isinstance(base, ConvertedSplit) and isinstance(base.output, Beton):
             return base, None if chosen is None else chosen.tolist()
     raise ValueError("it reads .betons alone; give a data set converted with --format ffcv as a further --data")
 
@@ -301,7 +303,7 @@ def _dali_reader(task: LoaderTask, fn: Any) -> Any:
             indices = range(len(base)) if chosen is None else chosen.tolist()
             files = [base.names[index] for index in indices]
             return fn.readers.file(file_root=str(base.root), files=files, random_shuffle=True, name="reader")[0]
-        if isinstance(base, ConvertedSplit) and base.files[0].path.suffix == ".tar" and chosen is None:
+        if isinstance(base, ConvertedSplit) and isinstance(base.output, TarShards) and chosen is None:
             paths = [str(file.path) for file in base.files]
             images, *_ = fn.readers.webdataset(paths=paths, ext=["jpg;jpeg;png"], random_shuffle=True, name="reader")
             return images

@@ -1,15 +1,14 @@
-"""What the tests of dataset_tools share: made-up trees of files, and the folder of real data."""
+"""What the tests of dataset_tools share: a cache of their own, and made-up trees and tars."""
 
 from __future__ import annotations
 
-import io
-import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-Files = Mapping[str, bytes]
+from tests.dataset_tools import made_up
 
 
 @pytest.fixture(autouse=True)
@@ -21,35 +20,16 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def write_tree(tmp_path: Path) -> Callable[[Files], Path]:
+def write_tree(tmp_path: Path) -> Callable[..., Path]:
     """Writes files (path → bytes; a path that ends in "/" is an empty folder) and returns their root."""
-
-    def write(files: Files) -> Path:
-        root = tmp_path / "tree"
-        root.mkdir()
-        for name, data in files.items():
-            path = root / name
-            if name.endswith("/"):
-                path.mkdir(parents=True)
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
-        return root
-
-    return write
+    return lambda files: made_up.write_files(tmp_path / "tree", files)
 
 
 @pytest.fixture
 def write_tar(tmp_path: Path) -> Callable[..., Path]:
     """Writes a tar of files (path → bytes), in the order given. `mode` and `format` are tarfile's."""
 
-    def write(files: Files, name: str = "images.tar", mode: str = "w", format: int = tarfile.PAX_FORMAT) -> Path:
-        path = tmp_path / name
-        with tarfile.open(path, mode, format=format) as archive:  # type: ignore[call-overload]
-            for member, data in files.items():
-                info = tarfile.TarInfo(member)
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-        return path
+    def write(files: Any, name: str = "images.tar", **options: Any) -> Path:
+        return made_up.write_tar(tmp_path / name, files, **options)
 
     return write

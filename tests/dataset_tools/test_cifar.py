@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import io
-import multiprocessing
 import os
 import pickle
 from pathlib import Path
@@ -9,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dataset_tools.sources import open_source
+from tests.dataset_tools.made_up import assert_reads_in_processes, decode_png
 
 CLASSES_10 = [f"class {letter}" for letter in "jabcdefghi"]  # not sorted: the first becomes the last
 CLASSES_100 = [f"c{number:02}" for number in range(99, -1, -1)]
@@ -27,12 +25,6 @@ def made_up(count: int, num_classes: int, seed: int) -> tuple[np.ndarray, list[i
 TRAIN_10 = {f"data_batch_{number}": made_up(number + 2, 10, seed=number) for number in range(1, 6)}
 TEST_10 = made_up(5, 10, seed=6)
 TRAIN_100, TEST_100 = made_up(7, 100, seed=7), made_up(4, 100, seed=8)
-
-
-def decode(data: bytes) -> np.ndarray:
-    image = Image.open(io.BytesIO(data))
-    assert image.format == "PNG"
-    return np.asarray(image)
 
 
 def write_binary_10(folder: Path) -> Path:
@@ -65,10 +57,10 @@ def check_10(path: Path) -> None:
     assert train.labels.tolist() == labels
     assert train.names[24] == f"train/{source.classes[labels[24]]}/00024.png"
     for index in range(25):
-        assert np.array_equal(decode(train.read(index)), pixels[index].reshape(3, 32, 32).transpose(1, 2, 0))
+        assert np.array_equal(decode_png(train.read(index)), pixels[index].reshape(3, 32, 32).transpose(1, 2, 0))
     test = source.splits["test"]
     assert test.labels.tolist() == [RANK_10[label] for label in TEST_10[1]]
-    assert np.array_equal(decode(test.read(4)), TEST_10[0][4].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert np.array_equal(decode_png(test.read(4)), TEST_10[0][4].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize("parent", [False, True])
@@ -98,7 +90,7 @@ def test_pickles_as_torchvision_reads_them(tmp_path: Path, monkeypatch: pytest.M
         oracle, split = datasets.CIFAR10(tmp_path, train=train), source.splits[name]
         assert len(oracle) == len(split)
         for index, (image, label) in enumerate(oracle):
-            assert np.array_equal(np.asarray(image), decode(split.read(index)))
+            assert np.array_equal(np.asarray(image), decode_png(split.read(index)))
             assert oracle.classes[label] == split.classes[split.labels[index]]
 
 
@@ -121,21 +113,15 @@ def test_cifar100_takes_the_fine_labels(tmp_path: Path) -> None:
         assert source.classes == tuple(reversed(CLASSES_100))
         assert source.splits["train"].labels.tolist() == [99 - label for label in TRAIN_100[1]]
         pixels = TEST_100[0][3].reshape(3, 32, 32).transpose(1, 2, 0)
-        assert np.array_equal(decode(source.splits["test"].read(3)), pixels)
-
-
-def _read_all(split: Any) -> list[bytes]:
-    return [split.read(index) for index in range(len(split))]
+        assert np.array_equal(decode_png(source.splits["test"].read(3)), pixels)
 
 
 @pytest.mark.parametrize("write", [write_binary_10, write_pickles_10])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_reads_in_worker_processes(tmp_path: Path, write: Any, method: str) -> None:
     split = open_source(write(tmp_path / "data")).splits["train"]
-    expected = _read_all(split)
     assert len(pickle.dumps(split)) < 4000  # names and labels, not pixels
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.map(_read_all, [split]) == [expected]
+    assert_reads_in_processes(split, method)
 
 
 class Hostile:
@@ -197,14 +183,6 @@ def test_damaged_class_names(tmp_path: Path) -> None:
     (folder / "batches.meta.txt").write_text("same\nsame\n")
     with pytest.raises(ValueError, match="class names are missing or not distinct"):
         open_source(folder)
-
-
-def test_a_file_that_shrank(tmp_path: Path) -> None:
-    folder = write_binary_10(tmp_path / "data")
-    train = open_source(folder).splits["train"]
-    os.truncate(folder / "data_batch_1.bin", 3073)
-    with pytest.raises(OSError, match=r"cannot read sample 'train/class ./00001.png'"):
-        train.read(1)
 
 
 def test_a_folder_with_several_data_sets(tmp_path: Path) -> None:

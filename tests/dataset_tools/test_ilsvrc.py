@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import multiprocessing
 import os
 import pickle
 import sys
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset_tools.sources import ImageSource, open_source, spool
+from dataset_tools.sources import ImageSource, open_source
+from tests.dataset_tools.made_up import write_files, write_tar
 
 WNIDS = ("n01440764", "n02012849", "n03126707", "n07749582")
 IDS = {"n03126707": 1, "n01440764": 2, "n07749582": 3, "n02012849": 4}
@@ -29,13 +29,9 @@ def val_name(number: int) -> str:
     return f"ILSVRC2012_val_{number:08}.JPEG"
 
 
-def tar_bytes(files: Iterable[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT) -> bytes:
+def tar_bytes(files: Iterable[tuple[str, bytes]]) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    write_tar(buffer, files)
     return buffer.getvalue()
 
 
@@ -67,16 +63,7 @@ def devkit_files(truth: Iterable[object] | None = None) -> dict[str, bytes]:
     savemat = pytest.importorskip("scipy.io").savemat
     rows = [(id_, wnid, f"words of {wnid}", "gloss", 0, 0, 0, 1300) for wnid, id_ in IDS.items()]
     rows.append((5, "n00001740", "entity", "gloss", 2, [1, 2], 3, 0))
-    fields = [
-        "ILSVRC2012_ID",
-        "WNID",
-        "words",
-        "gloss",
-        "num_children",
-        "children",
-        "wordnet_height",
-        "num_train_images",
-    ]
+    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "height", "num_train_images"]
     synsets = np.array([*sorted(rows)], dtype=[(field, object) for field in fields]).reshape(-1, 1)
     meta = io.BytesIO()
     savemat(meta, {"synsets": synsets})
@@ -93,12 +80,6 @@ def write_devkit(folder: Path, files: Mapping[str, bytes] | None = None) -> Path
     path = folder / f"{DEVKIT}.tar.gz"
     path.write_bytes(gzip.compress(tar_bytes((files or devkit_files()).items())))
     return path
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
 
 
 def write_solution(folder: Path, truth: Mapping[int, str] | None = None, mapping: Iterable[str] | None = WNIDS) -> None:
@@ -178,29 +159,6 @@ def test_names_with_folders_and_long_names_inside(tmp_path: Path) -> None:
     assert [train.read(index) for index in range(4)] == [b"short", b"long"] * 2
 
 
-def test_train_reads_after_pickle_in_processes(tmp_path: Path) -> None:
-    train = open_source(write_train(tmp_path)).splits["train"]
-    expected = [train.read(index) for index in range(12)]
-    clone = pickle.loads(pickle.dumps(train))
-    assert [clone.read(index) for index in range(12)] == expected
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(train.read, range(12)) == expected
-
-
-def test_the_index_of_a_large_train_tar_is_kept(
-    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_train(tmp_path)
-    monkeypatch.setattr(spool, "INDEX_KEPT_FROM", 12)
-    expected = open_source(path)
-    assert [file.suffix for file in sorted(cache_folder.iterdir())] == [".lock", ".npz"]
-    monkeypatch.setattr(spool.TarIndex, "build", lambda *_: pytest.fail("indexed again"))
-    again = open_source(path)
-    assert again.fingerprint == expected.fingerprint
-    assert again.splits["train"].read(7) == expected.splits["train"].read(7)
-    assert again.kind == "tar of tars"
-
-
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -227,14 +185,6 @@ def test_unusable_inner_tars(tmp_path: Path, members: list[tuple[str, bytes]], m
     path = tmp_path / "x.tar"
     path.write_bytes(tar_bytes([("n0.tar", inner_tar(WNIDS[2])), *members, ("n9.tar", inner_tar(WNIDS[3]))]))
     with pytest.raises(ValueError, match=rf"the archive {path} cannot be used: {message}"):
-        open_source(path)
-
-
-@pytest.mark.parametrize("kept", [0.2, 0.5, 0.8])
-def test_a_train_tar_cut_short(tmp_path: Path, kept: float) -> None:
-    path = write_train(tmp_path)
-    os.truncate(path, int(path.stat().st_size * kept))
-    with pytest.raises(ValueError, match=rf"the archive {path} cannot be used: .*damaged or cut short"):
         open_source(path)
 
 

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -16,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_tools.sources import ImageSource, open_source, parquet, spool
+from dataset_tools.sources import open_source, parquet, spool
+from tests.dataset_tools.made_up import assert_reads_in_processes, assert_unpacked_once, everything, read_all
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -49,13 +48,6 @@ def write(path: Path, columns: Mapping[str, Any], class_names: Sequence[str] | N
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, **options)
     return path
-
-
-def everything(source: ImageSource) -> dict[str, list[tuple[str, int, bytes]]]:
-    return {
-        name: [(split.names[i], int(split.labels[i]), split.read(i)) for i in range(len(split))]
-        for name, split in source.splits.items()
-    }
 
 
 def write_hub(folder: Path) -> dict[str, list[bytes]]:
@@ -334,17 +326,7 @@ def test_no_room_to_unpack(tmp_path: Path, cache_folder: Path, monkeypatch: pyte
 
 def test_processes_that_start_at_once_unpack_once(tmp_path: Path, cache_folder: Path) -> None:
     path = write(tmp_path / "x.parquet", {"image": [picture(i % 256) for i in range(500)]})
-    code = (
-        "import sys, logging; logging.basicConfig(level=20, stream=sys.stdout)\n"
-        "from dataset_tools.sources import open_source\n"
-        "split = open_source(sys.argv[1]).splits['train']; print(len(split), split.read(499)[:2])"
-    )
-    command = [sys.executable, "-c", code, str(path)]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = [run.communicate()[0] for run in runs]
-    assert [output.splitlines()[-1] for output in outputs] == [r"500 b'\xff\xd8'"] * 3
-    assert sum("unpacking" in output for output in outputs) == 1
-    assert len(list(cache_folder.glob("*.images"))) == 1
+    assert_unpacked_once(path, cache_folder, 500)
 
 
 @pytest.mark.parametrize(
@@ -368,13 +350,11 @@ def test_damaged_files(tmp_path: Path, cache_folder: Path, damage: Callable[[byt
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_reads_after_pickle_in_processes(tmp_path: Path, method: str) -> None:
+def test_reads_in_processes(tmp_path: Path, method: str) -> None:
     images = write_hub(tmp_path)["train"]
     train = open_source(tmp_path).splits["train"]
-    clone = pickle.loads(pickle.dumps(train.subset([6, 2])))
-    assert [clone.read(0), clone.read(1)] == [images[6], images[2]]
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        assert pool.map(train.read, range(7)) == images
+    assert read_all(train) == images
+    assert_reads_in_processes(train, method)
 
 
 def test_memory_does_not_grow_with_the_bytes(tmp_path: Path) -> None:

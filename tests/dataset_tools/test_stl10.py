@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import io
 import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dataset_tools.sources import open_source
+from tests.dataset_tools.made_up import decode_png
 
 CLASSES = ["ship", "bird", "zebra"]
 RANK = [1, 0, 2]
@@ -30,12 +29,6 @@ def stl10(tmp_path: Path) -> Path:
     return folder
 
 
-def decode(data: bytes) -> np.ndarray:
-    image = Image.open(io.BytesIO(data))
-    assert image.format == "PNG"
-    return np.asarray(image)
-
-
 @pytest.mark.parametrize("parent", [False, True])
 def test_equals_torchvision(stl10: Path, parent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("torchvision.datasets")
@@ -48,7 +41,7 @@ def test_equals_torchvision(stl10: Path, parent: bool, monkeypatch: pytest.Monke
         oracle = datasets.STL10(stl10.parent, split=name)
         assert len(oracle) == len(split) == COUNTS[name]
         for index, (image, label) in enumerate(oracle):
-            assert np.array_equal(decode(split.read(index)), np.asarray(image))
+            assert np.array_equal(decode_png(split.read(index)), np.asarray(image))
             assert split.labels[index] == (-1 if name == "unlabeled" else RANK[label])
     assert source.splits["unlabeled"].names[1] == "unlabeled/00001.png"
     assert source.splits["test"].names[0].startswith("test/")
@@ -56,7 +49,7 @@ def test_equals_torchvision(stl10: Path, parent: bool, monkeypatch: pytest.Monke
 
 def test_planes_are_stored_column_by_column(stl10: Path) -> None:
     stored = np.fromfile(stl10 / "train_X.bin", dtype=np.uint8).reshape(-1, 3, 96, 96)
-    pixels = decode(open_source(stl10).splits["train"].read(2))
+    pixels = decode_png(open_source(stl10).splits["train"].read(2))
     assert pixels[10, 70].tolist() == stored[2, :, 70, 10].tolist()
 
 

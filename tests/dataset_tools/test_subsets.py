@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dataset_tools.subsets import _hash, _mix, class_balanced_order, class_balanced_subset, rank_in_class
+from dataset_tools.subsets import _hash, _mix, class_balanced_order, class_balanced_subset
 
 UNEVEN = [0, 0, 0, 0, 1, 1, 2, 2, 2, -1]
 
@@ -61,14 +61,6 @@ def test_rounds_do_not_favour_low_labels() -> None:
     firsts = [labels[class_balanced_order(labels, seed)[0]] for seed in range(200)]
     assert 40 < np.mean(firsts) < 60
     assert len(set(firsts)) > 60
-
-
-def test_rank_in_class() -> None:
-    rank = rank_in_class(UNEVEN, seed=0)
-    assert sorted(rank[:4]) == [0, 1, 2, 3]
-    assert sorted(rank[4:6]) == [0, 1]
-    assert sorted(rank[6:9]) == [0, 1, 2]
-    assert rank[9] == 0
 
 
 def test_bad_arguments() -> None:

@@ -1,18 +1,16 @@
-"""Small images with known pixels, in every encoding, whole and damaged; and folders compared by their bytes."""
+"""Small images with known pixels, in every encoding, whole and damaged."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dataset_tools.conversion.treatment import Treated, decode
+from dataset_tools.conversion.transform import StoredImage, decode
 
 
 def picture(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
@@ -41,9 +39,9 @@ def truth(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def pixels(treated: Treated) -> np.ndarray:
+def pixels(image: StoredImage) -> np.ndarray:
     """Of what would lie on disk: uint8 [H, W, 3]."""
-    return np.asarray(decode(treated.data, treated.encoding, treated.width, treated.height))
+    return np.asarray(decode(image.data, image.encoding, image.width, image.height))
 
 
 def with_frame(jpeg: bytes, *, marker: int = 0xC0, precision: int = 8, size: tuple[int, int] | None = None) -> bytes:
@@ -85,23 +83,6 @@ def black_png(width: int, height: int, *, with_pixels: bool = True) -> bytes:
         rows = b"".join([compress.compress(bytes(3 * width + 1)) for _ in range(height)]) + compress.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def write_files(root: Path, files: Mapping[str, bytes]) -> Path:
-    """Path → bytes; a path that ends in "/" is an empty folder."""
-    for name, data in files.items():
-        path = root / name
-        if name.endswith("/"):
-            path.mkdir(parents=True)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-    return root
-
-
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 GOOD_JPEG = encoded(picture(), quality=90)

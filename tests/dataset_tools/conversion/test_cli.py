@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ import pytest
 from dataset_tools.cli import main
 from dataset_tools.command_line import PACKAGES
 from dataset_tools.formats.manifest import Manifest
-from tests.dataset_tools.conversion.pictures import black_png, encoded, flat, folder_bytes, write_files
+from tests.dataset_tools.conversion.pictures import black_png, encoded, flat
+from tests.dataset_tools.made_up import folder_bytes, write_files
 
 REPOSITORY = Path(__file__).parents[3]
 NUM_TRAIN, NUM_VAL = 24, 6
@@ -193,12 +193,6 @@ class TestVerify:
         assert result == {"ok": False, "num_problems": 1, "problems": ["val.beton: it is missing"], "samples": 29}
         assert "val.beton: it is missing\n" in out
         assert f"{made}: NOT whole: 1 problem(s); 29 samples\n" in out
-
-    def test_of_another_source(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path) -> None:
-        other = Path(shutil.copytree(source, made.parent / "other"))
-        (other / "val" / "class0" / "24.jpg").write_bytes(encoded(flat((9, 9, 9), 60, 40)))
-        result, _ = document(capsys, "verify", made, "--source", other, code=1)
-        assert result["problems"] == ["val/class0/24.jpg: its bytes are not those of the source"]
 
     def test_errors(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path) -> None:
         assert "is no converted data set: it has no manifest.json" in refused(capsys, "verify", source)

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.verify import verify
 from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.records import SampleRecords
-from dataset_tools.sources import open_source
 from dataset_tools.sources.converted import open_converted
 from dataset_tools.stop_signals import StoppedBySignalError
-from tests.dataset_tools.conversion.trouble import FORMATS, contents, jpeg, mixed_files, write_tar
+from tests.dataset_tools.conversion.trouble import FORMATS, contents, jpeg, mixed_files
+from tests.dataset_tools.made_up import write_tar
 
 
 def options(format: str, **given: Any) -> ConvertOptions:
@@ -220,35 +219,6 @@ def test_what_a_killed_merge_left_meets_no_other_files(
     merge([tmp_path / "val", tmp_path / "train"], made)
     assert verify(made)["ok"]
     assert set(os.listdir(made)) == set(os.listdir(whole[format]))
-
-
-# Sources that would write elsewhere
-
-
-@pytest.mark.parametrize("name", ["/etc/evil.jpg", "../evil.jpg", "a/../../evil.jpg", "a/../b/evil.jpg"])
-@pytest.mark.parametrize("pack", ["w", "w:gz"])
-def test_paths_that_lead_out_are_refused(tmp_path: Path, format: str, name: str, pack: str) -> None:
-    tar = tmp_path / "evil.tar"
-    with tarfile.open(tar, pack) as archive:  # type: ignore[call-overload]
-        for member in ("a/good.jpg", name):
-            info = tarfile.TarInfo(member)
-            info.size = len(data := jpeg(20, 20, 0))
-            archive.addfile(info, io.BytesIO(data))
-    outside = set(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"has an absolute or `..` path, which is refused"):
-        convert(tar, tmp_path / "dest" / "made", options(format))
-    assert set(tmp_path.iterdir()) - outside <= {tmp_path / "cache of the test"}
-    assert not list((tmp_path / "cache of the test").rglob("*.jpg"))
-    assert not Path("/etc/evil.jpg").exists()
-
-
-@pytest.mark.parametrize("name", ["../evil", "/evil", "a/b", "..", ""])
-def test_a_manifest_that_leads_out_is_refused(data: Path, name: str) -> None:
-    content = json.loads((data / "manifest.json").read_text())
-    content["splits"]["train"]["files"][0]["name"] = name
-    (data / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"manifest.json cannot be used"):
-        open_converted(data)
 
 
 # The converted data set
@@ -497,8 +467,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, bytes]], None], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_source_that_has_changed(tmp_path: Path, format: str, change: str) -> None:
-    convert(write_tar(tmp_path / "images.tar", FILES), tmp_path / "data", options(format))
+def test_a_source_that_has_changed(tmp_path: Path, change: str) -> None:
+    convert(write_tar(tmp_path / "images.tar", FILES), tmp_path / "data", options("webdataset"))
     assert problems(tmp_path / "data", source=tmp_path / "images.tar") == []
     files = dict(FILES)
     apply, expected = CHANGES[change]
@@ -506,16 +476,3 @@ def test_a_source_that_has_changed(tmp_path: Path, format: str, change: str) -> 
     found = problems(tmp_path / "data", source=write_tar(tmp_path / "changed.tar", files))
     assert expected in found, found
     assert exit_code("verify", tmp_path / "data", "--source", tmp_path / "changed.tar") == 1
-
-
-def test_a_source_that_shrinks_meanwhile(tmp_path: Path, format: str) -> None:
-    """Nothing of it is left out: the conversion stops."""
-    source = write_tar(tmp_path / "images.tar", FILES)
-    opened = open_source(source)
-    data = {name: split.read(0) for name, split in opened.splits.items()}
-    assert set(data) == {"train", "val"}
-    os.truncate(source, source.stat().st_size // 2)
-    with pytest.raises(ValueError, match="cut short"):
-        convert(source, tmp_path / "made", options(format))
-    with pytest.raises(OSError, match="the file was cut short after it was opened"):
-        opened.splits["val"].read(7)

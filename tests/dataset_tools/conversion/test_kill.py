@@ -13,8 +13,8 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,13 @@ from tests.dataset_tools.conversion.trouble import (
     journaled,
     mixed_files,
     until,
-    write_tar,
 )
+from tests.dataset_tools.made_up import write_tar
 
 NUM_TRAIN, NUM_VAL = 3000, 400
 PAUSE_S = 0.001
+Expected = dict[tuple[Path, str], dict[str, str]]
+"""(source, format) → what a conversion results in."""
 
 
 @dataclass
@@ -50,8 +52,7 @@ class Case:
     destination: Path
     format: str
     expected: dict[str, str]
-    commands: list[Command]
-    num_images: int = NUM_TRAIN + NUM_VAL
+    commands: list[Command] = field(default_factory=list)
 
     def start(
         self, *, workers: int = 3, pause_s: float = PAUSE_S, prepare: Callable[[], None] | None = None
@@ -93,43 +94,42 @@ def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    return results(source, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def small_expected(small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    return results(small_source, tmp_path_factory)
-
-
-def results(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """Of an undisturbed run, with one worker."""
+def expected(source: Path, small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    """Of undisturbed runs, with one worker."""
     found = {}
-    for format in FORMATS:
-        folder = tmp_path_factory.mktemp("whole") / format
-        summary = convert(source, folder, options(format), workers=1)
-        assert summary["quarantined"] > 15
-        assert summary["reencoded"] > 5
-        found[format] = contents(folder)
+    for each in (source, small_source):
+        for format in FORMATS:
+            folder = tmp_path_factory.mktemp("whole") / format
+            summary = convert(each, folder, options(format), workers=1)
+            assert summary["quarantined"] > 15
+            assert summary["reencoded"] > 5
+            found[each, format] = contents(folder)
     return found
 
 
+@contextmanager
+def cleaned_up(case: Case) -> Iterator[Case]:
+    try:
+        yield case
+    finally:
+        for command in case.commands:
+            command.end()
+
+
 @pytest.fixture(params=FORMATS)
-def case(request: pytest.FixtureRequest, tmp_path: Path, source: Path, expected: Any) -> Iterator[Case]:
-    case = Case(source, tmp_path / "made", request.param, expected[request.param], [])
-    yield case
-    for command in case.commands:
-        command.end()
+def case(request: pytest.FixtureRequest, tmp_path: Path, source: Path, expected: Expected) -> Iterator[Case]:
+    with cleaned_up(Case(source, tmp_path / "made", request.param, expected[source, request.param])) as case:
+        yield case
 
 
 @pytest.fixture(params=FORMATS)
 def small_case(
-    request: pytest.FixtureRequest, tmp_path: Path, small_source: Path, small_expected: Any
+    request: pytest.FixtureRequest, tmp_path: Path, small_source: Path, expected: Expected
 ) -> Iterator[Case]:
-    case = Case(small_source, tmp_path / "made", request.param, small_expected[request.param], [], 260)
-    yield case
-    for command in case.commands:
-        command.end()
+    with cleaned_up(
+        Case(small_source, tmp_path / "made", request.param, expected[small_source, request.param])
+    ) as case:
+        yield case
 
 
 def kill_at_random(case: Case, num_kills: int, seed: int, longest_s: float = 0.5) -> None:
@@ -169,16 +169,14 @@ def kill_at_random(case: Case, num_kills: int, seed: int, longest_s: float = 0.5
     case.no_orphans()
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_kills_at_random_moments(case: Case, seed: int) -> None:
-    kill_at_random(case, 12, seed)
+LONG = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 
-@pytest.mark.long
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("seed", [2, 3])
-def test_kills_at_many_random_moments(case: Case, seed: int) -> None:
-    kill_at_random(case, 50, seed)
+@pytest.mark.parametrize(
+    ("num_kills", "seed"), [(12, 1), pytest.param(50, 2, marks=LONG), pytest.param(50, 3, marks=LONG)]
+)
+def test_kills_at_random_moments(case: Case, num_kills: int, seed: int) -> None:
+    kill_at_random(case, num_kills, seed)
 
 
 @pytest.mark.long
@@ -201,12 +199,8 @@ def test_kills_at_many_random_moments_of_real_images(
                     copy.addfile(member, data)
     folder = tmp_path_factory.mktemp("whole") / format
     convert(source, folder, options(format), workers=1)
-    case = Case(source, tmp_path / "made", format, contents(folder), [], 1200)
-    try:
+    with cleaned_up(Case(source, tmp_path / "made", format, contents(folder))) as case:
         kill_at_random(case, 50, seed=4, longest_s=0.7)
-    finally:
-        for command in case.commands:
-            command.end()
     assert verify(case.destination, source=source, deep=True)["ok"]
 
 
@@ -383,7 +377,7 @@ def test_a_second_signal_interrupts_at_once(case: Case, name: str) -> None:
     case.complete(pause_s=0)
 
 
-def test_the_real_command_line(source: Path, tmp_path: Path, expected: dict[str, dict[str, str]]) -> None:
+def test_the_real_command_line(source: Path, tmp_path: Path, expected: Expected) -> None:
     """A process of its own, as a user starts it: SIGKILL, SIGINT to the group, then the rest."""
     command = [sys.executable, "-m", "dataset_tools", "convert", source, tmp_path / "made", "--format", "webdataset"]
     command += ["--shard-size", "128KiB", "--json", "--workers", "2"]
@@ -399,4 +393,4 @@ def test_the_real_command_line(source: Path, tmp_path: Path, expected: dict[str,
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["samples"] > 2500
     assert "continuing what an earlier call left" in done.stdout
-    assert contents(tmp_path / "made") == expected["webdataset"]
+    assert contents(tmp_path / "made") == expected[source, "webdataset"]

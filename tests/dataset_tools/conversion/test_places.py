@@ -14,9 +14,9 @@ from PIL import Image
 from dataset_tools.conversion import convert as convert_module
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.conversion.verify import verify
 from dataset_tools.sources import ImageSource, open_source
 from dataset_tools.sources.image_folder import open_image_folder
+from tests.dataset_tools.made_up import folder_bytes
 
 FFCV = ConvertOptions(format="ffcv")
 
@@ -30,10 +30,6 @@ def source(tmp_path: Path) -> Path:
         pixels = np.full((20 + index, 30, 3), 20 * index, dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:02}.jpg")
     return tmp_path / "source"
-
-
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_working_folder_that_is_not_ours_is_left_alone(source: Path, tmp_path: Path) -> None:
@@ -131,22 +127,3 @@ def test_a_split_without_a_usable_image_does_not_stop_the_others(
     assert list(open_source(tmp_path / "made").splits) == ["train"]
     lines = (tmp_path / "made" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["name"] for line in lines] == ["val/a/junk.jpg"]
-
-
-def test_images_too_long_for_a_jpeg(source: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (70_000, 2)).save(source / "a" / "long.png")
-    (source / "a" / "long.png").rename(source / "a" / "long.jpg")
-    convert(source, tmp_path / "made", ConvertOptions(format="webdataset"))
-    (line,) = (tmp_path / "made" / "quarantine.jsonl").read_text().splitlines()
-    assert json.loads(line)["reason"] == "a side of 70,000 pixels is more than libjpeg's 65,500"
-
-
-def test_verify_names_all_where_a_tar_is_cut(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "made", ConvertOptions(format="webdataset", order="source"))
-    tar = tmp_path / "made" / "train-000000.tar"
-    data = bytearray(tar.read_bytes())
-    data[600] ^= 1  # in the first image
-    tar.write_bytes(data[: len(data) // 2])
-    problems = verify(tmp_path / "made")["problems"]
-    assert any("a/00.jpg: its bytes are not those that were written" in problem for problem in problems)
-    assert sum("cut short" in problem for problem in problems) >= 5

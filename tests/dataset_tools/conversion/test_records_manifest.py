@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 
 from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.formats.manifest import FileEntry, Manifest, SplitManifest, is_converted
+from dataset_tools.formats.manifest import Manifest, is_converted
 from dataset_tools.formats.records import BLOCK_ROWS, ROW, SampleRecords
 from dataset_tools.formats.row_file import RowFile
+from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources import open_source
-from tests.dataset_tools.conversion.pictures import encoded, flat, write_files
+from dataset_tools.stop_signals import StoppedBySignalError, StopSignals
+from tests.dataset_tools.conversion.pictures import encoded, flat
+from tests.dataset_tools.made_up import write_files
 
 
 @pytest.fixture(scope="module")
@@ -53,40 +57,6 @@ def write(folder: Path, rows: np.ndarray, names: PackedNames) -> Path:
     row_file.write_records(folder / "records.safetensors", lambda block, start: names[start : start + len(block)])
     row_file.close()
     return folder / "records.safetensors"
-
-
-class TestRows:
-    def test_appended_replaced_and_walked(self, tmp_path: Path) -> None:
-        rows = some_rows(2 * BLOCK_ROWS + 5)
-        file = RowFile(tmp_path / "rows")
-        file.append(rows[:10])
-        file.append(rows[10:])
-        assert len(file) == len(rows)
-        found = list(file.blocks())
-        assert [(start, len(block)) for block, start in found] == [
-            (0, BLOCK_ROWS),
-            (BLOCK_ROWS, BLOCK_ROWS),
-            (2 * BLOCK_ROWS, 5),
-        ]
-        np.testing.assert_array_equal(np.concatenate([block for block, _ in found]), rows)
-        found[0][0]["label"] = -1  # a copy
-        file.replace(7, rows[:2])
-        rows[7:9] = rows[:2].copy()
-        np.testing.assert_array_equal(np.concatenate([block for block, _ in file.blocks()]), rows)
-
-    def test_opened_again_it_is_cut_back(self, tmp_path: Path) -> None:
-        rows = some_rows(9)
-        file = RowFile(tmp_path / "rows")
-        file.append(rows)
-        file.close()
-        again = RowFile(tmp_path / "rows", 6)
-        again.append(rows[:1])
-        np.testing.assert_array_equal(next(again.blocks())[0], np.concatenate([rows[:6], rows[:1]]))
-        assert (tmp_path / "rows").stat().st_size == 7 * ROW.itemsize
-        again.close()
-        with pytest.raises(ValueError, match="rows is shorter than the journal says"):
-            RowFile(tmp_path / "rows", 8)
-        assert len(RowFile(tmp_path / "rows")) == 0
 
 
 class TestRecords:
@@ -180,8 +150,17 @@ def content_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text())
 
 
-def write_content(folder: Path, content: object) -> None:
-    (folder / "manifest.json").write_text(json.dumps(content))
+def write_content(folder: Path, content: dict[str, Any]) -> None:
+    """With the right checksum, as an attacker would."""
+    content.pop("checksum")
+    checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(content | {"checksum": checksum}, indent=1) + "\n")
+
+
+def test_hashing_ends_when_a_signal_asks_for_it(made: Path) -> None:
+    stop = StopSignals(requested=True, name="SIGTERM")
+    with pytest.raises(StoppedBySignalError, match="stopped by SIGTERM; the same command continues"):
+        hash_files([(path, None) for path in made.iterdir()], 2, stop)
 
 
 class TestManifest:
@@ -228,10 +207,6 @@ class TestManifest:
                     assert file.sha256 == hashlib.sha256(digests).hexdigest()
         assert listed == {path.name for path in made.iterdir()}
 
-    def test_image_files(self) -> None:
-        assert manifest().splits["train"].image_files == ("train.beton",)
-        assert manifest().splits["train"].ffcv_decode_bytes == 5 * 256 * 500 * 400 * 3
-
     def test_a_newer_version_is_refused(self, tmp_path: Path) -> None:
         manifest(version=2).save(tmp_path)
         message = r"manifest.json cannot be used: its version is 2, and this program knows versions up to 1; update leo"
@@ -242,23 +217,6 @@ class TestManifest:
         manifest(version=2).save(tmp_path)
         write_content(tmp_path, content_of(tmp_path) | {"something": "new"})
         with pytest.raises(ValueError, match="update leoclr-fast"):
-            Manifest.load(tmp_path)
-
-    def test_unknown_and_missing_keys_are_refused(self, tmp_path: Path) -> None:
-        manifest().save(tmp_path)
-        good = content_of(tmp_path)
-        write_content(tmp_path, good | {"mystery": 1})
-        with pytest.raises(ValueError, match="Manifest lacks, or should not have: mystery"):
-            Manifest.load(tmp_path)
-        write_content(tmp_path, {key: value for key, value in good.items() if key != "options"})
-        with pytest.raises(ValueError, match="Manifest lacks, or should not have: options"):
-            Manifest.load(tmp_path)
-        split = good["splits"]["train"]
-        write_content(tmp_path, good | {"splits": {"train": split | {"extra": 0}}})
-        with pytest.raises(ValueError, match="SplitManifest lacks, or should not have: extra"):
-            Manifest.load(tmp_path)
-        write_content(tmp_path, good | {"splits": {"train": split | {"records": {"name": "a"}}}})
-        with pytest.raises(ValueError, match="FileEntry lacks, or should not have: "):
             Manifest.load(tmp_path)
 
     @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b.tar", "", ".", "..", "a/"])
@@ -284,9 +242,4 @@ class TestManifest:
     def test_what_is_no_manifest_is_refused(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=r"manifest.json cannot be used: "):
-            Manifest.load(tmp_path)
-
-    def test_no_manifest(self, tmp_path: Path) -> None:
-        assert not is_converted(tmp_path)
-        with pytest.raises(FileNotFoundError, match=r"is no converted data set: it has no manifest.json"):
             Manifest.load(tmp_path)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
@@ -18,7 +17,7 @@ from dataset_tools.conversion.verify import verify
 from dataset_tools.formats.beton import ALLOCATION, FIELD, HEADER, METADATA, METADATA_START
 from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.records import JPG, RAW
-from dataset_tools.sources import ImageSource, Split, open_source
+from dataset_tools.sources import ImageSource, open_source
 from dataset_tools.sources.converted import open_converted
 from tests.dataset_tools.conversion.foreign import (
     ForeignReaders,
@@ -27,7 +26,8 @@ from tests.dataset_tools.conversion.foreign import (
     read_with_dali,
     read_with_ffcv,
 )
-from tests.dataset_tools.conversion.pictures import PASSED_JPEGS, encoded, flat, noise, truth, write_files
+from tests.dataset_tools.conversion.pictures import PASSED_JPEGS, encoded, flat, noise, truth
+from tests.dataset_tools.made_up import write_files
 
 needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed")
 needs_dali = pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="no DALI")
@@ -418,20 +418,11 @@ def made_photographs(photographs: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.real_data
 class TestPhotographs:
-    """400 photographs of ImageNet, as they are; and 2,000 images of CIFAR-10."""
+    """400 photographs of ImageNet, as they are."""
 
     def test_our_own_reader(self, photographs: Path, made_photographs: Path) -> None:
         for format in ("ffcv", "webdataset"):
             assert_same_samples(open_source(photographs), made_photographs / format)
-
-    def test_webdataset(self, photographs: Path, made_photographs: Path) -> None:
-        original = open_source(photographs).splits["train"]
-        split = open_converted(made_photographs / "webdataset").splits["train"]
-        origins = split.records["source_index"]
-        samples = list(samples_of_tars(made_photographs / "webdataset", "train"))
-        assert [sample["jpg"] for sample in samples] == [original.read(int(index)) for index in origins]
-        assert [int(sample["cls"]) for sample in samples] == original.labels[origins].tolist()
-        assert sorted(origins) == list(range(400))
 
     @needs_ffcv
     def test_ffcv(self, foreign: ForeignReaders, photographs: Path, made_photographs: Path) -> None:
@@ -454,30 +445,6 @@ class TestPhotographs:
         for case, answer in found.items():
             assert sorted(map(as_bytes, answer["images"], answer["labels"])) == everything, case
 
-    @needs_dali
-    def test_dali(self, foreign: ForeignReaders, made_photographs: Path) -> None:
-        split = open_converted(made_photographs / "webdataset").splits["train"]
-        tars = shards(made_photographs / "webdataset", "train")
-        answer = foreign.ask(read_with_dali(tars, extensions=("jpg", "cls")))
-        assert answer["jpg"] == [split.read(index) for index in range(400)]
-        assert [int(label) for label in answer["cls"]] == split.labels.tolist()
-
-    def test_cifar(self, real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-        folder = tmp_path_factory.mktemp("cifar")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("LEOCLR_CACHE", str(folder / "cache"))
-            splits = open_source(real_data / "cifar10-jpeg.tar.xz").splits
-            root = write_part(splits["train"], 180, folder / "source") and write_part(
-                splits["test"], 20, folder / "source"
-            )
-        for format in ("ffcv", "webdataset"):
-            options = ConvertOptions(format=format, mode="passthrough", check="decode")
-            summary = convert(root, folder / format, options, workers=2)
-            assert (summary["samples"], summary["passed_through"]) == (2000, 2000)
-            assert_same_samples(open_source(root), folder / format)
-        labels = [int(sample["cls"]) for sample in samples_of_tars(folder / "webdataset", "train")]
-        assert np.bincount(labels).tolist() == [180] * 10
-
 
 def middle_of(image: np.ndarray) -> np.ndarray:
     """The largest square in the middle."""
@@ -488,16 +455,3 @@ def middle_of(image: np.ndarray) -> np.ndarray:
 
 def as_bytes(image: np.ndarray, label: np.ndarray) -> bytes:
     return image.tobytes() + bytes(label)
-
-
-def write_part(split: Split, per_class: int, root: Path) -> Path:
-    """The first images of each class, as files."""
-    chosen = np.concatenate([np.flatnonzero(split.labels == label)[:per_class] for label in range(len(split.classes))])
-    return write_files(root, {split.names[index]: split.read(index) for index in chosen})
-
-
-def test_the_colours_can_be_told_apart() -> None:
-    for number in range(NUM_TRAIN + NUM_VAL + NUM_UNLABELED):
-        for data in (encoded(flat(color(number)), quality=95, subsampling=0), encoded(flat(color(number)), "PNG")):
-            assert number_of(truth(data)[None]).tolist() == [number]
-    assert Image.fromarray(truth(encoded(flat((1, 2, 3)), "PNG"))).getcolors() == [(480, (1, 2, 3))]

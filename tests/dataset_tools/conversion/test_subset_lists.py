@@ -17,7 +17,8 @@ from dataset_tools.sources import open_source
 from dataset_tools.sources.converted import open_converted
 from dataset_tools.sources.split import Split
 from dataset_tools.subset_lists import percent_of, read_subset_list, write_subset_list
-from tests.dataset_tools.conversion.pictures import encoded, flat, write_files
+from tests.dataset_tools.conversion.pictures import encoded, flat
+from tests.dataset_tools.made_up import write_files
 
 PERCENTS = (1, 2, 5, 10, 20, 50, 100)
 TEN_PERCENT_SHA256 = "9152b58c54d68ab678623ac3ae6e116ae54bdd90668a4069a19c8293d3df1ac0"
@@ -55,8 +56,8 @@ def imagenet_like(per_class: int = 130, num_classes: int = 10) -> NamedSplit:
     return NamedSplit(names, labels, classes)
 
 
-def write_lines(path: Path, *lines: str, ending: str = "\n") -> Path:
-    path.write_bytes("".join(line + ending for line in lines).encode("utf-8", "surrogateescape"))
+def write_lines(path: Path, *lines: str) -> Path:
+    path.write_bytes("".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape"))
     return path
 
 
@@ -98,9 +99,6 @@ class TestPercent:
         shuffled = NamedSplit(names, split.labels[order].tolist(), split.classes)
         assert {f"train/{names[index]}" for index in percent_of(shuffled, 10, 0).tolist()} == chosen
 
-    def test_at_least_one(self) -> None:
-        assert len(percent_of(imagenet_like(), 0.001, 0)) == 1
-
     @pytest.mark.parametrize("percent", [0, -1, 100.5, float("nan"), float("inf")])
     def test_what_is_not_allowed(self, percent: float) -> None:
         with pytest.raises(ValueError, match=r"--percent .* is not allowed: give a number above 0 and at most 100"):
@@ -108,7 +106,7 @@ class TestPercent:
 
     def test_without_labels(self) -> None:
         split = NamedSplit([f"{number}.jpg" for number in range(200)], [-1] * 200)
-        assert len(percent_of(split, 5, 0)) == 10
+        assert [len(percent_of(split, percent, 0)) for percent in (5, 0.001)] == [10, 1]
 
 
 class TestWrite:
@@ -128,20 +126,14 @@ class TestWrite:
         assert [each.name for each in tmp_path.iterdir()] == ["two percent.txt"]
         np.testing.assert_array_equal(read_subset_list(path, split), indices)
 
-    def test_replaces_a_list_at_once(self, tmp_path: Path) -> None:
+    def test_replaces_a_list_and_counts_per_class(self, tmp_path: Path) -> None:
         split, path = imagenet_like(), tmp_path / "list.txt"
         write_subset_list(path, split, percent_of(split, 50, 0))
-        write_subset_list(path, split, percent_of(split, 1, 0))
-        assert len(path.read_text().splitlines()) == 13
-
-    def test_classes_without_an_image(self, tmp_path: Path) -> None:
-        split = imagenet_like()
-        summary = write_subset_list(tmp_path / "list.txt", split, np.array([0, 1, 2]))
+        summary = write_subset_list(path, split, np.array([0, 1, 2]))
+        assert len(path.read_text().splitlines()) == 3
         assert (summary["min_per_class"], summary["max_per_class"]) == (0, 3)
-
-    def test_unlabelled(self, tmp_path: Path) -> None:
-        split = NamedSplit(["1.jpg", "2.jpg"], [-1, -1])
-        summary = write_subset_list(tmp_path / "list.txt", split, np.array([1]))
+        unlabelled = NamedSplit(["1.jpg", "2.jpg"], [-1, -1])
+        summary = write_subset_list(path, unlabelled, np.array([1]))
         assert (summary["samples"], summary["min_per_class"], summary["max_per_class"]) == (1, 0, 0)
 
     def test_names_that_are_hard_to_write(self, tmp_path: Path) -> None:
@@ -154,43 +146,50 @@ class TestWrite:
 
 
 class TestRead:
-    def test_basenames_as_papers_publish_them(self, tmp_path: Path) -> None:
-        split = imagenet_like()
-        path = write_lines(tmp_path / "1percent.txt", "n00000007_3.JPEG", "n00000000_129.JPEG", "n00000000_0.JPEG")
-        indices = read_subset_list(path, split)
-        assert [split.names[index] for index in indices] == [
-            "train/n00000000/n00000000_0.JPEG",
-            "train/n00000000/n00000000_129.JPEG",
-            "train/n00000007/n00000007_3.JPEG",
-        ]
+    """Of a split as `imagenet_like` has it, whose classes have 130 images each."""
 
-    def test_partial_and_whole_paths(self, tmp_path: Path) -> None:
-        split = imagenet_like()
-        path = write_lines(
-            tmp_path / "list.txt", "n00000001/n00000001_5.JPEG", "train/n00000002/n00000002_5.JPEG", "n00000003_5.JPEG"
-        )
-        assert read_subset_list(path, split).tolist() == [135, 265, 395]
+    @pytest.mark.parametrize(
+        ("text", "indices"),
+        [
+            ("n00000007_3.JPEG\nn00000000_129.JPEG\nn00000000_0.JPEG\n", [0, 129, 913]),  # as papers publish them
+            ("n00000001/n00000001_5.JPEG\ntrain/n00000002/n00000002_5.JPEG\nn00000003_5.JPEG\n", [135, 265, 395]),
+            ("n00000001_5.JPEG\r\n\r\nn00000002_5.JPEG\r\n", [135, 265]),
+            ("\ufeffn00000001_5.JPEG\nn00000002_5.JPEG", [135, 265]),
+        ],
+        ids=[
+            "base names",
+            "partial and whole paths",
+            "line ends of Windows",
+            "byte order mark, no line end at the end",
+        ],
+    )
+    def test_names(self, tmp_path: Path, text: str, indices: list[int]) -> None:
+        (tmp_path / "list.txt").write_bytes(text.encode())
+        assert read_subset_list(tmp_path / "list.txt", imagenet_like()).tolist() == indices
 
-    def test_windows_line_ends_and_empty_lines(self, tmp_path: Path) -> None:
-        path = write_lines(tmp_path / "list.txt", "n00000001_5.JPEG", "", "n00000002_5.JPEG", ending="\r\n")
-        assert read_subset_list(path, imagenet_like()).tolist() == [135, 265]
+    @pytest.mark.parametrize(
+        ("lines", "message"),
+        [
+            (["_5.JPEG"], r"1 of the 1 images of the list .*list.txt are not there: '_5.JPEG'"),
+            (
+                ["n00000001_5.JPEG", *(f"gone{number}.jpg" for number in range(7))],
+                r"7 of the 8 images .*are not there: 'gone0.jpg', .*'gone4.jpg'$",
+            ),
+            (["n00000001_5.JPEG", "n2.JPEG", "n00000001_5.JPEG"], r"names 'n00000001_5\.JPEG' more than once"),
+            ([*map(str, range(200_000)), "199999"], r"names '199999' more than once"),
+            (["n00000001_5.JPEG", "n00000001/n00000001_5.JPEG"], "names an image more than once, in different words"),
+            (["", "  "], r"the list .*list.txt is empty"),
+            (['"open'], "begins with a quotation mark, but is no JSON string"),
+        ],
+        ids=["part of a name", "missing", "twice", "the last of many twice", "other words", "empty", "quotation mark"],
+    )
+    def test_what_is_refused(self, tmp_path: Path, lines: list[str], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            read_subset_list(write_lines(tmp_path / "list.txt", *lines), imagenet_like())
 
-    def test_the_byte_order_mark_of_windows(self, tmp_path: Path) -> None:
-        path = write_lines(tmp_path / "list.txt", "\ufeffn00000001_5.JPEG", "n00000002_5.JPEG")
-        assert read_subset_list(path, imagenet_like()).tolist() == [135, 265]
-
-    def test_no_line_end_at_the_end(self, tmp_path: Path) -> None:
-        (tmp_path / "list.txt").write_text("n00000001_5.JPEG\nn00000002_5.JPEG")
-        assert read_subset_list(tmp_path / "list.txt", imagenet_like()).tolist() == [135, 265]
-
-    def test_part_of_a_name_is_no_name(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"1 of the 1 images of the list .*list.txt are not there: '_5.JPEG'"):
-            read_subset_list(write_lines(tmp_path / "list.txt", "_5.JPEG"), imagenet_like())
-
-    def test_missing_names(self, tmp_path: Path) -> None:
-        path = write_lines(tmp_path / "list.txt", "n00000001_5.JPEG", *(f"gone{number}.jpg" for number in range(7)))
-        with pytest.raises(ValueError, match=r"7 of the 8 images .*are not there: 'gone0.jpg', .*'gone4.jpg'$"):
-            read_subset_list(path, imagenet_like())
+    def test_no_list(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"there is no list .*list.txt"):
+            read_subset_list(tmp_path / "list.txt", imagenet_like())
 
     def test_an_ambiguous_name(self, tmp_path: Path) -> None:
         split = NamedSplit(["a/1.jpg", "a/2.jpg", "b/1.jpg"], [0, 0, 1], ("a", "b"))
@@ -201,35 +200,9 @@ class TestRead:
     def test_a_whole_name_is_never_ambiguous(self, tmp_path: Path) -> None:
         """Though it is the end of another one."""
         split = NamedSplit(["1.jpg", "a/1.jpg", "b/a/1.jpg"], [0, 0, 0], ("a",))
-        for index, name in enumerate(split.names):
-            assert read_subset_list(write_lines(tmp_path / "list.txt", name), split).tolist() == [index]
-        assert read_subset_list(write_lines(tmp_path / "list.txt", *split.names), split).tolist() == [0, 1, 2]
-
-    def test_a_name_that_stands_there_twice(self, tmp_path: Path) -> None:
-        path = write_lines(tmp_path / "list.txt", "n00000001_5.JPEG", "n00000002_5.JPEG", "n00000001_5.JPEG")
-        with pytest.raises(ValueError, match=r"names 'n00000001_5\.JPEG' more than once"):
-            read_subset_list(path, imagenet_like())
-
-    def test_the_last_of_many_that_stands_there_twice(self, tmp_path: Path) -> None:
-        names = [f"{number}.jpg" for number in range(200_000)]
-        path = write_lines(tmp_path / "list.txt", *names, names[-1])
-        with pytest.raises(ValueError, match=r"names '199999\.jpg' more than once"):
-            read_subset_list(path, imagenet_like())
-
-    def test_an_image_in_different_words(self, tmp_path: Path) -> None:
-        path = write_lines(tmp_path / "list.txt", "n00000001_5.JPEG", "n00000001/n00000001_5.JPEG")
-        with pytest.raises(ValueError, match="names an image more than once, in different words"):
-            read_subset_list(path, imagenet_like())
-
-    def test_no_list_and_an_empty_one(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"there is no list .*list.txt"):
-            read_subset_list(tmp_path / "list.txt", imagenet_like())
-        with pytest.raises(ValueError, match=r"the list .*list.txt is empty"):
-            read_subset_list(write_lines(tmp_path / "list.txt", "", "  "), imagenet_like())
-
-    def test_a_quotation_mark_that_is_none(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="begins with a quotation mark, but is no JSON string"):
-            read_subset_list(write_lines(tmp_path / "list.txt", '"open'), imagenet_like())
+        for names in (*([name] for name in split.names), split.names):
+            found = read_subset_list(write_lines(tmp_path / "list.txt", *names), split)
+            assert [split.names[index] for index in found] == list(names)
 
 
 @pytest.mark.parametrize("format", ["ffcv", "webdataset"])

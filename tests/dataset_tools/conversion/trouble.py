@@ -8,9 +8,8 @@ import json
 import os
 import signal
 import sys
-import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,15 +57,6 @@ def mixed_files(num_train: int, num_val: int, seed: int = 0) -> dict[str, bytes]
                 data = b"no image at all"
             files[f"{split}/class {number % 3}/{number:05}.{extension}"] = data
     return files
-
-
-def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -176,14 +166,14 @@ def journal_often(every_s: float = 0.02, pause_s: float = 0.0) -> Callable[[], N
     def prepare() -> None:
         assert convert.convert.__kwdefaults__ is not None
         convert.convert.__kwdefaults__["journal_every_s"] = every_s
-        treat = split_conversion.treat
+        transform = split_conversion.transform
 
         def slowly(*arguments: Any) -> Any:
             time.sleep(pause_s)
-            return treat(*arguments)
+            return transform(*arguments)
 
         if pause_s:
-            split_conversion.treat = slowly  # type: ignore[assignment]
+            split_conversion.transform = slowly  # type: ignore[assignment]
 
     return prepare
 

@@ -1,0 +1,118 @@
+"""Reads and writes that are complete, or an error; from any process and thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_PIECES = 1024
+"""Linux's IOV_MAX."""
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes from `offset` on. Raises OSError if the file ends before."""
+    data = os.pread(descriptor, size, offset)
+    while 0 < len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    if len(data) != size:
+        raise OSError(f"the file ends {size - len(data)} bytes too early")
+    return data
+
+
+def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
+    """All of `data`, at `offset`. Raises OSError, as for a full disk."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def write_pieces(descriptor: int, pieces: Sequence[memoryview | bytes]) -> None:
+    """All of `pieces`, one behind the other, at the file's position. Raises OSError, as for a full disk."""
+    for start in range(0, len(pieces), MAX_PIECES):
+        some = pieces[start : start + MAX_PIECES]
+        left = sum(map(len, some))
+        written = os.writev(descriptor, some)
+        if written < left:  # nearly full, a signal, or more than 2 GiB
+            rest = memoryview(b"".join(some))[written:]
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+
+
+@contextmanager
+def written(path: Path, *, suffix: str = ".partial") -> Iterator[BinaryIO]:
+    """A file to write, which appears at `path` whole and synced to the disk, or not at all.
+
+    Until then its name has that `suffix`.
+    """
+    partial = path.with_name(path.name + suffix)
+    with open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Writes an .npz, which appears whole or not at all; `numpy.load` reads it. No array may hold objects."""
+    with written(path) as file:
+        named: dict[str, Any] = dict(arrays)
+        np.savez(file, **named)
+
+
+class ByteFile:
+    """A file read by position (`os.pread`), so that threads and forked processes can share the descriptor.
+
+    Opened at the first read in each process; pickling carries the path only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: FileIO | None = None
+
+    def read(self, offset: int, size: int, sample: str) -> bytes:
+        """`size` bytes from `offset` on. Raises OSError, naming `sample`, if the file is gone or cut."""
+        data = bytearray(size)
+        self.read_into(offset, memoryview(data), sample)
+        return bytes(data)
+
+    def read_into(self, offset: int, target: memoryview, sample: str) -> None:
+        """Fills `target` with the bytes from `offset` on. Raises OSError as `read` does."""
+        done = 0
+        try:
+            file = self._opened()
+            while done < len(target) and (more := os.preadv(file.fileno(), [target[done:]], offset + done)):
+                done += more
+        except OSError as error:
+            raise OSError(error.errno, f"cannot read sample {sample!r} of {self.path}: {error}") from error
+        if done != len(target):
+            raise OSError(
+                f"cannot read sample {sample!r}: {self.path} holds {done} of its {len(target)} bytes at offset "
+                f"{offset}; the file was cut short after it was opened"
+            )
+
+    def will_need(self, offset: int, size: int) -> None:
+        """A hint: the system may fetch these bytes from the disk."""
+        with suppress(OSError):
+            file = self._opened()
+            os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+
+    def _opened(self) -> FileIO:
+        """The open file; who reads keeps it alive, since two threads may open it at the same moment."""
+        file = self._file or FileIO(self.path)
+        self._file = file
+        return file
+
+    def __reduce__(self) -> tuple[type[ByteFile], tuple[Path]]:
+        return ByteFile, (self.path,)
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
