@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from dataset_tools.command_line import CommonFlags, say
+
+if TYPE_CHECKING:
+    from leoclr_fast.doctor.result import Result
+
+_SHOWN = {
+    "ok": ("ok", "green"),
+    "warning": ("WARNING", "yellow"),
+    "failed": ("FAILED", "bold red"),
+    "not applicable": ("n/a", "bright_black"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,24 +37,41 @@ class Doctor(CommonFlags):
     """Names of checks, such as gloo or "out speed"; all of them if not given."""
 
     def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.doctor.examination import chosen_checks, examine
-        from leoclr_fast.doctor.table import count, outcome, table
+        from leoclr_fast.doctor.checks import chosen_checks
+        from leoclr_fast.doctor.examination import examine
+        from leoclr_fast.doctor.result import STATUSES
 
         checks = chosen_checks(self.only)
         with console.status("examining this machine") as status:
-            findings = examine(
+            results = examine(
                 checks,
                 data="" if self.data is None else str(self.data),
                 out=str(self.out),
                 began=lambda name: status.update(f"examining this machine: {name}"),
             )
-        console.print(table(checks, findings), soft_wrap=False)
-        say(console, outcome(findings))
-        counts = count(findings)
+        names, statuses = [check.name for check in checks], [result.status for result in results]
+        counts = {status: statuses.count(status) for status in STATUSES}
+        console.print(table(names, results), soft_wrap=False)
+        parts = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
+        works = "something does not work" if counts["failed"] else "nothing stands in the way of training"
+        say(console, f"{len(results)} checks: {parts}; {works}")
         return {
             "ok": counts["failed"] == 0,
             "counts": counts,
-            "findings": [
-                {"name": check.name, **asdict(finding)} for check, finding in zip(checks, findings, strict=True)
-            ],
+            "findings": [{"name": name, **asdict(result)} for name, result in zip(names, results, strict=True)],
         }
+
+
+def table(names: Sequence[str], results: Sequence[Result]) -> RenderableType:
+    """A word, a colour, what was found, and under it what to do; readable without colours too."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1, overflow="fold")
+    for name, result in zip(names, results, strict=True):
+        word, style = _SHOWN[result.status]
+        found: RenderableType = Text(result.found)
+        if result.remedy is not None:
+            found = Group(found, Padding(Text(f"→ {result.remedy}", style="bold"), (0, 0, 0, 2)))
+        grid.add_row(Text(word, style=style), Text(name, style=style), found)
+    return grid

@@ -1,1 +1,1 @@
-"""What this machine has and lacks for training. Nothing here needs torch or numpy before a check asks for it."""
+"""What this machine has and lacks: one check a question, each in a process of its own."""

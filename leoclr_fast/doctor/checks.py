@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from leoclr_fast.doctor.finding import Finding
+from leoclr_fast.doctor.result import Result
 
-_HERE = "leoclr_fast.doctor"
+_TRY_AGAIN = "Look at the machine's load with `uptime`, then try again."
 _MANY_FILES = "Many small files are slow to list: convert them once, `leoclr-fast convert DATA DEST --format ffcv`."
 _DEAD_MOUNT = "A file system that does not answer is often a dead network mount: look with `mount` and `dmesg`."
+_DEAD_DRIVER = "The driver may hang: look with `nvidia-smi` and `dmesg`, and restart the machine if they hang too."
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Check:
-    """A function that returns a `Finding`, and how long it may take."""
+    """A function that returns a `Result`, and how long it may take."""
 
     name: str
     function: str
@@ -23,78 +26,72 @@ class Check:
     arguments: tuple[str, ...] = ()
     """Its arguments; `{data}` and `{out}` are what the user gave, or the empty string."""
     limit_s: float = 20.0
-    when_late: str = "Look at the machine's load with `uptime`, then try again."
+    when_late: str = _TRY_AGAIN
     """The remedy where it does not answer in time."""
     alone: bool = False
     """Nothing else runs beside it."""
 
-    def run(self, given: dict[str, str]) -> Finding:
+    def run(self, given: dict[str, str]) -> Result:
         """In this process. given: what `{data}` and `{out}` stand for."""
         module, _, name = self.function.partition(".")
-        function: Any = getattr(import_module(f"{_HERE}.{module}"), name)
-        finding: Finding = function(*(argument.format(**given) for argument in self.arguments))
-        return finding
+        function: Any = getattr(import_module(f"leoclr_fast.doctor.{module}"), name)
+        result: Result = function(*(argument.format(**given) for argument in self.arguments))
+        return result
 
 
 def _heavy(name: str, function: str, *arguments: str) -> Check:
     """A check that imports torch."""
-    return Check(name=name, function=function, arguments=arguments, limit_s=120.0)
+    return Check(name, function, arguments, limit_s=120.0)
 
 
 def _gpu(name: str, function: str) -> Check:
-    remedy = "The driver may hang: look with `nvidia-smi` and `dmesg`, and restart the machine if they hang too."
-    return Check(name=name, function=function, limit_s=90.0, when_late=remedy)
+    return Check(name, function, limit_s=90.0, when_late=_DEAD_DRIVER)
 
 
 CHECKS: tuple[Check, ...] = (
-    Check(name="system", function="system.system"),
-    Check(name="python", function="python_packages.python"),
-    _heavy("required packages", "python_packages.required_packages"),
+    Check("system", "system.system"),
+    Check("python", "packages.python"),
+    _heavy("required packages", "packages.required_packages"),
     _gpu("gpus", "gpus.gpus"),
     _gpu("gpu health", "gpus.gpu_health"),
     _gpu("driver", "gpus.driver"),
     _gpu("bf16", "gpus.bf16"),
-    _gpu("nccl", "collectives.nccl"),
-    _heavy("gloo", "collectives.gloo"),
-    Check(name="torchrun", function="launchers.torchrun", limit_s=120.0),
-    Check(name="rendezvous", function="launchers.rendezvous"),
-    Check(name="communication settings", function="launchers.communication_settings"),
-    Check(name="network", function="launchers.network"),
-    Check(name="c compiler", function="compilers.c_compiler", limit_s=60.0),
-    _heavy("triton", "compilers.triton"),
-    Check(name="pillow", function="image_loaders.pillow"),
-    _heavy("loader torchvision", "image_loaders.loader", "torchvision"),
-    _heavy("loader dali", "image_loaders.loader", "dali"),
-    _heavy("loader ffcv", "image_loaders.loader", "ffcv"),
-    _heavy("loader nvjpeg", "image_loaders.loader", "nvjpeg"),
+    _gpu("nccl", "ranks.nccl"),
+    _heavy("gloo", "ranks.gloo"),
+    Check("torchrun", "ranks.torchrun", limit_s=120.0),
+    Check("rendezvous", "ranks.rendezvous"),
+    Check("communication settings", "ranks.communication_settings"),
+    Check("network", "ranks.network"),
+    Check("c compiler", "packages.c_compiler", limit_s=60.0),
+    _heavy("triton", "packages.triton"),
+    Check("pillow", "image_loaders.pillow"),
+    *(_heavy(f"loader {name}", "image_loaders.loader", name) for name in ("torchvision", "dali", "ffcv", "nvjpeg")),
     *(
-        _heavy(f"extra {name}", "python_packages.extra", name)
+        _heavy(f"extra {name}", "packages.extra", name)
         for name in ("parquet", "imagenet", "export", "detect", "monitor")
     ),
-    Check(name="cores", function="processors.cores", alone=True),
+    Check("cores", "processors.cores", alone=True),
     _heavy("threads", "processors.threads"),
     _gpu("numa", "processors.numa"),
-    Check(name="memory", function="memory.memory"),
-    Check(name="shared memory", function="memory.shared_memory"),
-    Check(name="limits", function="limits.limits"),
-    Check(name="encoding", function="limits.encoding"),
-    Check(name="clock", function="clock.clock"),
-    Check(name="temporary folder", function="disks.temporary_folder", when_late=_DEAD_MOUNT),
-    Check(name="out folder", function="disks.out_folder", arguments=("{out}",), when_late=_DEAD_MOUNT),
-    Check(
-        name="out speed",
-        function="disks.out_speed",
-        arguments=("{out}",),
-        when_late=_DEAD_MOUNT,
-        limit_s=60.0,
-        alone=True,
-    ),
-    Check(name="data folder", function="disks.data_folder", arguments=("{data}",), when_late=_DEAD_MOUNT),
-    Check(
-        name="data set",
-        function="disks.data_set",
-        arguments=("{data}",),
-        limit_s=180.0,
-        when_late=_MANY_FILES,
-    ),
+    Check("memory", "processors.memory"),
+    Check("shared memory", "processors.shared_memory"),
+    Check("limits", "system.limits"),
+    Check("encoding", "system.encoding"),
+    Check("clock", "system.clock"),
+    Check("temporary folder", "disks.temporary_folder", when_late=_DEAD_MOUNT),
+    Check("out folder", "disks.out_folder", ("{out}",), when_late=_DEAD_MOUNT),
+    Check("out speed", "disks.out_speed", ("{out}",), limit_s=60.0, when_late=_DEAD_MOUNT, alone=True),
+    Check("data folder", "disks.data_folder", ("{data}",), when_late=_DEAD_MOUNT),
+    Check("data set", "disks.data_set", ("{data}",), limit_s=180.0, when_late=_MANY_FILES),
 )
+
+
+def chosen_checks(names: Sequence[str]) -> list[Check]:
+    """The checks of these names, or all. Raises ValueError for a name that does not exist."""
+    known = [check.name for check in CHECKS]
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=2)
+            hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+            raise ValueError(f"there is no check {name!r}.{hint} Allowed: {', '.join(known)}.")
+    return [check for check in CHECKS if not names or check.name in names]

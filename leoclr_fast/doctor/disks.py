@@ -10,13 +10,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from leoclr_fast.doctor.finding import Finding, Trouble, failed, judged, not_applicable
+from leoclr_fast.doctor.result import Result, failed, not_applicable
 
 _GIB, _MIB = 2**30, 2**20
 _LITTLE_ROOM_GIB, _TOO_LITTLE_ROOM_GIB = 10.0, 1.0
 _FEW_INODES = 10_000
 _BLOCK_BYTES = 4 * _MIB
-_MOST_BYTES, _MOST_SECONDS = 64 * _MIB, 3.0
+_MAX_BYTES, _MAX_SECONDS = 64 * _MIB, 3.0
 _SLOW_MIB_PER_S = 30.0
 _NETWORK = re.compile(r"nfs4?|lustre|gpfs|beegfs\w*|cifs|smb3?|ceph|glusterfs|9p|afs|orangefs|pvfs2|wekafs|fuse\.\w.*")
 _MEMORY = ("tmpfs", "ramfs")
@@ -55,7 +55,7 @@ def mount_of(path: Path, table: str | None = None) -> Mount:
     return best
 
 
-def out_folder(path: str) -> Finding:
+def out_folder(path: str) -> Result:
     """Whether runs can be written there, and how much room there is."""
     folder = _existing(Path(path or ".").expanduser())
     mount = mount_of(folder)
@@ -69,17 +69,16 @@ def out_folder(path: str) -> Finding:
     except OSError as error:
         remedy = "Give another `--out`, or ask for the right to write there (`ls -ld`, `df -h`, `quota`)."
         return failed(f"{folder}, {mount}: cannot be written ({error.strerror})", remedy)
-    found, troubles = _room(folder)
-    return judged(f"{folder}, {mount}: {found}", troubles)
+    return _room(folder, mount)
 
 
-def out_speed(path: str) -> Finding:
+def out_speed(path: str) -> Result:
     """Writes and reads a temporary file of at most 64 MiB, for at most about 3 s each."""
     folder = _existing(Path(path or ".").expanduser())
     block = mmap.mmap(-1, _BLOCK_BYTES)  # aligned, as reading past the page cache needs it
     block.write(os.urandom(_BLOCK_BYTES))
     try:
-        if os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize < 2 * _MOST_BYTES:
+        if os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize < 2 * _MAX_BYTES:
             return not_applicable("too little room to try")
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:  # without a name: nothing stays if we are killed
             written, write_s = _write(file.fileno(), block)
@@ -90,32 +89,30 @@ def out_speed(path: str) -> Finding:
     how = "past the page cache" if bypassed else "perhaps out of the page cache, which could not be bypassed"
     if mount_of(folder).kind in _MEMORY:
         how = "from memory: what is written there is lost when the machine stops"
-    troubles = []
+    result = Result(
+        f"writes {write_speed:,.0f} MiB/s with fsync, reads {read_speed:,.0f} MiB/s {how} ({written / _MIB:.0f} MiB "
+        f"in {folder})"
+    )
     if write_speed < _SLOW_MIB_PER_S:
         what = f"a checkpoint of 0.5 GiB would take {512 / write_speed:.0f} s"
-        troubles.append(Trouble("warning", what, "Give an `--out` on a local disk: see `df -hT`."))
-    return judged(
-        f"writes {write_speed:,.0f} MiB/s with fsync, reads {read_speed:,.0f} MiB/s {how} ({written / _MIB:.0f} MiB "
-        f"in {folder})",
-        troubles,
-    )
+        result.warn(what, "Give an `--out` on a local disk: see `df -hT`.")
+    return result
 
 
-def temporary_folder() -> Finding:
+def temporary_folder() -> Result:
     """Kernels are compiled there, so that programs must be loadable from it."""
     try:
         folder = Path(tempfile.gettempdir())
     except OSError:
         return failed("no temporary folder can be written", "Name one: `export TMPDIR=/path`.")
     mount = mount_of(folder)
-    found, troubles = _room(folder, little_gib=1.0, too_little_gib=0.1)
+    result = _room(folder, mount, little_gib=1.0, too_little_gib=0.1)
     if "noexec" in mount.options:
-        what = "programs cannot be loaded from it (noexec)"
-        troubles.append(Trouble("warning", what, "Compile elsewhere: `export TMPDIR=/path`."))
-    return judged(f"{folder}, {mount}: {found}", troubles)
+        result.warn("programs cannot be loaded from it (noexec)", "Compile elsewhere: `export TMPDIR=/path`.")
+    return result
 
 
-def data_folder(path: str) -> Finding:
+def data_folder(path: str) -> Result:
     """Whether the data can be read, and whether it is many small files on a network."""
     if not path:
         return not_applicable("give --data PATH to have it looked at")
@@ -130,16 +127,14 @@ def data_folder(path: str) -> Finding:
     except OSError as error:
         place = error.filename or data
         return failed(f"{place} cannot be read ({error.strerror})", f"Ask for the right to read it: `ls -ld {place}`.")
-    found = f"{data}: {kind} on {mount}, {readable}"
-    troubles = []
+    result = Result(f"{data}: {kind} on {mount}, {readable}")
     if mount.is_network and data.is_dir() and _is_tree(data):
-        what = "many small files over a network are slow to open"
         remedy = f"Convert them once, to a local disk: `leoclr-fast convert {data} DEST --format webdataset`."
-        troubles.append(Trouble("warning", what, remedy))
-    return judged(found, troubles)
+        result.warn("many small files over a network are slow to open", remedy)
+    return result
 
 
-def data_set(path: str) -> Finding:
+def data_set(path: str) -> Result:
     """What training would see there."""
     if not path:
         return not_applicable("give --data PATH to have it looked at")
@@ -152,7 +147,7 @@ def data_set(path: str) -> Finding:
         return failed(" ".join(str(error).split()), "Give a `--data` that can be read as images.")
     splits = ", ".join(f"{name} {len(split):,} images" for name, split in source.splits.items())
     classes = f"{len(source.classes):,} classes" if source.classes else "no labels"
-    return judged(f"{source.kind}: {splits}; {classes}; listed in {time.monotonic() - began:.1f} s", [])
+    return Result(f"{source.kind}: {splits}; {classes}; listed in {time.monotonic() - began:.1f} s")
 
 
 def _existing(path: Path) -> Path:
@@ -162,28 +157,26 @@ def _existing(path: Path) -> Path:
 
 
 def _room(
-    folder: Path, *, little_gib: float = _LITTLE_ROOM_GIB, too_little_gib: float = _TOO_LITTLE_ROOM_GIB
-) -> tuple[str, list[Trouble]]:
+    folder: Path, mount: Mount, *, little_gib: float = _LITTLE_ROOM_GIB, too_little_gib: float = _TOO_LITTLE_ROOM_GIB
+) -> Result:
     """Free bytes and inodes, for this user."""
     room = os.statvfs(folder)
     free_gib, size_gib = room.f_bavail * room.f_frsize / _GIB, room.f_blocks * room.f_frsize / _GIB
-    troubles = []
-    if free_gib < little_gib:
-        status = "failed" if free_gib < too_little_gib else "warning"
-        remedy = f"Make room (`du -xh --max-depth 1 {folder} | sort -h`), or choose another place."
-        troubles.append(Trouble(status, f"{free_gib:.2f} GiB are little", remedy))  # type: ignore[arg-type]
     inodes = f", {room.f_favail:,} inodes left" if room.f_files else ""  # btrfs and some networks count none
+    result = Result(f"{folder}, {mount}: {free_gib:,.1f} of {size_gib:,.1f} GiB free{inodes}")
+    if free_gib < little_gib:
+        remedy = f"Make room (`du -xh --max-depth 1 {folder} | sort -h`), or choose another place."
+        (result.fail if free_gib < too_little_gib else result.warn)(f"{free_gib:.2f} GiB are little", remedy)
     if room.f_files and room.f_favail < _FEW_INODES:
-        status = "failed" if room.f_favail < 100 else "warning"
-        what, remedy = "few files can be made", f"Delete small files: `df -i {folder}`."
-        troubles.append(Trouble(status, what, remedy))  # type: ignore[arg-type]
-    return f"{free_gib:,.1f} of {size_gib:,.1f} GiB free{inodes}", troubles
+        remedy = f"Delete small files: `df -i {folder}`."
+        (result.fail if room.f_favail < 100 else result.warn)("few files can be made", remedy)
+    return result
 
 
 def _write(descriptor: int, block: mmap.mmap) -> tuple[int, float]:
     """Bytes and seconds; each block is on the disk before the next."""
     began, written = time.monotonic(), 0
-    while written < _MOST_BYTES and time.monotonic() - began < _MOST_SECONDS:
+    while written < _MAX_BYTES and time.monotonic() - began < _MAX_SECONDS:
         written += os.write(descriptor, block)
         os.fdatasync(descriptor)
     os.fsync(descriptor)
@@ -200,7 +193,7 @@ def _read(descriptor: int, block: mmap.mmap, size: int) -> tuple[int, float, boo
     source, bypassed = (direct, True) if direct >= 0 else (descriptor, False)
     try:
         began, read = time.monotonic(), 0
-        while read < size and time.monotonic() - began < _MOST_SECONDS:
+        while read < size and time.monotonic() - began < _MAX_SECONDS:
             got = os.preadv(source, [block], read)
             if not got:
                 break

@@ -1,8 +1,7 @@
-"""Runs checks, each in a process of its own: one that hangs or crashes is a finding, and stops no other."""
+"""Runs checks, each in a process of its own: one that hangs or crashes has failed, and stops no other."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import signal
@@ -13,47 +12,34 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from leoclr_fast.doctor.checks import CHECKS, Check
-from leoclr_fast.doctor.finding import Finding, failed
+from leoclr_fast.doctor.checks import Check
+from leoclr_fast.doctor.result import Result, failed
 
-_MOST_AT_ONCE = 4
+_MAX_AT_ONCE = 4
 _END_WITHIN_S = 2.0
-_CRASHED = "Install it again, or look at the whole story: python -m leoclr_fast.doctor.one_check {!r}"
-
-
-def chosen_checks(names: Sequence[str]) -> list[Check]:
-    """The checks of these names, or all. Raises ValueError for a name that does not exist."""
-    known = {check.name: check for check in CHECKS}
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=2)
-            hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-            raise ValueError(f"there is no check {name!r}.{hint} Allowed: {', '.join(known)}.")
-    return [check for check in CHECKS if not names or check.name in names]
 
 
 def examine(
     checks: Sequence[Check], *, data: str, out: str, began: Callable[[str], None] = lambda name: None
-) -> list[Finding]:
-    """The findings, in the order of `checks`. data, out: paths, or empty. began: told each check as it begins."""
-    given = {"data": data, "out": out}
+) -> list[Result]:
+    """The results, in the order of `checks`. data, out: paths, or empty. began: is called as each check begins."""
 
-    def one(check: Check) -> Finding:
+    def one(check: Check) -> Result:
         began(check.name)
-        return run_apart(check, given)
+        return run_apart(check, {"data": data, "out": out})
 
-    findings = {check.name: one(check) for check in checks if check.alone}
-    with ThreadPoolExecutor(min(_MOST_AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
-        together = [check for check in checks if not check.alone]
-        findings |= zip((check.name for check in together), pool.map(one, together), strict=True)
-    return [findings[check.name] for check in checks]
+    results = {check.name: one(check) for check in checks if check.alone}
+    together = [check for check in checks if not check.alone]
+    with ThreadPoolExecutor(min(_MAX_AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
+        results |= zip((check.name for check in together), pool.map(one, together), strict=True)
+    return [results[check.name] for check in checks]
 
 
-def run_apart(check: Check, given: dict[str, str]) -> Finding:
+def run_apart(check: Check, given: dict[str, str]) -> Result:
     """Run a check in a process of its own, which is killed at the check's limit. Never raises."""
     command = [sys.executable, "-m", "leoclr_fast.doctor.one_check", check.name, json.dumps(given)]
     # Files in memory: a pipe could be held open by what the check has started, and no disk is to be relied on.
-    with _memory_file("answer") as answer, _memory_file("errors") as errors:
+    with os.fdopen(os.memfd_create("answer"), "w+") as answer, os.fdopen(os.memfd_create("errors"), "w+") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=answer, stderr=errors, start_new_session=True
         )
@@ -63,19 +49,22 @@ def run_apart(check: Check, given: dict[str, str]) -> Finding:
             return failed(f"no answer within {check.limit_s:.0f} s", check.when_late)
         finally:
             _kill(process)
-        return _finding(check, process.returncode, _content(answer), _content(errors))
+        answer.seek(0)
+        errors.seek(0)
+        return _result(check, process.returncode, answer.read(), errors.read())
 
 
-def _finding(check: Check, returncode: int, answer: str, errors: str) -> Finding:
-    remedy = _CRASHED.format(check.name)
+def _result(check: Check, returncode: int, answer: str, errors: str) -> Result:
     if returncode == 0:
         with suppress(ValueError, TypeError):
-            return Finding(**json.loads(answer))
-    last_words = [line.strip() for line in errors.splitlines() if line.strip()][-1:]
-    told = f": {last_words[0][:300]}" if last_words else ""
-    if returncode < 0:
-        return failed(f"the check was ended by {_signal_name(-returncode)}{told}", remedy)
-    return failed(f"the check ended with code {returncode} and no answer{told}", remedy)
+            return Result(**json.loads(answer))
+    last_line = [line.strip() for line in errors.splitlines() if line.strip()][-1:]
+    ending = f": {last_line[0][:300]}" if last_line else ""
+    how = f"by {_signal_name(-returncode)}" if returncode < 0 else f"with code {returncode} and no answer"
+    return failed(
+        f"the check {'was ended' if returncode < 0 else 'ended'} {how}{ending}",
+        f"Install it again, or look at the whole story: python -m leoclr_fast.doctor.one_check {check.name!r}",
+    )
 
 
 def _kill(process: subprocess.Popen[Any]) -> None:
@@ -84,16 +73,6 @@ def _kill(process: subprocess.Popen[Any]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         process.wait(_END_WITHIN_S)
-
-
-def _memory_file(name: str) -> Any:
-    return os.fdopen(os.memfd_create(name), "w+b")
-
-
-def _content(file: Any) -> str:
-    file.seek(0)
-    content: bytes = file.read()
-    return content.decode(errors="replace")
 
 
 def _signal_name(number: int) -> str:

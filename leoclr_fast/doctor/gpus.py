@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from leoclr_fast.doctor.finding import Finding, Trouble, failed, judged, not_applicable, ok, warning
+from leoclr_fast.doctor.result import Result, failed, not_applicable, warning
 
 _NO_GPU = "no GPU: training runs on the CPU, for demos and tests"
 _HEALTH_FIELDS = ("index", "temperature.gpu", "ecc.errors.uncorrected.volatile.total")
@@ -16,7 +16,7 @@ _HOT_C = 88.0
 _SMI_LIMIT_S = 30.0
 
 
-def gpus() -> Finding:
+def gpus() -> Result:
     """Each visible GPU: name, memory, compute capability, who else uses it, and whether it computes rightly."""
     import torch
 
@@ -24,31 +24,32 @@ def gpus() -> Finding:
 
     if not torch.cuda.device_count():
         return explain_no_gpu(torch.version.cuda)
-    told, troubles = [], []
-    for number in range(torch.cuda.device_count()):
-        device = torch.device("cuda", number)
-        state = gpu_state(device)
-        assert state is not None
-        told.append(
+    states = [gpu_state(torch.device("cuda", number)) or {} for number in range(torch.cuda.device_count())]
+    result = Result(
+        "; ".join(
             f"{number}: {state['name']}, {state['memory_gib']} GiB, compute capability {state['compute_capability']}"
+            for number, state in enumerate(states)
         )
-        shared = "Look who with `nvidia-smi`, or choose others by CUDA_VISIBLE_DEVICES."
-        troubles += [Trouble("warning", f"{number}: {text}", shared) for text in state["warnings"]]
-        a = torch.arange(64, dtype=torch.float32).view(8, 8)
+    )
+    a = torch.arange(64, dtype=torch.float32).view(8, 8)
+    for number, state in enumerate(states):
+        for text in state["warnings"]:
+            shared = "Look who with `nvidia-smi`, or choose others by CUDA_VISIBLE_DEVICES."
+            result.warn(f"{number}: {text}", shared)
+        device = torch.device("cuda", number)
         try:
             right = torch.equal((a.to(device) @ a.to(device)).cpu(), a @ a)
             wrong = "a product of small whole numbers is wrong"
         except RuntimeError as error:
             right, wrong = False, f"it cannot compute ({str(error).splitlines()[0]})"
         if not right:
-            what, remedy = f"{number}: {wrong}", "Install a torch built for it: see pytorch.org, Get Started."
-            troubles.append(Trouble("failed", what, remedy))
-    return judged("; ".join(told), troubles)
+            result.fail(f"{number}: {wrong}", "Install a torch built for it: see pytorch.org, Get Started.")
+    return result
 
 
 def explain_no_gpu(
     cuda_of_torch: str | None, environ: Mapping[str, str] = os.environ, root: Path = Path("/")
-) -> Finding:
+) -> Result:
     """Why torch sees no GPU: because there is none, or because something is between them."""
     devices = sorted((root / "dev").glob("nvidia[0-9]*"))
     driver = (root / "proc/driver/nvidia/version").exists()
@@ -67,33 +68,29 @@ def explain_no_gpu(
     return failed(signs, "Compare the driver of `nvidia-smi` with the CUDA of torch, and look at `dmesg` for errors.")
 
 
-def gpu_health() -> Finding:
+def gpu_health() -> Result:
     """What nvidia-smi says: memory errors, temperature, other programs."""
     fields = _smi(f"--query-gpu={','.join(_HEALTH_FIELDS)}")
     if fields is None:
         return not_applicable("nvidia-smi is not here or gives no answer")
-    told, troubles = [], []
-    for values in fields:
-        if len(values) != len(_HEALTH_FIELDS):
-            continue
-        number, temperature, errors = values
-        told.append(f"{number}: {temperature} °C, {errors} uncorrected memory errors")
+    gpus = [values for values in fields if len(values) == len(_HEALTH_FIELDS)]
+    programs = _smi("--query-compute-apps=pid,used_memory") or []
+    parts = [f"{number}: {temperature} °C, {errors} uncorrected memory errors" for number, temperature, errors in gpus]
+    parts.append(f"{len(programs)} programs on them" + "".join(f", {pid}: {mib} MiB" for pid, mib in programs[:4]))
+    result = Result("; ".join(parts))
+    for number, temperature, errors in gpus:
         if errors.isdecimal() and int(errors) > 0:
             remedy = "Restart the machine, and have the GPU exchanged if they come again: `nvidia-smi -q -d ECC`."
-            troubles.append(Trouble("failed", f"GPU {number} has lost bits of its memory", remedy))
+            result.fail(f"GPU {number} has lost bits of its memory", remedy)
         if temperature.isdecimal() and int(temperature) >= _HOT_C:
             remedy = "Look at its fans and at `nvidia-smi -q -d PERFORMANCE`."
-            troubles.append(Trouble("warning", f"GPU {number} is so hot that it slows down", remedy))
-    programs = _smi("--query-compute-apps=pid,used_memory") or []
-    told.append(f"{len(programs)} programs on them" + "".join(f", {pid}: {mib} MiB" for pid, mib in programs[:4]))
+            result.warn(f"GPU {number} is so hot that it slows down", remedy)
     if programs:
-        troubles.append(
-            Trouble("warning", "others compute on these GPUs", "Look who with `nvidia-smi`, or choose other GPUs.")
-        )
-    return judged("; ".join(told), troubles)
+        result.warn("others compute on these GPUs", "Look who with `nvidia-smi`, or choose other GPUs.")
+    return result
 
 
-def driver() -> Finding:
+def driver() -> Result:
     """The driver's CUDA version against that of torch's build."""
     import torch
 
@@ -105,7 +102,7 @@ def driver() -> Finding:
     return compare_cuda(version, torch.version.cuda)
 
 
-def compare_cuda(driver_version: int, build: str) -> Finding:
+def compare_cuda(driver_version: int, build: str) -> Result:
     """driver_version: as cuDriverGetVersion says, 13020 is 13.2. build: as torch says, "13.2"."""
     of_driver = driver_version // 1000, driver_version % 1000 // 10
     major, minor = (int(part) for part in build.split(".")[:2])
@@ -114,11 +111,11 @@ def compare_cuda(driver_version: int, build: str) -> Finding:
         remedy = f"Update the driver, or install a torch for CUDA {of_driver[0]}: see pytorch.org, Get Started."
         return failed(f"{found}: too old", remedy)
     if of_driver < (major, minor):
-        return ok(f"{found}: older, but compatible within CUDA {major}")
-    return ok(found)
+        return Result(f"{found}: older, but compatible within CUDA {major}")
+    return Result(found)
 
 
-def bf16() -> Finding:
+def bf16() -> Result:
     """Whether `--precision bf16` runs on the GPU."""
     import torch
 
@@ -133,7 +130,7 @@ def bf16() -> Finding:
     ones = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
     if (ones @ ones).sum().item() != 64**3:
         return failed("a product in bf16 is wrong", "Give `--precision fp32`, and look at `dmesg`.")
-    return ok("computes in bf16")
+    return Result("computes in bf16")
 
 
 def _smi(query: str) -> list[list[str]] | None:

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import io
 import tempfile
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from leoclr_fast.doctor.finding import Finding, failed, not_applicable, ok, warning
+from dataset_tools.versions import installed_version
+from leoclr_fast.doctor.result import Result, failed, not_applicable, warning
 
 _SIDE = 16
 _SIZE = (48, 40)
 _MAX_MEAN_DIFFERENCE = 2.0
 _PACKAGES = {
-    "dali": ("nvidia.dali", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "`pip install 'leoclr-fast[dali]'`"),
+    "torchvision": (("torchvision",), ""),
+    "dali": (("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "`pip install 'leoclr-fast[dali]'`"),
     "ffcv": (
-        "ffcv",
         ("ffcv",),
         "`apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++`, then `make ffcv` (or `pip install "
         "'leoclr-fast[ffcv]'`)",
     ),
-}  # fmt: skip
-"""Loader → what is imported, the packages it may come from, and how to get it."""
+    "nvjpeg": (("torchvision",), ""),
+}
+"""Loader → the packages that it may come from, and how to get one."""
 
 
-def pillow() -> Finding:
+def pillow() -> Result:
     """Encodes and decodes a JPEG, by libjpeg-turbo."""
     from PIL import Image, __version__, features
 
@@ -40,33 +40,37 @@ def pillow() -> Finding:
         )
     if not features.check_feature("libjpeg_turbo"):
         return warning(f"{found}, without libjpeg-turbo", "Decode faster: `pip install --force-reinstall pillow`.")
-    return ok(f"{found}, with libjpeg-turbo")
+    return Result(f"{found}, with libjpeg-turbo")
 
 
-def loader(name: str) -> Finding:
+def loader(name: str) -> Result:
     """One batch of two drawn JPEGs through a loader of ours; the uncropped view is compared with Pillow's resize."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "nvjpeg" and device.type == "cpu":
         return not_applicable("no GPU: nvJPEG decodes there")
-    if name in _PACKAGES and not _is_installed(_PACKAGES[name][0]):
-        return _explain_missing(name, on_gpu=device.type == "cuda")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
+    packages, install = _PACKAGES[name]
+    versions = {package: installed_version(package) for package in packages}
+    package = next((f"{package} {version}: " for package, version in versions.items() if version), None)
+    if package is None:
+        if name == "dali" and device.type == "cuda":
+            found = "not installed; on a GPU it is the loader that --loader auto would take"
+            return warning(found, f"Install it: {install}.")
+        return not_applicable(f"not installed; everything else works without it. Install it: {install}.")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
             crops, truth = _load(name, Path(folder), device)
-        except Exception as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:250]}"
-            instead = "Train with `--loader torchvision`" if name != "torchvision" else "Train with `--loader resident`"
-            how = f", or install it again: {_PACKAGES[name][2]}" if name in _PACKAGES else ""
-            return failed(f"{_version(name)}does not load two JPEGs ({why})", f"{instead}{how}.")
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:250]}"
+        instead = f"Train with `--loader {'resident' if name == 'torchvision' else 'torchvision'}`"
+        remedy = f"{instead}, or install it again: {install}." if install else f"{instead}."
+        return failed(f"{package}does not load two JPEGs ({why})", remedy)
     difference = float((crops.double().cpu() - truth.double()).abs().mean())
-    found = (
-        f"{_version(name)}two JPEGs on {device.type}, {difference:.3f} levels of 255 from Pillow's pixels on average"
-    )
+    found = f"{package}two JPEGs on {device.type}, {difference:.3f} levels of 255 from Pillow's pixels on average"
     if difference > _MAX_MEAN_DIFFERENCE:
         return failed(found, "Train with another `--loader`, and tell us the versions.")
-    return ok(found)
+    return Result(found)
 
 
 def draw_jpeg(number: int) -> bytes:
@@ -115,26 +119,3 @@ def _load(name: str, folder: Path, device: Any) -> tuple[Any, Any]:
         batch = next(opened.batches(0))
         uncropped = torch.as_tensor(batch.crops[:, 0]).clone()
         return uncropped, torch.from_numpy(np.stack([truths[index] for index in batch.indices]))
-
-
-def _explain_missing(name: str, *, on_gpu: bool) -> Finding:
-    found, remedy = "not installed; everything else works without it", f"Install it: {_PACKAGES[name][2]}."
-    if name == "dali" and on_gpu:
-        return warning("not installed; on a GPU it is the loader that --loader auto would take", remedy)
-    return not_applicable(f"{found}. {remedy}")
-
-
-def _version(name: str) -> str:
-    for package in _PACKAGES.get(name, ("", ("torchvision",), ""))[1]:
-        try:
-            return f"{package} {metadata.version(package)}: "
-        except metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # not even what it is part of
-        return False

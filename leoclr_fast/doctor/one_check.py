@@ -1,4 +1,4 @@
-"""One check in this process: `python -m leoclr_fast.doctor.one_check NAME [GIVEN]` prints its finding as JSON."""
+"""One check in this process: `python -m leoclr_fast.doctor.one_check NAME [GIVEN]` prints its result as JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 import traceback
 from dataclasses import asdict
 
-from leoclr_fast.doctor.checks import CHECKS
-from leoclr_fast.doctor.finding import failed
+from leoclr_fast.doctor.checks import chosen_checks
+from leoclr_fast.doctor.result import failed
 
 
 def main() -> None:
@@ -17,18 +17,15 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     name, *rest = sys.argv[1:]
-    given = json.loads(rest[0]) if rest else {"data": "", "out": "."}
-    check = next(check for check in CHECKS if check.name == name)
+    (check,) = chosen_checks([name])
     try:
-        finding = check.run(given)
+        result = check.run(json.loads(rest[0]) if rest else {"data": "", "out": "."})
     except Exception as error:
         traceback.print_exc()
         what = " ".join(str(error).split())[:300]
-        finding = failed(
-            f"{type(error).__name__}: {what}",
-            f"See the whole story with `python -m leoclr_fast.doctor.one_check {name!r}`.",
-        )
-    answer.write(json.dumps(asdict(finding)))
+        remedy = f"See the whole story with `python -m leoclr_fast.doctor.one_check {name!r}`."
+        result = failed(f"{type(error).__name__}: {what}", remedy)
+    answer.write(json.dumps(asdict(result)))
     answer.flush()
     sys.stderr.flush()
     os._exit(0)  # libraries that were only half loaded may hang as they are torn down

@@ -1,4 +1,4 @@
-"""Cores, threads and memory nodes."""
+"""Cores, threads, memory nodes, memory, and the part of it that processes share."""
 
 from __future__ import annotations
 
@@ -6,54 +6,58 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from leoclr_fast.doctor.finding import Finding, Trouble, judged, not_applicable
-from leoclr_fast.machine.control_groups import cpu_quota
+from leoclr_fast.doctor.result import Result, failed, not_applicable
+from leoclr_fast.machine.control_groups import cpu_quota, memory_left_bytes
 
+_GIB = 2**30
 _FEW_CORES = 2
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+_LITTLE_MEMORY_GIB, _TOO_LITTLE_MEMORY_GIB = 8.0, 1.0
+_LITTLE_SHARED_GIB, _TOO_LITTLE_SHARED_GIB = 2.0, 0.25
+_MORE_SHARED = (
+    "Give more: `docker run --shm-size 16g`, a volume `emptyDir: {medium: Memory}` at /dev/shm in Kubernetes, or "
+    "`mount -o remount,size=16G /dev/shm`."
+)
 
 
-def cores(root: Path = Path("/")) -> Finding:
+def cores(root: Path = Path("/")) -> Result:
     """What this process may really use: its affinity and its quota, not what the machine has."""
     allowed, installed, quota = len(os.sched_getaffinity(0)), os.cpu_count() or 1, cpu_quota(root)
     load = os.getloadavg()[0]
-    found = f"{allowed} of {installed} cores" + (f", a quota of {quota:g} cores' time" if quota is not None else "")
-    troubles = []
+    limit = f", a quota of {quota:g} cores' time" if quota is not None else ""
+    result = Result(f"{allowed} of {installed} cores{limit}, load {load:.1f}")
     if quota is not None and quota < allowed:
-        workers = max(1, int(quota))
-        what = "the quota is less than the cores, so one worker a core is throttled"
-        troubles.append(Trouble("warning", what, f"Give `--loader.workers {workers}`, or ask for more cores."))
+        remedy = f"Give `--loader.workers {max(1, int(quota))}`, or ask for more cores."
+        result.warn("the quota is less than the cores, so one worker a core is throttled", remedy)
     if min(allowed, quota or allowed) < _FEW_CORES:
-        what = "one core cannot load images beside training"
-        troubles.append(Trouble("warning", what, "Ask for more (SLURM: `--cpus-per-task 16`; Docker: `--cpus 16`)."))
+        remedy = "Ask for more (SLURM: `--cpus-per-task 16`; Docker: `--cpus 16`)."
+        result.warn("one core cannot load images beside training", remedy)
     if load > installed:
-        what = f"{load:.1f} programs want to run at a time"
-        troubles.append(Trouble("warning", what, "Look who with `top`: figures measured now are worth little."))
-    return judged(f"{found}, load {load:.1f}", troubles)
+        remedy = "Look who with `top`: figures measured now are worth little."
+        result.warn(f"{load:.1f} programs want to run at a time", remedy)
+    return result
 
 
-def threads(environ: Mapping[str, str] = os.environ) -> Finding:
+def threads(environ: Mapping[str, str] = os.environ) -> Result:
     """Of torch and numba in this process, and the variables that set them."""
     import numba
     import torch
 
     from pipelines.cores import available_cores
 
-    wanted = {name: environ[name] for name in _THREAD_VARIABLES if name in environ}
-    troubles = [
-        Trouble("warning", f"{name}={value} is no number of threads", f"`unset {name}`, or give a whole number.")
-        for name, value in wanted.items()
-        if not all(part.strip().isdecimal() and int(part) > 0 for part in value.split(","))
-    ]
-    num_torch, num_numba, usable = torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS), available_cores()
+    given = {name: environ[name] for name in _THREAD_VARIABLES if name in environ}
+    num_torch, usable = torch.get_num_threads(), available_cores()
+    settings = " ".join(f"{name}={value}" for name, value in given.items()) or "no variable sets them"
+    result = Result(f"torch {num_torch}, numba {numba.config.NUMBA_NUM_THREADS}, on {usable} cores; {settings}")
+    for name, value in given.items():
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in value.split(",")):
+            result.warn(f"{name}={value} is no number of threads", f"`unset {name}`, or give a whole number.")
     if num_torch > usable:
-        what = f"torch takes {num_torch} threads on {usable} cores"
-        troubles.append(Trouble("warning", what, f"`export OMP_NUM_THREADS={usable}`."))
-    settings = " ".join(f"{name}={value}" for name, value in wanted.items()) or "no variable sets them"
-    return judged(f"torch {num_torch}, numba {num_numba}, on {usable} cores; {settings}", troubles)
+        result.warn(f"torch takes {num_torch} threads on {usable} cores", f"`export OMP_NUM_THREADS={usable}`.")
+    return result
 
 
-def numa(root: Path = Path("/")) -> Finding:
+def numa(root: Path = Path("/")) -> Result:
     """Memory nodes, and whether this process may use the cores beside each GPU."""
     import torch
 
@@ -63,15 +67,49 @@ def numa(root: Path = Path("/")) -> Finding:
     if len(nodes) < 2:
         return not_applicable(f"{len(nodes)} memory node: all memory is equally near")
     mine = os.sched_getaffinity(0)
-    found = ", ".join(f"node {number}: {len(cpus & mine)} of {len(cpus)} cores" for number, cpus in nodes.items())
-    troubles = []
-    for gpu in range(torch.cuda.device_count()):
-        node = gpu_node(gpu, root)
-        if node is None:
-            continue
-        found += f"; GPU {gpu} at node {node}"
+    node_of = {gpu: gpu_node(gpu, root) for gpu in range(torch.cuda.device_count())}
+    parts = [", ".join(f"node {number}: {len(cpus & mine)} of {len(cpus)} cores" for number, cpus in nodes.items())]
+    parts += [f"GPU {gpu} at node {node}" for gpu, node in node_of.items() if node is not None]
+    result = Result("; ".join(parts))
+    for gpu, node in node_of.items():
         if node in nodes and not nodes[node] & mine:
-            what = f"no core beside GPU {gpu} may be used"
             remedy = "Ask for them (SLURM: `--gpu-bind=closest`; by hand: `numactl --cpunodebind`)."
-            troubles.append(Trouble("warning", what, remedy))
-    return judged(found, troubles)
+            result.warn(f"no core beside GPU {gpu} may be used", remedy)
+    return result
+
+
+def memory(root: Path = Path("/")) -> Result:
+    """What is there and what is left, for this machine and for this control group."""
+    try:
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in (root / "proc/meminfo").read_text().splitlines()}
+    except (OSError, ValueError, IndexError) as error:
+        return not_applicable(f"/proc/meminfo cannot be read: {error}")
+    total_gib, left_gib = kib["MemTotal"] / 2**20, kib.get("MemAvailable", kib.get("MemFree", 0)) / 2**20
+    result = Result(f"{left_gib:.1f} of {total_gib:.1f} GiB available")
+    if (group := memory_left_bytes(root)) is not None:
+        limit_gib, group_left_gib = (number / _GIB for number in group)
+        result.found += f"; this control group: {group_left_gib:.1f} of {limit_gib:.1f} GiB left"
+        left_gib = min(left_gib, group_left_gib)
+    if left_gib < _LITTLE_MEMORY_GIB:
+        add = result.fail if left_gib < _TOO_LITTLE_MEMORY_GIB else result.warn
+        add(
+            f"{left_gib:.1f} GiB are little",
+            "End other programs, ask for more (SLURM: `--mem`), or train with fewer `--loader.workers`.",
+        )
+    return result
+
+
+def shared_memory(folder: str = "/dev/shm") -> Result:
+    """DataLoader's worker processes hand their batches over through it; where it is full they die of SIGBUS."""
+    try:
+        room = os.statvfs(folder)
+    except OSError as error:
+        return failed(f"{folder} is missing ({error.strerror})", f"Mount it: `mount -t tmpfs shm {folder}`.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return failed(f"{folder} cannot be written", f"Allow it: `chmod 1777 {folder}`.")
+    size_gib, free_gib = room.f_blocks * room.f_frsize / _GIB, room.f_bavail * room.f_frsize / _GIB
+    result = Result(f"{folder}: {free_gib:.2f} of {size_gib:.2f} GiB free")
+    if free_gib < _LITTLE_SHARED_GIB:
+        add = result.fail if free_gib < _TOO_LITTLE_SHARED_GIB else result.warn
+        add("a batch of 256 images takes 0.11 GiB, and --loader torchvision keeps several in it", _MORE_SHARED)
+    return result
