@@ -10,8 +10,8 @@ from pipelines.config import LoaderConfig, ViewConfig
 LR_REFERENCE_BATCH_SIZE = 256
 
 InfoNCEImpl = Literal["auto", "eager", "compiled", "triton"]
+MethodName = str  # a name in leoclr_fast.method.methods, where others may register theirs
 LearningRateSchedule = Literal["cosine_per_epoch", "cosine_per_step", "constant"]
-MethodName = Literal["leoclr", "mocov2"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,7 @@ class MethodConfig:
     """LeOCLR or MoCo-v2. The defaults are MoCo-v2's published values, where the LeOCLR paper is silent."""
 
     name: MethodName = "leoclr"
+    """leoclr or mocov2: a name in `leoclr_fast.method.methods`."""
     projection_dim: int = 128
     """Output of the two-layer projection head."""
     queue_size: int = 65_536
@@ -71,11 +72,6 @@ class MethodConfig:
             raise ValueError(f"projection dim {self.projection_dim} is not allowed: give at least 1")
         if self.key_batchnorm_group < 1:
             raise ValueError(f"key batchnorm group {self.key_batchnorm_group} is not allowed: give at least 1 image")
-
-    @property
-    def num_keys(self) -> int:
-        """Momentum-encoded views of each image."""
-        return 2 if self.name == "leoclr" else 1
 
     @property
     def depends_on_ranks(self) -> bool:
@@ -142,12 +138,6 @@ class ResultConfig:
             raise ValueError(f"seed {self.seed} is not allowed: give a number from 0 to 2**63 - 1")
         if self.max_images is not None and self.max_images < 1:
             raise ValueError(f"--max-images {self.max_images} is not allowed: give at least 1")
-        enqueued = self.batch_size * (self.method.num_keys if self.method.enqueue == "all" else 1)
-        if self.method.queue_size < enqueued:
-            raise ValueError(
-                f"a queue of {self.method.queue_size} keys is smaller than the {enqueued} keys of one step; "
-                f"give --method.queue-size of at least {enqueued}, or a smaller --batch-size"
-            )
 
     @property
     def lr(self) -> float:
@@ -201,12 +191,9 @@ class MonitorConfig:
     """The checkpoint with the best kNN top-1 is kept, too; `best.json` in the run folder names it."""
     join_limit_s: float = 300.0
     """How long ranks wait for each other at the start."""
-    silence_limit_s: float = 15.0
-    """A rank whose process gives no sign of life for so long ends the run."""
-    hang_limit_s: float = 30.0
-    """So does a rank that makes no progress in a step for so long; at least ten times the longest step so far."""
-    phase_limit_s: float = 1800.0
-    """The same for what may take longer than a step: the start, the first step, evaluation, a checkpoint."""
+    collective_timeout_s: float = 600.0
+    """How long ranks wait for one of them that does not answer before the run ends. A slow rank is no dead one: one
+    that has died ends the run at once."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into the run folder."""
     wandb: bool = False
@@ -216,7 +203,7 @@ class MonitorConfig:
         for name in ("knn_k", "log_every_steps", "checkpoint_every_epochs", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not allowed: give at least 1")
-        for name in ("join_limit_s", "silence_limit_s", "hang_limit_s", "phase_limit_s"):
+        for name in ("join_limit_s", "collective_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} is not allowed: give a positive number of seconds")
         if self.knn_every_epochs < 0:

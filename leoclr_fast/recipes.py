@@ -9,7 +9,6 @@ from dataclasses import replace
 from leoclr_fast.config import (
     BackboneConfig,
     MethodConfig,
-    MethodName,
     MonitorConfig,
     OptimizerConfig,
     ResultConfig,
@@ -144,7 +143,7 @@ def _imagenet(recipe: str, method: MethodConfig, epochs: int) -> RunConfig:
     return RunConfig(recipe=recipe, result=ResultConfig(epochs=epochs, method=method))
 
 
-def _small(recipe: str, method: MethodName, views: ViewConfig) -> RunConfig:
+def _small(recipe: str, method: str, views: ViewConfig) -> RunConfig:
     return RunConfig(
         recipe=recipe,
         result=ResultConfig(
@@ -156,7 +155,7 @@ def _small(recipe: str, method: MethodName, views: ViewConfig) -> RunConfig:
     )
 
 
-def _demo(recipe: str, method: MethodName) -> RunConfig:
+def _demo(recipe: str, method: str) -> RunConfig:
     small = _small(recipe, method, ViewConfig(image_size=32, blur_probability=0.0))
     return replace(
         small,

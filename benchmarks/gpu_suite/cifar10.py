@@ -106,7 +106,7 @@ def short_pretraining(run_config: RunConfig, config: SuiteConfig, say: Say) -> d
             raise UnavailableError(f"{config.data.name} has no labels, so there is no kNN")
 
         def evaluate(epoch: int, loss: float | None, images_per_s: float | None) -> None:
-            top1 = knn.run(training.method.query_encoder.backbone).top1
+            top1 = knn.run(training.method.kept_encoder.backbone).top1
             points.append({"epoch": epoch, "loss": loss, "knn_top1": top1, "images_per_s": images_per_s})
             say(f"{run_config.recipe}, epoch {epoch}: loss {loss}, kNN top-1 {top1:.2f} %, {images_per_s} images/s")
 

@@ -25,8 +25,8 @@ class Ranks:
     world_size: int = 1
     meter: CommunicationMeter | None = field(default=None, compare=False, repr=False)
     """Counts the collectives of tensors, where a benchmark wants that."""
-    placement: str | None = field(default=None, compare=False, repr=False)
-    """Cores, threads and memory nodes of all ranks, in a line; None for a single one."""
+    store: dist.Store | None = field(default=None, compare=False, repr=False)
+    """Where the ranks have met, and leave each other why they fail; None for a single one."""
 
     @property
     def is_main(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -14,13 +15,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from dataset_tools.stop_signals import StoppedBySignalError
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.placement import Place, settled
+from leoclr_fast.distributed.failures import failures_explained
 
 JOIN_LIMIT_S = 300.0
 """How long a rank waits for the others before it says who is missing."""
 
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT_S = 600.0
+"""How long a rank waits in a collective for the others before it fails: torch's own default for NCCL."""
 _MAX_LISTED = 8
 
 
@@ -80,10 +83,6 @@ class Rendezvous:
         else:
             self._wait_for_port(limit_s)
         return dist.PrefixStore(self._prefix, self._open_store(hosts, limit_s))
-
-    def another_connection(self, limit_s: float) -> dist.Store:
-        """As `connect`, where this rank has connected before: calls over one never wait for calls over the other."""
-        return dist.PrefixStore(self._prefix, self._open_store(False, limit_s))
 
     @property
     def _prefix(self) -> str:
@@ -174,12 +173,16 @@ class Rendezvous:
 
 
 @contextmanager
-def process_group(device: str, join_limit_s: float = JOIN_LIMIT_S) -> Iterator[tuple[Ranks, torch.device]]:
+def process_group(
+    device: str, join_limit_s: float = JOIN_LIMIT_S, timeout_s: float = COLLECTIVE_TIMEOUT_S
+) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the process group that torchrun announced in the environment, if any, and leave it at the end.
 
-    device: `auto`, `cpu`, `cuda` or `cuda:N`. join_limit_s: how long to wait for the other ranks.
+    device: `auto`, `cpu`, `cuda` or `cuda:N`. join_limit_s: how long to wait for the other ranks at the start.
+    timeout_s: how long to wait for them in a collective.
     Yields this process's `Ranks` and its device.
-    Raises ValueError for a device that this machine does not have, JoinError if ranks or their master do not come.
+    Raises ValueError for a device that this machine does not have, JoinError if ranks or their master do not come, and
+    OtherRankError instead of what torch raises when another rank is gone or does not answer.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = resolve_device(device, local_rank)
@@ -191,19 +194,24 @@ def process_group(device: str, join_limit_s: float = JOIN_LIMIT_S) -> Iterator[t
         return
     rank, world_size = rendezvous.rank, rendezvous.world_size
     store = rendezvous.connect(join_limit_s)
-    Place.here(chosen).tell(store, rank)
     rendezvous.wait_for_all(store, join_limit_s)
-    with settled(store, rank, world_size, chosen) as placement:  # before NCCL, gloo and the loaders begin threads
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            store=dist.PrefixStore("group", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=_COLLECTIVE_TIMEOUT,
-        )
-        yield Ranks(rank, world_size, placement=placement), chosen
-        # Not after an exception: closing may wait for ranks that wait for this one, and the error must be told first.
-        dist.destroy_process_group()
+    dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    ranks = Ranks(rank, world_size, store=store if world_size > 1 else None)
+    try:
+        with failures_explained(ranks):
+            yield ranks, chosen
+    except StoppedBySignalError:
+        # torchrun sends SIGTERM to all as soon as one has left; the exit code shall tell of an orderly end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    # Not after an exception: closing may wait for ranks that wait for this one, and the error must be printed first.
+    dist.destroy_process_group()
 
 
 def listed_ranks(ranks: list[int]) -> str:

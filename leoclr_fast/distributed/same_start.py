@@ -10,14 +10,14 @@ from typing import Any
 from dataset_tools.sources import ImageSource
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import as_plain
+from leoclr_fast.distributed.host_group import HostGroup
 from leoclr_fast.distributed.process_group import listed_ranks
-from leoclr_fast.distributed.side_group import SideGroup
 
 _PACKAGES = ("leoclr-fast", "torch", "torchvision", "numpy", "numba", "triton")
 _MAX_FIELDS = 8
 
 
-def require_same_everywhere(side: SideGroup, config: RunConfig, source: ImageSource, options: dict[str, Any]) -> None:
+def require_same_everywhere(host: HostGroup, config: RunConfig, source: ImageSource, options: dict[str, Any]) -> None:
     """Raises ValueError, on every rank the same, if ranks differ from the first one: which, and in what.
 
     `--device` may differ. options: further ones of the command line.
@@ -28,8 +28,8 @@ def require_same_everywhere(side: SideGroup, config: RunConfig, source: ImageSou
     own["the bytes of a sample of its images"] = source.sample_digest()
     own["python"] = platform.python_version()
     own |= {f"package {name}": _version(name) for name in _PACKAGES}
-    told_by = side.gathered((socket.gethostname(), own))
-    hosts, everyone = [host for host, _ in told_by], [values for _, values in told_by]
+    started = host.gathered((socket.gethostname(), own))
+    hosts, everyone = [host for host, _ in started], [values for _, values in started]
     first = everyone[0]
     lines: dict[str, list[int]] = {}
     for rank, other in enumerate(everyone):
@@ -39,10 +39,10 @@ def require_same_everywhere(side: SideGroup, config: RunConfig, source: ImageSou
                 lines.setdefault(line, []).append(rank)
     if not lines:
         return
-    told = [f"{listed_ranks(ranks)} on {hosts[ranks[0]]}: {line}" for line, ranks in lines.items()]
-    more = f"; and {len(told) - _MAX_FIELDS} more" if len(told) > _MAX_FIELDS else ""
+    places = [f"{listed_ranks(ranks)} on {hosts[ranks[0]]}: {line}" for line, ranks in lines.items()]
+    more = f"; and {len(places) - _MAX_FIELDS} more" if len(places) > _MAX_FIELDS else ""
     raise ValueError(
-        f"the ranks were not started alike. {'; '.join(told[:_MAX_FIELDS])}{more}. Start every rank with the same "
+        f"the ranks were not started alike. {'; '.join(places[:_MAX_FIELDS])}{more}. Start every rank with the same "
         "options, data and packages."
     )
 

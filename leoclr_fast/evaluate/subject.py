@@ -106,7 +106,7 @@ def _untrained(path: Path) -> Subject:
     run = RunFolder(path)
     config = run.read_config()
     result = config.result
-    backbone = build_method(result.backbone, result.method, result.seed).query_encoder.backbone
+    backbone = build_method(result).kept_encoder.backbone
     return Subject(
         backbone=backbone,
         weights=f"{path} as it began, seed {result.seed}",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from leoclr_fast.config import BackboneConfig, ResultConfig
 from leoclr_fast.method.backbone import Encoder
+from leoclr_fast.method.methods import method_class
 
 _TERA = 10**12
 
@@ -67,14 +68,13 @@ def encoder_macs(backbone: BackboneConfig, projection_dim: int, image_size: int)
 
 
 def training_flops_per_image(result: ResultConfig) -> int:
-    """FLOPs of a training step for each image: with F for a forward pass, 3 F for the query (backward is 2 F) and F
-    for each key, so 5 F in LeOCLR and 4 F in MoCo-v2.
+    """FLOPs of a training step for each image: the method's `num_forwards` times those of a forward pass.
 
     Counted though no step needs it: the gradient of the images (0.6 % of a ResNet-50 step). Not counted: the logits of
     the queue (0.1 % there), batch-norm, activations, augmentation.
     """
     forward = 2 * encoder_macs(result.backbone, result.method.projection_dim, result.views.image_size)
-    return (3 + result.method.num_keys) * forward
+    return method_class(result.method.name).num_forwards * forward
 
 
 def peak_flops_per_s(device: torch.device, precision: str) -> tuple[float | None, str]:

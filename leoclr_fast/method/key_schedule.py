@@ -33,7 +33,7 @@ class KeyOrder:
     place: Indices
     """[N]: where the views to be encoded lie among those that came, from rank 0 first."""
     restore: Indices
-    """[P * B]: the row of each key, by its number, among the rows of all ranks: `KeySchedule.most` from each."""
+    """[P * B]: the row of each key, by its number, among the rows of all ranks: `KeySchedule.largest` from each."""
 
 
 class KeySchedule:
@@ -44,17 +44,17 @@ class KeySchedule:
     rank encodes its own, in a random order if they are split into groups.
     """
 
-    def __init__(self, config: MethodConfig, layout: BatchLayout) -> None:
+    def __init__(self, config: MethodConfig, layout: BatchLayout, num_keys: int) -> None:
         self.layout = layout
-        self.num_keys = config.num_keys
-        self._views_a_pass = config.num_keys if config.key_passes == "joint" else 1
+        self.num_keys = num_keys
+        self._views_a_pass = num_keys if config.key_passes == "joint" else 1
         self.exchanges = config.key_batchnorm == "shuffle" and layout.world_size > 1
         self._shuffles = config.key_batchnorm in ("shuffle", "split")
         sizes = [self._sizes(rank) for rank in range(layout.world_size)]
         self.pass_sizes: list[int] = sizes[layout.rank]
         """How many key views this rank encodes in each pass."""
-        self.most = max(map(sum, sizes))
-        """The most key views that any rank encodes in a step."""
+        self.largest = max(map(sum, sizes))
+        """How many key views the rank that encodes the most of them has in a step."""
 
     def draw(self, seed: int, step: int) -> KeyOrder:
         """The schedule of a step: a pure function of (seed, step), the same on every rank."""
@@ -75,7 +75,7 @@ class KeySchedule:
             send_sizes = receive_sizes = [len(images) * (other == rank) for other in range(layout.world_size)]
         restore = np.empty(self.num_keys * batch_size, dtype=np.int64)
         for other, keys in enumerate(encoded):
-            restore[keys] = other * self.most + np.arange(len(keys))
+            restore[keys] = other * self.largest + np.arange(len(keys))
         return KeyOrder(
             encoded=encoded,
             sent_rows=layout.rows[images],

@@ -39,9 +39,12 @@ class StepMetrics:
     have arrived, so that neither side waits for the other.
     """
 
-    def __init__(self, ranks: Ranks, first_step: int, *, loss_is_scaled: bool = False) -> None:
-        """loss_is_scaled: a gradient that overflows is then normal, its step is skipped and the scale lowered."""
+    def __init__(self, ranks: Ranks, first_step: int, names: Sequence[str], *, loss_is_scaled: bool = False) -> None:
+        """names: of the metrics, the loss first, the norm of its gradient last.
+
+        loss_is_scaled: a gradient that overflows is then normal, its step is skipped and the scale lowered."""
         self._ranks = ranks
+        self._names = names
         self._loss_is_scaled = loss_is_scaled
         self._read_until = first_step
         self._overflows_in_a_row = 0
@@ -108,7 +111,7 @@ class StepMetrics:
         first_step = self._read_until + 1
         self._read_until += len(rows)
         if self._loss_is_scaled:
-            norm = rows[:, STEP_METRICS.index("gradient_norm")]
+            norm = rows[:, -1]
             for number, finite in enumerate(norm.isfinite().tolist()):
                 self._overflows_in_a_row = 0 if finite else self._overflows_in_a_row + 1
                 if self._overflows_in_a_row == MAX_OVERFLOWS_IN_A_ROW:
@@ -121,7 +124,7 @@ class StepMetrics:
         if len(bad):
             loss = rows[bad[0, 0], 0].item()
             raise NonFiniteLossError(f"the training became non-finite at step {first_step + int(bad[0])} (loss {loss})")
-        return dict(zip(STEP_METRICS, rows.mean(dim=0).tolist(), strict=True))
+        return dict(zip(self._names, rows.mean(dim=0).tolist(), strict=True))
 
 
 def _event() -> torch.cuda.Event:

@@ -13,7 +13,8 @@ from leoclr_fast.config import ResultConfig, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields, from_plain
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.machine.precision import encoder_dtype
-from leoclr_fast.method.methods import MomentumContrast, build_method
+from leoclr_fast.method.method import Method
+from leoclr_fast.method.methods import build_method
 
 log = logging.getLogger(__name__)
 
@@ -22,37 +23,46 @@ _FORMAT = 1
 
 @dataclass(slots=True, kw_only=True)
 class TrainingState:
-    """Model, key model, queue, optimizer, loss scale and step; the same on every rank."""
+    """Method, optimizer, loss scale and step; the same on every rank."""
 
-    method: MomentumContrast
+    method: Method
     optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler
     step: int
     """Finished steps, over all epochs. Sample order, crops and augmentation follow from it and the seed."""
     synthetic: bool
     """Whether the images are the synthetic loader's noise."""
+    data_fingerprint: str
 
     @classmethod
-    def fresh(cls, config: RunConfig, ranks: Ranks, device: torch.device) -> TrainingState:
-        """The state before the first step, drawn from the seed."""
+    def fresh(cls, config: RunConfig, ranks: Ranks, device: torch.device, data_fingerprint: str = "") -> TrainingState:
+        """The state before the first step, drawn from the seed. data_fingerprint: of what it is to be trained on."""
         result, speed = config.result, config.speed
-        method = build_method(result.backbone, result.method, result.seed, ranks)
+        method = build_method(result, ranks)
         memory_format = torch.channels_last if speed.channels_last else torch.contiguous_format
         method.to(device, encoder_dtype(speed.precision)).to(memory_format=memory_format)
         optimizer = torch.optim.SGD(
-            method.query_encoder.parameters(),
+            method.trained_weights(),
             lr=_learning_rate_place(result.lr, speed.precision, device),
             momentum=result.optimizer.momentum,
             weight_decay=result.optimizer.weight_decay,
             fused=True,
         )
         if result.optimizer.momentum > 0:  # all storage exists from the start; zeros are what a first step assumes
-            for weight in method.query_encoder.parameters():
+            for weight in method.trained_weights():
                 optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        method.prepare(speed)
         scaler = torch.amp.GradScaler(device.type, enabled=speed.precision == "fp16")
         scaler.scale(torch.zeros((), device=device))  # makes its tensors
         synthetic = speed.loader.name == "synthetic"
-        return cls(method=method, optimizer=optimizer, scaler=scaler, step=0, synthetic=synthetic)
+        return cls(
+            method=method,
+            optimizer=optimizer,
+            scaler=scaler,
+            step=0,
+            synthetic=synthetic,
+            data_fingerprint=data_fingerprint,
+        )
 
     def set_learning_rate(self, lr: float) -> None:
         """For the steps to come; nothing waits for the device."""
@@ -75,7 +85,7 @@ class TrainingState:
         if self.scaler.is_enabled():
             self.scaler._per_optimizer_states.clear()
 
-    def state_dict(self, config: ResultConfig, data_fingerprint: str) -> dict[str, Any]:
+    def state_dict(self, config: ResultConfig) -> dict[str, Any]:
         """What a checkpoint holds."""
         return {
             "format": _FORMAT,
@@ -84,14 +94,12 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "result_config": as_plain(config),
-            "data_fingerprint": data_fingerprint,
+            "data_fingerprint": self.data_fingerprint,
             "synthetic": self.synthetic,
             "world_size": self.method.ranks.world_size,
         }
 
-    def load_state_dict(
-        self, state: dict[str, Any], config: ResultConfig, data_fingerprint: str, origin: object
-    ) -> None:
+    def load_state_dict(self, state: dict[str, Any], config: ResultConfig, origin: object) -> None:
         """Continue from a checkpoint: values are copied, storage stays, so that a captured step stays valid.
 
         Raises ValueError, naming `origin` and what differs, if it is of another format, configuration or data.
@@ -105,7 +113,7 @@ class TrainingState:
                 f"{origin} belongs to another configuration: {'; '.join(differences)}. Give the same options as there, "
                 "or another --out for a new run."
             )
-        if state["data_fingerprint"] != data_fingerprint:
+        if state["data_fingerprint"] != self.data_fingerprint:
             raise ValueError(
                 f"{origin} was made on other data: names or labels differ from those of --data. Give the same data, or "
                 "another --out for a new run."

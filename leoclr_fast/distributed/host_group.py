@@ -1,4 +1,4 @@
-"""A second group of all ranks, on the CPU, for what is said beside the steps: values, files, errors."""
+"""A second group of all ranks, on the hosts' CPUs, for what goes on beside the steps: values, files, errors."""
 
 from __future__ import annotations
 
@@ -15,28 +15,24 @@ from leoclr_fast.distributed.collectives import Ranks
 
 Value = TypeVar("Value")
 
-_TIMEOUT = timedelta(minutes=30)
-
-
-OTHER_RANK_EXIT_CODE = 75
-"""Of a process that ends because of another rank: sysexits.h's EX_TEMPFAIL, the same command continues the run."""
-
 
 class OtherRankError(RuntimeError):
     """Another rank cannot go on, so this one does not either."""
 
-    exit_code = OTHER_RANK_EXIT_CODE
+    exit_code = 75  # sysexits.h's EX_TEMPFAIL: the same command continues the run
 
 
-class SideGroup:
+class HostGroup:
     """With one rank, each method is what it would be without a group.
 
     It uses gloo, also where training uses NCCL, so nothing here waits for a GPU.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, timeout_s: float) -> None:
+        """timeout_s: how long a rank waits here for the others before it fails."""
         self.ranks = ranks
-        self.group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT) if ranks.world_size > 1 else None
+        timeout = timedelta(seconds=timeout_s)
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if ranks.world_size > 1 else None
 
     def __enter__(self) -> Self:
         return self
@@ -63,10 +59,10 @@ class SideGroup:
         if self.group is None:
             return action()
         value, error = _attempt(action)
-        told = self.gathered(None if error is None else self._told(error))
+        errors = self.gathered(None if error is None else self._named(error))
         if error is not None:
             raise error
-        _raise_first(told)
+        _raise_first(errors)
         return value  # type: ignore[return-value]
 
     def from_main(self, action: Callable[[], Value]) -> Value:
@@ -77,12 +73,12 @@ class SideGroup:
         if self.group is None:
             return action()
         value, error = _attempt(action) if self.ranks.is_main else (None, None)
-        outcome: list[Any] = [(value, None if error is None else self._told(error))]
+        outcome: list[Any] = [(value, None if error is None else self._named(error))]
         dist.broadcast_object_list(outcome, src=0, group=self.group)
         if error is not None:
             raise error
-        value, told = outcome[0]
-        _raise_first([told])
+        value, failure = outcome[0]
+        _raise_first([failure])
         return value
 
     def bytes_from_main(self, content: bytes | None) -> bytes:
@@ -104,7 +100,7 @@ class SideGroup:
         if self.group is not None:
             dist.barrier(group=self.group)
 
-    def _told(self, error: Exception) -> str:
+    def _named(self, error: Exception) -> str:
         return f"rank {self.ranks.rank} on {socket.gethostname()}: {describe(error)}"
 
 
@@ -114,8 +110,8 @@ def describe(error: BaseException) -> str:
     return " ".join(text.split())
 
 
-def _raise_first(told: list[str | None]) -> None:
-    first = next((text for text in told if text is not None), None)
+def _raise_first(errors: list[str | None]) -> None:
+    first = next((text for text in errors if text is not None), None)
     if first is not None:
         raise OtherRankError(first)
 

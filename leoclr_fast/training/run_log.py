@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ _MAX_LISTED = 100
 _MAX_REPORT_SHARE = 0.05
 
 
-class RunDiary:
+class RunLog:
     """Of the first rank; on the others it does nothing.
 
     None of it can harm the run: what cannot be written is a warning.
@@ -54,12 +53,12 @@ class RunDiary:
     def kept(self, last_step: int, steps_per_epoch: int, world_size: int) -> Iterator[None]:
         """A start record now, an end record and the report when this is left, in whatever way; warnings in between.
 
-        A run that has nothing left to do and has told of its end is left as it is.
+        A run that has nothing left to do and whose end is logged is left as it is.
         """
         if not self._enabled:
             yield
             return
-        if self._training.step >= last_step and self._has_told_its_end():
+        if self._training.step >= last_step and self._end_is_logged():
             yield
             self._write_report()
             return
@@ -121,25 +120,16 @@ class RunDiary:
             write_json(self._folder.data_file, document)
             write_preview(self._folder.preview_file, split, views, config, seed=seed, rows=rows)
 
-    def cut_short(self, reason: str) -> None:
-        """Record the end of a process that is ended from outside its main thread."""
-        if self._enabled:
-            with _harmless("record the end of the run"):
-                self._metrics_log.write("end", step=self._training.step, status="failed", reason=reason)
-
-    def last_report(self, limit_s: float) -> None:
-        """Write `report.html` from any thread, or give up after so many seconds."""
-        if self._enabled:
-            thread = threading.Thread(target=self._write_report, daemon=True)
-            thread.start()
-            thread.join(limit_s)
+    def write(self, kind: str, **values: Any) -> None:
+        """A record of `metrics.jsonl`."""
+        self._metrics_log.write(kind, **values)
 
     def report(self) -> None:
         """Write `report.html`, unless that would take more than a twentieth of the time since the last one."""
         if self._enabled and time.perf_counter() >= self._next_report:
             self._write_report()
 
-    def _has_told_its_end(self) -> bool:
+    def _end_is_logged(self) -> bool:
         metrics = MetricsFile(path=self._folder.metrics_file)
         metrics.update()
         return metrics.last_mark != "start"

@@ -1,0 +1,233 @@
+"""What comes before the first step: ranks, data, state, run folder, checkpoint, loader, kNN."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from dataset_tools.sources import open_source
+from dataset_tools.splits import choose_splits
+from dataset_tools.stop_signals import StopSignals, stop_signals
+from dataset_tools.subsets import limited
+from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, RunConfig
+from leoclr_fast.config_file import as_plain, differing_fields
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.communication_meter import CommunicationMeter
+from leoclr_fast.distributed.failures import failures_explained
+from leoclr_fast.distributed.host_group import HostGroup
+from leoclr_fast.distributed.process_group import process_group
+from leoclr_fast.distributed.same_start import require_same_everywhere
+from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
+from leoclr_fast.machine.gpu_state import gpu_state
+from leoclr_fast.run.checkpoint import list_checkpoints, read_checkpoint, read_newest_checkpoint, state_of, step_of
+from leoclr_fast.run.checkpoint_writer import CheckpointWriter
+from leoclr_fast.run.folder import RunFolder
+from leoclr_fast.run.telemetry import MetricsLog, ProgressDisplay
+from leoclr_fast.run.trackers import open_trackers, require_trackers
+from leoclr_fast.training.run_log import RunLog
+from leoclr_fast.training.state import TrainingState
+from leoclr_fast.training.step import TrainingStep
+from pipelines.factory import make_loader, settle_loader
+from pipelines.loader import Loader
+from pipelines.order import TrainOrder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What the loop works with; all of it is open."""
+
+    config: RunConfig
+    ranks: Ranks
+    host: HostGroup
+    state: TrainingState
+    step: TrainingStep
+    loader: Loader
+    knn: KnnEvaluation | None
+    folder: RunFolder
+    log: RunLog
+    display: ProgressDisplay
+    writer: CheckpointWriter | None
+    """Of the first rank."""
+    last_step: int
+    stop: StopSignals | None
+    """Of several ranks: from the start on. A single one can be stopped at once until its first step."""
+
+    def stop_signals(self) -> AbstractContextManager[StopSignals]:
+        """Whether a signal asks the loop to end."""
+        return stop_signals(enabled=True, repeats_insist=False) if self.stop is None else nullcontext(self.stop)
+
+
+@contextmanager
+def opened_run(
+    config: RunConfig, data: Path, out: Path, *, resume: str, max_steps: int | None, console: Console | None
+) -> Iterator[Run]:
+    """Open a run, new or continued; see `leoclr_fast.training.loop.pretrain` for the arguments and the errors."""
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"--max-steps {max_steps} is not allowed: give at least 1")
+    require_trackers(config.monitor)
+    result, monitor = config.result, config.monitor
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        ranks, device = enter(process_group(config.speed.device, monitor.join_limit_s, monitor.collective_timeout_s))
+        # torchrun sends SIGTERM to all when one has died: there must be time to say which one.
+        stop = enter(stop_signals(enabled=True, repeats_insist=False)) if ranks.world_size > 1 else None
+        if ranks.world_size > 1 and device.type == "cpu":
+            ranks = replace(ranks, meter=CommunicationMeter())  # tells how long a rank waits for the others
+        host = enter(HostGroup(ranks, monitor.collective_timeout_s))
+
+        source = host.together(lambda: open_source(data))
+        require_same_everywhere(host, config, source, {"resume": resume, "max_steps": max_steps})
+        splits = choose_splits(source, holdout_seed=result.holdout_seed)
+        split = limited(splits.pretrain, result.max_images)
+        order = TrainOrder(
+            num_images=len(split),
+            batch_size=result.batch_size,
+            micro_batches=result.micro_batches,
+            seed=result.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        total_steps = result.epochs * order.steps_per_epoch
+        last_step = total_steps if max_steps is None else min(total_steps, max_steps)
+
+        state = TrainingState.fresh(config, ranks, device, source.fingerprint)
+        step = TrainingStep(state, config, device)
+        folder = RunFolder(out)
+
+        def open_folder() -> None:
+            folder.create()
+            enter(folder.locked())
+
+        host.from_main(open_folder)
+        _resume(state, config, folder, resume, host)
+        gpu = gpu_state(device)
+        gpu_warnings = None if gpu is None else gpu["warnings"]
+        if ranks.is_main:
+            folder.keep_metrics_until(state.step)
+            folder.write_config(config)
+            folder.write_environment(device, ranks.world_size, gpu_warnings)
+        trackers = open_trackers(config, folder.path) if ranks.is_main else []
+        metrics_log = MetricsLog(folder.metrics_file, enabled=ranks.is_main, trackers=trackers)
+        stack.callback(metrics_log.close)
+        run_log = RunLog(folder, metrics_log, state, total_steps, enabled=ranks.is_main)
+        enter(run_log.kept(last_step, order.steps_per_epoch, ranks.world_size))
+        enter(failures_explained(ranks, lambda: state.step))
+        writer = None
+        if ranks.is_main:
+            writer = CheckpointWriter(folder, monitor.keep_checkpoints, keep_best=monitor.keep_best)
+            writer.continue_from(state.step)
+            enter(writer.finished())
+
+        display = ProgressDisplay(console or Console(), total_steps, enabled=ranks.is_main)
+        stack.callback(display.close)
+        headline = _headline(config, len(split), order.steps_per_epoch, device, ranks)
+        for line in (splits.note, headline, *(gpu_warnings or [])):
+            if line:
+                display.say(line)
+        if state.synthetic:
+            display.say("the images are synthetic noise, so no kNN accuracy is computed: this run measures speed")
+        else:
+            run_log.describe_data(source, split, splits.note, state.method.views, result.views, result.seed)
+        loader_config = settle_loader(split, config.speed.loader, device)
+        views = state.method.views
+        loader = enter(make_loader(split, views, result.views, loader_config, order, seed=result.seed, device=device))
+        knn = enter(
+            knn_evaluation(
+                replace(splits, bank=None) if state.synthetic else splits,
+                views=result.views,
+                loader=loader_config,
+                batch_size=result.batch_size,
+                k=monitor.knn_k,
+                temperature=monitor.knn_temperature,
+                precision=config.speed.precision,
+                device=device,
+                ranks=ranks,
+                max_images=result.max_images,
+            )
+        )
+        yield Run(
+            config=config,
+            ranks=ranks,
+            host=host,
+            state=state,
+            step=step,
+            loader=loader,
+            knn=knn,
+            folder=folder,
+            log=run_log,
+            display=display,
+            writer=writer,
+            last_step=last_step,
+            stop=stop,
+        )
+
+
+def _resume(state: TrainingState, config: RunConfig, folder: RunFolder, resume: str, host: HostGroup) -> None:
+    """Load the checkpoint that `--resume` means, if any. The first rank reads it, the others get it from there."""
+    found: list[tuple[Path, bytes]] = []
+
+    def find() -> str | None:
+        checkpoint = _checkpoint_to_resume(config, folder, resume)
+        found.extend([] if checkpoint is None else [checkpoint])
+        return None if checkpoint is None else str(checkpoint[0])
+
+    path = host.from_main(find)
+    if path is None:
+        return
+    content = host.bytes_from_main(found[0][1] if found else None)
+    host.together(lambda: state.load_state_dict(state_of(content), config.result, path))
+    if resume == "auto":
+        log.info("resuming from %s", path)
+        return
+
+    def require_newest() -> None:
+        later = [other.name for other in list_checkpoints(folder.checkpoints) if step_of(other) > state.step]
+        if later:
+            raise ValueError(
+                f"{folder.path} holds later checkpoints than {path} ({', '.join(later)}); give another --out to go on "
+                "from there, and nothing is lost"
+            )
+
+    host.from_main(require_newest)
+
+
+def _checkpoint_to_resume(config: RunConfig, folder: RunFolder, resume: str) -> tuple[Path, bytes] | None:
+    """Its path and content; None for a new run."""
+    if resume == "never":
+        if folder.exists():
+            raise ValueError(
+                f"{folder.path} already holds a run and --resume never forbids to continue it; give another --out"
+            )
+        return None
+    if folder.exists():
+        saved = folder.read_config()
+        differences = differing_fields(as_plain(saved.result), as_plain(config.result))
+        if differences:
+            raise ValueError(
+                f"{folder.path} holds another run: {'; '.join(differences)}. Give the same options as there to "
+                "continue it, or another --out for a new run."
+            )
+    if resume != "auto":
+        return Path(resume), read_checkpoint(Path(resume))
+    return read_newest_checkpoint(folder.checkpoints)
+
+
+def _headline(config: RunConfig, num_images: int, steps_per_epoch: int, device: torch.device, ranks: Ranks) -> str:
+    result = config.result
+    ranks_text = f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+    return (
+        f"{config.recipe}: {result.method.name}, {result.backbone.arch}, {num_images:,} images of "
+        f"{result.views.image_size} px, {result.epochs} epochs of {steps_per_epoch} steps, batch {result.batch_size}, "
+        f"{device}{ranks_text}, {config.speed.precision}\n"
+        f"learning rate {result.lr:g} = base_lr {result.optimizer.base_lr:g} * batch {result.batch_size} / "
+        f"{LR_REFERENCE_BATCH_SIZE}; loss reduction {result.method.loss_reduction}, key batch-norm "
+        f"{result.method.key_batchnorm}"
+    )
