@@ -66,7 +66,7 @@ def measure(
             synchronize(device)
             start = time.perf_counter()
             if saves:
-                writer.save(training.step, training.state_dict(result, "synthetic"))
+                writer.save(training.step, training.state_dict(result))
                 stalls_s.append(time.perf_counter() - start)
             times, beside = [], 0
             for _ in range(steps):

@@ -37,7 +37,7 @@ def communication_volume(result: ResultConfig, speed: SpeedConfig, num_ranks: in
     if num_ranks == 1:
         return CommunicationVolume(calls={}, bytes={}, wire_bytes=0.0)
     layout = BatchLayout(batch_size=result.batch_size, micro_batches=result.micro_batches, world_size=num_ranks)
-    schedule = KeySchedule(result.method, layout)
+    schedule = KeySchedule(result.method, layout, len(METHODS[result.method.name].views) - 1)
     item = 8 if speed.precision == "fp64" else 4
     with torch.device("meta"):
         encoder = Encoder(result.backbone, result.method.projection_dim)
@@ -55,11 +55,11 @@ def communication_volume(result: ResultConfig, speed: SpeedConfig, num_ranks: in
         add("all_reduce", 1, 2 * num_gradients)
         if num_statistics:
             add("all_reduce", 1, item * num_statistics)
-    add("all_gather", 1, num_ranks * schedule.most * result.method.projection_dim * item)
+    add("all_gather", 1, num_ranks * schedule.largest * result.method.projection_dim * item)
     if schedule.exchanges:
         table = draw_augmentation(METHODS[result.method.name].views, result.views, 0, 0, np.arange(1)).table
         row = _CROP_CHANNELS * result.views.image_size**2 + table.shape[1] * table.element_size()
-        add("all_to_all", 1, layout.local_size * result.method.num_keys * row)
+        add("all_to_all", 1, layout.local_size * schedule.num_keys * row)
     gathered = item * num_ranks * sum(2 * channels + 1 for channels in norms)
     if result.method.key_batchnorm == "sync":
         num_passes = len(schedule.pass_sizes)

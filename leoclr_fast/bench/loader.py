@@ -26,6 +26,7 @@ from leoclr_fast.bench.tables import markdown_table, number, percent, spread
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.machine.gpu_state import gpu_state
+from leoclr_fast.method.methods import method_class
 from leoclr_fast.run.environment import environment
 from leoclr_fast.run.folder import RunFolder
 from pipelines.cores import available_cores
@@ -154,7 +155,7 @@ def as_run_loads(folder: RunFolder, config: LoaderBenchConfig) -> tuple[LoaderBe
     as_there = replace(
         config,
         loaders=(loader.name,),
-        views=run.result.method.num_keys + 1,
+        views=len(method_class(run.result.method.name).views),
         image_size=run.result.views.image_size,
         batch_size=-(-run.result.batch_size // world_size),
         max_images=max_images,

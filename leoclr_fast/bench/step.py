@@ -22,8 +22,8 @@ from leoclr_fast.distributed.batch_layout import BatchLayout
 from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.machine.precision import encoder_precision, view_dtype
 from leoclr_fast.method.flops import mfu, peak_flops_per_s
-from leoclr_fast.method.key_schedule import KeySchedule
 from leoclr_fast.method.methods import METHODS
+from leoclr_fast.method.momentum_contrast import MomentumContrast
 from leoclr_fast.run.environment import environment
 from leoclr_fast.training.acceleration import compiles_encoders
 from pipelines.augment import augmented_views
@@ -161,6 +161,7 @@ def _parts(ours: OurMethod, batch: CropBatch, device: torch.device) -> dict[str,
     """The parts of a step as functions without arguments, in the order in which a step runs them."""
     training, result, speed = ours.training, ours.config.result, ours.config.speed
     method = training.method
+    assert isinstance(method, MomentumContrast)
     size, seed = result.batch_size, result.seed
     networks: list[Callable[[torch.Tensor], torch.Tensor]] = [method.query_encoder, method.key_encoder]
     if compiles_encoders(speed, device):
@@ -171,14 +172,14 @@ def _parts(ours: OurMethod, batch: CropBatch, device: torch.device) -> dict[str,
         return augmented_views(batch, ours.views, result.views, seed=seed, dtype=view_dtype(speed.precision))
 
     query_view, *key_views = augment()
-    schedule = KeySchedule(result.method, BatchLayout(batch_size=size))
+    schedule = method.plan(BatchLayout(batch_size=size))
     order = schedule.draw(seed, training.step)
     restore = torch.from_numpy(order.restore).to(device)
     passes = torch.cat(key_views)[torch.from_numpy(order.encoded[0]).to(device)].split(schedule.pass_sizes)
 
     def encode_keys() -> list[torch.Tensor]:
         with encoder_precision(speed.precision, device):
-            return method.encode_keys(passes, restore, schedule.most, key_encoder)
+            return method.encode_keys(passes, restore, schedule.largest, key_encoder)
 
     weights = list(method.query_encoder.parameters())
 
@@ -196,7 +197,7 @@ def _parts(ours: OurMethod, batch: CropBatch, device: torch.device) -> dict[str,
 
     def loss() -> None:
         query.grad = None
-        method.loss(query, keys, speed.loss_impl).backward()
+        method.loss(query, keys).backward()
 
     def gradients() -> list[torch.Tensor]:
         if any(weight.grad is None for weight in weights):

@@ -75,8 +75,7 @@ def bench_train_time(config: TrainTimeConfig, data: Path | None, say: Say = lamb
         say(note)
 
     makers: dict[str, Callable[[], Contestant]] = {
-        name: partial(OurMethod, name, config.setting, config.speed, device)  # type: ignore[arg-type]
-        for name in results
+        name: partial(OurMethod, name, config.setting, config.speed, device) for name in results
     }
     if config.peers:
         makers |= {name: partial(peer, config.setting, config.speed, device) for name, peer in load_peers().items()}

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.run.folder import STEP_METRICS
 from leoclr_fast.run.trackers import Tracker
 
 Item = TypeVar("Item")

@@ -73,11 +73,8 @@ class TrainingStep:
         Returns float64 [metrics] on the device: this rank's contribution to each of `metric_names`, to be summed over
         ranks.
         """
-        method, result = self.training.method, self._result
         plan = self._plan_of(batch)
-        drawn = draw_augmentation(method.views, result.views, result.seed, batch.epoch, batch.indices).table
-        inputs = method.inputs(plan, batch, drawn, self.training.step, self)
-        inputs = [self._pinned(tensor) for tensor in inputs]  # a copy to the device would wait otherwise
+        inputs = self._inputs(batch, plan)
         self.training.set_learning_rate(lr)
         if self._is_static and self._static is None and plan is self._common:
             self._static = self._captured(inputs)
@@ -87,6 +84,13 @@ class TrainingStep:
             metrics = self._step([tensor.to(self.device, non_blocking=True) for tensor in inputs], plan)
         self.training.step += 1
         return metrics
+
+    def _inputs(self, batch: CropBatch, plan: Any) -> list[Tensor]:
+        """What is drawn and handed between ranks before the step; on the host, pinned where a copy would wait."""
+        method, result = self.training.method, self._result
+        drawn = draw_augmentation(method.views, result.views, result.seed, batch.epoch, batch.indices).table
+        inputs = method.inputs(plan, batch, drawn, self.training.step, self)
+        return [self._pinned(tensor) for tensor in inputs]
 
     def _step(self, inputs: Sequence[Tensor], plan: Any) -> Tensor:
         training, layout = self.training, plan.layout

@@ -10,13 +10,12 @@ from torchvision.models.resnet import ResNet
 
 from leoclr_fast.config import BackboneConfig, RunConfig
 from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.method.methods import method_class
 from leoclr_fast.run.checkpoint import load_newest_checkpoint
 from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.weights.accounting import take_account
 from leoclr_fast.weights.architecture import network_tensors, require_exact
 from leoclr_fast.weights.backbone_file import Description, read_backbone_file, weights_sha256
-
-_QUERY_BACKBONE = "query_encoder.backbone."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +82,8 @@ def _run_tensors(run: RunFolder, config: RunConfig) -> tuple[dict[str, Tensor], 
     if newest is None:
         raise FileNotFoundError(f"{run.path} has neither final weights nor a checkpoint yet")
     path, state = newest
-    tensors = {
-        name.removeprefix(_QUERY_BACKBONE): tensor
-        for name, tensor in state["method"].items()
-        if name.startswith(_QUERY_BACKBONE)
-    }
+    prefix = f"{method_class(config.result.method.name).encoder_name}.backbone."
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in state["method"].items() if name.startswith(prefix)}
     backbone = config.result.backbone
     require_exact(take_account(tensors, network_tensors(backbone)), backbone, str(path))
     return tensors, path

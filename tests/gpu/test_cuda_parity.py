@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from leoclr_fast.distributed.batch_layout import BatchLayout
-from leoclr_fast.method.key_schedule import KeySchedule
 from leoclr_fast.method.methods import build_method
 from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.training.loop import pretrain
@@ -78,15 +77,15 @@ def test_a_run_follows_the_cpus(method: str, tmp_path: Path) -> None:
 
 def test_keys_loss_and_queue_do_not_wait_for_the_host() -> None:
     config = tiny_config().result
-    method = build_method(config.backbone, config.method, seed=0).cuda()
+    method = build_method(config).cuda()
     views = [torch.randn(12, 3, 16, 16, device="cuda") for _ in range(3)]
-    schedule = KeySchedule(config.method, BatchLayout(batch_size=12))
+    schedule = method.plan(BatchLayout(batch_size=12))
 
     def step(number: int) -> torch.Tensor:
         method.update_key_encoder()
         restore = torch.from_numpy(schedule.draw(0, number).restore).pin_memory().to("cuda", non_blocking=True)
-        keys = method.encode_keys(views[1:], restore, schedule.most)
-        loss = method.loss(method.query_encoder(views[0]), keys, "eager")
+        keys = method.encode_keys(views[1:], restore, schedule.largest)
+        loss = method.loss(method.query_encoder(views[0]), keys)
         loss.backward()
         method.enqueue(keys)
         return loss.detach()

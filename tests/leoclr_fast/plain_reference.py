@@ -34,7 +34,7 @@ class PlainReference:
 
     def __init__(self, config: RunConfig, num_ranks: int = 1) -> None:
         """num_ranks: each has its own batch-norm, over its share of a micro-batch: the first ones one image more."""
-        start = build_method(config.result.backbone, config.result.method, config.result.seed).double()
+        start = build_method(config.result).double()
         self.config = config
         self.num_ranks = num_ranks
         self.f_q = Encoder(config.result.backbone, config.result.method.projection_dim).double()

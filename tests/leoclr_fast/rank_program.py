@@ -26,7 +26,7 @@ from leoclr_fast.distributed.communication_meter import CommunicationMeter
 from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d
 from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d
-from leoclr_fast.run.telemetry import STEP_METRICS
+from leoclr_fast.method.methods import METHODS
 from leoclr_fast.training.loop import pretrain
 from leoclr_fast.training.state import TrainingState
 from leoclr_fast.training.step import TrainingStep
@@ -87,7 +87,8 @@ def trained_config(case: str, **changes: Any) -> RunConfig:
 
 def noise_batches(config: RunConfig, ranks: Ranks, num_steps: int) -> list[CropBatch]:
     """This rank's batches of images that are noise, each another one, in the order of a training run."""
-    size, side, num_views = config.result.batch_size, config.result.views.image_size, config.result.method.num_keys + 1
+    size, side = config.result.batch_size, config.result.views.image_size
+    num_views = len(METHODS[config.result.method.name].views)
     order = TrainOrder(
         num_images=3 * size + 1, batch_size=size, micro_batches=config.result.micro_batches, seed=config.result.seed,
         rank=ranks.rank, world_size=ranks.world_size,
@@ -122,8 +123,8 @@ def trained(
     ranks.all_reduce_sum([metrics])
     return {
         "indices": [batch.indices.tolist() for batch in batches],
-        "losses": metrics[:, STEP_METRICS.index("loss")],
-        "norms": metrics[:, STEP_METRICS.index("gradient_norm")],
+        "losses": metrics[:, 0],
+        "norms": metrics[:, -1],
         "state": training.method.state_dict(),
     }
 

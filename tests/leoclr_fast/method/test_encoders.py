@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from leoclr_fast.config import BackboneConfig, MethodConfig
+from leoclr_fast.config import BackboneConfig, MethodConfig, ResultConfig
 from leoclr_fast.distributed.batch_layout import BatchLayout
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.method.backbone import Encoder, build_backbone
 from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
-from leoclr_fast.method.key_schedule import KeySchedule
-from leoclr_fast.method.methods import MomentumContrast, build_method
+from leoclr_fast.method.methods import build_method
 from leoclr_fast.method.momentum import update_key_encoder
+from leoclr_fast.method.momentum_contrast import MomentumContrast
 
 TINY = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)
 
@@ -133,17 +134,24 @@ def test_plain_shuffle_and_ema_batchnorm() -> None:
     assert torch.equal(averaged.running_mean, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
 
 
+def tiny_method(seed: int = 0, queue_size: int = 64, **changes: Any) -> MomentumContrast:
+    config = MethodConfig(queue_size=queue_size, **changes)
+    method = build_method(ResultConfig(backbone=TINY, method=config, seed=seed, batch_size=12))
+    assert isinstance(method, MomentumContrast)
+    return method
+
+
 def keys_of(method: MomentumContrast, views: list[torch.Tensor], step: int) -> list[torch.Tensor]:
     """The keys of a step on one rank, whose passes see the views in the order of the schedule."""
-    schedule = KeySchedule(method.config, BatchLayout(batch_size=len(views[0])))
+    schedule = method.plan(BatchLayout(batch_size=len(views[0])))
     order = schedule.draw(0, step)
     passes = torch.cat(views)[torch.from_numpy(order.encoded[0])].split(schedule.pass_sizes)
-    return method.encode_keys(passes, torch.from_numpy(order.restore), schedule.most)
+    return method.encode_keys(passes, torch.from_numpy(order.restore), schedule.largest)
 
 
 def test_keys_do_not_depend_on_their_place_in_the_batch_but_on_their_group() -> None:
     """Shuffling is undone: key i is image i's; and another step groups the images differently."""
-    method = build_method(TINY, MethodConfig(queue_size=64, projection_dim=8, key_batchnorm_group=4), seed=0).double()
+    method = tiny_method(queue_size=64, projection_dim=8, key_batchnorm_group=4).double()
     views = [
         torch.randn(12, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1)
     ]
@@ -151,17 +159,16 @@ def test_keys_do_not_depend_on_their_place_in_the_batch_but_on_their_group() -> 
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     other = keys_of(method, views, 6)
     assert not torch.allclose(first[0], other[0])
-    eman = MethodConfig(queue_size=64, projection_dim=8, key_batchnorm="ema")
-    method = build_method(TINY, eman, seed=0).double()
+    method = tiny_method(queue_size=64, projection_dim=8, key_batchnorm="ema").double()
     keys = keys_of(method, views, 0)
     alone = [method.key_encoder(image[None]) for image in views[0]]  # no batch statistics: images are independent
     torch.testing.assert_close(keys[0], torch.cat(alone), rtol=1e-12, atol=1e-14)
 
 
 def test_key_encoder_starts_as_the_query_encoder_and_gets_no_gradient() -> None:
-    method = build_method(TINY, MethodConfig(queue_size=64), seed=3)
+    method = tiny_method(seed=3)
     pairs = zip(method.query_encoder.parameters(), method.key_encoder.parameters(), strict=True)
     assert all(torch.equal(query, key) and not key.requires_grad for query, key in pairs)
-    assert torch.equal(build_method(TINY, MethodConfig(queue_size=64), seed=3).queue.keys, method.queue.keys)
-    assert not torch.equal(build_method(TINY, MethodConfig(queue_size=64), seed=4).queue.keys, method.queue.keys)
+    assert torch.equal(tiny_method(seed=3).queue.keys, method.queue.keys)
+    assert not torch.equal(tiny_method(seed=4).queue.keys, method.queue.keys)
     assert deepcopy(method.key_encoder.state_dict()).keys() == method.query_encoder.state_dict().keys()

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from PIL import Image
 
 import leoclr_fast.report.page
 import leoclr_fast.training.loop
-import leoclr_fast.training.run_diary
+import leoclr_fast.training.run_log
 from benchmarks.reference_curves import reference_curves
 from leoclr_fast.cli import run_command
 from leoclr_fast.recipes import get_recipe
@@ -31,7 +30,6 @@ from leoclr_fast.report.verdict import verdict
 from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.run.telemetry import NonFiniteLossError
 from leoclr_fast.training.loop import pretrain
-from leoclr_fast.training.run_diary import RunDiary
 from tests.leoclr_fast.conftest import tiny_config, write_tiny_images
 from tests.leoclr_fast.forked_runs import ForkedRuns, finished_steps
 from tests.leoclr_fast.test_cli import succeeded
@@ -173,34 +171,6 @@ def test_a_crash_tells_where_and_why(tiny_data: Path, tmp_path: Path, monkeypatc
     assert [record["status"] for record in records(run, "end")] == ["paused", "failed", "finished"]
 
 
-def test_a_run_that_hangs_says_why(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The main thread is stuck: another one writes the end and the page, as before the watchdog ends the process."""
-    run, diaries = tmp_path / "run", []
-
-    class Diary(RunDiary):
-        def __init__(self, *given: Any, **options: Any) -> None:
-            super().__init__(*given, **options)
-            diaries.append(self)
-
-    class EndedError(BaseException):
-        pass
-
-    def stuck(*_: object) -> None:
-        words = threading.Thread(target=diaries[0].cut_short, args=("rank 1 on node7: no progress for 60 s",))
-        words.start()
-        words.join()
-        diaries[0].last_report(60)
-        raise EndedError((run / "report.html").read_text())
-
-    monkeypatch.setattr(leoclr_fast.training.loop, "RunDiary", Diary)
-    monkeypatch.setattr(leoclr_fast.training.loop, "_log_metrics", stuck)
-    with pytest.raises(EndedError) as ended:
-        pretrain(tiny_config(), tiny_data, run)
-    page = str(ended.value)
-    assert "Failed after step 1 of 12" in page
-    assert "rank 1 on node7: no progress for 60 s." in page
-
-
 def test_the_loader_alone_is_a_ceiling(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The report names the command that times it, and shows what that has found."""
     run, jpegs = tmp_path / "run", tmp_path / "jpegs"
@@ -237,7 +207,7 @@ def test_a_report_that_cannot_be_written_harms_no_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(leoclr_fast.report.page, "write_atomically", broken)
-    monkeypatch.setattr("leoclr_fast.training.run_diary.write_preview", broken)
+    monkeypatch.setattr("leoclr_fast.training.run_log.write_preview", broken)
     summary = pretrain(tiny_config(), tiny_data, tmp_path / "ill")
     assert summary["final_loss"] == expected["final_loss"]
     assert not (tmp_path / "ill" / "report.html").exists()
@@ -272,7 +242,7 @@ def test_a_checkpoint_writes_the_report_unless_that_takes_too_long(
         return original(paths, out)
 
     monkeypatch.setattr(leoclr_fast.report.page, "write_report", counted)
-    monkeypatch.setattr(leoclr_fast.training.run_diary, "_MAX_REPORT_SHARE", share)
+    monkeypatch.setattr(leoclr_fast.training.run_log, "_MAX_REPORT_SHARE", share)
     pretrain(tiny_config(monitor__checkpoint_every_steps=1), tiny_data, tmp_path / "run")
     assert written == num_reports * [tmp_path / "run" / "report.html"]
 

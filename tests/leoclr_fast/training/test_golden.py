@@ -16,7 +16,8 @@ import torch
 import leoclr_fast.training.state
 from dataset_tools.demo_data import write_demo_data
 from leoclr_fast.config import RunConfig
-from leoclr_fast.method.methods import MomentumContrast, build_method
+from leoclr_fast.method.methods import build_method
+from leoclr_fast.method.momentum_contrast import MomentumContrast
 from leoclr_fast.recipes import get_recipe
 from leoclr_fast.run.checkpoint import list_checkpoints, load_checkpoint
 from leoclr_fast.run.folder import RunFolder
@@ -51,6 +52,7 @@ def small_demo(recipe: str, precision: str) -> RunConfig:
 def portable_method(*arguments: object) -> MomentumContrast:
     """`build_method` with weights from our own generator: torch's normal numbers differ in the last bit by machine."""
     method = build_method(*arguments).double()  # type: ignore[arg-type]
+    assert isinstance(method, MomentumContrast)
     for number, (name, tensor) in enumerate(method.state_dict().items()):
         if tensor.is_floating_point() and not name.startswith("key_encoder") and "bn" not in name:
             fan_in = tensor[0].numel() if tensor.ndim > 1 else 1000

@@ -221,9 +221,9 @@ class TestSyncBatchNorm:
 
     def test_one_rank_keeps_torchs(self) -> None:
         config = tiny_config(result__method__query_batchnorm="sync").result
-        alone = build_method(config.backbone, config.method, seed=0)
+        alone = build_method(config)
         assert not any(isinstance(module, SyncBatchNorm2d) for module in alone.query_encoder.modules())
-        one_of_two = build_method(config.backbone, config.method, seed=0, ranks=Ranks(0, 2))
+        one_of_two = build_method(config, Ranks(0, 2))
         kinds = {type(module) for module in one_of_two.query_encoder.modules()}
         assert SyncBatchNorm2d in kinds
         assert torch.nn.BatchNorm2d not in kinds
@@ -271,7 +271,7 @@ class TestGradientCompression:
     def test_bytes_on_the_wire(self, seen: Path) -> None:
         """Gradients in two bytes, statistics in four; crops, parameters and keys as without."""
         config = tiny_config(speed__precision="fp32", result__views__image_size=8).result
-        method = build_method(config.backbone, config.method, seed=0)
+        method = build_method(config)
         num_gradients = sum(weight.numel() for weight in method.query_encoder.parameters())
         num_statistics = sum(b.numel() for b in method.query_encoder.buffers() if b.is_floating_point())
         num_steps, metrics_bytes = 3, 3 * 4 * 8

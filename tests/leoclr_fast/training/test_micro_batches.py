@@ -13,7 +13,6 @@ from torch import Tensor
 
 from leoclr_fast.config import ResultConfig, RunConfig
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.run.telemetry import STEP_METRICS
 from leoclr_fast.training.state import TrainingState
 from leoclr_fast.training.step import TrainingStep
 from pipelines.batch import CropBatch
@@ -77,7 +76,7 @@ def test_batch_norm_sees_a_part_at_a_time() -> None:
     batches = noise_batches(config, Ranks(), 2)
     whole, expected = train(config, batches)
     parts, metrics = train(tiny_config(result__micro_batches=3), batches)
-    loss = STEP_METRICS.index("loss")
+    loss = 0
     assert abs(metrics[0, loss] / expected[0, loss] - 1) > 1e-4
     tracked = [
         int(state.method.query_encoder.backbone.bn1.num_batches_tracked)  # type: ignore[union-attr, arg-type]
@@ -106,8 +105,8 @@ def test_an_overflow_in_fp16_skips_one_step_of_all_parts() -> None:
     config = tiny_config(speed__precision="fp16", result__micro_batches=3)
     fresh = TrainingState.fresh(config, Ranks(), CPU)
     training, metrics = train(config, noise_batches(config, Ranks(), 1))
-    assert not metrics[0, STEP_METRICS.index("gradient_norm")].isfinite()
-    assert metrics[0, STEP_METRICS.index("loss")].isfinite()
+    assert not metrics[0, -1].isfinite()
+    assert metrics[0, 0].isfinite()
     assert training.scaler.get_scale() == fresh.scaler.get_scale() / 2
     for ours, before in zip(
         training.method.query_encoder.parameters(), fresh.method.query_encoder.parameters(), strict=True

@@ -20,7 +20,7 @@ from leoclr_fast.machine.precision import require_precision
 from leoclr_fast.method.backbone import Encoder
 from leoclr_fast.method.folded_encoder import FoldedEncoder
 from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
-from leoclr_fast.run.telemetry import STEP_METRICS
+from leoclr_fast.method.methods import METHODS
 from leoclr_fast.schedules import learning_rate
 from leoclr_fast.training import acceleration
 from leoclr_fast.training.acceleration import captures_step, compiles_encoders
@@ -39,7 +39,7 @@ PRECISIONS = ["fp64", "fp32", "bf16", "fp16"]
 def crop_batches(config: RunConfig, num_batches: int = NUM_STEPS, device: torch.device = CPU) -> list[CropBatch]:
     """Noise of the right shape; the method's views are 3 for leoclr and 2 for mocov2."""
     side, size = config.result.views.image_size, config.result.batch_size
-    num_views = config.result.method.num_keys + 1
+    num_views = len(METHODS[config.result.method.name].views)
     generator = torch.Generator().manual_seed(0)
     return [
         CropBatch(
@@ -99,7 +99,7 @@ class TestStaticStep:
         assert torch.equal(metrics, expected)
         assert_same_state(static, eager)
         assert int(static.method.queue.pointer) == NUM_STEPS * 12 % 40
-        assert metrics[:, STEP_METRICS.index("loss")].unique().numel() == NUM_STEPS
+        assert metrics[:, 0].unique().numel() == NUM_STEPS
 
     @pytest.mark.parametrize("key_batchnorm", ["plain", "ema", "sync", "shuffle"])
     def test_in_every_mode_of_batch_norm(self, key_batchnorm: str) -> None:
@@ -126,13 +126,13 @@ class TestStaticStep:
         batches = crop_batches(config)
         uninterrupted, expected = train(config, batches)
         earlier, _ = train(config, batches[:3])
-        checkpoint = deepcopy(earlier.state_dict(config.result, "fingerprint"))
+        checkpoint = deepcopy(earlier.state_dict(config.result))
 
         training = TrainingState.fresh(config, Ranks(), CPU)
         step = TrainingStep(training, config, CPU, static=True)
         step(batches[5], 0.3)  # the buffers are made, and the state goes elsewhere
         addresses = [tensor.data_ptr() for tensor in training.tensors()]
-        training.load_state_dict(checkpoint, config.result, "fingerprint", "here")
+        training.load_state_dict(checkpoint, config.result, "here")
         assert [tensor.data_ptr() for tensor in training.tensors()] == addresses
         assert_same_state(training, earlier)
         rates = [0.9**number * learning_rate("cosine_per_step", config.result.lr, 0, 16, 1) for number in range(8)]
@@ -157,7 +157,7 @@ class TestFailingCapture:
 
         training = TrainingState.fresh(config, Ranks(), CPU)
         step = TrainingStep(training, config, CPU, static=True)
-        step._is_compiled, step._compiled_query_encoder = True, fails
+        step._compiled = {training.method.query_encoder: fails}
         with monkeypatch.context() as patch:  # the compiled encoder fails, then the end of the eager step does
             patch.setattr(training.method, "enqueue", fails)
             rate = learning_rate("cosine_per_step", config.result.lr, 0, 2 * NUM_STEPS, 1)
@@ -166,7 +166,7 @@ class TestFailingCapture:
         assert "without torch.compile" in caplog.text
         assert "not captured as a CUDA graph" in caplog.text
         training.load_state_dict(
-            TrainingState.fresh(config, Ranks(), CPU).state_dict(config.result, ""), config.result, "", "start"
+            TrainingState.fresh(config, Ranks(), CPU).state_dict(config.result), config.result, "start"
         )
         training.forget_unfinished_step()
         rows = [step(batch, 0.9**number * rate) for number, batch in enumerate(batches)]
