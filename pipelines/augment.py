@@ -15,12 +15,9 @@ here is what they are tested by.
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +28,8 @@ from torch.nn import functional as F
 from pipelines.batch import CropBatch
 from pipelines.config import ViewConfig
 from pipelines.counter_rng import photometry_stream, uniform
+from pipelines.kernels import Impl, Kernels
 from pipelines.views import ViewRecipe
-
-log = logging.getLogger(__name__)
-
-Impl = Literal["auto", "torch", "numba", "triton"]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _JITTER_ORDERS = np.array(list(permutations(range(4))))
@@ -162,21 +156,18 @@ def augment(
         raise ValueError(
             f"{count} crops cannot be augmented with {len(parameters.table)} rows of parameters: give one each"
         )
-    wanted = {"auto": "triton" if crops.is_cuda else "numba"}.get(impl, impl)
-    find_obstacle = {"numba": _what_keeps_numba_out, "triton": _what_keeps_triton_out}.get(wanted)
-    obstacle = find_obstacle(crops, parameters, dtype) if find_obstacle else "torch is asked for"
-    if obstacle is None:
-        if config.blur_probability > 0:
-            _require_room_for_blur(config.blur_kernel_size, crops.shape[-2])
-        if wanted == "triton":
-            from pipelines.augment_triton import augment_triton
+    unsuitable = _what_compiled_code_cannot_take(crops, parameters.table, dtype)
+    chosen = _KERNELS.choose(impl, {"crops": crops, "parameters": parameters.table}, unsuitable)
+    if config.blur_probability > 0:
+        _require_room_for_blur(config.blur_kernel_size, crops.shape[-2])
+    if chosen == "triton":
+        from pipelines.augment_triton import augment_triton
 
-            return augment_triton(crops, parameters.table, config, dtype)
+        return augment_triton(crops, parameters.table, config, dtype)
+    if chosen == "numba":
         from pipelines.augment_numba import augment_numba
 
         return augment_numba(crops, parameters.table, config, torch.get_num_threads()).to(dtype)
-    if impl in ("numba", "triton"):
-        raise ValueError(f"{impl} cannot augment here, since {obstacle}; choose impl auto or torch")
     crops = crops.flatten(0, -4)  # copies unless each view is one contiguous block
     with torch.autocast("cuda" if crops.is_cuda else "cpu", enabled=False):
         if crops.device.type != "cpu":
@@ -190,21 +181,6 @@ def augment(
         return torch.cat(chunks)
 
 
-def _what_keeps_numba_out(crops: Tensor, parameters: AugmentParameters, dtype: torch.dtype) -> str | None:
-    table = parameters.table
-    if crops.device.type != "cpu" or table.device.type != "cpu":
-        return f"the crops are on {crops.device}, the parameters on {table.device}, and it knows only the CPU"
-    return _what_compiled_code_cannot_take(crops, table, dtype) or _what_is_wrong_with_numba()
-
-
-def _what_keeps_triton_out(crops: Tensor, parameters: AugmentParameters, dtype: torch.dtype) -> str | None:
-    table = parameters.table
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (crops.is_cuda or (interpreted and crops.device.type == "cpu")) or table.device != crops.device:
-        return f"the crops are on {crops.device}, the parameters on {table.device}, and it needs one CUDA device"
-    return _what_compiled_code_cannot_take(crops, table, dtype) or _what_is_wrong_with_triton(crops.device)
-
-
 def _what_compiled_code_cannot_take(crops: Tensor, table: Tensor, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "it computes in float32, not float64"
@@ -215,32 +191,21 @@ def _what_compiled_code_cannot_take(crops: Tensor, table: Tensor, dtype: torch.d
     return None
 
 
-@cache
-def _what_is_wrong_with_numba() -> str | None:
-    """Imports numba and compiles, or says why not, once: it makes things faster, and must not stop a run."""
-    try:
-        from pipelines.augment_numba import compiled_kernel
+def _try_numba() -> None:
+    from pipelines.augment_numba import compiled_kernel
 
-        compiled_kernel()
-    except Exception as error:
-        log.warning("views are augmented by torch, many times slower, since numba does not work here: %r", error)
-        return f"it does not work on this machine: {error!r}"
-    return None
+    compiled_kernel()
 
 
-@cache
-def _what_is_wrong_with_triton(device: torch.device) -> str | None:
-    """Imports Triton and augments one view of 3 pixels' side, or says why not, once."""
-    try:
-        from pipelines.augment_triton import augment_triton
+def _try_triton(device: torch.device) -> None:
+    from pipelines.augment_triton import augment_triton
 
-        crop = torch.zeros(1, 3, 3, 3, dtype=torch.uint8, device=device)
-        table = torch.zeros(1, _COLUMNS, dtype=torch.float64, device=device)
-        augment_triton(crop, table, ViewConfig(image_size=3), torch.float32)
-    except Exception as error:
-        log.warning("views are augmented by torch, several times slower, since Triton does not work here: %r", error)
-        return f"it does not work on this machine: {error!r}"
-    return None
+    crop = torch.zeros(1, 3, 3, 3, dtype=torch.uint8, device=device)
+    table = torch.zeros(1, _COLUMNS, dtype=torch.float64, device=device)
+    augment_triton(crop, table, ViewConfig(image_size=3), torch.float32)
+
+
+_KERNELS = Kernels(verb="augment", done="augmented", try_numba=_try_numba, try_triton=_try_triton)
 
 
 def _augment_chunk(crops: Tensor, parameters: AugmentParameters, config: ViewConfig, dtype: torch.dtype) -> Tensor:

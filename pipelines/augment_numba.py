@@ -21,7 +21,8 @@ from numba import njit, types
 from torch import Tensor
 
 from pipelines.config import ViewConfig
-from pipelines.numba_kernel import compile_kernel, run_in_threads
+from pipelines.kernels import compile_by_numba
+from pipelines.threads import run_in_threads
 
 # Of the columns of `AugmentParameters`. Written out once more: a compiled function in numba's cache on the disk is not
 # replaced when a constant of another file changes.
@@ -95,7 +96,7 @@ def compiled_kernel() -> Callable[..., None]:
         types.uint8[::1], types.int64[::1], types.float64[:, ::1], floats, integer, integer, types.boolean[::1],
         floats, floats, floats, types.float64[::1], integer, integer,
     )  # fmt: skip
-    return compile_kernel(_augment, signature, "the augmentation")
+    return compile_by_numba(_augment, signature, "the augmentation")
 
 
 def _augment(

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipelines.config import ViewConfig
-from pipelines.kernel_launch import Argument, KernelLaunch
+from pipelines.kernels import Argument, KernelLaunch
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when Triton was imported: then the kernels run on the CPU, slowly."""

@@ -88,7 +88,7 @@ class LoaderConfig:
     hw_decoder_load: float = 0.65
     """dali on a GPU: the share of the JPEGs that its hardware decoder is given, where it has one."""
     stall_timeout_s: float = 300.0
-    """An error when no batch has come for so long. (Errors and dead threads are noticed at once.)"""
+    """An error when no batch has come for so long. (Errors, and dead processes, are noticed at once.)"""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:

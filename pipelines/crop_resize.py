@@ -12,20 +12,14 @@ Legend: M boxes, S side of the output, h x w the largest box of a chunk.
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
-
-Impl = Literal["auto", "torch", "numba", "triton"]
+from pipelines.kernels import Impl, Kernels
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 _WEIGHT_BITS = 22  # PIL's, after the binary point
@@ -97,19 +91,15 @@ def crop_resize(
     for.
     """
     _require_boxes_inside(images, rows, boxes)
-    wanted = {"auto": "triton" if images.pixels.is_cuda else "numba"}.get(impl, impl)
-    find_obstacle = {"numba": _what_keeps_numba_out, "triton": _what_keeps_triton_out}.get(wanted)
-    obstacle = find_obstacle(images.pixels) if find_obstacle else "torch is asked for"
-    if obstacle is None:
-        if wanted == "triton":
-            from pipelines.crop_resize_triton import crop_resize_triton
+    chosen = _KERNELS.choose(impl, {"images": images.pixels}, _what_compiled_code_cannot_take(images.pixels))
+    if chosen == "triton":
+        from pipelines.crop_resize_triton import crop_resize_triton
 
-            return crop_resize_triton(images, rows, boxes, output_size)
+        return crop_resize_triton(images, rows, boxes, output_size)
+    if chosen == "numba":
         from pipelines.crop_resize_numba import crop_resize_numba
 
         return crop_resize_numba(images, rows, boxes, output_size, num_threads or torch.get_num_threads())
-    if impl in ("numba", "triton"):
-        raise ValueError(f"{impl} cannot resize here, since {obstacle}; choose impl auto or torch")
     return _crop_resize_torch(images, rows, boxes, output_size)
 
 
@@ -135,19 +125,6 @@ def _require_boxes_inside(images: PackedImages, rows: npt.NDArray[np.int64], box
         )
 
 
-def _what_keeps_numba_out(pixels: Tensor) -> str | None:
-    if pixels.device.type != "cpu":
-        return f"the images are on {pixels.device}, and it knows only the CPU"
-    return _what_compiled_code_cannot_take(pixels) or _what_is_wrong_with_numba()
-
-
-def _what_keeps_triton_out(pixels: Tensor) -> str | None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (pixels.is_cuda or (interpreted and pixels.device.type == "cpu")):
-        return f"the images are on {pixels.device}, and it needs a CUDA device"
-    return _what_compiled_code_cannot_take(pixels) or _what_is_wrong_with_triton(pixels.device)
-
-
 def _what_compiled_code_cannot_take(pixels: Tensor) -> str | None:
     if pixels.dtype != torch.uint8 or pixels.ndim != 1 or not pixels.is_contiguous():
         shape, strides = list(pixels.shape), list(pixels.stride())
@@ -155,34 +132,21 @@ def _what_compiled_code_cannot_take(pixels: Tensor) -> str | None:
     return None
 
 
-@cache
-def _what_is_wrong_with_numba() -> str | None:
-    """Imports numba and compiles, or says why not, once: it makes things faster, and must not stop a run."""
-    try:
-        from pipelines.crop_resize_numba import compiled_kernel
+def _try_numba() -> None:
+    from pipelines.crop_resize_numba import compiled_kernel
 
-        compiled_kernel()
-    except Exception as error:
-        log.warning("views are resized by torch, many times slower, since numba does not work here: %r", error)
-        return f"it does not work on this machine: {error!r}"
-    return None
+    compiled_kernel()
 
 
-@cache
-def _what_is_wrong_with_triton(device: torch.device) -> str | None:
-    """Imports Triton and resizes one image of a single pixel, or says why not, once."""
-    try:
-        from pipelines.crop_resize_triton import crop_resize_triton
+def _try_triton(device: torch.device) -> None:
+    from pipelines.crop_resize_triton import crop_resize_triton
 
-        zero, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
-        pixel = PackedImages(
-            pixels=torch.zeros(3, dtype=torch.uint8, device=device), offsets=zero, heights=one, widths=one
-        )
-        crop_resize_triton(pixel, zero, np.array([[0, 0, 1, 1]], dtype=np.int32), 2)
-    except Exception as error:
-        log.warning("views are resized by torch, several times slower, since Triton does not work here: %r", error)
-        return f"it does not work on this machine: {error!r}"
-    return None
+    zero, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+    pixel = PackedImages.side_by_side(torch.zeros(3, dtype=torch.uint8, device=device), one, one)
+    crop_resize_triton(pixel, zero, np.array([[0, 0, 1, 1]], dtype=np.int32), 2)
+
+
+_KERNELS = Kernels(verb="resize", done="resized", try_numba=_try_numba, try_triton=_try_triton)
 
 
 def _crop_resize_torch(

@@ -11,11 +11,10 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.cores import available_cores
 from pipelines.decode import UnreadableImageError, decode_rgb
 from pipelines.encoded_batches import Bytes, EncodedBatch, EncodedBatches, is_plain
 from pipelines.loader import DecodedBatch, Loader
-from pipelines.worker_threads import WorkerThreads
+from pipelines.threads import WorkerThreads, available_cores
 
 T = TypeVar("T")
 

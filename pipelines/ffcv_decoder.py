@@ -22,9 +22,9 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from pipelines.box_resize import resize_box, scratch_size
+from pipelines.crop_resize_numba import resize_box, scratch_size
 from pipelines.encoded_batches import EncodedBatch
-from pipelines.numba_kernel import run_in_threads
+from pipelines.threads import run_in_threads
 
 _SHARES = 8  # that each thread takes, about: some images are larger than others
 _PIXEL_RGB, _ACCURATE_DCT = 0, 4096  # TJPF_RGB, TJFLAG_ACCURATEDCT

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 
 from dataset_tools.sources import Split
-from pipelines.cores import available_cores
 from pipelines.crop_resize import PackedImages, cut_views
 from pipelines.decode import Substitutes, UnreadableImageError, decode_rgb, image_size, none_readable
 from pipelines.loader import DecodedBatch, Loader
+from pipelines.threads import available_cores
 from pipelines.views import draw_boxes
 
 _SIZE_SAMPLES = 64

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset_tools.sources import Split
 from pipelines.config import ViewConfig
-from pipelines.cores import available_cores
 from pipelines.decode import Substitutes
 from pipelines.loader import DecodedBatch, Loader
 from pipelines.order import Order, TrainOrder
+from pipelines.threads import available_cores
 from pipelines.views import ViewRecipe, draw_boxes
 
 _CountedBatch = tuple[DecodedBatch, int]

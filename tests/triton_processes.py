@@ -12,12 +12,13 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[1]
 
 
-def assert_passes_in_the_interpreter(tests: Path, marked: str, at_least: int) -> None:
+def assert_passes_in_the_interpreter(tests: Path, marked: str, at_least: int, names: str = "") -> None:
     """Run a file of tests with TRITON_INTERPRET=1: at least so many pass, none fails or is skipped.
 
-    marked: pytest's `-m`.
+    marked, names: pytest's `-m` and `-k`.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, str(tests)]
+    options = ["-p", "no:cacheprovider", "-m", marked, "-k", names]
+    command = [sys.executable, "-m", "pytest", "-q", *options, str(tests)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

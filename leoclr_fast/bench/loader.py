@@ -29,8 +29,8 @@ from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.method.methods import method_class
 from leoclr_fast.run.environment import environment
 from leoclr_fast.run.folder import RunFolder
-from pipelines.cores import available_cores
 from pipelines.factory import LOADERS, settle_loader
+from pipelines.threads import available_cores
 
 Say = Callable[[str], None]
 

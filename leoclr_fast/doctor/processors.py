@@ -43,7 +43,7 @@ def threads(environ: Mapping[str, str] = os.environ) -> Result:
     import numba
     import torch
 
-    from pipelines.cores import available_cores
+    from pipelines.threads import available_cores
 
     given = {name: environ[name] for name in _THREAD_VARIABLES if name in environ}
     num_torch, usable = torch.get_num_threads(), available_cores()

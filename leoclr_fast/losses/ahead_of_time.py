@@ -28,7 +28,7 @@ from leoclr_fast.losses import info_nce_triton
 from pipelines import augment_triton, crop_resize_triton
 from pipelines.config import ViewConfig
 from pipelines.crop_resize import PackedImages
-from pipelines.kernel_launch import KernelLaunch
+from pipelines.kernels import KernelLaunch
 
 TARGETS = (80, 90, 100)
 """Compute capabilities: A100; H100 and H200; B200."""

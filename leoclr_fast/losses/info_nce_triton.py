@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipelines.kernel_launch import KernelLaunch
+from pipelines.kernels import KernelLaunch
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when Triton was imported: then the kernels run on the CPU, slowly."""

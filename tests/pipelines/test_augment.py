@@ -2,16 +2,30 @@
 
 The truth is torchvision in float64, but for the hue: there torchvision falls back to float32, so that it is written
 out here, and held against torchvision and colorsys.
+
+Triton reads TRITON_INTERPRET when it is imported: its kernels meet `TestEachImplementation` in a process of its own, at
+sizes for its interpreter.
 """
 
 from __future__ import annotations
 
 import colorsys
+import errno
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
+from numba.core import caching
 from PIL import Image, ImageFilter
 from scipy import stats
 from torch import Tensor
@@ -20,13 +34,14 @@ from torchvision.transforms import functional as TF
 from torchvision.transforms.v2 import functional as V2
 
 from pipelines import augment as module
+from pipelines import augment_numba as compiled
+from pipelines import kernels
 from pipelines.augment import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
     SATURATION,
     AugmentParameters,
-    Impl,
     adjust_hue,
     augment,
     augmented_views,
@@ -34,14 +49,17 @@ from pipelines.augment import (
     draw_augmentation,
     gaussian_blur,
 )
+from pipelines.augment_numba import augment_numba
 from pipelines.batch import CropBatch
 from pipelines.config import ViewConfig
+from pipelines.kernels import Impl
 from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS, LINEAR_TRAIN_VIEWS, MOCOV2_VIEWS, ViewRecipe
 from tests.pipelines.pictures import picture
 from tests.tolerances import (
     AUGMENT,
     AUGMENT_BESIDE_TORCHVISION,
     AUGMENT_NUMBA_BESIDE_TORCH,
+    AUGMENT_TRITON_BESIDE_TORCH,
     COLORSYS,
     PIL_BLEND,
     PIL_BLUR,
@@ -51,11 +69,20 @@ from tests.tolerances import (
     TORCHVISION_HUE,
     Tolerance,
 )
+from tests.triton_processes import assert_compiles_without_spills, assert_passes_in_the_interpreter
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ORDERS = module._JITTER_ORDERS
-IMPLEMENTATIONS = [(torch.float64, "torch"), (torch.float32, "torch"), (torch.float32, "numba")]
+TORCH: tuple[torch.dtype, Impl] = (torch.float32, "torch")
+IMPLEMENTATIONS: list[tuple[torch.dtype, Impl]] = (
+    [(torch.float32, "triton")] if INTERPRETED else [(torch.float64, "torch"), TORCH, (torch.float32, "numba")]
+)
+BESIDE_TORCH = {"torch": 0.0, "numba": AUGMENT_NUMBA_BESIDE_TORCH, "triton": AUGMENT_TRITON_BESIDE_TORCH}
+SIDE, COUNT = (16, 6) if INTERPRETED else (32, 24)
 KINDS = ("noise", "black and white", "gray", "waves")
 NOTHING = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+each = pytest.mark.parametrize(("dtype", "impl"), IMPLEMENTATIONS)
+each_impl = pytest.mark.parametrize("impl", sorted({impl for _, impl in IMPLEMENTATIONS}))
 
 
 def pictures(count: int, size: int, kind: str = "noise") -> Tensor:
@@ -137,28 +164,40 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> None:
 
 
 def assert_equals_torchvision(crops: Tensor, drawn: AugmentParameters, config: ViewConfig) -> None:
+    """By every implementation; by those in float32 as closely as by torchvision's own in float32."""
     truth, single = references(crops, drawn, config.blur_kernel_size)
     errors = {}
-    for dtype, impl in IMPLEMENTATIONS:
+    for dtype, impl in {*IMPLEMENTATIONS, TORCH}:
         ours = augment(crops, drawn, config, dtype=dtype, impl=impl)
         assert ours.dtype == dtype
         assert_close(ours, truth, AUGMENT[dtype])
         errors[dtype, impl] = (ours.double() - truth).abs().max()
-    their_error = (single.double() - truth).abs().max()
-    assert errors[torch.float32, "torch"] <= their_error + AUGMENT_BESIDE_TORCHVISION
-    assert errors[torch.float32, "numba"] <= errors[torch.float32, "torch"] + AUGMENT_NUMBA_BESIDE_TORCH
+    assert errors[TORCH] <= (single.double() - truth).abs().max() + AUGMENT_BESIDE_TORCHVISION
+    for (dtype, impl), error in errors.items():
+        assert dtype == torch.float64 or error <= errors[TORCH] + BESIDE_TORCH[impl]
 
 
-class TestAgainstTorchvision:
+class TestEachImplementation:
     @pytest.mark.parametrize(
         ("size", "count", "kind"),
-        [*((size, 72, kind) for size in (16, 32, 33) for kind in KINDS), (224, 24, "waves"), (224, 3, "noise")],
+        [
+            (16, 24, "waves"),
+            (33, 24, "noise"),
+            (48, 4, "black and white"),
+            *(pytest.param(size, 48, kind, marks=pytest.mark.long) for size in (33, 64) for kind in KINDS),
+        ]
+        if INTERPRETED
+        else [*((size, 72, kind) for size in (16, 32, 33) for kind in KINDS), (224, 24, "waves"), (224, 3, "noise")],
     )
     def test_the_whole_chain_in_all_orders(self, size: int, count: int, kind: str) -> None:
-        drawn = random_parameters(count, blur=np.arange(count) % (6 if size == 224 else 2) == 0)  # slow in torchvision
+        blurred_share = 4 if INTERPRETED else 6 if size == 224 else 2  # slow in torchvision
+        drawn = random_parameters(count, blur=np.arange(count) % blurred_share == 0)
         assert_equals_torchvision(pictures(count, size, kind), drawn, plain_config(size))
 
-    @pytest.mark.parametrize(("size", "kind"), [*((size, kind) for size in (32, 33) for kind in KINDS), (224, "waves")])
+    @pytest.mark.parametrize(
+        ("size", "kind"),
+        [(33, "waves")] if INTERPRETED else [*((size, kind) for size in (32, 33) for kind in KINDS), (224, "waves")],
+    )
     @pytest.mark.parametrize(
         "alone",
         [
@@ -180,16 +219,180 @@ class TestAgainstTorchvision:
         rng = np.random.default_rng(0)
         factors = {name: rng.choice([0.0, 0.3, 2.0], 48) for name in ("brightness", "contrast", "saturation")}
         drawn = random_parameters(48, **factors, hue=rng.choice([-0.5, 0.25, 0.5], 48))
-        assert_equals_torchvision(pictures(48, 32, kind), drawn, plain_config(32))
+        assert_equals_torchvision(pictures(48, SIDE, kind), drawn, plain_config(SIDE))
 
-    @pytest.mark.parametrize("impl", ["torch", "numba"])
-    def test_another_order_would_be_noticed(self, impl: Impl) -> None:
-        crops, drawn = pictures(24, 32, "waves"), random_parameters(24, blur=False, grayscale=False, flip=False)
+    @each
+    def test_another_order_would_be_noticed(self, dtype: torch.dtype, impl: Impl) -> None:
+        crops, drawn = pictures(24, SIDE, "waves"), random_parameters(24, blur=False, grayscale=False, flip=False)
         shifted = AugmentParameters(torch.cat((drawn.table[:, :4], drawn.table.roll(1, 0)[:, 4:]), dim=1))
         truth, _ = references(crops, shifted, 3)
-        errors = (augment(crops, drawn, plain_config(32), impl=impl) - truth).abs().amax(dim=(1, 2, 3))
+        errors = (augment(crops, drawn, plain_config(SIDE), dtype=dtype, impl=impl) - truth).abs().amax(dim=(1, 2, 3))
         assert (errors > 1e-3).sum() >= 16  # some orders are nearly the same
 
+    @pytest.mark.parametrize("size", [8] if INTERPRETED else [16, 33])
+    @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (7, 7, 7), (255, 0, 0), (3, 200, 99)])
+    def test_one_colour(self, colour: tuple[int, int, int], size: int) -> None:
+        """Divisions by zero and sums of nothing are near; one colour stays one."""
+        crops, drawn = torch.tensor(colour, dtype=torch.uint8).expand(24, size, size, 3), random_parameters(24)
+        assert_equals_torchvision(crops, drawn, plain_config(size))
+        ours = augment(crops, drawn, plain_config(size), impl=IMPLEMENTATIONS[-1][1])
+        assert (ours - ours[:, :, :1, :1]).abs().max() <= AUGMENT[torch.float32].max
+
+    @each
+    @pytest.mark.parametrize("shift", [-1e-20, 0.0, 1e-20, 1 / 6, -0.5, 0.5, 1.0, -3.75])
+    def test_any_hue(self, shift: float, dtype: torch.dtype, impl: Impl) -> None:
+        levels = torch.tensor([0, 1, 127, 255], dtype=torch.uint8)
+        crops = torch.cartesian_prod(levels, levels, levels).reshape(1, 8, 8, 3)
+        config, drawn = plain_config(8, blur_probability=0.0), parameters(1, jitter=True, hue=shift)
+        truth = augment(crops, drawn, config, dtype=torch.float64)
+        assert (augment(crops, drawn, config, dtype=dtype, impl=impl) - truth).abs().max() <= AUGMENT[dtype].max
+
+    @each
+    @pytest.mark.parametrize("sigma", [1e-6, 0.1, 0.15, 2.0, 1e3])
+    @pytest.mark.parametrize("size", [2, 16, pytest.param(50, marks=pytest.mark.long)] if INTERPRETED else [2, 33, 230])
+    def test_any_sigma(self, size: int, sigma: float, dtype: torch.dtype, impl: Impl) -> None:
+        """At 2 pixels, every tap of a border is a reflected one."""
+        crops, drawn, config = pictures(2, size), parameters(2, blur=True, sigma=sigma), plain_config(size)
+        truth = augment(crops, drawn, config, dtype=torch.float64)
+        ours = augment(crops, drawn, config, dtype=dtype, impl=impl)
+        assert (ours - truth).abs().max() <= AUGMENT[dtype].max
+        if sigma == 1e-6:
+            assert torch.equal(ours, augment(crops, parameters(2), config, dtype=dtype, impl=impl))
+
+    @each
+    def test_a_blur_that_does_not_fit(self, dtype: torch.dtype, impl: Impl) -> None:
+        crops = torch.zeros(1, 1, 1, 3, dtype=torch.uint8)
+        message = "a blur of 3 taps does not fit images of 1 pixels; set blur_probability 0"
+        with pytest.raises(ValueError, match=message):
+            augment(crops, parameters(1), ViewConfig(image_size=1), dtype=dtype, impl=impl)
+
+    @each
+    @pytest.mark.parametrize("size", [33] if INTERPRETED else [32, 33, 224])
+    def test_a_sample_without_augmentation_is_only_normalised(self, size: int, dtype: torch.dtype, impl: Impl) -> None:
+        """Whatever its factors are, and whatever happens to its neighbours."""
+        config, crops = ViewConfig(image_size=size), pictures(6, size)
+        drawn = random_parameters(6, jitter=[0, 1] * 3, blur=[0, 1] * 3, grayscale=[0, 1] * 3, flip=[0, 1] * 3)
+        ours = augment(crops, drawn, config, dtype=dtype, impl=impl)
+        scalar = np.dtype(str(dtype).removeprefix("torch.")).type
+        values = crops.permute(0, 3, 1, 2).numpy().astype(scalar) / scalar(255)
+        mean, std = (np.array(numbers, dtype=scalar)[:, None, None] for numbers in (config.mean, config.std))
+        plain = torch.from_numpy((values - mean) / std)
+        assert torch.equal(ours[::2], plain[::2])
+        assert not torch.isclose(ours[1::2], plain[1::2]).all(dim=(1, 2, 3)).any()
+
+    @each_impl
+    def test_flip(self, impl: Impl) -> None:
+        config, crops = ViewConfig(image_size=33), pictures(3, 33)
+        flipped = augment(crops, parameters(3, flip=[True, False, True]), config, impl=impl)
+        assert torch.equal(flipped[::2], augment(crops.flip(2), parameters(3), config, impl=impl)[::2])
+        assert torch.equal(flipped[1], augment(crops, parameters(3), config, impl=impl)[1])
+
+    @each_impl
+    def test_grayscale_has_three_equal_channels(self, impl: Impl) -> None:
+        drawn = parameters(2, grayscale=True, blur=[True, False])
+        ours = augment(pictures(2, 32), drawn, plain_config(32), impl=impl)
+        assert torch.equal(ours[:, 0], ours[:, 1])
+        assert torch.equal(ours[:, 0], ours[:, 2])
+
+    @each
+    @pytest.mark.parametrize("value", [0, 255])
+    def test_black_and_white_stay_in_range(self, value: int, dtype: torch.dtype, impl: Impl) -> None:
+        crops = torch.full((24, SIDE, SIDE, 3), value, dtype=torch.uint8)
+        ours = augment(crops, random_parameters(24), plain_config(SIDE), dtype=dtype, impl=impl)
+        assert ours.min() >= 0
+        assert ours.max() <= 1 + AUGMENT[dtype].max
+        if value == 0:
+            assert (ours == 0).all()
+
+    @each_impl
+    @pytest.mark.parametrize("name", ["jitter", "grayscale", "blur", "flip"])
+    def test_probability_zero_leaves_the_operation_out(self, name: str, impl: Impl) -> None:
+        crops, drawn = pictures(COUNT, SIDE), random_parameters(COUNT, **{name: True})
+        without = augment(crops, drawn, plain_config(SIDE, **{f"{name}_probability": 0.0}), impl=impl)
+        never = augment(crops, random_parameters(COUNT, **{name: False}), plain_config(SIDE), impl=impl)
+        assert torch.equal(without, never)
+
+    @each
+    def test_normalisation_comes_last(self, dtype: torch.dtype, impl: Impl) -> None:
+        config, crops, drawn = ViewConfig(image_size=SIDE), pictures(COUNT, SIDE), random_parameters(COUNT)
+        plain = augment(crops, drawn, plain_config(SIDE), dtype=dtype, impl=impl)
+        normalised = TF.normalize(plain, config.mean, config.std)
+        tolerance = Tolerance(0.0, 0.0) if impl != "torch" else AUGMENT[dtype]
+        assert_close(augment(crops, drawn, config, dtype=dtype, impl=impl), normalised, tolerance)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize(("count", "size"), [(3, 32), (0, 32), (1, 33), *([] if INTERPRETED else [(2, 224)])])
+    @pytest.mark.parametrize("impl", ["triton"] if INTERPRETED else ["auto", "torch"])
+    def test_shape_dtype_and_layout(self, count: int, size: int, dtype: torch.dtype, impl: Impl) -> None:
+        crops, config = torch.zeros(count, size, size, 3, dtype=torch.uint8), ViewConfig(image_size=size)
+        dtype = torch.float32 if (dtype, impl) == (torch.float64, "triton") else dtype
+        ours = augment(crops, random_parameters(count), config, dtype=dtype, impl=impl)
+        assert ours.shape == (count, 3, size, size)
+        assert ours.dtype == dtype
+        assert count == 0 or ours.is_contiguous(memory_format=torch.channels_last)
+        assert count == 0 or ours.stride() == (3 * size**2, 1, 3 * size, 3)
+
+    @each_impl
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_float32_rounded_once(self, dtype: torch.dtype, impl: Impl) -> None:
+        crops, drawn, config = pictures(COUNT, SIDE), random_parameters(COUNT), ViewConfig(image_size=SIDE)
+        ours, expected = augment(crops, drawn, config, dtype=dtype, impl=impl), augment(crops, drawn, config, impl=impl)
+        units = (ours.view(torch.int16).int() - expected.to(dtype).view(torch.int16).int()).abs().max()
+        assert units <= ((dtype, impl) == (torch.bfloat16, "triton"))  # the interpreter cuts off where a GPU rounds
+
+    @each_impl
+    def test_crops_parameters_and_autocast_are_left_alone(self, impl: Impl) -> None:
+        crops, drawn, config = pictures(COUNT, SIDE), random_parameters(COUNT), ViewConfig(image_size=SIDE)
+        kept, table = crops.clone(), drawn.table.clone()
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = augment(crops, drawn, config, impl=impl)
+        assert torch.equal(ours, augment(crops, drawn, config, impl=impl))
+        assert torch.equal(crops, kept)
+        assert torch.equal(drawn.table, table)
+
+    @each
+    def test_crops_of_any_strides(self, dtype: torch.dtype, impl: Impl) -> None:
+        crops, config = pictures(12, 17), ViewConfig(image_size=17)
+        drawn = random_parameters(12)
+
+        def same(strided: Tensor, plain: Tensor) -> bool:
+            table = AugmentParameters(drawn.table[: len(plain)])
+            ours, expected = (augment(given, table, config, dtype=dtype, impl=impl) for given in (strided, plain))
+            return torch.equal(ours, expected)
+
+        views, larger = crops.unflatten(0, (4, 3)).transpose(0, 1), pictures(12, 24)
+        assert same(views, views.flatten(0, 1))
+        assert same(crops[1::2], crops[1::2].clone())
+        assert same(crops[:, None, None], crops)
+        assert same(crops[3:4].expand(5, -1, -1, -1), crops[3:4].repeat(5, 1, 1, 1))
+        assert same(crops.transpose(1, 2), crops.transpose(1, 2).contiguous())
+        assert same(larger[:, 5:22, 2:19], larger[:, 5:22, 2:19].clone())
+
+    @each_impl
+    def test_a_view_depends_on_itself_alone(self, impl: Impl) -> None:
+        crops, drawn, config = pictures(COUNT, 33), random_parameters(COUNT), ViewConfig(image_size=33)
+        together = augment(crops, drawn, config, impl=impl)
+        for first, stop in ((0, 1), (1, 3), (3, COUNT)):
+            part = augment(crops[first:stop], AugmentParameters(drawn.table[first:stop]), config, impl=impl)
+            difference = (part - together[first:stop]).abs().max()
+            assert difference <= (AUGMENT[torch.float32].max / min(config.std) if impl == "torch" else 0)
+
+    @pytest.mark.parametrize("impl", sorted({impl for _, impl in IMPLEMENTATIONS} - {"torch"}))
+    def test_what_compiled_code_cannot_take(self, impl: Impl) -> None:
+        crops, drawn, config = pictures(2, 32), parameters(2), ViewConfig(image_size=32)
+        with pytest.raises(ValueError, match=r"computes in float32, not float64; choose impl auto or torch"):
+            augment(crops, drawn, config, dtype=torch.float64, impl=impl)
+        with pytest.raises(ValueError, match=r"squares of uint8 RGB, and these are torch.float32 \[2, 32, 32, 3\]"):
+            augment(crops.float(), drawn, config, impl=impl)
+        with pytest.raises(ValueError, match=r"squares of uint8 RGB, and these are torch.uint8 \[2, 16, 32, 3\]"):
+            augment(crops[:, :16], drawn, config, impl=impl)
+        needs = {"numba": "it knows only the CPU", "triton": "it needs one CUDA device"}[impl]
+        message = rf"since the crops are on cpu, the parameters on meta, and {needs}; choose impl auto or torch"
+        with pytest.raises(ValueError, match=message):
+            augment(crops, drawn.to(torch.device("meta")), config, impl=impl)
+
+
+class TestTorch:
     def test_hue_is_torchvision_s_and_colorsys_s(self) -> None:
         levels = torch.tensor([0, 1, 100, 127, 128, 254, 255], dtype=torch.float64) / 255
         colours = torch.cartesian_prod(levels, levels, levels)  # [343, 3]: corners, edges and grays of the cube
@@ -216,13 +419,35 @@ class TestAgainstTorchvision:
             theirs = V2.gaussian_blur(image, [kernel_size, kernel_size], [width, width])
             assert_close(result, theirs, AUGMENT[torch.float64])
 
-    @pytest.mark.parametrize("impl", ["torch", "numba"])
-    def test_a_kernel_that_does_not_fit(self, impl: Impl) -> None:
-        images = torch.zeros(1, 3, 5, 5)
+    def test_a_kernel_that_does_not_fit(self) -> None:
         with pytest.raises(ValueError, match="blur of 11 taps does not fit images of 5 pixels; set blur_probability 0"):
-            gaussian_blur(images, torch.ones(1, dtype=torch.bool), torch.ones(1), 11)
-        with pytest.raises(ValueError, match="does not fit images of 1 pixels"):
-            augment(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), parameters(1), ViewConfig(image_size=1), impl=impl)
+            gaussian_blur(torch.zeros(1, 3, 5, 5), torch.ones(1, dtype=torch.bool), torch.ones(1), 11)
+
+    def test_factors_of_one_change_nothing(self) -> None:
+        crops = pictures(24, 32)
+        ours = color_jitter(crops.permute(0, 3, 1, 2).double() / 255, parameters(24, order=ORDERS))
+        assert_close(ours, crops.permute(0, 3, 1, 2).double() / 255, AUGMENT[torch.float64])
+
+    def test_one_row_of_parameters_for_each_crop(self) -> None:
+        with pytest.raises(ValueError, match="3 crops cannot be augmented with 2 rows of parameters: give one each"):
+            augment(pictures(3, 32), parameters(2), ViewConfig(image_size=32))
+
+    @pytest.mark.parametrize("elements", [1, 32 * 32 * 3 * 5, 1 << 40])
+    def test_any_chunks(self, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        crops, drawn, config = pictures(24, 32), random_parameters(24), plain_config(32)
+        expected = augment(crops, drawn, config, dtype=torch.float64)
+        monkeypatch.setattr(module, "_CPU_CHUNK_ELEMENTS", elements)
+        ours = augment(crops, drawn, config, dtype=torch.float64)
+        assert_close(ours, expected, AUGMENT[torch.float64])
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+
+    def test_nothing_is_read_back_from_the_device(self) -> None:
+        """The meta device holds no values: whatever asked for one would raise."""
+        drawn = random_parameters(24).to(torch.device("meta"))
+        ours = augment(pictures(24, 32).to("meta"), drawn, ViewConfig(image_size=32), dtype=torch.bfloat16)
+        assert ours.shape == (24, 3, 32, 32)
+        assert ours.dtype == torch.bfloat16
+        assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
 class TestAgainstThePublishedPath:
@@ -277,141 +502,180 @@ class TestAgainstThePublishedPath:
         assert difference.mean() <= PIL_CHAIN.mean
 
 
-class TestExactly:
-    @pytest.mark.parametrize(("dtype", "impl"), IMPLEMENTATIONS)
-    @pytest.mark.parametrize("size", [32, 33, 224])
-    def test_a_sample_without_augmentation_is_only_normalised(self, size: int, dtype: torch.dtype, impl: Impl) -> None:
-        """Whatever its factors are, and whatever happens to its neighbours."""
-        config, crops = ViewConfig(image_size=size), pictures(6, size)
-        drawn = random_parameters(6, jitter=[0, 1] * 3, blur=[0, 1] * 3, grayscale=[0, 1] * 3, flip=[0, 1] * 3)
-        ours = augment(crops, drawn, config, dtype=dtype, impl=impl)
-        scalar = np.dtype(str(dtype).removeprefix("torch.")).type
-        values = crops.permute(0, 3, 1, 2).numpy().astype(scalar) / scalar(255)
-        mean, std = (np.array(numbers, dtype=scalar)[:, None, None] for numbers in (config.mean, config.std))
-        plain = torch.from_numpy((values - mean) / std)
-        assert torch.equal(ours[::2], plain[::2])
-        assert not torch.isclose(ours[1::2], plain[1::2]).all(dim=(1, 2, 3)).any()
+@pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
+class TestTritonElsewhere:
+    """In its interpreter, compiled for GPUs that are not here, and refused."""
 
-    def test_factors_of_one_change_nothing(self) -> None:
-        crops = pictures(24, 32)
-        ours = color_jitter(crops.permute(0, 3, 1, 2).double() / 255, parameters(24, order=ORDERS))
-        assert_close(ours, crops.permute(0, 3, 1, 2).double() / 255, AUGMENT[torch.float64])
+    @pytest.mark.parametrize(
+        ("marked", "at_least"),
+        [("not long", 45), pytest.param("long", 10, marks=[pytest.mark.long, pytest.mark.timeout(1500)])],
+    )
+    def test_in_the_interpreter(self, marked: str, at_least: int) -> None:
+        names = "TestEachImplementation or TestInterpreted"
+        assert_passes_in_the_interpreter(Path(__file__), marked, at_least, names)
 
-    @pytest.mark.parametrize("impl", ["torch", "numba"])
-    def test_flip(self, impl: Impl) -> None:
-        config, crops = ViewConfig(image_size=33), pictures(3, 33)
-        flipped = augment(crops, parameters(3, flip=[True, False, True]), config, impl=impl)
-        assert torch.equal(flipped[::2], augment(crops.flip(2), parameters(3), config, impl=impl)[::2])
-        assert torch.equal(flipped[1], augment(crops, parameters(3), config, impl=impl)[1])
+    @pytest.mark.parametrize("sizes", ["augment", pytest.param("augment_odd", marks=pytest.mark.long)])
+    def test_it_compiles_ahead_of_time_without_spills(self, sizes: str, tmp_path: Path) -> None:
+        assert_compiles_without_spills(sizes, {"sum_grays", "colour", "blur_rows", "blur_columns"}, tmp_path)
 
-    @pytest.mark.parametrize("impl", ["torch", "numba"])
-    def test_grayscale_has_three_equal_channels(self, impl: Impl) -> None:
-        ours = augment(pictures(2, 32), parameters(2, grayscale=True), plain_config(32), impl=impl)
-        assert torch.equal(ours[:, 0], ours[:, 1])
-        assert torch.equal(ours[:, 0], ours[:, 2])
+    def test_a_cpu_without_the_interpreter(self) -> None:
+        with pytest.raises(ValueError, match=r"triton cannot augment here, since the crops are on cpu, .* choose impl"):
+            augment(pictures(2, 32), parameters(2), ViewConfig(image_size=32), impl="triton")
 
-    @pytest.mark.parametrize("value", [0, 255])
-    @pytest.mark.parametrize(("dtype", "impl"), IMPLEMENTATIONS)
-    def test_black_and_white_stay_in_range(self, value: int, dtype: torch.dtype, impl: Impl) -> None:
-        crops = torch.full((24, 32, 32, 3), value, dtype=torch.uint8)
-        ours = augment(crops, random_parameters(24), plain_config(32), dtype=dtype, impl=impl)
-        assert ours.min() >= 0
-        assert ours.max() <= 1 + AUGMENT[dtype].max
-        if value == 0:
-            assert (ours == 0).all()
 
-    @pytest.mark.parametrize("impl", ["torch", "numba"])
-    @pytest.mark.parametrize("name", ["jitter", "grayscale", "blur", "flip"])
-    def test_probability_zero_leaves_the_operation_out(self, name: str, impl: Impl) -> None:
-        crops, drawn = pictures(24, 32), random_parameters(24, **{name: True})
-        without = augment(crops, drawn, plain_config(32, **{f"{name}_probability": 0.0}), impl=impl)
-        never = augment(crops, random_parameters(24, **{name: False}), plain_config(32), impl=impl)
-        assert torch.equal(without, never)
+if INTERPRETED:
 
-    def test_normalisation_comes_last(self) -> None:
-        config, crops, drawn = ViewConfig(image_size=32), pictures(24, 32), random_parameters(24)
-        plain = augment(crops, drawn, plain_config(32), dtype=torch.float64)
-        normalised = TF.normalize(plain, config.mean, config.std)
-        assert_close(augment(crops, drawn, config, dtype=torch.float64), normalised, AUGMENT[torch.float64])
-        single = augment(crops, drawn, config, impl="numba")
-        assert torch.equal(
-            single, TF.normalize(augment(crops, drawn, plain_config(32), impl="numba"), config.mean, config.std)
+    class TestInterpreted:
+        def test_any_number_of_views_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+            crops, drawn, config = pictures(19, 16), random_parameters(19, grayscale=False), plain_config(16)
+            expected = augment(crops, drawn, config, impl="triton")
+            monkeypatch.setattr("pipelines.augment_triton._PLANE_ELEMENTS", 1)  # 16 views
+            assert torch.equal(augment(crops, drawn, config, impl="triton"), expected)
+
+
+class TestNumba:
+    """A view's result depends on its crop and its parameters, and on nothing else."""
+
+    crops, drawn, config = pictures(50, 33), random_parameters(50), ViewConfig(image_size=33)
+
+    @pytest.mark.parametrize("num_threads", [2, 3, 7, 64])
+    def test_any_number_of_threads(self, num_threads: int) -> None:
+        one, many = (augment_numba(self.crops, self.drawn.table, self.config, number) for number in (1, num_threads))
+        assert torch.equal(one, many)
+
+    def test_many_callers_at_once(self) -> None:
+        expected = augment(self.crops, self.drawn, self.config, impl="numba")
+        with ThreadPoolExecutor(4) as pool:
+            results = pool.map(lambda _: augment_numba(self.crops, self.drawn.table, self.config, 2), range(16))
+        assert all(torch.equal(result, expected) for result in results)
+
+    def test_in_a_forked_process(self) -> None:
+        """The threads that the parent has are not there."""
+        expected = augment_numba(self.crops, self.drawn.table, self.config, 2)
+        context = multiprocessing.get_context("fork")
+        receiver, sender = context.Pipe(duplex=False)
+
+        def in_child() -> None:
+            sender.send(augment_numba(self.crops, self.drawn.table, self.config, 2).numpy())
+
+        child = context.Process(target=in_child)
+        child.start()
+        assert receiver.poll(60)
+        assert np.array_equal(receiver.recv(), expected.numpy())
+        child.join()
+
+    def test_as_many_threads_as_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = []
+        monkeypatch.setattr(compiled, "augment_numba", lambda *given: seen.append(given[-1]) or torch.zeros(1))
+        before = torch.get_num_threads()
+        try:
+            for number in (1, 3):
+                torch.set_num_threads(number)
+                augment(self.crops, self.drawn, self.config)
+        finally:
+            torch.set_num_threads(before)
+        assert seen == [1, 3]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_it_is_taken_on_a_cpu_but_for_float64(self, dtype: torch.dtype) -> None:
+        auto, plain, ours = (
+            augment(self.crops, self.drawn, self.config, dtype=dtype, impl=impl)
+            for impl in ("auto", "torch", "torch" if dtype == torch.float64 else "numba")
         )
+        assert torch.equal(auto, ours)
+        assert torch.equal(auto, plain) == (dtype == torch.float64) or dtype == torch.bfloat16
 
+    def test_gradients_are_torch_s(self) -> None:
+        drawn = AugmentParameters(self.drawn.table.clone().requires_grad_())
+        augment(self.crops, drawn, self.config).sum().backward()
+        assert drawn.table.grad is not None
+        assert drawn.table.grad[:, 0].abs().min() > 0
+        with pytest.raises(ValueError, match="gives them no gradients"):
+            augment(self.crops, drawn, self.config, impl="numba")
 
-class TestForm:
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    @pytest.mark.parametrize(("count", "size"), [(3, 32), (1, 224), (2, 224), (0, 32), (1, 33)])
-    @pytest.mark.parametrize("impl", ["auto", "torch"])
-    def test_shape_dtype_and_layout(self, count: int, size: int, dtype: torch.dtype, impl: Impl) -> None:
-        crops = torch.zeros(count, size, size, 3, dtype=torch.uint8)
-        ours = augment(crops, random_parameters(count), ViewConfig(image_size=size), dtype=dtype, impl=impl)
-        assert ours.shape == (count, 3, size, size)
-        assert ours.dtype == dtype
-        assert count == 0 or ours.is_contiguous(memory_format=torch.channels_last)
-        assert count == 0 or ours.stride() == (3 * size**2, 1, 3 * size, 3)
+    def test_one_that_does_not_work(
+        self, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+    ) -> None:
+        def broken() -> None:
+            raise ImportError("Numba needs NumPy 2.0 or less")
 
-    @pytest.mark.parametrize("impl", ["torch", "numba"])
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision_is_float32_rounded_once(self, dtype: torch.dtype, impl: Impl) -> None:
-        crops, drawn, config = pictures(24, 32), random_parameters(24), ViewConfig(image_size=32)
-        ours = augment(crops, drawn, config, dtype=dtype, impl=impl)
-        assert torch.equal(ours, augment(crops, drawn, config, impl=impl).to(dtype))
+        monkeypatch.setattr(compiled, "compiled_kernel", broken)
+        kernels._what_is_wrong.cache_clear()
+        try:
+            for _ in range(2):
+                auto, plain = (augment(self.crops, self.drawn, self.config, impl=impl) for impl in ("auto", "torch"))
+                assert torch.equal(auto, plain)
+            with pytest.raises(ValueError, match=r"does not work on this machine: .*NumPy 2.0 or less"):
+                augment(self.crops, self.drawn, self.config, impl="numba")
+        finally:
+            kernels._what_is_wrong.cache_clear()
+        (record,) = package_log.records
+        assert record.levelname == "WARNING"
+        assert "views are augmented by torch, many times slower" in record.getMessage()
 
-    @pytest.mark.parametrize("impl", ["torch", "numba"])
-    def test_autocast_changes_nothing(self, impl: Impl) -> None:
-        crops, drawn, config = pictures(24, 32), random_parameters(24), ViewConfig(image_size=32)
-        with torch.autocast("cpu", torch.bfloat16):
-            ours = augment(crops, drawn, config, impl=impl)
-        assert torch.equal(ours, augment(crops, drawn, config, impl=impl))
-
-    @pytest.mark.parametrize("impl", ["torch", "numba"])
-    def test_crops_and_parameters_are_left_alone(self, impl: Impl) -> None:
-        crops, drawn = pictures(24, 32), random_parameters(24)
-        kept, table = crops.clone(), drawn.table.clone()
-        augment(crops, drawn, ViewConfig(image_size=32), impl=impl)
-        assert torch.equal(crops, kept)
-        assert torch.equal(drawn.table, table)
-
-    @pytest.mark.parametrize(("dtype", "impl"), IMPLEMENTATIONS)
-    def test_crops_of_any_strides(self, dtype: torch.dtype, impl: Impl) -> None:
-        crops, config = pictures(12, 33), ViewConfig(image_size=33)
-        drawn = random_parameters(12)
-
-        def same(strided: Tensor, plain: Tensor) -> bool:
-            table = AugmentParameters(drawn.table[: len(plain)])
-            ours, expected = (augment(given, table, config, dtype=dtype, impl=impl) for given in (strided, plain))
-            return torch.equal(ours, expected)
-
-        assert same(
-            crops.unflatten(0, (4, 3)).transpose(0, 1), crops.unflatten(0, (4, 3)).transpose(0, 1).flatten(0, 1)
+    def test_it_is_imported_when_it_is_needed(self) -> None:
+        code = (
+            "import sys, numpy, torch; from pipelines.augment import *; from pipelines.config import ViewConfig\n"
+            "from pipelines.views import LEOCLR_VIEWS\n"
+            "config, crops = ViewConfig(image_size=32), torch.zeros(6, 32, 32, 3, dtype=torch.uint8)\n"
+            "drawn = draw_augmentation(LEOCLR_VIEWS, config, 0, 0, numpy.arange(2))\n"
+            "augment(crops, drawn, config, dtype=torch.float64); augment(crops, drawn, config, impl='torch')\n"
+            "assert 'numba' not in sys.modules\n"
+            "augment(crops, drawn, config); assert 'numba' in sys.modules"
         )
-        assert same(crops[1::2], crops[1::2].clone())
-        assert same(crops[:, None], crops)
-        assert same(crops[3:4].expand(5, -1, -1, -1), crops[3:4].repeat(5, 1, 1, 1))
-        assert same(crops.transpose(1, 2), crops.transpose(1, 2).contiguous())
-        assert same(pictures(12, 40)[:, 5:38, 2:35], pictures(12, 40)[:, 5:38, 2:35].clone())
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
-    def test_one_row_of_parameters_for_each_crop(self) -> None:
-        with pytest.raises(ValueError, match="3 crops cannot be augmented with 2 rows of parameters: give one each"):
-            augment(pictures(3, 32), parameters(2), ViewConfig(image_size=32))
+    def test_what_training_draws(self) -> None:
+        config, crops = ViewConfig(image_size=64), pictures(30, 64, "waves")
+        drawn = draw_augmentation(LEOCLR_VIEWS, config, 0, 0, np.arange(10))
+        truth, ours = (augment(crops, drawn, config, dtype=dtype) for dtype in (torch.float64, torch.float32))
+        assert (ours - truth).abs().max() <= AUGMENT[torch.float32].max / min(config.std)
 
-    @pytest.mark.parametrize("elements", [1, 32 * 32 * 3 * 5, 1 << 40])
-    def test_any_chunks(self, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        crops, drawn, config = pictures(24, 32), random_parameters(24), plain_config(32)
-        expected = augment(crops, drawn, config, dtype=torch.float64)
-        monkeypatch.setattr(module, "_CPU_CHUNK_ELEMENTS", elements)
-        ours = augment(crops, drawn, config, dtype=torch.float64)
-        assert_close(ours, expected, AUGMENT[torch.float64])
-        assert ours.is_contiguous(memory_format=torch.channels_last)
 
-    def test_nothing_is_read_back_from_the_device(self) -> None:
-        """The meta device holds no values: whatever asked for one would raise."""
-        drawn = random_parameters(24).to(torch.device("meta"))
-        ours = augment(pictures(24, 32).to("meta"), drawn, ViewConfig(image_size=32), dtype=torch.bfloat16)
-        assert ours.shape == (24, 3, 32, 32)
-        assert ours.dtype == torch.bfloat16
-        assert ours.is_contiguous(memory_format=torch.channels_last)
+def trivial(
+    pixels: Any, starts: Any, table: Any, output: Any, side: Any, radius: Any, switches: Any, mean: Any, std: Any,
+    scratch: Any, sums: Any, first: Any, stop: Any,
+) -> None:  # fmt: skip
+    output[0] = 42.0
+
+
+class TestNumbasCache:
+    """On the disk, with a kernel that is compiled at once."""
+
+    @pytest.fixture(autouse=True)
+    def _another_kernel(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+        monkeypatch.setattr(compiled, "_augment", trivial)
+        monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def run(self) -> Any:
+        output, flags, starts = np.zeros(3, dtype=np.float32), np.zeros(4, dtype=bool), np.zeros(1, dtype=np.int64)
+        pixels, table, sums = np.zeros(3, dtype=np.uint8), np.zeros((1, 13)), np.zeros(1)
+        kernel = compiled.compiled_kernel.__wrapped__()
+        kernel(pixels, starts, table, output, 1, 0, flags, output, output, output, sums, 0, 1)
+        assert output[0] == 42
+        return kernel
+
+    def test_a_second_process_compiles_nothing(self) -> None:
+        assert not self.run().stats.cache_hits
+        assert sum(self.run().stats.cache_hits.values()) == 1
+
+    def test_no_folder_can_be_written_to(
+        self, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+    ) -> None:
+        def read_only(locator: object) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(caching._CacheLocator, "ensure_cache_path", read_only)
+        assert not self.run().stats.cache_hits
+        assert "numba's cache is out of use" in package_log.text
+
+    def test_a_full_disk(self, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture) -> None:
+        def full(*given: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
+        assert not self.run().stats.cache_hits
+        assert "No space left on device" in package_log.text
 
 
 def batch_of(crops: Tensor, indices: np.ndarray, epoch: int = 0) -> CropBatch:

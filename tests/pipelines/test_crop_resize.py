@@ -1,13 +1,22 @@
-"""Crops against Pillow's, bit for bit, and against themselves: one box or many; by torch and by numba.
+"""Crops against Pillow's, bit for bit, and against themselves: one box or many; by each implementation.
 
 Up to version 12 Pillow resizes horizontally, then vertically, with uint8 in between, and so do we. From 13 on it
 goes the other way for a box that shrinks more in height, which moves single pixels by one level. Asking Pillow for
 one side at a time fixes the order on any version.
+
+Triton reads TRITON_INTERPRET when it is imported: its kernels meet `TestEachImplementation` in a process of its own, at
+sizes for its interpreter.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +26,21 @@ from PIL import Image
 
 from dataset_tools.sources import open_source
 from pipelines import crop_resize as module
-from pipelines.crop_resize import Impl, PackedImages, crop_resize
+from pipelines import crop_resize_numba as compiled
+from pipelines import kernels
+from pipelines.crop_resize import PackedImages, crop_resize
+from pipelines.crop_resize_numba import crop_resize_numba, resize_box, scratch_size
 from pipelines.crops import Boxes, full_image_boxes, random_resized_crop_boxes, random_resized_crop_draws
 from pipelines.decode import decode_rgb
+from pipelines.kernels import Impl
 from tests.pipelines.pictures import picture
 from tests.tolerances import CROP_RESIZE, Tolerance
+from tests.triton_processes import assert_compiles_without_spills, assert_passes_in_the_interpreter
 
 BILINEAR = Image.Resampling.BILINEAR
-
-
-CPU_IMPLS: tuple[Impl, ...] = ("torch", "numba")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+IMPLS: tuple[Impl, ...] = ("triton",) if INTERPRETED else ("torch", "numba")
+each = pytest.mark.parametrize("impl", IMPLS)
 
 
 def pack(*images: np.ndarray, planar: bool = False) -> PackedImages:
@@ -60,167 +74,151 @@ def in_single_passes(image: Image.Image, box: list[int], size: int) -> np.ndarra
     return np.asarray(crop.resize((size, height), BILINEAR).resize((size, size), BILINEAR))
 
 
+def by_pillow(pixels: np.ndarray, boxes: Boxes, size: int) -> np.ndarray:
+    image = Image.fromarray(pixels)
+    return np.stack([in_single_passes(image, box, size) for box in boxes.tolist()])
+
+
 def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: Tolerance) -> None:
     difference = np.abs(ours.astype(int) - theirs.astype(int))
     assert difference.max() <= tolerance.max
     assert difference.mean() <= tolerance.mean
 
 
+KINDS = ("noise", "black and white", "waves")
 SIZES = [
     *((500, 375, 224), (40, 30, 224), (64, 64, 32), (33, 65, 32), (96, 96, 96), (32, 32, 32)),
     *((7, 5, 33), (1023, 17, 96), (17, 1023, 96), (1200, 1600, 32), (123, 507, 31)),
     *((1, 500, 32), (500, 1, 32), (1, 1, 7), (3, 3, 1), (2, 3000, 5)),
 ]
+"""Height and width of an image, side of the output."""
+CASES = [(*sizes, kind) for sizes in SIZES for kind in KINDS]
+INTERPRETED_CASES = [
+    *((33, 65, 32, "noise"), (32, 32, 32, "waves"), (40, 70, 17, "black and white"), (7, 5, 33, "noise")),
+    *((1, 100, 32, "noise"), (100, 1, 32, "noise"), (1, 1, 7, "noise"), (3, 3, 1, "noise")),
+    *((30, 150, 2, "black and white"), (9, 11, 65, "noise")),
+    *(
+        pytest.param(*sizes, kind, marks=pytest.mark.long)
+        for sizes in ((300, 200, 64), (200, 300, 123), (900, 60, 5), (60, 900, 5), (375, 500, 224))
+        for kind in KINDS
+    ),
+]
 
 
-@pytest.mark.parametrize("kind", ["noise", "black and white", "waves"])
-@pytest.mark.parametrize(("height", "width", "size"), SIZES)
-def test_equals_pillow(height: int, width: int, size: int, kind: str) -> None:
-    pixels, boxes = picture(height, width, kind), random_boxes(height, width, 8)
-    image = Image.fromarray(pixels)
-    expected = np.stack([in_single_passes(image, box, size) for box in boxes.tolist()])
-    for impl in CPU_IMPLS:
-        ours = crop_resize(pack(pixels), np.zeros(8, dtype=np.int64), boxes, size, impl=impl).numpy()
-        assert ours.shape == (8, size, size, 3)
-        assert np.array_equal(ours, expected), impl
-    assert_close(ours, np.stack([in_one_call(image, box, size) for box in boxes.tolist()]), CROP_RESIZE)
+class TestEachImplementation:
+    images = (picture(53, 31, seed=1), picture(1, 40, seed=2), picture(60, 40, "waves", seed=3), picture(5, 8, seed=4))
 
-
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_a_box_of_the_output_s_size_is_copied(impl: Impl) -> None:
-    pixels = picture(100, 120)
-    boxes = np.array([[0, 0, 32, 32], [68, 88, 32, 32], [11, 13, 32, 32]], dtype=np.int32)
-    ours = crop_resize(pack(pixels), np.zeros(3, dtype=np.int64), boxes, 32, impl=impl)
-    for (top, left, height, width), crop in zip(boxes.tolist(), ours.numpy(), strict=True):
-        assert np.array_equal(crop, pixels[top : top + height, left : left + width])
-
-
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_exact_halves_round_up(impl: Impl) -> None:
-    pixels = np.zeros((2, 2, 3), dtype=np.uint8)
-    pixels[..., 0] = [[1, 2], [1, 2]]  # mean 1.5
-    pixels[..., 1] = [[0, 0], [1, 1]]  # mean 0.5, in the second pass
-    whole = full_image_boxes(np.array([2]), np.array([2]))
-    assert crop_resize(pack(pixels), np.array([0]), whole, 1, impl=impl).tolist() == [[[[2, 1, 0]]]]
-
-
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
-def test_a_flat_image_stays_flat(value: int, impl: Impl) -> None:
-    pixels = np.full((37, 53, 3), value, dtype=np.uint8)
-    ours = crop_resize(pack(pixels), np.zeros(9, dtype=np.int64), random_boxes(37, 53, 9), 17, impl=impl)
-    assert (ours == value).all()
-
-
-class TestManyBoxes:
-    """Boxes of one call do not touch one another, however they are grouped."""
-
-    images = (picture(53, 31, seed=1), picture(1, 40, seed=2), picture(90, 90, "waves", seed=3), picture(5, 8, seed=4))
-
-    def arguments(self) -> tuple[PackedImages, np.ndarray, Boxes]:
-        rows = np.repeat(np.arange(len(self.images)), 7)
-        boxes = np.concatenate([random_boxes(*image.shape[:2], 7, seed) for seed, image in enumerate(self.images)])
+    def many_boxes(self, *, planar: bool = False) -> tuple[PackedImages, np.ndarray, Boxes]:
+        rows = np.repeat(np.arange(len(self.images)), 4)
+        boxes = np.concatenate([random_boxes(*image.shape[:2], 4, seed) for seed, image in enumerate(self.images)])
         shuffle = np.random.default_rng(0).permutation(len(rows))
-        return pack(*self.images), rows[shuffle], boxes[shuffle]
+        return pack(*self.images, planar=planar), rows[shuffle], boxes[shuffle]
 
-    @pytest.mark.parametrize("impl", CPU_IMPLS)
-    def test_one_by_one(self, impl: Impl) -> None:
-        packed, rows, boxes = self.arguments()
-        together = crop_resize(packed, rows, boxes, 24, impl=impl)
-        for number in range(len(rows)):
-            alone = crop_resize(packed, rows[number : number + 1], boxes[number : number + 1], 24, impl=impl)
-            assert torch.equal(together[number], alone[0])
+    @pytest.mark.parametrize(("height", "width", "size", "kind"), INTERPRETED_CASES if INTERPRETED else CASES)
+    @each
+    def test_equals_pillow(self, impl: Impl, height: int, width: int, size: int, kind: str) -> None:
+        count = 3 if INTERPRETED else 8
+        pixels, boxes = picture(height, width, kind), random_boxes(height, width, count)
+        expected = by_pillow(pixels, boxes, size)
+        for planar in (False, True):
+            packed = pack(pixels, planar=planar)
+            ours = crop_resize(packed, np.zeros(count, dtype=np.int64), boxes, size, impl=impl).numpy()
+            assert ours.shape == (count, size, size, 3)
+            assert np.array_equal(ours, expected)
+        image = Image.fromarray(pixels)
+        assert_close(ours, np.stack([in_one_call(image, box, size) for box in boxes.tolist()]), CROP_RESIZE)
 
-    @pytest.mark.parametrize("impl", CPU_IMPLS)
+    @each
+    def test_a_box_of_the_output_s_size_is_copied(self, impl: Impl) -> None:
+        pixels = picture(100, 120)
+        boxes = np.array([[0, 0, 32, 32], [68, 88, 32, 32], [11, 13, 32, 32]], dtype=np.int32)
+        ours = crop_resize(pack(pixels), np.zeros(3, dtype=np.int64), boxes, 32, impl=impl)
+        for (top, left, height, width), crop in zip(boxes.tolist(), ours.numpy(), strict=True):
+            assert np.array_equal(crop, pixels[top : top + height, left : left + width])
+
+    @each
+    def test_exact_halves_round_up(self, impl: Impl) -> None:
+        pixels = np.zeros((2, 2, 3), dtype=np.uint8)
+        pixels[..., 0] = [[1, 2], [1, 2]]  # mean 1.5
+        pixels[..., 1] = [[0, 0], [1, 1]]  # mean 0.5, in the second pass
+        whole = full_image_boxes(np.array([2]), np.array([2]))
+        assert crop_resize(pack(pixels), np.array([0]), whole, 1, impl=impl).tolist() == [[[[2, 1, 0]]]]
+
+    @each
+    @pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
+    def test_a_flat_image_stays_flat(self, value: int, impl: Impl) -> None:
+        pixels = np.full((37, 53, 3), value, dtype=np.uint8)
+        ours = crop_resize(pack(pixels), np.zeros(4, dtype=np.int64), random_boxes(37, 53, 4), 5, impl=impl)
+        assert (ours == value).all()
+
+    @each
     @pytest.mark.parametrize("planar", [False, True])
-    def test_from_its_own_image(self, planar: bool, impl: Impl) -> None:
-        _, rows, boxes = self.arguments()
-        packed = pack(*self.images, planar=planar)
+    def test_boxes_of_one_call_do_not_touch_one_another(self, planar: bool, impl: Impl) -> None:
+        packed, rows, boxes = self.many_boxes(planar=planar)
         sources = [Image.fromarray(self.images[row]) for row in rows]
-        theirs = [in_single_passes(image, box, 24) for image, box in zip(sources, boxes.tolist(), strict=True)]
-        assert np.array_equal(crop_resize(packed, rows, boxes, 24, impl=impl).numpy(), np.stack(theirs))
+        theirs = [in_single_passes(image, box, 20) for image, box in zip(sources, boxes.tolist(), strict=True)]
+        together = crop_resize(packed, rows, boxes, 20, impl=impl)
+        assert np.array_equal(together.numpy(), np.stack(theirs))
+        for number in range(0, len(rows), 5):
+            part = slice(number, number + 1)
+            assert torch.equal(crop_resize(packed, rows[part], boxes[part], 20, impl=impl)[0], together[number])
 
-    @pytest.mark.parametrize("max_elements", [1, 5_000, 1 << 40])
-    def test_any_chunks(self, max_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        packed, rows, boxes = self.arguments()
-        expected = crop_resize(packed, rows, boxes, 24, impl="numba")
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": max_elements})
-        assert torch.equal(crop_resize(packed, rows, boxes, 24, impl="torch"), expected)
+    @each
+    def test_no_boxes(self, impl: Impl) -> None:
+        packed = pack(picture(4, 4))
+        ours = crop_resize(packed, np.empty(0, dtype=np.int64), np.empty((0, 4), dtype=np.int32), 8, impl=impl)
+        assert ours.shape == (0, 8, 8, 3)
+        assert ours.dtype == torch.uint8
 
-    @pytest.mark.parametrize("max_elements", [1, 5_000, 20_000, 1 << 40])
-    def test_chunks_hold_each_box_once_and_stay_small(self, max_elements: int) -> None:
-        _, _, boxes = self.arguments()
-        chunks = module._chunks_of_similar_size(boxes, 24, max_elements)
-        assert sorted(np.concatenate(chunks).tolist()) == list(range(len(boxes)))
-        for chunk in chunks:
-            height, width = np.maximum(boxes[chunk, 2:].max(axis=0), 24)
-            assert len(chunk) == 1 or len(chunk) * 3 * height * width <= max_elements
+    @each
+    @pytest.mark.parametrize("planar", [False, True])
+    def test_an_image_far_behind_in_the_buffer(self, planar: bool, impl: Impl) -> None:
+        """Offsets count in int64: a device buffer holds more than 2**31 bytes."""
+        pixels, boxes, rows = picture(6, 7), random_boxes(6, 7, 4), np.zeros(4, dtype=np.int64)
+        near = pack(pixels, planar=planar)
+        buffer = torch.empty(2**31 + pixels.size, dtype=torch.uint8)  # never touched but at its end
+        buffer[2**31 :] = near.pixels
+        far = replace(near, pixels=buffer, offsets=np.array([2**31]))
+        assert np.array_equal(crop_resize(far, rows, boxes, 8, impl=impl).numpy(), by_pillow(pixels, boxes, 8))
 
-
-def test_nothing_is_read_back_from_the_device() -> None:
-    """The meta device holds no values: whatever asked for one would raise."""
-    packed = pack(picture(20, 30))
-    on_device = replace(packed, pixels=packed.pixels.to("meta"))
-    ours = crop_resize(on_device, np.zeros(5, dtype=np.int64), random_boxes(20, 30, 5), 8)
-    assert ours.shape == (5, 8, 8, 3)
-    assert ours.device.type == "meta"
-
-
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_no_boxes(impl: Impl) -> None:
-    packed = pack(picture(4, 4))
-    ours = crop_resize(packed, np.empty(0, dtype=np.int64), np.empty((0, 4), dtype=np.int32), 8, impl=impl)
-    assert ours.shape == (0, 8, 8, 3)
-    assert ours.dtype == torch.uint8
-
-
-@pytest.mark.parametrize("size", [1, 5, 32, 224])
-def test_weights_are_exact_in_tf32(size: int) -> None:
-    """Integers of at most 11 bits, so that any device's float32 product is exact."""
-    sides = torch.tensor([1, 2, 7, 31, 224, 225, 500, 1023])
-    high, low = module._resize_weights(sides, 1023, size)
-    assert high.dtype == low.dtype == torch.float32
-    assert torch.equal(high, high.round())
-    assert torch.equal(low, low.round())
-    assert high.min() >= 0
-    assert high.max() <= 2**11
-    assert low.abs().max() <= 2**10
-    weights = (2.0**11 * high.double() + low.double()) / 2.0**22
-    assert weights.min() >= 0
-    taps = (weights > 0).sum(dim=2)
-    assert ((weights.sum(dim=2) - 1).abs() <= taps * 2.0**-23).all()
-    outside = torch.arange(1023) >= sides[:, None, None]
-    assert (weights * outside).max() == 0
-
-
-def test_an_image_far_behind_in_the_buffer() -> None:
-    """Offsets count in int64: a device buffer holds more than 2**31 bytes."""
-    pixels = picture(6, 7)
-    packed = PackedImages(
-        pixels=torch.empty(2**31 + pixels.size, dtype=torch.uint8),  # never touched but at its end
-        offsets=np.array([2**31]),
-        heights=np.array([6]),
-        widths=np.array([7]),
-    )
-    packed.pixels[2**31 :] = torch.from_numpy(pixels.reshape(-1))
-    boxes = random_boxes(6, 7, 4)
-    expected = crop_resize(pack(pixels), np.zeros(4, dtype=np.int64), boxes, 8)
-    for impl in CPU_IMPLS:
-        assert torch.equal(crop_resize(packed, np.zeros(4, dtype=np.int64), boxes, 8, impl=impl), expected)
-
-
-class TestWhatIsNotThere:
-    """Compiled code checks no place in memory: what is outside is refused before."""
-
-    @pytest.mark.parametrize("impl", ["auto", *CPU_IMPLS])
+    @pytest.mark.parametrize("impl", ["auto", *IMPLS])
     @pytest.mark.parametrize(
         "box", [[0, 0, 5, 3], [0, 0, 4, 4], [-1, 0, 2, 2], [0, -1, 2, 2], [3, 0, 2, 1], [0, 2, 1, 2], [0, 0, 0, 1]]
     )
     def test_a_box_that_leaves_its_image(self, box: list[int], impl: Impl) -> None:
+        """Compiled code checks no place in memory: what is outside is refused before."""
         packed = pack(picture(9, 9), picture(4, 3))
         boxes = np.array([[0, 0, 9, 9], box], dtype=np.int32)
         with pytest.raises(ValueError, match=r"box 1 is \[.*\] as \(top, left, height, width\), .* 4 x 3 pixels"):
             crop_resize(packed, np.array([0, 1]), boxes, 8, impl=impl)
+
+    @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "torch"])
+    @pytest.mark.parametrize("planar", [False, True])
+    @pytest.mark.parametrize(
+        ("height", "width", "size"), [(3, 400, 3)] if INTERPRETED else [(900, 1300, 8), (700, 40, 1), (40, 2500, 3)]
+    )
+    def test_sums_over_many_pixels_are_exact(
+        self, height: int, width: int, size: int, planar: bool, impl: Impl
+    ) -> None:
+        """Up to 2500 source pixels for one, where float32 would no longer be enough."""
+        pixels = picture(height, width, seed=width)
+        pixels[::2] = 255
+        boxes = np.concatenate((random_boxes(height, width, 6, seed=1), [[0, 0, height, width]])).astype(np.int32)
+        ours = crop_resize(pack(pixels, planar=planar), np.zeros(7, dtype=np.int64), boxes, size, impl=impl).numpy()
+        assert np.array_equal(ours, by_pillow(pixels, boxes, size))
+
+    @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "torch"])
+    def test_what_compiled_code_cannot_take(self, impl: Impl) -> None:
+        packed, rows, boxes = pack(picture(4, 4)), np.array([0]), np.array([[0, 0, 4, 4]], dtype=np.int32)
+        needs = {"numba": "it knows only the CPU", "triton": "it needs a CUDA device"}[impl]
+        with pytest.raises(ValueError, match=rf"{impl} cannot resize here, since the images are on meta, and {needs}"):
+            crop_resize(replace(packed, pixels=packed.pixels.to("meta")), rows, boxes, 8, impl=impl)
+        with pytest.raises(ValueError, match=r"one row of uint8 without gaps, and this is torch.float32 \[48\]"):
+            crop_resize(replace(packed, pixels=packed.pixels.float()), rows, boxes, 8, impl=impl)
+        spread = replace(packed, pixels=packed.pixels.repeat_interleave(2)[::2])
+        with pytest.raises(ValueError, match=r"one row of uint8 without gaps, and this is torch.uint8 .* \[2\]"):
+            crop_resize(spread, rows, boxes, 8, impl=impl)
+        assert torch.equal(crop_resize(spread, rows, boxes, 8), crop_resize(packed, rows, boxes, 8))
 
     def test_an_image_that_leaves_the_buffer(self) -> None:
         packed = pack(picture(9, 9), picture(4, 3))
@@ -228,6 +226,260 @@ class TestWhatIsNotThere:
         for offsets, wrong in (([0, 244], 1), ([-1, 243], 0)):
             with pytest.raises(ValueError, match=rf"image {wrong} of .* does not end within the buffer of 279 bytes"):
                 crop_resize(replace(packed, offsets=np.array(offsets)), np.array([0, 1]), boxes, 8)
+
+
+class TestTorch:
+    boxes = np.concatenate([random_boxes(53, 31, 9, 1), random_boxes(1, 40, 7, 2), random_boxes(90, 90, 9, 3)])
+
+    @pytest.mark.parametrize("max_elements", [1, 5_000, 20_000, 1 << 40])
+    def test_chunks_hold_each_box_once_and_stay_small(self, max_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        chunks = module._chunks_of_similar_size(self.boxes, 24, max_elements)
+        assert sorted(np.concatenate(chunks).tolist()) == list(range(len(self.boxes)))
+        for chunk in chunks:
+            height, width = np.maximum(self.boxes[chunk, 2:].max(axis=0), 24)
+            assert len(chunk) == 1 or len(chunk) * 3 * height * width <= max_elements
+        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": max_elements})
+        given = arguments()
+        assert torch.equal(crop_resize(*given, 24, impl="torch"), crop_resize(*given, 24, impl="numba"))
+
+    def test_nothing_is_read_back_from_the_device(self) -> None:
+        """The meta device holds no values: whatever asked for one would raise."""
+        packed = pack(picture(20, 30))
+        on_device = replace(packed, pixels=packed.pixels.to("meta"))
+        ours = crop_resize(on_device, np.zeros(5, dtype=np.int64), random_boxes(20, 30, 5), 8)
+        assert ours.shape == (5, 8, 8, 3)
+        assert ours.device.type == "meta"
+
+    @pytest.mark.parametrize("size", [1, 5, 32, 224])
+    def test_weights_are_exact_in_tf32(self, size: int) -> None:
+        """Integers of at most 11 bits, so that any device's float32 product is exact."""
+        sides = torch.tensor([1, 2, 7, 31, 224, 225, 500, 1023])
+        high, low = module._resize_weights(sides, 1023, size)
+        assert high.dtype == low.dtype == torch.float32
+        assert torch.equal(high, high.round())
+        assert torch.equal(low, low.round())
+        assert high.min() >= 0
+        assert high.max() <= 2**11
+        assert low.abs().max() <= 2**10
+        weights = (2.0**11 * high.double() + low.double()) / 2.0**22
+        assert weights.min() >= 0
+        taps = (weights > 0).sum(dim=2)
+        assert ((weights.sum(dim=2) - 1).abs() <= taps * 2.0**-23).all()
+        outside = torch.arange(1023) >= sides[:, None, None]
+        assert (weights * outside).max() == 0
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
+class TestTritonElsewhere:
+    """In its interpreter, compiled for GPUs that are not here, and refused."""
+
+    @pytest.mark.parametrize(
+        ("marked", "at_least"),
+        [("not long", 35), pytest.param("long", 15, marks=[pytest.mark.long, pytest.mark.timeout(1500)])],
+    )
+    def test_in_the_interpreter(self, marked: str, at_least: int) -> None:
+        names = "TestEachImplementation or TestInterpreted"
+        assert_passes_in_the_interpreter(Path(__file__), marked, at_least, names)
+
+    @pytest.mark.parametrize("sizes", ["crop_resize", pytest.param("crop_resize_odd", marks=pytest.mark.long)])
+    def test_it_compiles_ahead_of_time_without_spills(self, sizes: str, tmp_path: Path) -> None:
+        kernels = {"crop_resize_weights", "crop_resize_rows", "crop_resize_columns"}
+        assert_compiles_without_spills(sizes, kernels, tmp_path)
+
+    def test_a_cpu_without_the_interpreter(self) -> None:
+        boxes = np.array([[0, 0, 4, 4]], dtype=np.int32)
+        with pytest.raises(ValueError, match=r"triton cannot resize here, since the images are on cpu, .* choose impl"):
+            crop_resize(pack(picture(4, 4)), np.array([0]), boxes, 8, impl="triton")
+
+
+if INTERPRETED:
+    from pipelines import crop_resize_triton as in_triton
+
+    class TestInterpreted:
+        def test_any_scratch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+            packed, rows, boxes = TestEachImplementation().many_boxes()
+            expected = crop_resize(packed, rows, boxes, 9, impl="numba").numpy()
+            for scratch_bytes in (1, 3000):
+                monkeypatch.setattr(in_triton, "_SCRATCH_BYTES", scratch_bytes)
+                assert np.array_equal(crop_resize(packed, rows, boxes, 9, impl="triton").numpy(), expected)
+
+        @pytest.mark.parametrize("limit", [1, 500, 10_000, 1 << 40])
+        def test_chunks_hold_each_box_once_and_stay_small(self, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+            monkeypatch.setattr(in_triton, "_SCRATCH_BYTES", limit)
+            sizes = np.random.default_rng(0).integers(1, 3000, 50)
+            chunks = list(in_triton._chunks(sizes))
+            assert [number for first, stop in chunks for number in range(first, stop)] == list(range(50))
+            assert all(stop == first + 1 or sizes[first:stop].sum() <= limit for first, stop in chunks)
+
+        def test_three_launches(self) -> None:
+            packed, rows, boxes = TestEachImplementation().many_boxes()
+            output = torch.empty(len(rows), 20, 20, 3, dtype=torch.uint8)
+            names = [launch.kernel.fn.__name__ for launch in in_triton.launches(packed, rows, boxes, output)]
+            assert names == ["_crop_resize_weights", "_crop_resize_rows", "_crop_resize_columns"]
+
+
+def arguments(count: int = 50, *, planar: bool = False) -> tuple[PackedImages, np.ndarray, Boxes]:
+    """Boxes of images of many sizes."""
+    images = [picture(20 + 13 * number, 90 - 7 * number, seed=number) for number in range(10)]
+    boxes = [random_boxes(*images[number % 10].shape[:2], 3, number)[2:] for number in range(count)]
+    return pack(*images, planar=planar), np.arange(count) % 10, np.concatenate(boxes)
+
+
+def test_no_byte_beyond_an_image_is_read() -> None:
+    """Images that lie between two pages of memory that must not be touched: reading there ends the process."""
+    code = """
+import ctypes, mmap
+import numpy as np, torch
+from pipelines.crop_resize import crop_resize
+from pipelines.crop_resize import PackedImages
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 4 * page)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+for place in (0, 3 * page):
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + place), ctypes.c_size_t(page), 0) == 0
+zero, num_compared = np.zeros(1, dtype=np.int64), 0
+for planar in (False, True):
+    for height, width in ((40, 64), (37, 40), (1, 9), (1, 1)):
+        num_bytes = 3 * height * width
+        for offset in (page, 3 * page - num_bytes):
+            pixels = np.frombuffer(memory, dtype=np.uint8, offset=offset, count=num_bytes)
+            pixels[:] = np.random.default_rng(0).integers(0, 256, num_bytes)
+            images = PackedImages(
+                pixels=torch.from_numpy(pixels), offsets=zero, heights=zero + height, widths=zero + width, planar=planar
+            )
+            boxes = np.array([[0, 0, height, width]], dtype=np.int32)
+            for size in (7, 32):
+                ours, plain = (crop_resize(images, zero, boxes, size, impl=impl) for impl in ("numba", "torch"))
+                assert torch.equal(ours, plain)
+                num_compared += 1
+print(num_compared)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["32"]
+
+
+class TestNumba:
+    @pytest.mark.parametrize("num_threads", [2, 3, 7, 64])
+    def test_any_number(self, num_threads: int) -> None:
+        one, many = (crop_resize_numba(*arguments(), 24, number) for number in (1, num_threads))
+        assert torch.equal(one, many)
+
+    def test_many_callers_at_once(self) -> None:
+        given = arguments()
+        expected = crop_resize_numba(*given, 24, 1)
+        with ThreadPoolExecutor(4) as pool:
+            results = pool.map(lambda _: crop_resize_numba(*given, 24, 2), range(16))
+        assert all(torch.equal(result, expected) for result in results)
+
+    def test_in_a_forked_process(self) -> None:
+        """The threads that the parent has are not there."""
+        expected = crop_resize_numba(*arguments(), 24, 2)
+        context = multiprocessing.get_context("fork")
+        receiver, sender = context.Pipe(duplex=False)
+
+        def in_child() -> None:
+            sender.send(crop_resize_numba(*arguments(), 24, 2).numpy())
+
+        child = context.Process(target=in_child)
+        child.start()
+        assert receiver.poll(60)
+        assert np.array_equal(receiver.recv(), expected.numpy())
+        child.join()
+
+    def test_as_many_as_torch_s(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = []
+        monkeypatch.setattr(compiled, "crop_resize_numba", lambda *given: seen.append(given[-1]))
+        before = torch.get_num_threads()
+        try:
+            for number in (1, 3):
+                torch.set_num_threads(number)
+                crop_resize(*arguments(), 24)
+        finally:
+            torch.set_num_threads(before)
+        assert seen == [1, 3]
+
+    def test_it_is_taken_on_a_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for planar in (False, True):
+            given = arguments(planar=planar)
+            expected = crop_resize(*given, 24, impl="torch")
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "_crop_resize_torch", None)
+                assert torch.equal(crop_resize(*given, 24), expected)
+
+    def test_one_that_does_not_work(
+        self, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+    ) -> None:
+        def broken() -> None:
+            raise ImportError("Numba needs NumPy 2.0 or less")
+
+        expected = crop_resize(*arguments(), 24, impl="numba")
+        monkeypatch.setattr(compiled, "compiled_kernel", broken)
+        kernels._what_is_wrong.cache_clear()
+        try:
+            for _ in range(2):
+                assert torch.equal(crop_resize(*arguments(), 24), expected)
+            with pytest.raises(ValueError, match=r"does not work on this machine: .*NumPy 2.0 or less"):
+                crop_resize(*arguments(), 24, impl="numba")
+        finally:
+            kernels._what_is_wrong.cache_clear()
+        (record,) = package_log.records
+        assert record.levelname == "WARNING"
+        assert "views are resized by torch, many times slower" in record.getMessage()
+
+    def test_it_is_imported_when_it_is_needed(self) -> None:
+        code = (
+            "import sys; import numpy as np, torch; from pipelines.crop_resize import crop_resize\n"
+            "from pipelines.crop_resize import PackedImages\n"
+            "zero, box = np.zeros(1, dtype=np.int64), np.array([[0, 0, 4, 5]], dtype=np.int32)\n"
+            "pixels = torch.zeros(60, dtype=torch.uint8)\n"
+            "images = PackedImages(pixels=pixels, offsets=zero, heights=zero + 4, widths=zero + 5)\n"
+            "crop_resize(images, zero, box, 8, impl='torch'); assert 'numba' not in sys.modules\n"
+            "crop_resize(images, zero, box, 8); assert 'numba' in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_scratch_is_as_large_as_is_asked_for_and_nothing_is_overrun() -> None:
+    """Scratch of exactly the size that is asked for, full of garbage, and borders that show what is overrun."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        height, width = rng.integers(1, 150, 2).tolist()
+        (box,) = random_boxes(height, width, 3, int(rng.integers(1 << 30)))[2:]
+        size = int(rng.integers(1, 80))
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        needed = scratch_size(int(box[2]), int(box[3]), size)
+        scratch = np.full(needed + 64, 0xDEADBEEF, dtype=np.uint32)
+        output = np.full(size * size * 3 + 64, 77, dtype=np.uint8)
+        resize_box(pixels.reshape(-1), width, *box.tolist(), size, output[:-64], scratch[:needed])
+        assert (output[-64:] == 77).all()
+        assert (scratch[needed:] == 0xDEADBEEF).all()
+        assert np.array_equal(output[:-64].reshape(size, size, 3), by_pillow(pixels, box[None], size)[0])
+
+
+def test_beside_ffcv() -> None:
+    """FFCV's page caches make numba's one and only type of uint8 arrays read-only, before or after we compile."""
+    code = """
+import sys
+import numpy as np, torch
+from numba import types
+from pipelines.crop_resize import crop_resize
+from pipelines.crop_resize import PackedImages
+from pipelines.crop_resize_numba import compiled_kernel
+zero, boxes = np.zeros(1, dtype=np.int64), np.array([[0, 0, 40, 50]], dtype=np.int32)
+pixels = torch.randint(0, 256, (6000,), dtype=torch.uint8)
+images = PackedImages(pixels=pixels, offsets=zero, heights=zero + 40, widths=zero + 50)
+expected = crop_resize(images, zero, boxes, 8, impl="torch")
+if sys.argv[1] == "after":
+    assert torch.equal(crop_resize(images, zero, boxes, 8, impl="numba"), expected)
+changed = types.uint8[::1]
+changed.mutable = False
+assert torch.equal(crop_resize(images, zero, boxes, 8, impl="numba"), expected)
+assert len(compiled_kernel().overloads) == 1
+"""
+    for moment in ("before", "after"):
+        done = subprocess.run([sys.executable, "-c", code, moment], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.real_data
@@ -240,7 +492,7 @@ def test_real_photographs(real_data: Path) -> None:
         boxes = random_resized_crop_boxes(*sizes, draws, (0.2, 1.0), (3 / 4, 4 / 3))
         boxes[2] = full_image_boxes(*sizes)[2]
         expected = np.stack([in_single_passes(image, box, 224) for box in boxes.tolist()])
-        for impl in CPU_IMPLS:
+        for impl in IMPLS:
             ours = crop_resize(pack(np.asarray(image)), np.zeros(3, dtype=np.int64), boxes, 224, impl=impl).numpy()
             assert np.array_equal(ours, expected), impl
         assert_close(ours, np.stack([in_one_call(image, box, 224) for box in boxes.tolist()]), CROP_RESIZE)

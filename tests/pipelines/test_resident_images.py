@@ -14,9 +14,9 @@ from PIL import Image
 
 from dataset_tools.sources import Split, open_source
 from pipelines import resident_loader
-from pipelines.cores import available_cores
 from pipelines.decode import decode_rgb, image_size
 from pipelines.resident_loader import estimate_decoded_bytes, load_resident_images
+from pipelines.threads import available_cores
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,123 @@
+"""Compiled implementations of an operation: which one runs where, how Triton's are launched and Numba's compiled."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Impl = Literal["auto", "torch", "numba", "triton"]
+Argument = Tensor | int | float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """An operation of the data layer that Numba does on CPUs and Triton on GPUs; torch does it where they cannot."""
+
+    verb: str
+    done: str
+    """What is done to views by it: a participle."""
+    try_numba: Callable[[], object]
+    """Imports numba and compiles the kernel."""
+    try_triton: Callable[[torch.device], object]
+    """Imports Triton and does the operation once on a device, on the least input there is."""
+
+    def choose(self, impl: Impl, tensors: Mapping[str, Tensor], unsuitable: str | None) -> str:
+        """The name of the implementation to run: torch, numba or triton.
+
+        impl: `auto` is triton for tensors on a GPU and numba elsewhere, or torch where these cannot be used. tensors:
+        by what messages call them. unsuitable: why compiled code cannot take them, if it cannot.
+        Raises ValueError if numba or triton is asked for where it cannot be used.
+        """
+        first = next(iter(tensors.values()))
+        wanted = {"auto": "triton" if first.is_cuda else "numba"}.get(impl, impl)
+        if wanted == "torch":
+            return wanted
+        obstacle = _what_is_out_of_reach(wanted, tensors) or unsuitable or _what_is_wrong(self, wanted, first.device)
+        if obstacle is None:
+            return wanted
+        if impl == "auto":
+            return "torch"
+        raise ValueError(f"{impl} cannot {self.verb} here, since {obstacle}; choose impl auto or torch")
+
+
+def _what_is_out_of_reach(impl: str, tensors: Mapping[str, Tensor]) -> str | None:
+    devices = {tensor.device for tensor in tensors.values()}
+    on_cpu = all(device.type == "cpu" for device in devices)
+    where = ", the ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items()).replace(" on", " are on", 1)
+    if impl == "numba":
+        return None if on_cpu else f"the {where}, and it knows only the CPU"
+    on_gpu = len(devices) == 1 and all(device.type == "cuda" for device in devices)
+    interpreted = on_cpu and os.environ.get("TRITON_INTERPRET") == "1"
+    return (
+        None if on_gpu or interpreted else f"the {where}, and it needs {'one' if len(tensors) > 1 else 'a'} CUDA device"
+    )
+
+
+@cache
+def _what_is_wrong(kernels: Kernels, impl: str, device: torch.device) -> str | None:
+    """Tries a kernel, or says why it does not work, once: it makes things faster, and must not stop a run."""
+    try:
+        if impl == "triton":
+            kernels.try_triton(device)
+        else:
+            kernels.try_numba()
+    except Exception as error:
+        slower, name = ("several", "Triton") if impl == "triton" else ("many", "numba")
+        message = "views are %s by torch, %s times slower, since %s does not work here: %r"
+        log.warning(message, kernels.done, slower, name, error)
+        return f"it does not work on this machine: {error!r}"
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelLaunch:
+    """One launch of a Triton kernel: what a device runs is what is compiled ahead of time on a machine without one."""
+
+    kernel: Any
+    """A function under ``triton.jit``."""
+    grid: tuple[int, ...]
+    """Programs along each axis, at most three."""
+    arguments: Mapping[str, Argument]
+    """By name, in the kernel's order; known when it runs."""
+    constants: Mapping[str, Any]
+    """By name; known when it is compiled."""
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def run(self) -> None:
+        """Launch it on the current device, without waiting."""
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For Triton's compiler. Products and sums are fused, whatever the version's default."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+def compile_by_numba(function: Callable[..., None], signature: Any, what: str) -> Callable[..., None]:
+    """A function as machine code that does without Python's lock, from numba's cache on the disk where there is one.
+
+    signature: numba's. what: the function, to a reader of the log. The cache looks at the function's own file alone:
+    what it is compiled of belongs there too.
+    """
+    from numba import njit
+
+    def compiled(*, cached: bool) -> Callable[..., None]:
+        dispatcher: Any = njit(nogil=True, error_model="numpy", cache=cached)(function)
+        dispatcher.compile(signature)
+        return dispatcher
+
+    try:
+        return compiled(cached=True)
+    except (OSError, RuntimeError) as error:  # no folder to write to, or no space
+        log.info("numba's cache is out of use, so that %s is compiled anew in every process: %s", what, error)
+        return compiled(cached=False)
