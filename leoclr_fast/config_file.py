@@ -6,6 +6,7 @@ PyYAML is imported where a file is read or written: a machine that only measures
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -46,16 +47,29 @@ def as_plain(config: Any) -> dict[str, Any]:
     return {key: _plain(value) for key, value in asdict(config).items()}
 
 
-def differing_fields(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+def flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted names."""
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
+def differences(documents: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Dotted name → its value in each of the nested mappings, where these are not all equal; None where it is missing.
+
+    The names are in the order of the documents.
+    """
+    flats = [flat(document) for document in documents]
+    names = dict.fromkeys(name for values in flats for name in values)
+    rows = {name: [values.get(name) for values in flats] for name in names}
+    return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def differing_fields(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """One line for each field in which two plain configurations differ: `method.queue_size: 4096 there, 8 here`."""
-    lines = []
-    for key in sorted(saved.keys() | wanted.keys()):
-        there, here = saved.get(key), wanted.get(key)
-        if isinstance(there, dict) and isinstance(here, dict):
-            lines += differing_fields(there, here, f"{prefix}{key}.")
-        elif there != here:
-            lines.append(f"{prefix}{key}: {there} there, {here} here")
-    return lines
+    found = sorted(differences([saved, wanted]).items())
+    return [f"{name}: {there} there, {here} here" for name, (there, here) in found]
 
 
 def _plain(value: Any) -> Any:

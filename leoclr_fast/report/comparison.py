@@ -1,4 +1,4 @@
-"""LeOCLR beside MoCo-v2: pairs of runs, the ratio of their speeds with an interval, and what else differs."""
+"""Runs of our method beside runs of the baseline: pairs, the ratio of their speeds, and what else differs."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from typing import Any
 
 import numpy as np
 
+from leoclr_fast.config_file import differences
 from leoclr_fast.report.metrics_file import Floats
-from leoclr_fast.report.reproduce import flat
-from leoclr_fast.report.run_record import RunRecord
+from leoclr_fast.report.run_record import METHOD_FACTS, RunRecord
 
 _MIN_WINDOWS, _MAX_WINDOWS = 5, 400
 _RESAMPLES = 2000
 _METHOD_FIELDS = {"recipe", "result.method.name"}
-_ENVIRONMENT_FIELDS = ("device", "gpu", "cpu", "torch_threads", "world_size", "git_commit", "versions.torch")
+_CIRCUMSTANCES = ("device", "gpu", "cpu", "torch_threads", "world_size", "git_commit", "versions.torch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """Time per image of LeOCLR over that of MoCo-v2; the interval is None where too few windows were logged."""
+    """Time per image of a run over that of its baseline; the interval is None where too few windows were logged."""
 
     value: float
-    low: float | None
-    high: float | None
+    interval: tuple[float, float] | None
     windows: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A LeOCLR run and the MoCo-v2 run whose configuration is nearest to it."""
+    """A run and the one of the baseline whose configuration is nearest to it."""
 
-    leoclr: RunRecord
-    mocov2: RunRecord
+    run: RunRecord
+    baseline: RunRecord
     gain: float
     """kNN top-1, points; NaN if one of them has none."""
     time_ratio: Ratio
@@ -41,21 +40,28 @@ class Pair:
     """Settings and circumstances, other than the method, in which the two differ: a fair comparison has none."""
 
 
+def compared_methods(methods: list[str]) -> tuple[str, str] | None:
+    """Which two of these are compared, the baseline last: the first and the last of METHOD_FACTS; None without both."""
+    first, *_, baseline = METHOD_FACTS
+    return (first, baseline) if first in methods and baseline in methods else None
+
+
 def find_pairs(runs: list[RunRecord]) -> list[Pair]:
-    """Each LeOCLR run beside its nearest MoCo-v2 run; empty if there is only one method."""
-    partners = [run for run in runs if run.method == "mocov2"]
-    if not partners:
+    """Each run of our method beside its nearest one of the baseline; empty if there is only one method."""
+    compared = compared_methods([run.method for run in runs])
+    if compared is None:
         return []
     pairs = []
-    for run in (run for run in runs if run.method == "leoclr"):
-        partner = min(partners, key=lambda other: len(other_differences([run, other])))
+    for run in (run for run in runs if run.method == compared[0]):
+        others = {other: other_differences([run, other]) for other in runs if other.method == compared[1]}
+        nearest = min(others, key=lambda other: len(others[other]))
         pairs.append(
             Pair(
-                leoclr=run,
-                mocov2=partner,
-                gain=run.knn_top1 - partner.knn_top1,
-                time_ratio=time_ratio(run, partner),
-                differences=other_differences([run, partner]),
+                run=run,
+                baseline=nearest,
+                gain=run.knn_top1 - nearest.knn_top1,
+                time_ratio=time_ratio(run, nearest),
+                differences=others[nearest],
             )
         )
     return pairs
@@ -72,11 +78,11 @@ def time_ratio(run: RunRecord, baseline: RunRecord) -> Ratio:
     value = _rate(baseline, theirs) / _rate(run, ours) if _rate(run, ours) > 0 else math.nan
     counts = (len(ours), len(theirs))
     if min(counts) < _MIN_WINDOWS:
-        return Ratio(value=value, low=None, high=None, windows=counts)
+        return Ratio(value=value, interval=None, windows=counts)
     generator = np.random.default_rng(0)
     ratios = _resampled(ours, generator) / _resampled(theirs, generator)
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return Ratio(value=value, low=float(low), high=float(high), windows=counts)
+    return Ratio(value=value, interval=(float(low), float(high)), windows=counts)
 
 
 def speed_range(run: RunRecord) -> tuple[float, float]:
@@ -88,28 +94,17 @@ def speed_range(run: RunRecord) -> tuple[float, float]:
     return float(slow), float(fast)
 
 
-def differing_settings(runs: list[RunRecord]) -> dict[str, list[Any]]:
-    """Dotted name → its value in each run, where they are not all equal; a missing value is None."""
-    flats = [flat(run.config) for run in runs]
-    names = list(dict.fromkeys(name for values in flats for name in values))
-    rows = {name: [values.get(name) for values in flats] for name in names}
-    return {name: values for name, values in rows.items() if any(value != values[0] for value in values[1:])}
-
-
 def differing_environment(runs: list[RunRecord]) -> dict[str, list[Any]]:
-    """As `differing_settings`, of what the runs were made on and with, and of their data."""
-    flats = [
-        flat({"data": {key: run.data.get(key) for key in ("fingerprint", "images")}, **run.environment}) for run in runs
-    ]
-    names = list(dict.fromkeys(name for values in flats for name in values))
-    rows = {name: [values.get(name) for values in flats] for name in names}
-    return {name: values for name, values in rows.items() if any(value != values[0] for value in values[1:])}
+    """As `differences`, of what the runs were made on and with, and of their data."""
+    return differences(
+        [{"data": {key: run.data.get(key) for key in ("fingerprint", "images")}, **run.environment} for run in runs]
+    )
 
 
 def other_differences(runs: list[RunRecord]) -> list[str]:
     """What differs between runs of different methods, and is not the method."""
-    settings = [name for name in differing_settings(runs) if name not in _METHOD_FIELDS]
-    shown = (*_ENVIRONMENT_FIELDS, "data.fingerprint", "data.images")
+    settings = [name for name in differences([run.config for run in runs]) if name not in _METHOD_FIELDS]
+    shown = (*_CIRCUMSTANCES, "data.fingerprint", "data.images")
     return settings + [name for name in differing_environment(runs) if name in shown]
 
 
@@ -122,7 +117,8 @@ def _rate(run: RunRecord, windows: Floats) -> float:
 
 def _windows(run: RunRecord) -> Floats:
     """[N, 2]: training seconds and images between two log records; neighbours are merged where there are many."""
-    rows = np.stack([run.window_seconds, run.window_images], axis=1) if run.metrics.num_steps_kept else np.empty((0, 2))
+    windows = run.windows
+    rows = np.stack([windows.seconds, windows.images], axis=1)
     rows = rows[np.isfinite(rows).all(axis=1)]
     if len(rows) > _MAX_WINDOWS:
         starts = np.linspace(0, len(rows), _MAX_WINDOWS, endpoint=False).astype(np.int64)

@@ -4,138 +4,112 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from leoclr_fast.report.metrics_file import Floats
+from leoclr_fast.report.metrics_file import Floats, number
 from leoclr_fast.report.plots import Curve, Plot
 from leoclr_fast.report.reference import Reference
 from leoclr_fast.report.run_record import RunRecord
-from leoclr_fast.report.values import number
 
-_FROM_ZERO = ("gradient-norm", "learning-rate", "throughput", "data-wait")
+_LABELS = {"positive_similarity": "query and its positives", "negative_similarity": "query and negatives"}
 
-Column = Callable[[RunRecord], Floats]
+Values = Callable[[RunRecord], Floats]
 
 
-def plots_of(runs: list[RunRecord], labels: list[str], reference: Reference | None) -> list[Plot]:
-    """Loss, kNN, similarities, gradient norm, learning rate, images/s and data wait; the reference only with one run.
+def plots_of(runs: list[RunRecord], reference: Reference | None) -> list[Plot]:
+    """Loss, kNN, what the method measures, gradient norm, learning rate, images/s and data wait; the reference only
+    with one run.
 
-    x is the epoch, or the step where a run does not tell how long its epochs are. Plots without a value are left out.
+    x is the epoch, or the step where a run does not say how long its epochs are. Plots without a value are left out.
     """
     by_epoch = all(math.isfinite(run.steps_per_epoch) for run in runs)
     single = len(runs) == 1
-    x_label = "epoch" if by_epoch else "step"
 
     def x_of(run: RunRecord, steps: Floats) -> Floats:
         return steps / run.steps_per_epoch if by_epoch else steps
 
-    def curves(value: Column) -> list[Curve]:
+    def curves(values: Values, label: str = "", style: int = 0) -> list[Curve]:
         return [
-            Curve(label=label, x=x_of(run, run.metrics.column("step")), y=value(run), style=style)
-            for style, (run, label) in enumerate(zip(runs, labels, strict=True))
+            Curve(label=label or run.label, x=x_of(run, run.metrics.column("step")), y=values(run), style=place + style)
+            for place, run in enumerate(runs)
         ]
 
-    def plot(
-        name: str, title: str, shown: list[Curve], unit: str = "", note: str = "", filling: float | None = None
-    ) -> Plot:
-        return Plot(
-            name=name,
-            title=title,
-            x_label=x_label,
-            curves=shown,
-            unit=unit,
-            note=note,
-            filling_until=filling,
-            from_zero=name in _FROM_ZERO,
-        )
-
-    def named(name: str, text: str, style: int) -> list[Curve]:
-        (curve,) = curves(lambda run: run.metrics.column(name))
-        return [Curve(label=text, x=curve.x, y=curve.y, style=style)]
-
-    loss = curves(lambda run: run.metrics.column("loss"))
-    knn = _knn_curves(runs, labels, by_epoch, single)
-    filling, note = None, ""
-    if single:
-        filling, note = _filling(runs[0], by_epoch)
-        if reference is not None and by_epoch:
-            loss.append(_reference_curve("expected", reference, reference.loss, runs[0].steps_per_epoch))
-            knn.append(_reference_curve("expected top-1", reference, reference.knn_top1, 1.0))
-    if not single and {run.method for run in runs} >= {"leoclr", "mocov2"}:
-        sums = [run for run in runs if run.method == "leoclr" and run.setting("result.method.loss_reduction") == "sum"]
-        if sums:
-            note = "LeOCLR's loss is the sum over two positives, MoCo-v2's has one: about twice as high is the same."
-    if single:
-        similarities = [
-            plot(
-                "similarity",
-                "Positive and negative similarity",
-                named("positive_similarity", "query and its positives", 0)
-                + named("negative_similarity", "query and negatives", 1),
-                note="Mean cosine similarity of the queries with their positive keys, and with the keys in the queue.",
+    def knn_curves(key: str, label: str = "", style: int = 0) -> list[Curve]:
+        return [
+            Curve(
+                label=label or run.label,
+                x=x_of(run, np.array([record["step"] for record in run.metrics.knn], dtype=np.float64)),
+                y=np.array([number(record.get(key)) for record in run.metrics.knn]),
+                style=place + style,
+                markers=True,
             )
+            for place, run in enumerate(runs)
         ]
-    else:
-        similarities = [
-            plot(f"{kind}-similarity", f"{kind.capitalize()} similarity", curves(_column(f"{kind}_similarity")))
-            for kind in ("positive", "negative")
-        ]
-    candidates = [
-        plot("loss", "Loss", loss, note=note, filling=filling),
-        plot("knn", "kNN accuracy", knn, " %"),
-        *similarities,
-        plot("gradient-norm", "Gradient norm", curves(_column("gradient_norm"))),
-        plot("learning-rate", "Learning rate", curves(_column("lr"))),
-        plot("throughput", "Images per second", curves(_window_rate), note="In each stretch between two log records."),
+
+    plots: list[Plot] = []
+
+    def plot(title: str, shown: list[Curve], *, name: str = "", **options: Any) -> None:
+        name, x_label = name or title.lower().replace(" ", "-"), "epoch" if by_epoch else "step"
+        plots.append(Plot(name=name, title=title, x_label=x_label, curves=shown, **options))
+
+    loss = curves(_column("loss"))
+    knn = [*knn_curves("top1", "top-1"), *knn_curves("top5", "top-5", 1)] if single else knn_curves("top1")
+    filling, note = _filling(runs[0], by_epoch) if single else (None, _note_on_sums(runs))
+    if reference is not None and by_epoch:
+        loss.append(_reference_curve("expected", reference, reference.loss, runs[0].steps_per_epoch))
+        knn.append(_reference_curve("expected top-1", reference, reference.knn_top1, 1.0))
+    plot("Loss", loss, note=note, filling_until=filling)
+    plot("kNN accuracy", knn, name="knn", unit=" %")
+    similarities = [name for name in _LABELS if single and name in runs[0].metrics.metric_names]
+    if similarities:
         plot(
-            "data-wait",
-            "Data wait",
-            curves(lambda run: 100 * run.window_wait_fraction),
-            " %",
-            note="Share of the training time in which the step waited for its batch, in each stretch.",
-        ),
-    ]
-    return [each for each in candidates if not each.is_empty]
+            "Positive and negative similarity",
+            [curve for style, name in enumerate(similarities) for curve in curves(_column(name), _LABELS[name], style)],
+            name="similarity",
+            note="Mean cosine similarity of the queries with their positive keys, and with the keys in the queue.",
+        )
+    names = dict.fromkeys(name for run in runs for name in run.metrics.metric_names if name not in similarities)
+    for name in names:
+        plot(name.replace("_", " ").capitalize(), curves(_column(name)))
+    plot("Gradient norm", curves(_column("gradient_norm")), from_zero=True)
+    plot("Learning rate", curves(_column("lr")), from_zero=True)
+    plot(
+        "Images per second",
+        curves(lambda run: run.windows.images_per_s),
+        name="throughput",
+        from_zero=True,
+        note="In each stretch between two log records.",
+    )
+    plot(
+        "Data wait",
+        curves(lambda run: 100 * run.windows.wait_fraction),
+        unit=" %",
+        from_zero=True,
+        note="Share of the training time in which the step waited for its batch, in each stretch.",
+    )
+    return [each for each in plots if not each.is_empty]
 
 
-def _column(name: str) -> Column:
+def _column(name: str) -> Values:
     return lambda run: run.metrics.column(name)
 
 
-def _window_rate(run: RunRecord) -> Floats:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return run.window_images / run.window_seconds
-
-
-def _knn_curves(runs: list[RunRecord], labels: list[str], by_epoch: bool, single: bool) -> list[Curve]:
-    curves = []
-    for style, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        x = np.array([number(record.get("step")) for record in run.metrics.knn])
-        x = x / run.steps_per_epoch if by_epoch else x
-        for key, name in (("top1", "top-1"), ("top5", "top-5")) if single else (("top1", "top-1"),):
-            curves.append(
-                Curve(
-                    label=name if single else label,
-                    x=x,
-                    y=np.array([number(record.get(key)) for record in run.metrics.knn]),
-                    style=style + (key == "top5"),
-                    markers=True,
-                )
-            )
-    return curves
-
-
 def _reference_curve(label: str, reference: Reference, points: Floats, per_epoch: float) -> Curve:
-    return Curve(
-        label=f"{label} ({reference.spread})",
-        x=points[:, 0] / per_epoch,
-        y=points[:, 1],
-        low=points[:, 2],
-        high=points[:, 3],
-        style=0,
-        reference=True,
-    )
+    x, mean, low, high = points.T
+    label = f"{label} ({reference.spread})"
+    return Curve(label=label, x=x / per_epoch, y=mean, low=low, high=high, style=0, reference=True)
+
+
+def _note_on_sums(runs: list[RunRecord]) -> str:
+    """That a loss which is a sum cannot be compared with one that has a single term."""
+    alone = [run.method_facts.title for run in runs if run.method_facts.num_keys == 1]
+    summed = [run for run in runs if run.setting("result.method.loss_reduction") == "sum"]
+    sums = [run.method_facts.title for run in summed if run.method_facts.num_keys == 2]
+    if not alone or not sums:
+        return ""
+    return f"{sums[0]}'s loss is the sum over two positives, {alone[0]}'s has one: about twice as high is the same."
 
 
 def _filling(run: RunRecord, by_epoch: bool) -> tuple[float | None, str]:
@@ -144,13 +118,12 @@ def _filling(run: RunRecord, by_epoch: bool) -> tuple[float | None, str]:
     if full_at is None:
         return None, ""
     where = f" (epoch {full_at / run.steps_per_epoch:.3g})" if by_epoch else ""
-    size, batch = run.setting("result.method.queue_size"), run.setting("result.batch_size")
+    size, batch, keys = run.setting("result.method.queue_size"), f"{run.batch_size:,.0f}", run.keys_per_image
+    formula = f"K/B = {size:,}/{batch}" if keys == 1 else f"K/({keys}B) = {size:,}/({keys} × {batch})"
     text = (
-        f"While the queue fills, a rising loss is normal: until step K/B = {size:,}/{batch:,} = {full_at:,}{where}, "
+        f"While the queue fills, a rising loss is normal: until step {formula} = {full_at:,}{where}, "
         "shaded, random vectors are among its negatives, which are easy to tell from the positives."
     )
-    if run.setting("result.method.enqueue") == "all" and run.method == "leoclr":
-        text = text.replace(f"K/B = {size:,}/{batch:,}", f"K/(2B) = {size:,}/(2 × {batch:,})")
     if run.metrics.last_step < full_at:
         text += " This run is not there yet."
     return full_at / run.steps_per_epoch if by_epoch else full_at, text

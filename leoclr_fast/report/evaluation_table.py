@@ -9,14 +9,16 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from leoclr_fast.config_file import as_plain, differing_fields
+from leoclr_fast.config_file import as_plain, differences, differing_fields
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.recipes import RECIPES, get_recipe
-from leoclr_fast.report.run_record import RunRecord, read_run
+from leoclr_fast.report.comparison import compared_methods
+from leoclr_fast.report.metrics_file import number
+from leoclr_fast.report.run_record import METHOD_FACTS, RunRecord, read_run
 
 METRICS = {
     "top1": "top-1",
@@ -33,32 +35,28 @@ METRICS = {
 _EVALUATORS = ("knn", "linear", "linear_cached_features", "finetune", "transfer", "detect")
 _TITLES = {"knn": "kNN", "linear_cached_features": "linear estimate (cached features)"}
 _NOT_PROTOCOL = {"seed", "weights_sha256"}
-_DETECTOR_SETTINGS = ("precision", "train_fingerprint", "test_fingerprint")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PaperGain:
-    """By how much LeOCLR exceeds MoCo-v2 in the paper, and what is known of the images that this was found on."""
+class Sizes(NamedTuple):
+    """Of an evaluation's data; None where a result does not say."""
 
-    points: float
-    """Of linear top-1."""
-    classes: int
-    train_images: int
+    classes: int | None = None
+    train_images: int | None = None
     """With labels."""
-    val_images: int
+    val_images: int | None = None
     """That accuracies are reported on."""
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        return self.classes, self.train_images, self.val_images
+    def __str__(self) -> str:
+        classes, train, val = ("?" if size is None else f"{size:,}" for size in self)
+        return f"{classes} classes, {train} images learned from, {val} tested"
 
 
 PAPER_GAINS = {
-    "imagenet": PaperGain(points=5.1, classes=1000, train_images=1_281_167, val_images=50_000),
-    "stl10": PaperGain(points=5.12, classes=10, train_images=5000, val_images=8000),
-    "cifar10": PaperGain(points=5.71, classes=10, train_images=50_000, val_images=10_000),
+    "imagenet": (5.1, Sizes(1000, 1_281_167, 50_000)),
+    "stl10": (5.12, Sizes(10, 5000, 8000)),
+    "cifar10": (5.71, Sizes(10, 50_000, 10_000)),
 }
-"""By the data of the recipe."""
+"""Data of the recipe → by how many points of linear top-1 our method exceeds the baseline in the paper, and on what."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,21 +139,22 @@ class EvaluationTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Finding:
+class _Evaluation:
     """A result of one run."""
 
     evaluator: str
     settings: dict[str, Any]
     """Without what may differ between runs that are averaged."""
-    untrained: bool
+    untrained: bool = False
     values: dict[str, float]
-    seed: Any
+    """Metric → percent."""
+    seed: int | None = None
     """Of the evaluation."""
-    sizes: tuple[Any, Any, Any]
-    """Numbers of classes, of images to learn from and of those tested, where the result says so."""
+    sizes: Sizes = field(default_factory=Sizes)
 
     @property
     def key(self) -> str:
+        """The same for evaluations by one protocol."""
         return json.dumps([self.evaluator, self.untrained, self.settings], sort_keys=True)
 
 
@@ -172,33 +171,33 @@ def evaluation_table(paths: Sequence[Path]) -> EvaluationTable:
         raise ValueError("a run folder is given twice")
     runs = [read_run(path) for path in paths]
     notes: list[str] = [problem for run in runs for problem in run.problems]
-    findings = {id(run): _findings(run, notes) for run in runs}
-    if not any(findings.values()):
+    evaluations = {run: _evaluations(run, notes) for run in runs}
+    if not any(evaluations.values()):
         raise ValueError(
             f"nothing was evaluated in {', '.join(map(str, paths))}; run leoclr-fast knn, linear, finetune, transfer "
             "or detect on them first"
         )
     groups = _groups(runs)
     columns = tuple(_column(group, groups, notes) for group in groups)
-    protocols = {found.key: found for own in findings.values() for found in own}
-    labels = _labels(list(protocols.values()))
+    protocols = {key: evaluation for own in evaluations.values() for key, evaluation in own.items()}
+    labels = _labels(protocols)
     both = _both_methods(groups)
     rows = []
-    for key in sorted(protocols, key=lambda key: _rank(protocols[key], labels[key])):
-        found = protocols[key]
-        for metric in (metric for metric in METRICS if metric in found.values):
-            cells = tuple(_cell([(run, findings[id(run)]) for run in group], key, metric) for group in groups)
-            difference, difference_std = _difference(cells, both)
+    for key, protocol in sorted(protocols.items(), key=lambda item: _rank(item[1], labels[item[0]])):
+        for metric in (metric for metric in METRICS if metric in protocol.values):
+            found = [[(run, evaluations[run][key]) for run in group if key in evaluations[run]] for group in groups]
+            cells = tuple(_cell(group, metric) for group in found)
+            difference, difference_std = _difference(*(cells[place] for place in both)) if both else (None, None)
             paper_difference = None
-            if both is not None and difference is not None:
-                paper_difference = _paper_difference(found, metric, [groups[place] for place in both], notes)
+            if both and difference is not None and metric == "top1":
+                paper_difference = _paper_difference(protocol, [groups[place] for place in both], notes)
             rows.append(
                 Row(
                     label=f"{labels[key]}, {METRICS[metric]}",
-                    evaluator=found.evaluator,
+                    evaluator=protocol.evaluator,
                     metric=metric,
-                    untrained=found.untrained,
-                    settings=found.settings,
+                    untrained=protocol.untrained,
+                    settings=protocol.settings,
                     cells=cells,
                     difference=difference,
                     difference_std=difference_std,
@@ -206,134 +205,97 @@ def evaluation_table(paths: Sequence[Path]) -> EvaluationTable:
                 )
             )
     if any(row.paper_difference is not None for row in rows):
-        notes += _deviations_from_the_paper(groups, [protocols[key] for key in protocols])
+        notes += _deviations_from_the_paper(groups, list(protocols.values()))
     return EvaluationTable(columns=columns, rows=tuple(rows), notes=tuple(dict.fromkeys(notes)))
 
 
-def _findings(run: RunRecord, notes: list[str]) -> list[_Finding]:
-    """What evaluators found in a run, one for each protocol: the newest of each seed, averaged over the seeds."""
-    newest: dict[tuple[str, str], _Finding] = {}
+def _evaluations(run: RunRecord, notes: list[str]) -> dict[str, _Evaluation]:
+    """What was found in a run, one for each protocol: the newest of each seed, averaged over the seeds."""
+    by_protocol: dict[str, dict[int | None, _Evaluation]] = {}
     for record in run.evaluations:
-        values = _values(record)
-        if not values:
+        if not (values := _values(record)):
             continue
-        settings = _settings(record)
+        if "settings" not in record:
+            notes.append(f"{run.path}: a result of {record['evaluator']} is left out, since it names no settings")
+            continue
+        settings = {name: value for name, value in record["settings"].items() if name not in _NOT_PROTOCOL}
         if record.get("whole_test_set") is False:
-            settings["test_images"] = record.get("test_images")
-        found = _Finding(
-            evaluator=str(record.get("evaluator", "?")),
-            settings={name: value for name, value in settings.items() if name not in _NOT_PROTOCOL},
-            untrained=bool(record.get("untrained")),
+            settings["test_images"] = record["test_images"]
+        found = _Evaluation(
+            evaluator=record["evaluator"],
+            settings=settings,
+            untrained=record.get("untrained", False),
             values=values,
-            seed=settings.get("seed"),
-            sizes=(record.get("classes"), record.get("train_images"), record.get("val_images")),
+            seed=record["settings"].get("seed"),
+            sizes=Sizes(record.get("classes"), record.get("train_images"), record.get("val_images")),
         )
-        newest[found.key, str(found.seed)] = found
-        weights = Path(str(record.get("weights", "")))
+        by_protocol.setdefault(found.key, {})[found.seed] = found
+        weights = Path(record.get("weights", ""))
         if weights.parent.name == "checkpoints" and run.summary.get("complete"):
             notes.append(f"{run.path}: {found.evaluator} is of the checkpoint {weights.name}, not of the final weights")
-    by_protocol: dict[str, list[_Finding]] = {}
-    for (key, _), found in newest.items():
-        by_protocol.setdefault(key, []).append(found)
-    own = [_mean_over_seeds(several) for several in by_protocol.values()]
-    evaluated = {(found.settings.get("k"), found.settings.get("temperature"), found.untrained) for found in own}
-    for record, untrained in ((run.knn, False), (run.metrics.knn[0] if run.metrics.knn else {}, True)):
-        values = _values(record)
+    own = {key: _mean_over_seeds(list(several.values())) for key, several in by_protocol.items()}
+    evaluated = {(one.settings.get("k"), one.settings.get("temperature"), one.untrained) for one in own.values()}
+    in_training = [(run.knn if run.summary.get("complete") else {}, False), (run.knn_untrained, True)]
+    for record, untrained in in_training:
         settings = {"k": record.get("k"), "temperature": record.get("temperature"), "in_training": True}
-        of_the_end = untrained or bool(run.summary.get("complete"))
-        if not values or not of_the_end or (untrained and record.get("step") != 0):
-            continue
-        if (settings["k"], settings["temperature"], untrained) not in evaluated:
-            own.append(
-                _Finding(
-                    evaluator="knn",
-                    settings=settings,
-                    untrained=untrained,
-                    values=values,
-                    seed=None,
-                    sizes=(None, None, None),
-                )
-            )
+        values = _values(record)
+        if values and (settings["k"], settings["temperature"], untrained) not in evaluated:
+            found = _Evaluation(evaluator="knn", settings=settings, untrained=untrained, values=values)
+            own[found.key] = found
     return own
 
 
 def _values(record: dict[str, Any]) -> dict[str, float]:
     """The metrics of a result, of those that the literature reports for it."""
     values = {
-        name.lower(): float(value)
+        name.lower(): value
         for name, value in record.items()
-        if name.lower() in METRICS and isinstance(value, int | float) and math.isfinite(value)
+        if name.lower() in METRICS and math.isfinite(number(value))
     }
-    if (chosen := record.get("metric")) in values and record.get("evaluator") == "transfer":
-        return {str(chosen): values[str(chosen)]}
+    if record.get("evaluator") == "transfer" and record.get("metric") in values:
+        return {record["metric"]: values[record["metric"]]}
     values.pop("mean_per_class", None)
     return values
 
 
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """All that a result depends on. An older detector's named its configuration, and the rest beside it."""
-    settings, config = record.get("settings"), record.get("config")
-    if isinstance(settings, dict):
-        return dict(settings)
-    if isinstance(config, dict):
-        return config | {name: record[name] for name in _DETECTOR_SETTINGS if name in record}
-    return _scalars(record)
-
-
-def _scalars(record: dict[str, Any]) -> dict[str, Any]:
-    """Settings out of a result that does not name them as such: all but the numbers it found and whose they are."""
-    left_out = {"evaluator", "unix_s", "weights", "note", "data", "untrained", *METRICS}
-    return {
-        name: value
-        for name, value in record.items()
-        if name.lower() not in left_out
-        and (isinstance(value, str | int) or name in ("temperature", "percent"))
-        and not name.endswith("_sha256")
-    }
-
-
-def _mean_over_seeds(several: list[_Finding]) -> _Finding:
+def _mean_over_seeds(several: list[_Evaluation]) -> _Evaluation:
     first = several[0]
-    if len(several) == 1:
-        return first
-    means = {metric: statistics.mean(found.values[metric] for found in several) for metric in first.values}
-    return replace(first, values=means, seed=None)
+    return replace(
+        first, values={metric: statistics.mean(one.values[metric] for one in several) for metric in first.values}
+    )
 
 
 def _groups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Runs that differ in nothing that changes the result but the seed; LeOCLR's first, else as they were given."""
+    """Runs that differ in nothing that changes the result but the seed; our method's first, else as they were given."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        result = {key: value for key, value in (run.setting("result") or {}).items() if key != "seed"}
+        result = {key: value for key, value in run.setting("result", {}).items() if key != "seed"}
         images = run.data.get("fingerprint"), run.synthetic
         groups.setdefault(json.dumps([result, images], sort_keys=True, default=str), []).append(run)
-    return sorted(groups.values(), key=lambda group: group[0].method != "leoclr")
+    return sorted(groups.values(), key=lambda group: group[0].method != next(iter(METHOD_FACTS)))
 
 
 def _column(group: list[RunRecord], groups: list[list[RunRecord]], notes: list[str]) -> Column:
     run = group[0]
-    title = run.method_title
+    title = run.method_facts.title
     alike = [other[0] for other in groups if other[0].method == run.method]
     if len(alike) > 1:
         title += f" {run.recipe}" if len({other.recipe for other in alike}) == len(alike) else f" {run.path.name}"
     seeds = tuple(str(one.setting("result.seed", "?")) for one in group)
     if len(set(seeds)) < len(seeds):
         notes.append(f"{title}: several runs have the same seed, so their spread says less")
-    for one in group:
-        if not one.summary.get("complete"):
-            notes.append(f"{one.path} is not finished: {one.state.sentence}")
+    notes += [f"{one.path} is not finished: {one.state.sentence}" for one in group if not one.summary.get("complete")]
     return Column(
         title=title, method=run.method, recipe=run.recipe, runs=tuple(str(one.path) for one in group), seeds=seeds
     )
 
 
-def _cell(group: list[tuple[RunRecord, list[_Finding]]], key: str, metric: str) -> Cell:
+def _cell(found: list[tuple[RunRecord, _Evaluation]], metric: str) -> Cell:
     by_seed: dict[str, float] = {}
-    for run, own in group:
-        for found in own:
-            if found.key == key and metric in found.values:
-                seed = str(run.setting("result.seed", "?"))
-                by_seed[seed if seed not in by_seed else f"{seed} ({run.path.name})"] = found.values[metric]
+    for run, evaluation in found:
+        if metric in evaluation.values:
+            seed = str(run.setting("result.seed", "?"))
+            by_seed[seed if seed not in by_seed else f"{seed} ({run.path.name})"] = evaluation.values[metric]
     values = list(by_seed.values())
     return Cell(
         n=len(values),
@@ -344,51 +306,44 @@ def _cell(group: list[tuple[RunRecord, list[_Finding]]], key: str, metric: str) 
 
 
 def _both_methods(groups: list[list[RunRecord]]) -> tuple[int, int] | None:
-    """The places of LeOCLR's and MoCo-v2's column, if there is one of each."""
+    """The places of our method's and the baseline's column, if there is one of each."""
     methods = [group[0].method for group in groups]
-    if methods.count("leoclr") != 1 or methods.count("mocov2") != 1:
+    compared = compared_methods(methods)
+    if compared is None or any(methods.count(name) > 1 for name in compared):
         return None
-    return methods.index("leoclr"), methods.index("mocov2")
+    return methods.index(compared[0]), methods.index(compared[1])
 
 
-def _difference(cells: Sequence[Cell], both: tuple[int, int] | None) -> tuple[float | None, float | None]:
-    if both is None:
-        return None, None
-    ours, theirs = (cells[place] for place in both)
+def _difference(ours: Cell, theirs: Cell) -> tuple[float | None, float | None]:
+    """Of the means; and the standard deviation over the seeds that both have."""
     if ours.mean is None or theirs.mean is None:
         return None, None
     pairs = [ours.by_seed[seed] - theirs.by_seed[seed] for seed in ours.by_seed if seed in theirs.by_seed]
     return ours.mean - theirs.mean, statistics.stdev(pairs) if len(pairs) > 1 else None
 
 
-def _labels(protocols: list[_Finding]) -> dict[str, str]:
+def _labels(protocols: dict[str, _Evaluation]) -> dict[str, str]:
     """A name for each; where two would be called alike, with the settings in which they differ."""
-    plain = {found.key: _label(found) for found in protocols}
+    plain = {key: _label(protocol) for key, protocol in protocols.items()}
     labels = {}
-    for found in protocols:
-        alike = [other for other in protocols if plain[other.key] == plain[found.key]]
-        varying = [
-            name
-            for name in dict.fromkeys(name for other in alike for name in other.settings)
-            if len({json.dumps(other.settings.get(name)) for other in alike}) > 1
-        ]
-        shown = ", ".join(f"{name} {_short(found.settings.get(name))}" for name in varying)
-        labels[found.key] = plain[found.key] + (f" [{shown}]" if shown else "")
+    for key, protocol in protocols.items():
+        alike = [other.settings for place, other in protocols.items() if plain[place] == plain[key]]
+        shown = ", ".join(f"{name} {_short(protocol.settings.get(name))}" for name in differences(alike))
+        labels[key] = plain[key] + (f" [{shown}]" if shown else "")
     return labels
 
 
-def _label(found: _Finding) -> str:
-    title = _TITLES.get(found.evaluator, found.evaluator)
-    settings = found.settings
+def _label(protocol: _Evaluation) -> str:
+    title, settings = _TITLES.get(protocol.evaluator, protocol.evaluator), protocol.settings
     if settings.get("percent") is not None:
         title += f" {settings['percent']:.4g} %"
-    if settings.get("dataset") is not None and not title.endswith(str(settings["dataset"])):
+    if settings.get("dataset") is not None and not title.endswith(settings["dataset"]):
         title += f" {settings['dataset']}"
     if settings.get("k") is not None:
         title += f" (k {settings['k']}, temperature {_short(settings.get('temperature'))})"
     if settings.get("in_training"):
         title += " in training"
-    return f"{title}, untrained" if found.untrained else title
+    return f"{title}, untrained" if protocol.untrained else title
 
 
 def _short(value: Any) -> str:
@@ -396,67 +351,50 @@ def _short(value: Any) -> str:
     return text if len(text) <= 16 else f"{text[:12]}…"
 
 
-def _rank(found: _Finding, label: str) -> tuple[Any, ...]:
-    name = found.evaluator.partition("-")[0]
+def _rank(protocol: _Evaluation, label: str) -> tuple[Any, ...]:
+    name = protocol.evaluator.partition("-")[0]
     known = _EVALUATORS.index(name) if name in _EVALUATORS else len(_EVALUATORS)
-    percent = found.settings.get("percent")
-    return known, float(percent) if isinstance(percent, int | float) else 0.0, found.untrained, label
+    return known, protocol.settings.get("percent") or 0.0, protocol.untrained, label
 
 
-def _paper_difference(found: _Finding, metric: str, both: list[list[RunRecord]], notes: list[str]) -> float | None:
+def _paper_difference(protocol: _Evaluation, both: list[list[RunRecord]], notes: list[str]) -> float | None:
     """The paper's gain, where an evaluation of both methods is on the images that it is for; else a note says why not.
 
-    They are known by their numbers, and by being of the data that the runs learned from.
+    They are known by their numbers, and by being of the data that the runs learned from. A recipe names its data:
+    leoclr_imagenet_200ep.
     """
-    names = {_data_of(group[0].recipe) for group in both}
+    names = {group[0].recipe.partition("_")[2].partition("_")[0] for group in both}
     name = names.pop()
-    if names or name not in PAPER_GAINS or found.evaluator != "linear" or found.untrained or metric != "top1":
+    if names or name not in PAPER_GAINS or protocol.evaluator != "linear" or protocol.untrained:
         return None
-    gain, fingerprint = PAPER_GAINS[name], found.settings.get("data_fingerprint")
-    runs = [run for group in both for run in group]
-    left_out = f"the paper's gain for {name}, {gain.points:+.2f}, does not stand beside this linear evaluation: "
-    if found.sizes != gain.sizes:
-        notes.append(f"{left_out}{_told(gain.sizes)} there, {_told(found.sizes)} here")
-    elif strangers := [str(run.path) for run in runs if run.data.get("fingerprint") != fingerprint]:
+    (points, sizes), fingerprint = PAPER_GAINS[name], protocol.settings.get("data_fingerprint")
+    strangers = [str(run.path) for group in both for run in group if run.data.get("fingerprint") != fingerprint]
+    left_out = f"the paper's gain for {name}, {points:+.2f}, does not stand beside this linear evaluation: "
+    if protocol.sizes != sizes:
+        notes.append(f"{left_out}{sizes} there, {protocol.sizes} here")
+    elif strangers:
         notes.append(f"{left_out}nothing says that {', '.join(strangers)} learned from the data it is on")
     else:
-        return gain.points
+        return points
     return None
 
 
-def _told(sizes: tuple[Any, Any, Any]) -> str:
-    classes, train, val = (f"{size:,}" if isinstance(size, int) else "?" for size in sizes)
-    return f"{classes} classes, {train} images learned from, {val} tested"
-
-
-def _data_of(recipe: str) -> str:
-    """The data that a recipe is for: leoclr_imagenet_200ep is for imagenet."""
-    _, _, rest = recipe.partition("_")
-    return rest.partition("_")[0]
-
-
-def _deviations_from_the_paper(groups: list[list[RunRecord]], protocols: list[_Finding]) -> list[str]:
+def _deviations_from_the_paper(groups: list[list[RunRecord]], protocols: list[_Evaluation]) -> list[str]:
     """Why a difference may not be the paper's: how runs differ from their recipe, and evaluations from the protocol."""
     notes = []
-    for group in groups:
-        run = group[0]
-        if run.recipe not in RECIPES:
-            continue
-        wanted = as_plain(get_recipe(run.recipe).result)
-        lines = differing_fields(wanted, run.setting("result") or {})
-        lines = [line for line in lines if not line.startswith("seed:")]
+    for run in (group[0] for group in groups if group[0].recipe in RECIPES):
+        published = as_plain(get_recipe(run.recipe).result)
+        lines = differing_fields(published, run.setting("result", {}) | {"seed": published["seed"]})
         if lines:
             notes.append(f"{run.recipe} as published there, these runs here: {'; '.join(lines)}")
     published = as_plain(LinearProtocol())
-    for found in protocols:
-        if found.evaluator == "linear" and not found.untrained:
-            used = {name: found.settings[name] for name in published if name in found.settings}
-            known = {name: value for name, value in published.items() if name in used}
-            lines = differing_fields(known, used)
-            if found.settings.get("max_images") is not None:
-                lines.append(f"max_images: none there, {found.settings['max_images']} here")
-            if lines:
-                notes.append(f"linear evaluation as published there, this one here: {'; '.join(lines)}")
+    for settings in (one.settings for one in protocols if one.evaluator == "linear" and not one.untrained):
+        used = {name: value for name, value in settings.items() if name in published}
+        lines = differing_fields({name: published[name] for name in used}, used)
+        if settings.get("max_images") is not None:
+            lines.append(f"max_images: none there, {settings['max_images']} here")
+        if lines:
+            notes.append(f"linear evaluation as published there, this one here: {'; '.join(lines)}")
     return notes
 
 

@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from leoclr_fast.run.folder import STEP_METRICS
-
 FORMAT = 1
 """Of the records. A reader that meets a higher number shows what it knows, and says so."""
 
-STEP_COLUMNS = ("step", "epoch", *STEP_METRICS, "lr", "images_per_s", "data_wait_fraction", "unix_s")
-KNOWN_KINDS = ("step", "knn", "start", "end", "warning")
-
+_METRIC_NAMES = ("positive_similarity", "negative_similarity")  # of logs that do not name their method's
 _STEP_LINE = b'{"kind": "step"'  # as MetricsLog writes it
 _MAX_PARSED_STEPS = 150_000
 _BLOCK_BYTES = 1 << 24
 
 Floats = npt.NDArray[np.float64]
+
+
+def number(value: Any) -> float:
+    """A number out of a document, as a float; NaN where it is missing or no number."""
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,27 +43,21 @@ class MetricsFile:
     ends: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
     last_mark: str = ""
-    """The kind of the newest record that is a start or an end: `start` in a run that has not told of its end."""
+    """The kind of the newest record that is a start or an end: `start` in a run that has not recorded its end."""
     num_step_records: int = 0
     """In the file; `column` may hold fewer."""
     num_damaged_lines: int = 0
-    """Whole lines that are no JSON objects."""
+    """Whole lines that are no records."""
     half_line: bool = False
     """Whether the last line is cut off: the run was killed while it wrote, or is writing just now."""
     unknown_kinds: set[str] = field(default_factory=set)
-    newest_format: int = FORMAT
     last_unix_s: float = math.nan
     """When the newest record was written; NaN if the records do not say."""
-    _columns: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in (*STEP_COLUMNS, "segment")})
+    _columns: dict[str, list[float]] = field(default_factory=lambda: {"step": [], "segment": []})
     _segments: list[tuple[float, float]] = field(default_factory=list)
     _offset: int = 0
     _inode: int = -1
     _stride: int = 1
-    _skipped: bytes = b""
-
-    @property
-    def exists(self) -> bool:
-        return self.path.is_file()
 
     def update(self) -> bool:
         """Read what is new; whether there was something. A file that was replaced or cut is read from its start."""
@@ -72,28 +68,48 @@ class MetricsFile:
         with file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
-                self._forget()
-                self._inode = status.st_ino
-                self._stride = max(1, math.ceil(_count_lines(file) / _MAX_PARSED_STEPS))
-            if status.st_size == self._offset:
-                return False
-            file.seek(self._offset)
+                fresh = MetricsFile(path=self.path, _inode=status.st_ino)
+                for each in fields(fresh):
+                    setattr(self, each.name, getattr(fresh, each.name))
+                num_lines = sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
+                self._stride = max(1, math.ceil(num_lines / _MAX_PARSED_STEPS))
             before = self._offset
+            file.seek(before)
             self.half_line = False
+            skipped = b""
             for line in file:
                 if not line.endswith(b"\n"):
                     self.half_line = True  # read again when it is whole
                     break
                 self._offset += len(line)
-                self._take_line(line)
-            if self._skipped:
-                self._parse(self._skipped)  # the newest step is never left out
-                self._skipped = b""
+                if line.startswith(_STEP_LINE):
+                    self.num_step_records += 1
+                    # NaN, Infinity and -Infinity are the only capital N and I in a step record.
+                    if self.num_step_records % self._stride and b"N" not in line and b"I" not in line:
+                        skipped = line
+                        continue
+                    skipped = b""
+                self._parse(line)
+            if skipped:
+                self._parse(skipped)  # the newest step is never left out
             return self._offset > before
 
     def column(self, name: str) -> Floats:
-        """Of the step records: one of STEP_COLUMNS, or `segment`, the number of the start it followed."""
-        return np.array(self._columns[name], dtype=np.float64)
+        """A field of the step records, NaN where one does not have it; of `segment`, the number of the start that each
+        followed.
+        """
+        return np.array(self._columns.get(name, [math.nan] * self.num_steps_kept), dtype=np.float64)
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """What the run's method logs beside the loss and the gradient norm."""
+        names: Sequence[str] = self.starts[-1].get("metrics", _METRIC_NAMES) if self.starts else _METRIC_NAMES
+        return names
+
+    @property
+    def format(self) -> int:
+        """The newest format of the records."""
+        return max((int(start.get("format", FORMAT)) for start in self.starts), default=FORMAT)
 
     @property
     def num_steps_kept(self) -> int:
@@ -103,101 +119,60 @@ class MetricsFile:
     @property
     def last(self) -> dict[str, float]:
         """The newest step record; empty if there is none."""
-        return {name: values[-1] for name, values in self._columns.items()} if self._columns["step"] else {}
+        return {name: values[-1] for name, values in self._columns.items()} if self.num_steps_kept else {}
 
     @property
     def last_step(self) -> int:
         """The newest step of any record."""
-        newest = [self.last.get("step", 0.0)] + [
-            _number(records[-1], "step") for records in (self.knn, self.ends) if records
-        ]
-        return int(max((step for step in newest if math.isfinite(step)), default=0))
+        newest = [self.last.get("step", 0), *(records[-1]["step"] for records in (self.knn, self.ends) if records)]
+        return int(max(newest))
 
     @property
     def wall_s(self) -> float:
         """Seconds from each start to the last record before the next one, added up; NaN if records have no times."""
-        if not self._segments:
-            return math.nan
-        return sum(end - start for start, end in self._segments)
-
-    def _forget(self) -> None:
-        fresh = MetricsFile(path=self.path)
-        for name in MetricsFile.__slots__:
-            setattr(self, name, getattr(fresh, name))
-
-    def _take_line(self, line: bytes) -> None:
-        if line.startswith(_STEP_LINE):
-            self.num_step_records += 1
-            # NaN, Infinity and -Infinity are the only capital N and I in a step record.
-            if self._stride > 1 and self.num_step_records % self._stride and b"N" not in line and b"I" not in line:
-                self._skipped = line
-                return
-            self._skipped = b""
-        self._parse(line)
+        return sum(end - start for start, end in self._segments) if self._segments else math.nan
 
     def _parse(self, line: bytes) -> None:
+        """Take a record in; one without a kind and the number of a step is damaged."""
         try:
             record = json.loads(line)
-        except ValueError:
-            if line.strip():
-                self.num_damaged_lines += 1
+            kind, step = record["kind"], float(record["step"])
+        except (ValueError, TypeError, KeyError):
+            self.num_damaged_lines += bool(line.strip())
             return
-        if not isinstance(record, dict):
-            self.num_damaged_lines += 1
-            return
-        self._note_time(record)
-        match record.get("kind"):
+        self._note_time(kind, number(record.get("unix_s")))
+        match kind:
             case "step":
-                self._add_step(record)
-            case "knn" if math.isfinite(_number(record, "step")):
-                while self.knn and self.knn[-1]["step"] >= record["step"]:
+                self._add_step(step, record)
+            case "knn":
+                while self.knn and self.knn[-1]["step"] >= step:
                     self.knn.pop()
                 self.knn.append(record)
-            case "start":
-                self.starts.append(record)
-                self.last_mark = "start"
-                format_number = _number(record, "format")
-                if math.isfinite(format_number):
-                    self.newest_format = max(self.newest_format, int(format_number))
-            case "end":
-                self.ends.append(record)
-                self.last_mark = "end"
+            case "start" | "end":
+                (self.starts if kind == "start" else self.ends).append(record)
+                self.last_mark = kind
             case "warning":
                 self.warnings.append(record)
-            case kind:
-                self.unknown_kinds.add(str(kind))
+            case _:
+                self.unknown_kinds.add(kind)
 
-    def _add_step(self, record: dict[str, Any]) -> None:
-        step = _number(record, "step")
-        if not math.isfinite(step):
-            self.num_damaged_lines += 1
-            return
+    def _add_step(self, step: float, record: dict[str, Any]) -> None:
         steps = self._columns["step"]
         while steps and steps[-1] >= step:  # a resumed run logs these steps again
             for values in self._columns.values():
                 values.pop()
-        for name in STEP_COLUMNS:
-            self._columns[name].append(_number(record, name))
-        self._columns["segment"].append(len(self.starts) - 1)
+        record["segment"] = len(self.starts) - 1
+        for name in record.keys() - self._columns.keys() - {"kind"}:
+            self._columns[name] = [math.nan] * len(steps)
+        for name, values in self._columns.items():
+            values.append(number(record.get(name)))
 
-    def _note_time(self, record: dict[str, Any]) -> None:
-        now = _number(record, "unix_s")
-        if not math.isfinite(now):
+    def _note_time(self, kind: str, unix_s: float) -> None:
+        if not math.isfinite(unix_s):
             return
-        self.last_unix_s = now
-        if record.get("kind") == "start" or not self._segments:
-            self._segments.append((now, now))
+        self.last_unix_s = unix_s
+        if kind == "start" or not self._segments:
+            self._segments.append((unix_s, unix_s))
         else:
-            self._segments[-1] = (self._segments[-1][0], max(now, self._segments[-1][1]))
-
-
-def _number(record: dict[str, Any], name: str) -> float:
-    value = record.get(name)
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _count_lines(file: Any) -> int:
-    lines = 0
-    while block := file.read(_BLOCK_BYTES):
-        lines += block.count(b"\n")
-    return lines
+            begin, end = self._segments[-1]
+            self._segments[-1] = (begin, max(unix_s, end))

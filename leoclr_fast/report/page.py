@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
-import time
+import re
+import shlex
+import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from leoclr_fast.report.document import Section, document
-from leoclr_fast.report.elements import Markup, element, joined
+from PIL import Image
+
+from leoclr_fast.config_file import differences, flat
+from leoclr_fast.recipes import RECIPES
+from leoclr_fast.report.comparison import (
+    Ratio,
+    compared_methods,
+    differing_environment,
+    find_pairs,
+    speed_range,
+)
+from leoclr_fast.report.curves import plots_of
+from leoclr_fast.report.evaluation_table import METRICS
+from leoclr_fast.report.plots import MAX_POINTS, drawn
 from leoclr_fast.report.reference import find_reference
-from leoclr_fast.report.run_record import RunRecord, read_run, when
-from leoclr_fast.report.sections.configuration import configuration_of, differences_of
-from leoclr_fast.report.sections.curves import curves_of
-from leoclr_fast.report.sections.environment import environment_of, environments_of
-from leoclr_fast.report.sections.reproduction import reproduction_of
-from leoclr_fast.report.sections.results import results_of
-from leoclr_fast.report.sections.side_by_side import side_by_side
-from leoclr_fast.report.sections.throughput import throughput_of
-from leoclr_fast.report.sections.views import views_of
-from leoclr_fast.report.sections.warnings import warnings_of
-from leoclr_fast.report.verdict import verdict
-from leoclr_fast.run.folder import write_atomically
+from leoclr_fast.report.rendering import rendered, shown_value
+from leoclr_fast.report.reproduce import changed_settings, reproducing_command
+from leoclr_fast.report.run_record import METHOD_FACTS, RunRecord, duration, read_run, when
+from leoclr_fast.report.sentence import as_sentence, bottleneck, bound_clause, summary_sentence
+from leoclr_fast.run.folder import RunFolder, write_atomically
+
+_TEMPLATE = Path(__file__).with_name("templates") / "report.html"
+_POINTS_OF_A_PAGE = 3200  # of each plot, over all runs: keeps twenty runs under 2 MB
+_SHEET_BYTES = 250_000
+_MAX_SHEETS = 4
+_UNEVEN = 1.5
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def write_report(paths: list[Path], out: Path) -> dict[str, Any]:
     """Write the page of the runs in `paths`, whole or not at all.
 
-    Returns out, bytes, and for each run what its verdict is made of. Raises FileNotFoundError for what is no run
+    Returns out, bytes, and for each run what its summary is made of. Raises FileNotFoundError for what is no run
     folder, ValueError if `out` is no .html, OSError if it cannot be written.
     """
     if out.suffix.lower() not in (".html", ".htm"):
@@ -42,75 +58,276 @@ def write_report(paths: list[Path], out: Path) -> dict[str, Any]:
 def page_of(runs: list[RunRecord]) -> str:
     """The whole page."""
     single = len(runs) == 1
-    labels = ["this run"] if single else _labels(runs)
-    reference, no_reference = find_reference(runs[0]) if single else (None, "")
-    curves, plot_data = curves_of(runs, labels, reference, no_reference)
-    sections: list[Section] = []
     if not single:
-        sections.append(("comparison", "Side by side", side_by_side(runs, labels)))
-    sections += [
-        ("curves", "Curves", curves),
-        ("views", "Views", views_of(runs, labels)),
-        ("throughput", "Throughput", throughput_of(runs, labels)),
-        ("results", "Results", results_of(runs, labels)),
-        ("configuration", "Configuration", configuration_of(runs[0]) if single else differences_of(runs, labels)),
-        ("environment", "Environment", environment_of(runs[0]) if single else environments_of(runs, labels)),
-        ("warnings", "Warnings and left-out files", warnings_of(runs, labels)),
-        ("reproduce", "How to reproduce", reproduction_of(runs, labels)),
-    ]
-    title = f"{runs[0].recipe}: {runs[0].path}" if single else f"{len(runs)} runs side by side: {', '.join(labels)}"
-    return document(
-        title=title,
+        _label(runs)
+    labels = ", ".join(run.label for run in runs)
+    reference, no_reference = find_reference(runs[0]) if single else (None, "")
+    max_points = max(50, min(MAX_POINTS, _POINTS_OF_A_PAGE // len(runs)))
+    figures = [drawn(plot, max_points) for plot in plots_of(runs, reference)]
+    views = [(run, _contact_sheet(run)) for run in runs[:_MAX_SHEETS]]
+    sections = {
+        "curves": "Curves",
+        "views": "Views",
+        "throughput": "Throughput",
+        "results": "Results",
+        "configuration": "Configuration",
+        "environment": "Environment",
+        "warnings": "Warnings and left-out files",
+        "reproduce": "How to reproduce",
+    }
+    return rendered(
+        _TEMPLATE,
+        title=f"{runs[0].recipe}: {runs[0].path}" if single else f"{len(runs)} runs side by side: {labels}",
         heading=runs[0].recipe if single else f"{len(runs)} runs side by side",
-        opening=[
-            element("p", "Run folder ", element("code", str(runs[0].path)), class_="soft") if single else None,
-            [_opening(run, None if single else label) for run, label in zip(runs, labels, strict=True)],
-        ],
-        sections=sections,
-        plot_data=plot_data,
+        sections=sections if single else {"comparison": "Side by side", **sections},
+        runs=runs,
+        sentences=[summary_sentence(run) for run in runs],
+        comparison=None if single else _comparison(runs),
+        plots=figures,
+        expected=f"Expected curve: {reference.source}." if reference is not None else no_reference,
+        views=views,
+        results=[row for run in runs for row in _results(run)],
+        commands=[(run, reproducing_command(run)) for run in runs],
+        warnings=[(run, run.notes(), lists) for run in runs if (lists := _lists(run)) or run.notes()],
+        **_throughput(runs),
+        **(_of_one_run(runs[0]) if single else _differences(runs)),
     )
 
 
-def _opening(run: RunRecord, label: str | None) -> Markup:
-    """Verdict and state."""
-    state = run.state
-    named = element("strong", f"{label}: ") if label is not None else None
-    then = (
-        f" So it was when this page was written, on {when(time.time())}; a run that was killed since could not say so. "
-        "leoclr-fast report makes the page anew."
-        if state.kind in ("running", "unsure")
-        else None
-    )
-    return joined(
+class Bar(NamedTuple):
+    """A speed, of a run or a ceiling of it."""
+
+    name: str
+    images_per_s: float
+    is_ceiling: bool
+
+
+def _throughput(runs: list[RunRecord]) -> dict[str, Any]:
+    """Images per second beside their ceilings, what bound a single run, and how to measure what was not."""
+    bars, loader_commands = [], []
+    for run in runs:
+        rate, wait = run.images_per_s, run.data_wait_fraction
+        name = f"{run.label}: " if len(runs) > 1 else ""
+        if math.isfinite(rate) and run.synthetic:
+            bars.append(Bar(f"{name}synthetic images, measured: a ceiling without loading", rate, True))
+        ceilings = [] if run.synthetic else _loader_ceilings(run)
+        if math.isfinite(rate) and not run.synthetic:
+            bars.append(Bar(f"{name}measured, since the run was last started", rate, False))
+            if 0 < wait < 1:
+                if_fed = f"if no step had waited for data (computed from the data wait, {100 * wait:.1f} %)"
+                bars.append(Bar(f"{name}{if_fed}", rate / (1 - wait), True))
+            bars += [Bar(f"{name}{what}, measured by bench loader", ceiling, True) for what, ceiling in ceilings]
+        if not run.synthetic and not ceilings:
+            loader_commands.append(shlex.join(["leoclr-fast", "bench", "loader", "--run", str(run.path)]))
+    found = bottleneck(runs[0])
+    command = reproducing_command(runs[0])
+    return {
+        "bars": bars,
+        "bound": as_sentence(bound_clause(runs[0])),
+        "remedy": as_sentence(found.remedy) if found else "",
+        "loader_commands": loader_commands,
+        "synthetic_command": None if command is None else _with_synthetic_images(command),
+    }
+
+
+def _loader_ceilings(run: RunRecord) -> list[tuple[str, float]]:
+    """What `bench loader --run` has measured: decoding alone, where the loader decodes, and the loader alone."""
+    rows = run.loader_bench.get("rows", [])
+    found = [(f"the loader {row['loader']} alone", row["images_per_s"]) for row in rows]
+    if all(row["loader"] != "resident" for row in rows):
+        ceilings = run.loader_bench.get("ceilings", [])
+        found += [("decoding alone", row["images_per_s"]) for row in ceilings if row["loader"] == "decode-only"]
+    return found
+
+
+def _with_synthetic_images(command: str) -> str:
+    words = command.split(" ")
+    for flag in ("--loader.name", "--max-steps"):
+        if flag in words:
+            at = words.index(flag)
+            del words[at : at + 2]
+    words[words.index("--out") + 1] = "RUN-synthetic"
+    return " ".join([*words, "--loader", "synthetic", "--max-steps", "200"])
+
+
+def _comparison(runs: list[RunRecord]) -> dict[str, Any]:
+    """A table of all runs, and pairs of the two methods with the ratio of their speeds."""
+    head = ["run", "method", "recipe", "seed", "epochs", "kNN top-1", "time", "training images/s", "data wait"]
+    rows = [
         [
-            element("p", named, verdict(run), class_="verdict" if label is None else None),
-            element("p", state.sentence, then, class_=f"state {state.kind}"),
+            run.label,
+            run.method_facts.title,
+            run.recipe,
+            run.setting("result.seed", "?"),
+            _known(run.epochs_done, ".4g"),
+            _known(run.knn_top1, ".2f", " %"),
+            duration(run.metrics.wall_s if math.isfinite(run.metrics.wall_s) else run.training_s),
+            _known(run.images_per_s, ",.1f"),
+            _known(100 * run.data_wait_fraction, ".1f", " %"),
+            _known(run.energy_kwh, ".3g"),
         ]
-    )
+        for run in runs
+    ]
+    if any(math.isfinite(run.energy_kwh) for run in runs):
+        head.append("kWh")
+    pairs = find_pairs(runs)
+    gains = [pair.gain for pair in pairs if math.isfinite(pair.gain)]
+    over_pairs = "One pair says nothing about chance: give several seeds of each."
+    if len(gains) > 1:
+        over_pairs = (
+            f"Over {len(gains)} pairs the difference is {statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f} "
+            "points (mean ± standard deviation)."
+        )
+    speeds = [
+        (run, *speed_range(run)) for run in dict.fromkeys(run for pair in pairs for run in (pair.run, pair.baseline))
+    ]
+    return {
+        "head": head,
+        "rows": [row[: len(head)] for row in rows],
+        "methods": [METHOD_FACTS[name].title for name in compared_methods([run.method for run in runs]) or ()],
+        "pairs": [
+            [
+                pair.run.label,
+                pair.baseline.label,
+                _known(pair.gain, "+.2f", " points"),
+                _ratio(pair.time_ratio),
+                ", ".join(pair.differences) or "nothing",
+            ]
+            for pair in pairs
+        ],
+        "over_pairs": over_pairs,
+        "uneven": [(run, slow, fast) for run, slow, fast in speeds if fast > _UNEVEN * slow],
+    }
+
+
+def _ratio(ratio: Ratio) -> str:
+    if not math.isfinite(ratio.value):
+        return "unknown"
+    if ratio.interval is None:
+        return f"{ratio.value:.3f} (no interval: {min(ratio.windows)} stretches are too few)"
+    return f"{ratio.value:.3f} [{ratio.interval[0]:.3f}, {ratio.interval[1]:.3f}]"
+
+
+def _contact_sheet(run: RunRecord) -> dict[str, Any] | None:
+    """The contact sheet of a run's views, as a JPEG of at most 250 kB inside the page."""
+    path = RunFolder(run.path).preview_file
+    if not path.is_file():
+        return None
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((1400, 1400))
+            picture = image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        run.problems.append(f"{path} cannot be read: {error}")
+        return None
+    for quality in (85, 70, 50, 30):
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=quality)
+        if buffer.tell() <= _SHEET_BYTES:
+            encoded = base64.b64encode(buffer.getvalue()).decode()
+            return {"src": f"data:image/jpeg;base64,{encoded}", "width": picture.width, "height": picture.height}
+    return None
+
+
+def _results(run: RunRecord) -> list[list[str]]:
+    """What evaluators found, in training (its first and last kNN) and afterwards: a row for each evaluation."""
+    rows = []
+    for record in [run.metrics.knn[0], *run.metrics.knn[1:][-1:]] if run.metrics.knn else []:
+        cells = _result_cells(record, ("kind", "step", "epoch", "unix_s"))
+        rows.append([run.label, "knn", *cells, f"in training, epoch {record['epoch']:g}"])
+    for record in run.evaluations:
+        place = when(record["unix_s"]) if "unix_s" in record else ""
+        rows.append([run.label, record["evaluator"], *_result_cells(record, ("evaluator", "unix_s")), place])
+    return rows
+
+
+def _result_cells(record: dict[str, Any], left_out: tuple[str, ...]) -> list[str]:
+    """What was found, and everything else the evaluator said, but for lists and tables."""
+    nested = record.get("settings", {})
+    found, settings = [], []
+    for key, value in {**nested, **record}.items():
+        if key in left_out or value is None or value == "" or isinstance(value, dict | list):
+            continue
+        shown = f"{value[:12]}…" if isinstance(value, str) and _DIGEST.fullmatch(value) else value
+        name = METRICS.get(key.lower(), key.replace("_", " "))
+        if key.lower() in METRICS:
+            found.append(f"{name} {value:.2f} %")
+        elif isinstance(value, float) and key not in nested and key != "temperature":
+            found.append(f"{name} {value:.4g}")
+        else:
+            settings.append(f"{name} {shown:g}" if isinstance(shown, float) else f"{name} {shown}")
+    return [", ".join(found), ", ".join(settings)]
+
+
+def _of_one_run(run: RunRecord) -> dict[str, Any]:
+    """Its settings by part of the configuration and what was changed of them, its environment, its starts and ends."""
+    parts = {part: values for part, values in run.config.items() if part != "recipe"}
+    starts, ends = run.metrics.starts, run.metrics.ends
+    marks = [("started", record) for record in starts] + [("ended", record) for record in ends]
+    marks.sort(key=lambda mark: float(mark[1].get("unix_s", 0)))
+    history = []
+    for what, record in marks:
+        how = " ".join(str(record[key]) for key in ("status", "reason", "where") if record.get(key))
+        history.append([when(record.get("unix_s", math.nan)), what, record["step"], how])
+    uneventful = len(starts) < 2 and all(end["status"] == "finished" for end in ends)
+    return {
+        "settings": {
+            part: flat(values) if isinstance(values, dict) else {part: values} for part, values in parts.items()
+        },
+        "changed": changed_settings(run) if run.recipe in RECIPES else None,
+        "environment": [[name, shown_value(value)] for name, value in flat(run.environment).items()],
+        "history": [] if uneventful else history,
+    }
+
+
+def _differences(runs: list[RunRecord]) -> dict[str, Any]:
+    """Settings and environments, where the runs differ."""
+    tables = {"settings": differences([run.config for run in runs]), "environment": differing_environment(runs)}
+    shown = {
+        key: [[name, *map(shown_value, values)] for name, values in found.items()] for key, found in tables.items()
+    }
+    return {**shown, "labels": [run.label for run in runs]}
+
+
+def _lists(run: RunRecord) -> list[tuple[str, list[str], int]]:
+    """What was warned of, unreadable or left out: a title, the lines that are known, and of how many."""
+    warned = [f"step {record['step']}: {record['text']}" for record in run.metrics.warnings]
+    unreadable = [f"{image}: {why}" for image, why in run.summary.get("unreadable_images", {}).items()]
+    quarantine = run.data.get("quarantined", {"images": 0, "listed": []})
+    left_out = [f"{entry['name']}: {entry['reason']}" for entry in quarantine["listed"]]
+    lists = [
+        ("Warned while it ran", warned, len(warned)),
+        ("Images that could not be read, each replaced by the next", unreadable, len(unreadable)),
+        ("Images that the conversion left out (quarantine.jsonl)", left_out, quarantine["images"]),
+    ]
+    return [each for each in lists if each[1]]
 
 
 def _digest(run: RunRecord) -> dict[str, Any]:
-    """What `--json` tells of a run; None for what is not known."""
+    """What `--json` says of a run; None for what is not known."""
     values = {
         "images_per_s": run.images_per_s,
         "knn_top1": run.knn_top1,
         "data_wait_fraction": run.data_wait_fraction,
-        "wall_s": run.wall_s,
+        "wall_s": run.metrics.wall_s,
         "epochs": run.epochs_done,
     }
     known = {name: value if math.isfinite(value) else None for name, value in values.items()}
     return {"run": str(run.path), "state": run.state.kind, "steps": run.metrics.last_step, **known}
 
 
-def _labels(runs: list[RunRecord]) -> list[str]:
-    """The shortest end of each path that says something and that no other run shares; numbered where they are equal."""
+def _label(runs: list[RunRecord]) -> None:
+    """Call each by the shortest end of its path that says something and that no other shares; numbered if equal."""
     paths = [run.path.resolve().parts for run in runs]
-    labels = []
-    for number, parts in enumerate(paths):
+    for number, (run, parts) in enumerate(zip(runs, paths, strict=True)):
         others = [other for index, other in enumerate(paths) if index != number]
         for length in range(2 if parts[-1] == "run" else 1, len(parts) + 1):
             if all(other[-length:] != parts[-length:] for other in others):
                 break
         label = "/".join(parts[-length:])
-        labels.append(label if parts not in others else f"{label} ({number + 1})")
-    return labels
+        run.label = label if parts not in others else f"{label} ({number + 1})"
+
+
+def _known(value: float, form: str, unit: str = "") -> str:
+    """A figure with its unit, or that it is not known (NaN, infinite)."""
+    return f"{value:{form}}{unit}" if math.isfinite(value) else "not known"

@@ -7,19 +7,20 @@ import math
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from leoclr_fast.report.elements import Markup
 from leoclr_fast.report.metrics_file import Floats
 
 MAX_POINTS = 400
-NUM_COLOURS = 6
+_NUM_COLOURS = 6
+_TABLE_ROWS = 60
 
 _WIDTH, _HEIGHT = 440, 250  # of the view box; the page scales it
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 40
@@ -28,7 +29,7 @@ _DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 # matplotlib writes colours into the SVG; these stand for the page's own and are replaced.
 _INK, _GRID, _BAND = "#000001", "#000002", "#000003"
-_SERIES = [f"#0000{16 + number:02x}" for number in range(NUM_COLOURS)]
+_SERIES = [f"#0000{16 + number:02x}" for number in range(_NUM_COLOURS)]
 _VARIABLES = {_INK: "var(--ink-soft)", _GRID: "var(--grid)", _BAND: "var(--band)"} | {
     colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES)
 }
@@ -67,6 +68,33 @@ class Curve:
     low: Floats | None = None
     high: Floats | None = None
 
+    @property
+    def colour(self) -> str:
+        """As the page's style sheet calls it."""
+        return "var(--ink-soft)" if self.reference else f"var(--series-{self.style % _NUM_COLOURS})"
+
+    @property
+    def line_style(self) -> Any:
+        """As matplotlib has it: solid, or where its dashes begin and how long they are."""
+        return (0, (4, 3)) if self.reference else _DASHES[(self.style // _NUM_COLOURS) % len(_DASHES)]
+
+    @property
+    def dash_array(self) -> str:
+        """The dashes, as SVG has them; empty for a solid line."""
+        return "" if self.line_style == "solid" else " ".join(map(str, self.line_style[1]))
+
+    @property
+    def description(self) -> str:
+        """In words: where it starts and ends, its lowest and its highest value."""
+        finite = np.flatnonzero(np.isfinite(self.y))
+        if not len(finite):
+            return f"{self.label}: no value."
+        x, y = self.x[finite], self.y[finite]
+        return (
+            f"{self.label}: from {y[0]:.4g} at {x[0]:.3g} to {y[-1]:.4g} at {x[-1]:.3g}, lowest {y.min():.4g}, "
+            f"highest {y.max():.4g}."
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
@@ -90,6 +118,26 @@ class Plot:
     def is_empty(self) -> bool:
         return not any(np.isfinite(curve.y).any() for curve in self.curves if not curve.reference)
 
+    def values(self) -> tuple[list[list[str]], bool]:
+        """Label, x and y of its points, as rows of a table; and whether that is a choice of them."""
+        per_curve = max(10, _TABLE_ROWS // len(self.curves))
+        rows = []
+        for curve in self.curves:
+            shown = min(per_curve, len(curve.x))
+            for index in np.linspace(0, len(curve.x) - 1, shown).round().astype(int):
+                value = f"{curve.y[index]:.6g}" if math.isfinite(curve.y[index]) else "not a number"
+                rows.append([curve.label, f"{curve.x[index]:.5g}", value])
+        return rows, any(len(curve.x) > per_curve for curve in self.curves)
+
+
+class DrawnPlot(NamedTuple):
+    """A plot as it stands on a page."""
+
+    plot: Plot
+    svg: Markup
+    points: dict[str, Any]
+    """What the page's script reads values from: the axes' place and the curves."""
+
 
 def thinned(x: Floats, y: Floats, max_points: int = MAX_POINTS) -> tuple[Floats, Floats]:
     """At most about `max_points` of the points: of each stretch the lowest and the highest, one NaN where it has
@@ -109,8 +157,8 @@ def thinned(x: Floats, y: Floats, max_points: int = MAX_POINTS) -> tuple[Floats,
     return x[kept], y[kept]
 
 
-def svg_of(plot: Plot, max_points: int = MAX_POINTS) -> tuple[Markup, dict[str, Any]]:
-    """The SVG element, and what the page's script needs to read values off it: the axes' place and the points."""
+def drawn(plot: Plot, max_points: int = MAX_POINTS) -> DrawnPlot:
+    """The plot as an SVG element, with at most so many points of each curve."""
     style: Any = _STYLE | {"svg.hashsalt": plot.name}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72)
@@ -145,35 +193,28 @@ def svg_of(plot: Plot, max_points: int = MAX_POINTS) -> tuple[Markup, dict[str, 
         "unit": plot.unit,
         "curves": points,
     }
-    return _inlined(buffer.getvalue(), plot.name), geometry
-
-
-def dash_array(style: int) -> str:
-    """The dashes of a curve, as SVG writes them; empty for a solid line."""
-    dashes = _DASHES[(style // NUM_COLOURS) % len(_DASHES)]
-    return "" if isinstance(dashes, str) else " ".join(str(length) for length in dashes[1])
+    return DrawnPlot(plot, _inlined(buffer.getvalue(), plot.name), geometry)
 
 
 def _draw(axes: Any, curve: Curve, max_points: int) -> dict[str, Any]:
     x, y = thinned(curve.x, curve.y, max_points)
-    colour = _SERIES[curve.style % NUM_COLOURS]
     if curve.reference:
         if curve.low is not None and curve.high is not None:
             axes.fill_between(curve.x, curve.low, curve.high, color=_INK, alpha=0.16, linewidth=0, zorder=1)
-        axes.plot(x, y, color=_INK, linewidth=1.3, linestyle=(0, (4, 3)), zorder=2)
+        axes.plot(x, y, color=_INK, linewidth=1.3, linestyle=curve.line_style, zorder=2)
     else:
-        dashes = _DASHES[(curve.style // NUM_COLOURS) % len(_DASHES)]
+        colour = _SERIES[curve.style % _NUM_COLOURS]
         marker = {"marker": "o", "markersize": 4.5} if curve.markers or np.isfinite(y).sum() < 3 else {}
-        axes.plot(x, y, color=colour, linewidth=1.8, linestyle=dashes, zorder=3, **marker)
+        axes.plot(x, y, color=colour, linewidth=1.8, linestyle=curve.line_style, zorder=3, **marker)
     return {
         "label": curve.label,
-        "style": "reference" if curve.reference else str(curve.style % NUM_COLOURS),
-        "x": [compact(value) for value in x.tolist()],
-        "y": [compact(value) for value in y.tolist()],
+        "style": "reference" if curve.reference else str(curve.style % _NUM_COLOURS),
+        "x": [_compact(value) for value in x.tolist()],
+        "y": [_compact(value) for value in y.tolist()],
     }
 
 
-def compact(value: float) -> float | int | None:
+def _compact(value: float) -> float | int | None:
     """A number with seven digits, as short as JSON can write it; None for NaN and infinities."""
     if not math.isfinite(value):
         return None

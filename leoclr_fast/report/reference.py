@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from leoclr_fast.config_file import differing_fields
-from leoclr_fast.report.metrics_file import Floats
+from leoclr_fast.report.metrics_file import Floats, number
 from leoclr_fast.report.run_record import RunRecord
-from leoclr_fast.report.values import number
 
 REFERENCE_FILE = Path(__file__).with_name("reference_curves.json")
 """Written by `python -m benchmarks.reference_curves`."""
@@ -45,7 +44,7 @@ def find_reference(run: RunRecord) -> tuple[Reference | None, str]:
     own = [entry for entry in _entries() if entry["recipe"] == run.recipe]
     if run.synthetic:
         return None, "No expected curve: this run learned from noise, to measure speed."
-    if not own or not isinstance(settings, dict):
+    if not own or not settings:
         return None, f"No expected curve: no run of {run.recipe} is among our committed logs yet."
     reasons = []
     for entry in own:

@@ -6,10 +6,9 @@ import math
 import shlex
 from typing import Any
 
-from leoclr_fast.config_file import as_plain
+from leoclr_fast.config_file import as_plain, differences, flat
 from leoclr_fast.recipes import RECIPES
 from leoclr_fast.report.run_record import RunRecord
-from leoclr_fast.report.values import number, positive
 
 _FLATTENED = ("result.", "speed.")  # these parts of the configuration have flags without a prefix
 
@@ -18,8 +17,8 @@ def changed_settings(run: RunRecord) -> dict[str, tuple[Any, Any]]:
     """Dotted name → (value of the recipe, value of the run), where they differ. Empty for an unknown recipe."""
     if run.recipe not in RECIPES:
         return {}
-    recipe = flat(as_plain(RECIPES[run.recipe]()))
-    return {name: (recipe.get(name), value) for name, value in flat(run.config).items() if recipe.get(name) != value}
+    found, own = differences([as_plain(RECIPES[run.recipe]()), run.config]), flat(run.config)
+    return {name: (of_recipe, value) for name, (of_recipe, value) in found.items() if name in own}
 
 
 def reproducing_command(run: RunRecord) -> str | None:
@@ -29,32 +28,21 @@ def reproducing_command(run: RunRecord) -> str | None:
     words = [*_program(run), "pretrain", run.recipe, "--data", str(run.data.get("path", "PATH")), "--out", "RUN"]
     for name, (_, value) in changed_settings(run).items():
         words += _flag(name, value)
-    last_step = number(run.metrics.starts[-1].get("last_step")) if run.metrics.starts else math.nan
+    last_step = run.metrics.starts[-1].get("last_step", math.inf) if run.metrics.starts else math.inf
     if last_step < run.total_steps:
-        words += ["--max-steps", f"{last_step:.0f}"]
+        words += ["--max-steps", str(last_step)]
     return shlex.join(words)
-
-
-def flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings with dotted names."""
-    values: dict[str, Any] = {}
-    for key, value in document.items():
-        if isinstance(value, dict):
-            values |= flat(value, f"{prefix}{key}.")
-        else:
-            values[f"{prefix}{key}"] = value
-    return values
 
 
 def _program(run: RunRecord) -> list[str]:
     """torchrun with as many ranks on as many machines; `leoclr-fast` for a single rank."""
-    ranks = number(run.environment.get("world_size"))
-    if not ranks > 1:
+    ranks = run.environment.get("world_size", 1)
+    per_node = run.environment.get("local_world_size") or ranks
+    if ranks == 1:
         return ["leoclr-fast"]
-    per_node = positive(run.environment.get("local_world_size"))
-    if not per_node < ranks:
-        return ["torchrun", "--nproc-per-node", f"{ranks:.0f}", "-m", "leoclr_fast"]
-    nodes = ["--nnodes", f"{math.ceil(ranks / per_node)}", "--nproc-per-node", f"{per_node:.0f}"]
+    if per_node >= ranks:
+        return ["torchrun", "--nproc-per-node", str(ranks), "-m", "leoclr_fast"]
+    nodes = ["--nnodes", str(math.ceil(ranks / per_node)), "--nproc-per-node", str(per_node)]
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "FIRST_NODE:29500"]
     return ["torchrun", *nodes, *meeting, "-m", "leoclr_fast"]
 

@@ -1,4 +1,4 @@
-"""What a run folder says about its run: everything a report shows, read without any trust in it being whole."""
+"""What a run folder says about its run: everything a report shows, of runs that are whole, unfinished or damaged."""
 
 from __future__ import annotations
 
@@ -6,42 +6,63 @@ import fcntl
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import yaml
 
-from leoclr_fast.report.metrics_file import FORMAT, Floats, MetricsFile
-from leoclr_fast.report.values import number, positive
+from leoclr_fast.report.metrics_file import FORMAT, Floats, MetricsFile, number
 from leoclr_fast.run.environment import boot_id
 from leoclr_fast.run.folder import LOCK_NAME, RunFolder
 
-METHOD_TITLES = {"leoclr": "LeOCLR", "mocov2": "MoCo-v2"}
+
+class MethodFacts(NamedTuple):
+    """What pages say of a method without importing its networks."""
+
+    title: str
+    num_keys: int
+    """Positives of a query."""
+
+
+METHOD_FACTS = {"leoclr": MethodFacts("LeOCLR", 2), "mocov2": MethodFacts("MoCo-v2", 1)}
+"""By `--method.name`: ours first, and last the baseline that the others are compared with."""
 _SILENT_AFTER_S = 600.0
 
 StateKind = Literal["finished", "paused", "stopped", "failed", "running", "killed", "unsure", "empty"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunState:
+class RunState(NamedTuple):
     """How it stands with a run: `kind` in a word, `sentence` for people."""
 
     kind: StateKind
     sentence: str
 
+
+class Windows(NamedTuple):
+    """What happened between each step record and the one before it (or the run's start); NaN where unknown."""
+
+    seconds: Floats
+    """Of training."""
+    images: Floats
+    wait_fraction: Floats
+    """Share of the seconds in which the step waited for its batch."""
+
     @property
-    def ended_badly(self) -> bool:
-        return self.kind in ("failed", "killed")
+    def images_per_s(self) -> Floats:
+        return self.images / self.seconds
 
 
 @dataclass(kw_only=True, eq=False)
 class RunRecord:
-    """A run, as its folder tells it. What is missing is empty, what is damaged is empty and named in `problems`."""
+    """A run, as its folder has it. What is missing is empty, what is damaged is empty and named in `problems`."""
 
     path: Path
+    label: str = "this run"
+    """What a page calls it."""
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -59,23 +80,23 @@ class RunRecord:
         """A value of the configuration: `result.method.name`."""
         value: Any = self.config
         for key in dotted.split("."):
-            if not isinstance(value, dict) or key not in value:
+            if key not in value:
                 return default
             value = value[key]
         return value
 
     @property
     def recipe(self) -> str:
-        return str(self.config.get("recipe") or "unknown recipe")
+        return str(self.config.get("recipe", "unknown recipe"))
 
     @property
     def method(self) -> str:
-        """leoclr, mocov2, or what a newer version calls it."""
+        """The name of the method, as the configuration has it."""
         return str(self.setting("result.method.name", "unknown method"))
 
     @property
-    def method_title(self) -> str:
-        return METHOD_TITLES.get(self.method, self.method)
+    def method_facts(self) -> MethodFacts:
+        return METHOD_FACTS.get(self.method, MethodFacts(self.method, 1))
 
     @property
     def synthetic(self) -> bool:
@@ -84,36 +105,39 @@ class RunRecord:
 
     @property
     def batch_size(self) -> float:
-        return positive(self.setting("result.batch_size"))
+        return number(self.setting("result.batch_size"))
 
     @cached_property
     def steps_per_epoch(self) -> float:
-        """NaN if nothing in the folder tells."""
+        """NaN if nothing in the folder says."""
+        summary = {"step": self.summary.get("steps"), "epoch": self.summary.get("epochs")}
         for start in reversed(self.metrics.starts):
-            if (steps := positive(start.get("steps_per_epoch"))) > 0:
-                return steps
-        for record in [*self.metrics.knn, {"step": self.summary.get("steps"), "epoch": self.summary.get("epochs")}]:
-            step, epoch = positive(record.get("step")), positive(record.get("epoch"))
-            if step > 0 and epoch > 0:
-                return float(round(step / epoch))
+            if "steps_per_epoch" in start:
+                return float(start["steps_per_epoch"])
+        for record in [*self.metrics.knn, summary]:
+            if record["step"] and record.get("epoch"):
+                return float(round(record["step"] / record["epoch"]))
         return math.nan
 
     @property
     def total_steps(self) -> float:
-        """Of all epochs; NaN if nothing in the folder tells."""
-        return positive(self.setting("result.epochs")) * self.steps_per_epoch
+        """Of all epochs; NaN if nothing in the folder says."""
+        return number(self.setting("result.epochs")) * self.steps_per_epoch
 
     @property
     def epochs_done(self) -> float:
         return self.metrics.last_step / self.steps_per_epoch
 
     @property
+    def keys_per_image(self) -> int:
+        """How many keys of an image enter the queue."""
+        return self.method_facts.num_keys if self.setting("result.method.enqueue") == "all" else 1
+
+    @property
     def queue_full_at_step(self) -> int | None:
         """The step until which random vectors are among the negatives: K keys, B (or B P) of them a step."""
-        size, per_step = positive(self.setting("result.method.queue_size")), self.batch_size
-        if self.setting("result.method.enqueue") == "all" and self.method == "leoclr":
-            per_step *= 2
-        return math.ceil(size / per_step) if size > 0 and per_step > 0 else None
+        steps = number(self.setting("result.method.queue_size")) / (self.keys_per_image * self.batch_size)
+        return math.ceil(steps) if math.isfinite(steps) else None
 
     @property
     def images_per_s(self) -> float:
@@ -126,15 +150,9 @@ class RunRecord:
         return self._overall("data_wait_fraction")
 
     @property
-    def wall_s(self) -> float:
-        """Hours of the run in seconds, evaluation and checkpoints included; NaN where the log has no times."""
-        return self.metrics.wall_s
-
-    @property
     def training_s(self) -> float:
         """Seconds of training alone; NaN if nothing was logged."""
-        seconds = self.window_seconds
-        return float(np.nansum(seconds)) if len(seconds) else math.nan
+        return float(np.nansum(self.windows.seconds)) if self.metrics.num_steps_kept else math.nan
 
     @property
     def knn(self) -> dict[str, Any]:
@@ -147,10 +165,10 @@ class RunRecord:
         return number(self.knn.get("top1"))
 
     @property
-    def knn_top1_untrained(self) -> float:
-        """Percent, before the first step; NaN if there is none."""
+    def knn_untrained(self) -> dict[str, Any]:
+        """The kNN record from before the first step; empty if there is none."""
         first = self.metrics.knn[0] if self.metrics.knn else {}
-        return number(first.get("top1")) if first.get("step") == 0 else math.nan
+        return first if first.get("step") == 0 else {}
 
     @property
     def energy_kwh(self) -> float:
@@ -158,44 +176,23 @@ class RunRecord:
         return number(self.summary.get("energy_kwh"))
 
     @property
-    def unreadable_images(self) -> dict[str, str]:
-        """Name → reason, as far as the run told."""
-        unreadable = self.summary.get("unreadable_images")
-        return {str(name): str(why) for name, why in unreadable.items()} if isinstance(unreadable, dict) else {}
-
-    @property
-    def window_seconds(self) -> Floats:
-        """Training seconds between each step record and the one before it (or the run's start); NaN if unknown.
+    def windows(self) -> Windows:
+        """Between each step record and the one before it.
 
         The log holds means since the start; the seconds since then are images / (images/s).
         """
         step, segment = self.metrics.column("step"), self.metrics.column("segment")
-        since_start = (step - self._first_steps(segment)) * self.batch_size / self.metrics.column("images_per_s")
-        return _per_window(since_start, segment)
-
-    @property
-    def window_images(self) -> Floats:
-        """Images between each step record and the one before it (or the run's start)."""
-        step, segment = self.metrics.column("step"), self.metrics.column("segment")
-        return _per_window((step - self._first_steps(segment)) * self.batch_size, segment)
-
-    @property
-    def window_wait_fraction(self) -> Floats:
-        """Data wait between each step record and the one before it, as a share of the time; NaN if unknown."""
-        step, segment = self.metrics.column("step"), self.metrics.column("segment")
-        since_start = (step - self._first_steps(segment)) * self.batch_size / self.metrics.column("images_per_s")
-        waited = _per_window(since_start * self.metrics.column("data_wait_fraction"), segment)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.clip(waited / self.window_seconds, 0, 1)
-
-    def _first_steps(self, segment: Floats) -> Floats:
-        """The step that the segment of each record continued from."""
-        starts = np.array([number(start.get("step")) for start in self.metrics.starts] + [0.0])
-        return starts[segment.astype(np.int64)]  # -1, before any start record, is the last entry: step 0
+        # The step that each segment continued from; -1, before any start record, is the last entry: step 0.
+        first = np.array([start["step"] for start in self.metrics.starts] + [0.0])[segment.astype(np.int64)]
+        images = (step - first) * self.batch_size
+        seconds = images / self.metrics.column("images_per_s")
+        between = _differences(seconds, segment)
+        waited = _differences(seconds * self.metrics.column("data_wait_fraction"), segment)
+        return Windows(between, _differences(images, segment), np.clip(waited / between, 0, 1))
 
     def _overall(self, name: str) -> float:
         if self.summary.get("steps") == self.metrics.last_step and math.isfinite(number(self.summary.get(name))):
-            return number(self.summary[name])
+            return float(self.summary[name])
         return self.metrics.last.get(name, math.nan)
 
     @property
@@ -205,43 +202,33 @@ class RunRecord:
         if metrics.last_mark == "end":
             end = metrics.ends[-1]
             reason = str(end.get("reason") or "")
+            ended = reason if reason.endswith((".", "!", "?")) else f"{reason or 'no reason was given'}."
             match end.get("status"):
                 case "finished":
-                    return RunState(kind="finished", sentence=f"Finished {at}.")
+                    return RunState("finished", f"Finished {at}.")
                 case "paused":
-                    return RunState(kind="paused", sentence=f"Paused {at}: {reason or 'not all steps were asked for'}.")
+                    return RunState("paused", f"Paused {at}: {reason or 'not all steps were asked for'}.")
                 case "stopped":
-                    return RunState(kind="stopped", sentence=f"Stopped {at}: {_ended(reason)}")
+                    return RunState("stopped", f"Stopped {at}: {ended}")
                 case status:
                     where = f" In {end['where']}." if end.get("where") else ""
                     word = "Failed" if status == "failed" else f"Ended ({status})"
-                    return RunState(kind="failed", sentence=f"{word} {at}: {_ended(reason)}{where}")
-        if metrics.last_mark == "" and self.summary and number(self.summary.get("steps")) >= metrics.last_step:
+                    return RunState("failed", f"{word} {at}: {ended}{where}")
+        if metrics.last_mark == "" and self.summary and self.summary.get("steps", 0) >= metrics.last_step:
             if self.summary.get("complete"):
-                return RunState(kind="finished", sentence=f"Finished {at}.")
-            return RunState(kind="paused", sentence=f"Paused {at}: not all steps were asked for.")
+                return RunState("finished", f"Finished {at}.")
+            return RunState("paused", f"Paused {at}: not all steps were asked for.")
         if self.is_being_written:
-            return RunState(kind="running", sentence=f"Running, {at}.")
+            return RunState("running", f"Running, {at}.")
         if not metrics.num_steps_kept and not metrics.starts and not metrics.knn:
-            return RunState(kind="empty", sentence="Nothing was logged in this folder yet.")
-        since = f"the last record is of {when(self.last_sign_unix_s)}"
-        started = metrics.starts[-1] if metrics.starts else {}
-        here = started.get("boot_id") is not None and started.get("boot_id") == boot_id()
-        if not here and time.time() - self.last_sign_unix_s < _SILENT_AFTER_S:
-            sentence = f"Running on another machine, or killed, {at}: {since}."
-            return RunState(kind="unsure", sentence=sentence)
-        sentence = f"Killed in the middle, {at}: it left no word of its end; {since}."
-        return RunState(kind="killed", sentence=sentence)
-
-    @property
-    def last_sign_unix_s(self) -> float:
-        """When the newest record was written, else when the log was last changed, else 0."""
-        if math.isfinite(self.metrics.last_unix_s):
-            return self.metrics.last_unix_s
-        try:
-            return self.metrics.path.stat().st_mtime
-        except OSError:
-            return 0.0
+            return RunState("empty", "Nothing was logged in this folder yet.")
+        newest_s = metrics.last_unix_s if math.isfinite(metrics.last_unix_s) else metrics.path.stat().st_mtime
+        since = f"the last record is of {when(newest_s)}"
+        started_on = metrics.starts[-1].get("boot_id") if metrics.starts else None
+        here = started_on is not None and started_on == boot_id()
+        if not here and time.time() - newest_s < _SILENT_AFTER_S:
+            return RunState("unsure", f"Running on another machine, or killed, {at}: {since}.")
+        return RunState("killed", f"Killed in the middle, {at}: it left no word of its end; {since}.")
 
     def _place(self) -> str:
         step = self.metrics.last_step
@@ -254,14 +241,14 @@ class RunRecord:
         """What a reader must know about the record itself: what is missing, damaged, newer or thinned."""
         metrics = self.metrics
         lines = list(self.problems)
-        if metrics.newest_format > FORMAT:
+        if metrics.format > FORMAT:
             lines.append(
-                f"A newer version wrote this log (format {metrics.newest_format}, this program reads {FORMAT}): what "
+                f"A newer version wrote this log (format {metrics.format}, this program reads {FORMAT}): what "
                 "this one knows is shown, the rest is left out. Update leoclr-fast to see all of it."
             )
         if metrics.unknown_kinds:
             lines.append(f"Records of kinds this program does not know: {', '.join(sorted(metrics.unknown_kinds))}.")
-        if not metrics.exists:
+        if not metrics.path.is_file():
             lines.append("There is no metrics.jsonl, so there are no curves.")
         elif not metrics.num_steps_kept:
             lines.append("No step is logged yet, so there are no curves.")
@@ -269,7 +256,7 @@ class RunRecord:
             lines.append(f"{_count(metrics.num_damaged_lines, 'line')} of metrics.jsonl could not be read.")
         if metrics.half_line:
             lines.append("The last line of metrics.jsonl is cut off; it is left out.")
-        for name in ("loss", "gradient_norm", "positive_similarity", "negative_similarity"):
+        for name in ("loss", "gradient_norm", *metrics.metric_names):
             bad = ~np.isfinite(metrics.column(name))
             if bad.any():
                 first = int(metrics.column("step")[bad][0])
@@ -295,22 +282,30 @@ def read_run(path: Path) -> RunRecord:
             f"{path} is not a run folder: it has neither config.yaml nor metrics.jsonl; give the --out of a pretrain"
         )
     record = RunRecord(path=path, metrics=MetricsFile(path=folder.metrics_file))
-    record.config = _read(record, folder.config_file, yaml.safe_load)
     refresh(record)
     return record
 
 
 def refresh(record: RunRecord) -> bool:
     """Read what the run has written since; whether it has logged anything."""
-    folder = RunFolder(record.path)
+    folder, problems = RunFolder(record.path), list[str]()
     was_locked = _is_locked(record.path)  # asked first: a run that ends while its log is read was not killed
     changed = record.metrics.update()
-    record.problems = [line for line in record.problems if line.startswith(str(folder.config_file))]
-    record.environment = _read(record, folder.environment_file, json.loads)
-    record.summary = _read(record, folder.summary_file, json.loads)
-    record.data = _read(record, folder.data_file, json.loads)
-    record.loader_bench = _read(record, folder.loader_bench_file, json.loads)
-    record.evaluations = _read_lines(record, folder.evaluations_file)
+    if not folder.exists():
+        problems.append(f"{folder.config_file} is missing: the configuration is not known.")
+    record.config = _read(folder.config_file, problems, yaml.safe_load)
+    record.environment = _read(folder.environment_file, problems)
+    record.summary = _read(folder.summary_file, problems)
+    record.data = _read(folder.data_file, problems)
+    record.loader_bench = _read(folder.loader_bench_file, problems)
+    record.evaluations = []
+    lines = folder.evaluations_file.read_bytes().splitlines() if folder.evaluations_file.exists() else []
+    for place, line in enumerate(lines, start=1):
+        try:
+            record.evaluations.append(json.loads(line))
+        except ValueError:
+            problems.append(f"line {place} of {folder.evaluations_file} cannot be read")
+    record.problems = problems
     record.is_being_written = was_locked or _is_locked(record.path)  # or it began while its log was read
     record.__dict__.pop("steps_per_epoch", None)
     return changed
@@ -318,7 +313,7 @@ def refresh(record: RunRecord) -> bool:
 
 def when(unix_s: float) -> str:
     """A time in words, in this machine's zone: 2026-05-01 14:03:21 UTC+02:00."""
-    if not math.isfinite(unix_s) or unix_s <= 0:
+    if not math.isfinite(unix_s):
         return "an unknown time"
     now = time.localtime(unix_s)
     zone = time.strftime("%z", now)
@@ -336,40 +331,18 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours"
 
 
-def _read(record: RunRecord, path: Path, parse: Any) -> dict[str, Any]:
+def _read(path: Path, problems: list[str], parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """A file of the run, empty where there is none; where it cannot be read, that is a problem."""
     if not path.exists():
-        if path.name == "config.yaml":
-            record.problems.append(f"{path} is missing: the configuration is not known.")
         return {}
     try:
-        document = parse(path.read_text())
+        document: dict[str, Any] = parse(path.read_text())
+        if not isinstance(document, dict):
+            raise ValueError("it is no mapping")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        record.problems.append(f"{path} cannot be read: {str(error).splitlines()[0]}")
-        return {}
-    if not isinstance(document, dict):
-        record.problems.append(f"{path} cannot be read: it is no mapping")
+        problems.append(f"{path} cannot be read: {str(error).splitlines()[0]}")
         return {}
     return document
-
-
-def _read_lines(record: RunRecord, path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        record.problems.append(f"{path} cannot be read: {error}")
-        return []
-    documents = []
-    for place, line in enumerate(lines, start=1):
-        try:
-            document = json.loads(line)
-        except ValueError:
-            record.problems.append(f"line {place} of {path} cannot be read")
-            continue
-        if isinstance(document, dict):
-            documents.append(document)
-    return documents
 
 
 def _is_locked(path: Path) -> bool:
@@ -384,11 +357,9 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _per_window(since_start: Floats, segment: Floats) -> Floats:
-    """Differences of what adds up since each start; NaN where it does not grow."""
-    if not len(since_start):
-        return since_start
-    before = np.concatenate([[0.0], since_start[:-1]])
+def _differences(since_start: Floats, segment: Floats) -> Floats:
+    """Of what adds up since each start; NaN where it does not grow."""
+    before = np.concatenate([[0.0], since_start[:-1]])[: len(since_start)]
     before[1:][segment[1:] != segment[:-1]] = 0.0
     difference = since_start - before
     return np.where(difference > 0, difference, np.nan)
@@ -396,7 +367,3 @@ def _per_window(since_start: Floats, segment: Floats) -> Floats:
 
 def _count(how_many: int, noun: str) -> str:
     return f"{how_many:,} {noun}{'s' if how_many != 1 else ''}"
-
-
-def _ended(text: str) -> str:
-    return text if text.endswith((".", "!", "?")) else f"{text}." if text else "no reason was given."

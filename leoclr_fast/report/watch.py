@@ -14,21 +14,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from leoclr_fast.report.metrics_file import Floats
+from leoclr_fast.report.metrics_file import Floats, number
 from leoclr_fast.report.run_record import RunRecord, StateKind, duration, read_run, refresh
-from leoclr_fast.report.values import number
-from leoclr_fast.report.verdict import bound_sentence
+from leoclr_fast.report.sentence import as_sentence, bound_clause
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _OVER: tuple[StateKind, ...] = ("finished", "paused", "stopped", "failed", "killed")
 _STYLES = {"failed": "bold red", "killed": "bold red", "finished": "green", "running": "cyan"}
-_ROWS = (
-    ("loss", "loss", ".4f"),
-    ("positive similarity", "positive_similarity", ".4f"),
-    ("negative similarity", "negative_similarity", ".4f"),
-    ("gradient norm", "gradient_norm", ".4g"),
-    ("learning rate", "lr", ".4g"),
-)
 
 
 def watch(path: Path, console: Console, *, every_s: float = 2.0, once: bool = False) -> dict[str, Any]:
@@ -88,17 +80,15 @@ def view(run: RunRecord) -> RenderableType:
     for name, newest, line in _lines(run):
         table.add_row(name, Text(newest, style="bold", justify="right"), Text(line, style="cyan", no_wrap=True))
     parts.append(table)
-    if bound := bound_sentence(run):
-        parts.append(Text(f"{bound[0].upper()}{bound[1:]}.", style="dim"))
+    if bound := bound_clause(run):
+        parts.append(Text(as_sentence(bound), style="dim"))
     full_at = run.queue_full_at_step
     if full_at is not None and run.metrics.last_step < full_at:
         parts.append(
             Text(f"The queue fills until step {full_at:,}: a rising loss is normal until then.", style="yellow")
         )
     parts += [Text(line, style="yellow") for line in run.notes()]
-    parts += [
-        Text(f"step {each.get('step')}: {each.get('text')}", style="yellow") for each in run.metrics.warnings[-3:]
-    ]
+    parts += [Text(f"step {each['step']}: {each['text']}", style="yellow") for each in run.metrics.warnings[-3:]]
     return Group(*parts)
 
 
@@ -121,13 +111,15 @@ def sparkline(values: Floats, width: int = 40) -> str:
 
 def _lines(run: RunRecord) -> list[tuple[str, str, str]]:
     """Name, newest value and sparkline of each metric that has a value."""
-    rates = run.window_images / run.window_seconds
-    knn = np.array([number(record.get("top1")) for record in run.metrics.knn])
+    column, windows = run.metrics.column, run.windows
     series = [
-        *((name, run.metrics.column(key), form, "") for name, key, form in _ROWS),
-        ("images/s", rates, ",.1f", ""),
-        ("data wait", 100 * run.window_wait_fraction, ".1f", " %"),
-        ("kNN top-1", knn, ".2f", " %"),
+        ("loss", column("loss"), ".4f", ""),
+        *((name.replace("_", " "), column(name), ".4f", "") for name in run.metrics.metric_names),
+        ("gradient norm", column("gradient_norm"), ".4g", ""),
+        ("learning rate", column("lr"), ".4g", ""),
+        ("images/s", windows.images_per_s, ",.1f", ""),
+        ("data wait", 100 * windows.wait_fraction, ".1f", " %"),
+        ("kNN top-1", np.array([number(record.get("top1")) for record in run.metrics.knn]), ".2f", " %"),
     ]
     lines = []
     for name, values, form, unit in series:

@@ -176,7 +176,9 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     summary, output = succeeded(capsys, *arguments, "--max-images", 200, "--max-steps", 2)
     assert {"knn_top1", "knn_top1_untrained", "seconds", "run", "data"} <= summary.keys()
     assert summary["knn_top1"] > 0
-    assert "kNN top-1" in output
+    report = tmp_path / "demo" / "run" / "report.html"
+    assert (output.splitlines()[-2], summary["report"]) == (f"report: {report}", str(report))
+    assert f"kNN top-1 is {summary['knn_top1']:.2f} %" in report.read_text()
     train = list((tmp_path / "demo" / "data" / "train").rglob("*.jpg"))
     assert len({path.parent.name for path in train}) == 10
     assert Image.open(train[0]).format == "JPEG"

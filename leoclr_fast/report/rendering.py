@@ -1,0 +1,55 @@
+"""Templates to pages: one self-contained HTML file that fetches nothing and runs no script but its own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from leoclr_fast.report.plots import DrawnPlot
+from leoclr_fast.report.run_record import when
+
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+def rendered(template: Path, *, title: str, sections: dict[str, str], plots: Sequence[DrawnPlot], **values: Any) -> str:
+    """The page that `template`, which extends base.html, makes of the values: each of them is text, whatever is in it.
+
+    sections: id, unique on the page → heading. plots: all that the page shows; its script reads their values.
+    """
+    pages = Environment(
+        loader=FileSystemLoader([template.parent, _TEMPLATES]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    pages.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    pages.filters |= {"when": when, "value": shown_value, "form": format}
+    script = (_TEMPLATES / "page.js").read_text()
+    return pages.get_template(template.name).render(
+        values,
+        title=title,
+        sections=sections,
+        plots=plots,
+        plot_data={drawn.plot.name: drawn.points for drawn in plots},
+        style=Markup((_TEMPLATES / "page.css").read_text()),
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=metadata.version("leoclr-fast"),
+        now=time.time(),
+    )
+
+
+def shown_value(value: Any) -> str:
+    """A setting, as a reader would write it."""
+    if isinstance(value, list):
+        return ", ".join(map(shown_value, value))
+    return "none" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
