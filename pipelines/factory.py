@@ -63,6 +63,11 @@ def loader_class(name: str) -> type[Loader]:
     return entry
 
 
+def shows_images(config: LoaderConfig) -> bool:
+    """Whether the loader hands out the images of its split, and not noise. Raises ValueError for an unknown name."""
+    return config.name == "auto" or loader_class(config.name).shows_images
+
+
 def choose_loader(split: Split, config: LoaderConfig, device: torch.device | None = None) -> str:
     """The name that ``auto`` stands for with this split; logs the choice and its reason.
 
@@ -97,7 +102,7 @@ def _best_decoder(split: Split, device: torch.device) -> tuple[str, str]:
         if reason := loader.obstacle(split, device):
             reasons.append(f"{loader.name} ({reason})")
         elif chosen:
-            reasons.append(f"{loader.name} ({loader.drawbacks[device.type]})")
+            reasons.append(f"{loader.name} ({loader.drawbacks.get(device.type, 'slower')})")
         else:
             chosen = loader.name
     return chosen, f"not {', '.join(reasons)}"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
@@ -17,28 +16,10 @@ R = TypeVar("R")
 
 _CLOSE_WITHIN_S = 10.0
 
-_share: int | None = None
-
 
 def available_cores() -> int:
-    """This process's fair share of the cores, at least one.
-
-    It is what `sharing_cores` says; without that, the cores of the affinity mask divided by the ranks of the machine.
-    """
-    if _share is not None:
-        return _share
+    """This process's fair share of the cores, at least one: its affinity mask's, divided by the machine's ranks."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-@contextmanager
-def sharing_cores(share: int) -> Iterator[None]:
-    """Within it, this process counts on so many cores."""
-    global _share
-    before, _share = _share, share
-    try:
-        yield
-    finally:
-        _share = before
 
 
 def run_in_threads(work: Callable[[], None], num_threads: int) -> None:

@@ -29,13 +29,13 @@ from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.method.methods import method_class
 from leoclr_fast.run.environment import environment
 from leoclr_fast.run.folder import RunFolder
-from pipelines.factory import LOADERS, settle_loader
+from pipelines.config import LoaderConfig
+from pipelines.factory import LOADERS, settle_loader, shows_images
 from pipelines.threads import available_cores
 
 Say = Callable[[str], None]
 
 CONTESTANTS = (*LOADERS, *STOCK)
-_NOT_A_RIVAL = "synthetic"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +193,9 @@ def loader_markdown(document: dict[str, Any], command: str | None = None) -> str
 
 
 def _makers(config: LoaderBenchConfig, task: LoaderTask) -> dict[str, Callable[[], Iterator[LoaderTurn]]]:
-    names = config.loaders or tuple(name for name in CONTESTANTS if name != _NOT_A_RIVAL)
+    names = config.loaders or tuple(
+        name for name in CONTESTANTS if name in STOCK or shows_images(LoaderConfig(name=name))
+    )
     return {name: partial(STOCK[name], task) if name in STOCK else partial(ours, name, task) for name in names}
 
 

@@ -30,6 +30,7 @@ from leoclr_fast.method.flops import mfu, peak_flops_per_s
 from leoclr_fast.method.methods import METHODS
 from leoclr_fast.run.environment import environment
 from pipelines.config import LoaderConfig
+from pipelines.factory import shows_images
 
 Say = Callable[[str], None]
 Peer = Callable[[BenchSetting, SpeedConfig, torch.device], Contestant]
@@ -82,10 +83,10 @@ def bench_train_time(config: TrainTimeConfig, data: Path | None, say: Say = lamb
 
     splits = {"synthetic": training_images(None, results["leoclr"])}
     if data is not None:
-        if config.speed.loader.name == "synthetic":
+        if not shows_images(config.speed.loader):
             raise ValueError(
-                "--data with the loader synthetic would never read the images; choose another --loader, or leave "
-                "--data out: synthetic images are always timed"
+                f"--data with the loader {config.speed.loader.name} would never read the images; choose another "
+                "--loader, or leave --data out: synthetic images are always timed"
             )
         splits["real"] = training_images(data, results["leoclr"], config.max_images)
     prepared: list[Prepared] = []

@@ -14,6 +14,7 @@ from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.weights.backbone_file import weights_sha256
 from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.factory import shows_images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +78,9 @@ def evaluations_beside(weights: Path) -> Path:
 
 def require_real_images(loader: LoaderConfig) -> None:
     """Raises ValueError for the synthetic loader: an accuracy on its noise would mean nothing."""
-    if loader.name == "synthetic":
+    if not shows_images(loader):
         raise ValueError(
-            "the synthetic loader hands out noise, of which no accuracy can be told; choose another --loader"
+            f"the {loader.name} loader hands out noise, of which no accuracy can be told; choose another --loader"
         )
 
 

@@ -20,7 +20,7 @@ from dataset_tools.subsets import limited
 from leoclr_fast.distributed.process_group import resolve_device
 from pipelines.batch import CropBatch
 from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.factory import LOADERS, make_loader
+from pipelines.factory import LOADERS, make_loader, shows_images
 from pipelines.loader import Loader
 from pipelines.order import SequentialOrder
 from pipelines.torchvision_loader import TorchvisionLoader
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 EDGE = 2
 """Pixels at each side of a crop that are looked at by themselves: DALI reads beyond the box there."""
-BACKENDS = tuple(name for name in LOADERS if name not in ("synthetic", "torchvision"))
+BACKENDS = tuple(name for name in LOADERS if name != TorchvisionLoader.name and shows_images(LoaderConfig(name=name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def _open(name: str, split: Split, config: ParityConfig, device: torch.device) -
 
 
 def _compared(loader: Loader, data: str, config: ParityConfig) -> BackendParity:
-    decodes_on_gpu = loader.device.type == "cuda" and loader.name in ("dali", "nvjpeg")
+    decodes_on_gpu = loader.device.type == "cuda" and loader.decodes_on_gpu
     result = BackendParity(loader=loader.name, data=data, limits=GPU_LIMITS if decodes_on_gpu else CPU_LIMITS)
     oracle = TorchvisionLoader(
         loader.split,

@@ -13,15 +13,6 @@ COPY_BOUND = 0.1
 
 Kind = Literal["data-bound", "partly data-bound", "copy-bound", "compute-bound"]
 
-_SMALLER = "convert the data with --short-side 400, so that there is less to decode"
-_REMEDIES = {
-    "resident": "everything is decoded already: give it a GPU, or more CPU cores by --loader.workers",
-    "torchvision": "let a GPU decode (--loader dali or nvjpeg), or convert the data and take --loader ffcv",
-    "dali": f"raise --loader.workers to the number of cores, or {_SMALLER}",
-    "nvjpeg": f"install DALI and take --loader dali, or {_SMALLER}",
-    "ffcv": f"raise --loader.workers to the number of cores, or {_SMALLER}",
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bottleneck:
@@ -79,4 +70,6 @@ def _remedy(loader: str, on_cpu: bool) -> str:
             "the device is the CPU, so cropping and training share its cores: part of this wait is work that a GPU's "
             "host would do on the side"
         )
-    return _REMEDIES.get(loader, "raise --loader.workers to the number of cores")
+    from pipelines.factory import LOADERS, loader_class
+
+    return loader_class(loader).remedy if loader in LOADERS else "raise --loader.workers to the number of cores"

@@ -15,6 +15,7 @@ from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.machine.precision import encoder_dtype
 from leoclr_fast.method.method import Method
 from leoclr_fast.method.methods import build_method
+from pipelines.factory import shows_images
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class TrainingState:
         method.prepare(speed)
         scaler = torch.amp.GradScaler(device.type, enabled=speed.precision == "fp16")
         scaler.scale(torch.zeros((), device=device))  # makes its tensors
-        synthetic = speed.loader.name == "synthetic"
+        synthetic = not shows_images(speed.loader)
         return cls(
             method=method,
             optimizer=optimizer,
