@@ -65,6 +65,7 @@ class RunLog:
         self._metrics_log.write(
             "start",
             step=self._training.step,
+            method=self._training.method.title,
             format=FORMAT,
             steps_per_epoch=steps_per_epoch,
             last_step=last_step,
