@@ -28,6 +28,10 @@ class Ranks:
     store: dist.Store | None = field(default=None, compare=False, repr=False)
     """Where the ranks have met, and leave each other why they fail; None for a single one."""
 
+    def __deepcopy__(self, memo: object) -> Ranks:
+        """Copies of a network talk to the same ranks."""
+        return self
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0

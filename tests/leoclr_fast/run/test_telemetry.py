@@ -16,7 +16,7 @@ from torch import Tensor
 
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.method.flops import training_flops_per_image
-from leoclr_fast.method.methods import MomentumContrast
+from leoclr_fast.method.momentum_contrast import MomentumContrast
 from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.run.telemetry import MAX_OVERFLOWS_IN_A_ROW, MetricsLog, NonFiniteLossError, StepMetrics, TrainingClock
 from leoclr_fast.run.trackers import open_trackers
@@ -27,6 +27,8 @@ from tests.leoclr_fast.conftest import tiny_config
 
 CPU = torch.device("cpu")
 
+NAMES = ("loss", "positive_similarity", "negative_similarity", "gradient_norm")
+
 
 def row(loss: float, norm: float = 1.0) -> Tensor:
     return torch.tensor([loss, 0.5, 0.1, norm], dtype=torch.float64)
@@ -34,7 +36,7 @@ def row(loss: float, norm: float = 1.0) -> Tensor:
 
 class TestStepMetrics:
     def test_means_come_with_their_context_and_in_order(self) -> None:
-        metrics = StepMetrics(Ranks(), 0)
+        metrics = StepMetrics(Ranks(), 0, NAMES)
         for losses in ((1.0, 3.0), (5.0,)):
             for loss in losses:
                 metrics.add(row(loss))
@@ -55,7 +57,7 @@ class TestStepMetrics:
             def synchronize(self) -> None:
                 waited.append(True)
 
-        metrics = StepMetrics(Ranks(), 0)
+        metrics = StepMetrics(Ranks(), 0, NAMES)
         for step in (1, 2):
             metrics.add(row(float(step)))
             metrics.send(step=step)
@@ -67,7 +69,7 @@ class TestStepMetrics:
         assert list(metrics.arrived()) == []
 
     def test_a_loss_that_is_not_finite_names_its_step(self) -> None:
-        metrics = StepMetrics(Ranks(), 10, loss_is_scaled=True)
+        metrics = StepMetrics(Ranks(), 10, NAMES, loss_is_scaled=True)
         for loss in (1.0, math.nan):
             metrics.add(row(loss))
         metrics.send()
@@ -75,7 +77,7 @@ class TestStepMetrics:
             list(metrics.arrived())
 
     def test_overflows_of_a_scaled_loss_are_skipped_until_there_are_too_many(self) -> None:
-        metrics = StepMetrics(Ranks(), 0, loss_is_scaled=True)
+        metrics = StepMetrics(Ranks(), 0, NAMES, loss_is_scaled=True)
         for _ in range(MAX_OVERFLOWS_IN_A_ROW - 1):
             metrics.add(row(1.0, math.inf))
         metrics.add(row(1.0, 3.0))  # one good step, and the count begins anew
@@ -89,7 +91,7 @@ class TestStepMetrics:
             list(metrics.arrived())
 
     def test_without_a_scaled_loss_one_overflow_is_an_error(self) -> None:
-        metrics = StepMetrics(Ranks(), 0)
+        metrics = StepMetrics(Ranks(), 0, NAMES)
         metrics.add(row(1.0, math.inf))
         metrics.send()
         with pytest.raises(NonFiniteLossError, match="non-finite at step 1"):
