@@ -90,6 +90,18 @@ def test_everything_can_be_made_small(capsys: pytest.CaptureFixture[str]) -> Non
             assert f"{flag} " in capsys.readouterr().out, (name, flag)
 
 
+@pytest.mark.parametrize("guide", GUIDES)
+def test_commands_of_the_consoles_are_parsed(guide: str) -> None:
+    """Each as it stands."""
+    for line in consoles(guide):
+        program, *words = shlex.split(line, comments=True)
+        if program == "leoclr-fast":
+            assert parse_command(words) is not None, line
+        else:
+            assert program == "make", line
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_every_command_of_the_guides_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
