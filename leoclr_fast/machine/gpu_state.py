@@ -25,8 +25,8 @@ _FIELDS = {
 def gpu_state(device: torch.device) -> dict[str, Any] | None:
     """The state of a GPU as plain JSON, `warnings` last; None for a CPU. Call it before the first measurement.
 
-    memory_used_elsewhere_gib: what neither PyTorch nor a context of our own can explain. What nvidia-smi does not tell
-    is None.
+    memory_used_elsewhere_gib: what neither PyTorch nor a context of our own can explain. What nvidia-smi does not
+    say is None.
     """
     if device.type != "cuda":
         return None
@@ -34,7 +34,6 @@ def gpu_state(device: torch.device) -> dict[str, Any] | None:
     free, total = torch.cuda.mem_get_info(device)
     used_gib = (total - free - torch.cuda.memory_reserved(device)) / _GIB
     elsewhere_gib = max(0.0, used_gib - _OWN_CONTEXT_GIB)
-    told = _ask_nvidia_smi(str(getattr(properties, "uuid", "")))
     state = {
         "name": properties.name,
         "memory_gib": round(total / _GIB, 1),
@@ -42,7 +41,7 @@ def gpu_state(device: torch.device) -> dict[str, Any] | None:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "mig": "MIG" in properties.name.split(),
         "memory_used_elsewhere_gib": round(elsewhere_gib, 2),
-        **told,
+        **_ask_nvidia_smi(str(getattr(properties, "uuid", ""))),
     }
     return {**state, "warnings": sharing_warnings(state)}
 

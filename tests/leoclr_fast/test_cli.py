@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
+from dataset_tools import demo_data
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
@@ -170,10 +172,12 @@ def test_without_labels_knn_is_null(capsys: pytest.CaptureFixture[str], tiny_dat
     assert knn["top1"] is None
 
 
-def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """The whole path of `make demo`, two steps of it; typed again, it continues."""
+def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole path of `make demo`, two steps of it on fewer drawings; typed again, it continues."""
+    few = partial(demo_data.write_demo_data, num_train=200, num_val=50)
+    monkeypatch.setattr(demo_data, "write_demo_data", few)
     arguments = ["demo", "--out", tmp_path / "demo", "--device", "cpu"]
-    summary, output = succeeded(capsys, *arguments, "--max-images", 200, "--max-steps", 2)
+    summary, output = succeeded(capsys, *arguments, "--max-images", 150, "--max-steps", 2)
     assert {"knn_top1", "knn_top1_untrained", "seconds", "run", "data"} <= summary.keys()
     assert summary["knn_top1"] > 0
     report = tmp_path / "demo" / "run" / "report.html"
@@ -184,7 +188,7 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert Image.open(train[0]).format == "JPEG"
     metrics = RunFolder(tmp_path / "demo" / "run").read_metrics("step")
     assert metrics[-1]["step"] == 2
-    again, _ = succeeded(capsys, *arguments, "--max-images", 200, "--max-steps", 3)
+    again, _ = succeeded(capsys, *arguments, "--max-images", 150, "--max-steps", 3)
     assert RunFolder(tmp_path / "demo" / "run").read_metrics("step")[-1]["step"] == 3
     assert again["complete"] is False
     assert "no recipe 'simclr_demo'" in refused(capsys, "demo", "--method", "simclr", "--out", tmp_path / "other")

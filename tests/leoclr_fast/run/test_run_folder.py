@@ -71,6 +71,7 @@ def test_a_child_that_ends_does_not_give_the_folder_free(
     os.kill(child, signal.SIGKILL)
     while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
+    assert 2 <= run_folder.LOCK_WAIT_S < 20
     monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.2)
     with pytest.raises(RuntimeError, match=r"another process is writing to .*/run; wait for it"), folder.locked():
         pass
@@ -97,10 +98,3 @@ def test_a_second_writer_waits_a_moment_for_one_that_is_about_to_go(
         assert time.monotonic() - began >= 0.3
     first.join()
     assert not run_folder._held_locks
-
-
-def test_a_second_writer_is_told_within_seconds(folder: RunFolder) -> None:
-    began = time.monotonic()
-    with folder.locked(), pytest.raises(RuntimeError, match="another process is writing to"), folder.locked():
-        pass
-    assert 2.0 <= time.monotonic() - began < 20
