@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from leoclr_fast.doctor.control_groups import cpu_quota, memory_left_bytes
 from leoclr_fast.doctor.result import Result, failed, not_applicable
-from leoclr_fast.machine.control_groups import cpu_quota, memory_left_bytes
 
 _GIB = 2**30
 _FEW_CORES = 2
@@ -61,13 +63,11 @@ def numa(root: Path = Path("/")) -> Result:
     """Memory nodes, and whether this process may use the cores beside each GPU."""
     import torch
 
-    from leoclr_fast.machine.memory_nodes import gpu_node, node_cores
-
-    nodes = node_cores(root)
+    nodes = _node_cores(root)
     if len(nodes) < 2:
         return not_applicable(f"{len(nodes)} memory node: all memory is equally near")
     mine = os.sched_getaffinity(0)
-    node_of = {gpu: gpu_node(gpu, root) for gpu in range(torch.cuda.device_count())}
+    node_of = {gpu: _gpu_node(gpu, root) for gpu in range(torch.cuda.device_count())}
     parts = [", ".join(f"node {number}: {len(cpus & mine)} of {len(cpus)} cores" for number, cpus in nodes.items())]
     parts += [f"GPU {gpu} at node {node}" for gpu, node in node_of.items() if node is not None]
     result = Result("; ".join(parts))
@@ -113,3 +113,29 @@ def shared_memory(folder: str = "/dev/shm") -> Result:
         add = result.fail if free_gib < _TOO_LITTLE_SHARED_GIB else result.warn
         add("a batch of 256 images takes 0.11 GiB, and --loader torchvision keeps several in it", _MORE_SHARED)
     return result
+
+
+def _node_cores(root: Path) -> dict[int, set[int]]:
+    """Number of a node → its cores, in order of the numbers; nodes without a core, or hidden ones, are left out."""
+    nodes = {}
+    for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
+        with suppress(OSError, ValueError):
+            cores: set[int] = set()
+            for part in filter(None, (folder / "cpulist").read_text().strip().split(",")):  # 0-3,8
+                first, _, last = part.partition("-")
+                cores |= set(range(int(first), int(last or first) + 1))
+            nodes[int(folder.name.removeprefix("node"))] = cores
+    return {number: cores for number, cores in sorted(nodes.items()) if cores}
+
+
+def _gpu_node(number: int, root: Path) -> int | None:
+    """The node that the GPU `cuda:number` is at; None where the kernel does not know it."""
+    import torch
+
+    about: Any = torch.cuda.get_device_properties(number)
+    try:
+        address = f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
+        node = int((root / "sys/bus/pci/devices" / address / "numa_node").read_text())
+    except (AttributeError, OSError, ValueError):
+        return None
+    return node if node >= 0 else None

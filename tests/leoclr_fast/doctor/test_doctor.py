@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 import textwrap
@@ -26,10 +25,9 @@ from leoclr_fast.cli import run_command
 from leoclr_fast.commands.doctor import table
 from leoclr_fast.doctor import disks, gpus, packages, processors, ranks, system
 from leoclr_fast.doctor.checks import CHECKS, Check, chosen_checks
+from leoclr_fast.doctor.control_groups import cpu_quota, memory_left_bytes
 from leoclr_fast.doctor.examination import run_apart
 from leoclr_fast.doctor.result import Result, failed, not_applicable, warning
-from leoclr_fast.machine import memory_nodes
-from leoclr_fast.machine.control_groups import cpu_quota, memory_left_bytes
 
 GIB = 2**30
 NOTHING_GIVEN = {"data": "", "out": ""}
@@ -95,7 +93,7 @@ def lives(process: int) -> bool:
 class TestProcesses:
     """Each check runs apart: whatever it does there, there is one result, in time."""
 
-    def test_a_module_that_cannot_be_imported_is_told_with_its_reason(self, broken: Any) -> None:
+    def test_a_module_that_cannot_be_imported_is_named_with_its_reason(self, broken: Any) -> None:
         broken("pyarrow", "print('hello')\nraise ImportError('libparquet.so.9: cannot open shared object file')")
         result = run_apart(check_named("extra parquet"), NOTHING_GIVEN)
         assert result.status == "failed"
@@ -159,7 +157,7 @@ class TestProcesses:
         assert "FAILED  required packages" in done.stdout
 
     @pytest.mark.long
-    def test_an_interface_that_is_not_there_is_told(self, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def test_an_interface_that_is_not_there_is_named(self, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         """gloo and its settings, for real, with a left-over variable."""
         names = ["gloo", "communication settings"]
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "gone0")
@@ -235,7 +233,7 @@ class TestProcessors:
         write(folder / "cpu.cfs_quota_us", "250000\n")
         assert cpu_quota(tmp_path) == 2.5
 
-    def test_a_quota_below_the_cores_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_quota_below_the_cores_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
         monkeypatch.setattr(os, "cpu_count", lambda: 64)
         monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 0.0, 0.0))
@@ -252,18 +250,14 @@ class TestProcessors:
         assert result.status == "warning"
         assert "OMP_NUM_THREADS=many is no number of threads" in result.found
 
-    def test_lists_of_cores(self) -> None:
-        assert memory_nodes.cpu_list("0-3,8,10-11\n") == {0, 1, 2, 3, 8, 10, 11}
-        assert memory_nodes.cpu_list("\n") == frozenset()
-
-    def test_a_gpu_whose_cores_are_not_ours_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_gpu_whose_cores_are_not_ours_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         nodes = tmp_path / "sys/devices/system/node"
-        write(nodes / "node0/cpulist", "0-3\n")
+        write(nodes / "node0/cpulist", "0-2,3\n")
         assert processors.numa(tmp_path).status == "not applicable"
         write(nodes / "node1/cpulist", "4-7\n")
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        monkeypatch.setattr(memory_nodes, "gpu_node", lambda number, root: number)
+        monkeypatch.setattr(processors, "_gpu_node", lambda number, root: number)
         result = processors.numa(tmp_path)
         assert result.status == "warning"
         assert result.found == (
@@ -361,8 +355,6 @@ class TestDisks:
         assert result.status in ("ok", "warning")  # the disk of the tests may be nearly full
         assert result.found.startswith(f"{tmp_path}, ")
         assert list(tmp_path.iterdir()) == []
-
-    def test_a_file_in_place_of_the_folder(self, tmp_path: Path) -> None:
         assert disks.out_folder(str(write(tmp_path / "run", ""))).found == f"{tmp_path}/run is a file"
 
     def test_no_room_and_no_inodes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +380,7 @@ class TestDisks:
         assert "page cache" in result.found or "from memory" in result.found
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_slow_disk_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_slow_disk_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(disks, "_write", lambda descriptor, block: (16 * 2**20, 4.0))
         result = disks.out_speed(str(tmp_path))
         assert result.status == "warning"
@@ -457,7 +449,7 @@ class TestLaunching:
         write(tmp_path / "sys/class/net/eth0/operstate", "down\n")
         assert ranks.network(tmp_path).found.endswith(": ib0; InfiniBand: mlx5_0")
 
-    def test_a_torchrun_of_another_python_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_torchrun_of_another_python_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         script = write(tmp_path / "torchrun", "#!/opt/other/bin/python3\n")
         script.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -517,11 +509,3 @@ class TestGpus:
         assert sick.status == "failed"
         assert "1 programs on them, 4711: 2048 MiB; GPU 0 has lost bits of its memory" in sick.found
         assert "others compute on these GPUs" in sick.found
-
-
-def test_signals_are_named() -> None:
-    """What a killed check says of itself is a word, not a number."""
-    from leoclr_fast.doctor.examination import _signal_name
-
-    assert _signal_name(signal.SIGSEGV) == "SIGSEGV"
-    assert _signal_name(63) == "signal 63"
