@@ -3,37 +3,20 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dataset_tools.sources import open_source
+from tests.dataset_tools.made_up import read_all
 
 
 def test_order_and_labels_are_those_of_torchvision(write_tree) -> None:
     image_folder = pytest.importorskip("torchvision.datasets").ImageFolder
-    names = [
-        *(
-            "b/2.jpg",
-            "b/10.JPEG",
-            "b/1.png",
-            "b/deep/er/x.webp",
-            "b/deep-er/x.tiff",
-            "b/deep/0.bmp",
-            "b/deep/..",
-        ),
-        *(
-            "a/Z.jpg",
-            "a/z.PGM",
-            "a/ä.jpg",
-            "a/notes.txt",
-            "a/x.jpg.gz",
-            "C/only.ppm",
-            "b2/u.jpeg",
-            "b-2/u.tif",
-        ),
-    ]
-    root = write_tree({name: name.encode() for name in names if not name.endswith("..")})
+    names = "b/2.jpg b/10.JPEG b/1.png b/deep/er/x.webp b/deep-er/x.tiff b/deep/0.bmp a/Z.jpg a/z.PGM a/ä.jpg"
+    names += " a/notes.txt a/x.jpg.gz C/only.ppm b2/u.jpeg b-2/u.tif"
+    root = write_tree({name: name.encode() for name in names.split()})
     (root / "loose.jpg").write_bytes(b"not in a class")
     (root / "C" / "link.jpg").symlink_to(root / "a" / "Z.jpg")
     (root / "D").symlink_to(root / "b", target_is_directory=True)
@@ -49,79 +32,50 @@ def test_order_and_labels_are_those_of_torchvision(write_tree) -> None:
         assert train.read(index) == Path(path).read_bytes()
 
 
-def test_splits_in_their_order_share_the_class_list_of_train(write_tree) -> None:
-    root = write_tree(
-        {
-            "unlabeled/x.jpg": b"u0",
-            "unlabeled/any/y.jpg": b"u1",
-            "test/dog/1.jpg": b"t",
-            "valid/cat/1.jpg": b"v0",
-            "valid/dog/1.jpg": b"v1",
-            "train/dog/2.jpg": b"d",
-            "train/cat/1.jpg": b"c",
-            "train/ant/": b"",
-        }
-    )
-    source = open_source(root)
-    assert list(source.splits) == ["train", "val", "test", "unlabeled"]
-    assert source.classes == ("ant", "cat", "dog")
-    assert {name: list(split.names) for name, split in source.splits.items()} == {
-        "train": ["train/cat/1.jpg", "train/dog/2.jpg"],
-        "val": ["valid/cat/1.jpg", "valid/dog/1.jpg"],
-        "test": ["test/dog/1.jpg"],
-        "unlabeled": ["unlabeled/x.jpg", "unlabeled/any/y.jpg"],
-    }
-    assert {name: split.labels.tolist() for name, split in source.splits.items()} == {
-        "train": [1, 2],
-        "val": [1, 2],
-        "test": [2],
-        "unlabeled": [-1, -1],
-    }
-    assert source.splits["unlabeled"].read(1) == b"u1"
-    assert source.splits["val"].name == "val"
-
-
-def test_flat_folders_are_unlabelled(write_tree) -> None:
-    source = open_source(write_tree({"2.jpg": b"2", "10.jpg": b"10", "empty/": b""}))
-    assert list(source.splits) == ["train"]
-    assert list(source.splits["train"].names) == ["10.jpg", "2.jpg"]
-    assert source.splits["train"].labels.tolist() == [-1, -1]
-    assert source.classes == ()
-
-
-def test_a_class_may_be_called_train(write_tree) -> None:
-    source = open_source(write_tree({"bus/1.jpg": b"", "train/1.jpg": b"", "test/1.jpg": b""}))
-    assert list(source.splits) == ["train"]
-    assert source.classes == ("bus", "test", "train")
-
-
-def test_folders_beside_splits_are_left_out_with_a_warning(write_tree, caplog) -> None:
-    source = open_source(write_tree({"train/a/1.jpg": b"", "val/a/1.jpg": b"", "docs/figure.png": b""}))
-    assert {name: len(split) for name, split in source.splits.items()} == {"train": 1, "val": 1}
-    assert "left out, being beside train, val: docs" in caplog.text
-
-
-def test_loose_images_and_empty_splits_are_left_out_with_a_warning(write_tree, caplog) -> None:
-    source = open_source(write_tree({"train/a/1.jpg": b"", "train/loose.jpg": b"", "val/": b""}))
-    assert {name: list(split.names) for name, split in source.splits.items()} == {"train": ["train/a/1.jpg"]}
-    assert "1 images in 'train'" in caplog.text
-    assert "its folder 'val' holds no image" in caplog.text
-
-
-def test_hidden_names_are_ignored(write_tree) -> None:
-    source = open_source(
-        write_tree(
+@pytest.mark.parametrize(
+    ("names", "classes", "expected", "warning"),
+    [
+        (
+            "unlabeled/x.jpg unlabeled/any/y.jpg test/dog/1.jpg valid/cat/1.jpg valid/dog/1.jpg train/dog/2.jpg "
+            "train/cat/1.jpg train/ant/",
+            ("ant", "cat", "dog"),
             {
-                "a/1.jpg": b"",
-                "a/._1.jpg": b"",
-                ".git/x/1.jpg": b"",
-                "__MACOSX/a/1.jpg": b"",
-                "a/.b/1.jpg": b"",
-            }
-        )
-    )
-    assert source.classes == ("a",)
-    assert list(source.splits["train"].names) == ["a/1.jpg"]
+                "train": {"train/cat/1.jpg": 1, "train/dog/2.jpg": 2},
+                "val": {"valid/cat/1.jpg": 1, "valid/dog/1.jpg": 2},
+                "test": {"test/dog/1.jpg": 2},
+                "unlabeled": {"unlabeled/x.jpg": -1, "unlabeled/any/y.jpg": -1},
+            },
+            "",
+        ),
+        ("2.jpg 10.jpg empty/", (), {"train": {"10.jpg": -1, "2.jpg": -1}}, ""),
+        (
+            "bus/1.jpg train/1.jpg test/1.jpg",
+            ("bus", "test", "train"),
+            {"train": {"bus/1.jpg": 0, "test/1.jpg": 1, "train/1.jpg": 2}},
+            "",
+        ),
+        (
+            "train/a/1.jpg val/a/1.jpg docs/figure.png",
+            ("a",),
+            {"train": {"train/a/1.jpg": 0}, "val": {"val/a/1.jpg": 0}},
+            "left out, being beside train, val: docs",
+        ),
+        ("train/a/1.jpg train/loose.jpg", ("a",), {"train": {"train/a/1.jpg": 0}}, "1 images in 'train'"),
+        ("train/a/1.jpg val/", ("a",), {"train": {"train/a/1.jpg": 0}}, "its folder 'val' holds no image"),
+        ("a/1.jpg a/._1.jpg .git/x/1.jpg __MACOSX/a/1.jpg a/.b/1.jpg", ("a",), {"train": {"a/1.jpg": 0}}, ""),
+    ],
+    ids=["splits", "flat", "a class called train", "others beside splits", "loose images", "empty split", "hidden"],
+)
+def test_layouts(write_tree, caplog, names: str, classes: tuple[str, ...], expected: Any, warning: str) -> None:
+    """Splits come in their order, and share the class list of train."""
+    source = open_source(write_tree({name: b"" if name.endswith("/") else name.encode() for name in names.split()}))
+    assert source.classes == classes
+    assert list(source.splits) == list(expected)
+    for name, split in source.splits.items():
+        assert list(zip(split.names, split.labels.tolist(), strict=True)) == list(expected[name].items())
+        assert read_all(split) == [each.encode() for each in split.names]
+        assert split.name == name
+    assert warning in caplog.text
 
 
 def test_link_loops_end(write_tree, caplog) -> None:

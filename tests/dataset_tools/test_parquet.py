@@ -202,23 +202,21 @@ def test_unusable_columns(tmp_path: Path, cache_folder: Path, columns: dict[str,
     assert not list(cache_folder.glob("*.partial"))
 
 
-def test_labels_without_names_are_text_and_shared(tmp_path: Path) -> None:
-    write(tmp_path / "train.parquet", {"img": [picture(i) for i in range(5)], "label": [10, 2, None, 2, 0]})
-    write(tmp_path / "val.parquet", {"img": [picture(i) for i in range(2)], "label": [10, -1]})
+@pytest.mark.parametrize(
+    ("train", "val", "classes", "expected"),
+    [
+        ([10, 2, None, 2, 0], [10, -1], ("0", "10", "2"), [[1, 2, -1, 2, 0], [1, -1]]),
+        (["b", "a", None, "ä"], ["a"], ("a", "b", "ä"), [[1, 0, -1, 2], [0]]),
+    ],
+    ids=["numbers without names", "text"],
+)
+def test_labels(tmp_path: Path, train: list[Any], val: list[Any], classes: tuple[str, ...], expected: Any) -> None:
+    for split, labels in (("train", train), ("val", val)):
+        columns = {"img": [picture(i) for i in range(len(labels))], "label": labels}
+        write(tmp_path / f"{split}.parquet", columns)
     source = open_source(tmp_path)
-    assert source.classes == ("0", "10", "2")
-    assert {name: split.labels.tolist() for name, split in source.splits.items()} == {
-        "train": [1, 2, -1, 2, 0],
-        "val": [1, -1],
-    }
-
-
-def test_labels_that_are_text(tmp_path: Path) -> None:
-    write(tmp_path / "train.parquet", {"img": [picture(i) for i in range(4)], "label": ["b", "a", None, "ä"]})
-    write(tmp_path / "test.parquet", {"img": [picture(9)], "label": ["a"]})
-    source = open_source(tmp_path)
-    assert source.classes == ("a", "b", "ä")
-    assert [split.labels.tolist() for split in source.splits.values()] == [[1, 0, -1, 2], [0]]
+    assert source.classes == classes
+    assert [split.labels.tolist() for split in source.splits.values()] == expected
 
 
 def test_classes_that_train_lacks(tmp_path: Path) -> None:

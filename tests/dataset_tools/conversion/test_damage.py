@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -434,45 +433,33 @@ FILES = {
     for name in "bc"
     for number in range(4)
 }
-CHANGES: dict[str, tuple[Callable[[dict[str, bytes]], None], str]] = {
-    "bytes": (
-        lambda files: files.update({"train/b/2.jpg": jpeg(30, 20, 77)}),
-        "train/b/2.jpg: its bytes are not those of the source",
-    ),
+NEW = jpeg(30, 20, 77)
+CHANGES: dict[str, tuple[str, dict[str, bytes], str]] = {
+    "bytes": ("train/b/2.jpg", {"train/b/2.jpg": NEW}, "train/b/2.jpg: its bytes are not those of the source"),
     "name": (
-        lambda files: files.update({"train/b/2x.jpg": files.pop("train/b/2.jpg")}),
+        "train/b/2.jpg",
+        {"train/b/2x.jpg": FILES["train/b/2.jpg"]},
         "train/b/2.jpg: the source has another image, or none, at its index 2",
     ),
     "added": (
-        lambda files: files.update({"train/c/9.jpg": jpeg(30, 20, 9)}),
+        "-",
+        {"train/c/9.jpg": NEW},
         "train/c/9.jpg: the source has it; here it is neither a sample nor in quarantine",
     ),
-    "removed": (
-        lambda files: files.pop("val/c/3.jpg"),
-        "val/c/3.jpg: the source has another image, or none, at its index 7",
-    ),
-    "class added": (
-        lambda files: files.update({"train/a/0.jpg": jpeg(30, 20, 9)}),
-        "val/b/0.jpg: its label is 0, in the source 1",
-    ),
-    "split added": (
-        lambda files: files.update({"test/b/0.jpg": jpeg(30, 20, 9)}),
-        "test: the source has 1 images, here are none",
-    ),
-    "split removed": (
-        lambda files: [files.pop(name) for name in list(files) if name.startswith("val/")],
-        "the source has no split val",
-    ),
+    "removed": ("val/c/3.jpg", {}, "val/c/3.jpg: the source has another image, or none, at its index 7"),
+    "class added": ("-", {"train/a/0.jpg": NEW}, "val/b/0.jpg: its label is 0, in the source 1"),
+    "split added": ("-", {"test/b/0.jpg": NEW}, "test: the source has 1 images, here are none"),
+    "split removed": ("val/", {}, "the source has no split val"),
 }
+"""What is removed (by the beginning of its name), what is added, and the problem that is found."""
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_source_that_has_changed(tmp_path: Path, change: str) -> None:
     convert(write_tar(tmp_path / "images.tar", FILES), tmp_path / "data", options("webdataset"))
     assert problems(tmp_path / "data", source=tmp_path / "images.tar") == []
-    files = dict(FILES)
-    apply, expected = CHANGES[change]
-    apply(files)
+    removed, added, expected = CHANGES[change]
+    files = {name: data for name, data in FILES.items() if not name.startswith(removed)} | added
     found = problems(tmp_path / "data", source=write_tar(tmp_path / "changed.tar", files))
     assert expected in found, found
     assert exit_code("verify", tmp_path / "data", "--source", tmp_path / "changed.tar") == 1

@@ -41,36 +41,26 @@ def test_all_fields() -> None:
     assert read_jpeg_header(jpeg(frame())).adobe_transform is None
 
 
-@pytest.mark.parametrize(
-    ("segments", "obstacle"),
-    [
-        ([frame()], ""),
-        ([frame(0xC1)], ""),
-        ([frame(0xC2)], ""),
-        ([frame(ids=b"\1")], ""),
-        ([frame(ids=b"\0\1\2")], ""),
-        ([adobe(1), frame()], ""),
-        ([adobe(0), frame(ids=b"\1")], ""),
-        ([frame(0xC1, precision=12)], "12 bits"),
-        ([frame(0xC3, precision=16)], "16 bits"),
-        ([frame(0xC3)], "lossless or hierarchical JPEG"),
-        ([frame(0xC5)], "lossless or hierarchical JPEG"),
-        ([frame(0xC6)], "lossless or hierarchical JPEG"),
-        ([frame(0xC7)], "lossless or hierarchical JPEG"),
-        ([frame(0xC9)], "arithmetic coding"),
-        ([frame(0xCA)], "arithmetic coding"),
-        ([frame(0xCF)], "arithmetic coding"),
-        ([frame(ids=b"\1\2\3\4")], "CMYK"),
-        ([adobe(2), frame(ids=b"\1\2\3\4")], "CMYK"),
-        ([frame(ids=b"\1\2")], "2 components"),
-        ([frame(ids=b"\1\2\3\4\5")], "5 components"),
-        ([frame(ids=b"RGB")], "RGB colour space"),
-        ([adobe(0), frame()], "RGB colour space"),
-        ([frame(), adobe(0)], "RGB colour space"),
+OBSTACLES: dict[str, list[bytes]] = {
+    "": [
+        *(frame(), frame(0xC1), frame(0xC2), frame(ids=b"\1"), frame(ids=b"\0\1\2")),
+        *(adobe(1) + frame(), adobe(0) + frame(ids=b"\1")),
     ],
-)
-def test_obstacles(segments: list[bytes], obstacle: str) -> None:
-    assert read_jpeg_header(jpeg(*segments)).obstacle == obstacle
+    "12 bits": [frame(0xC1, precision=12)],
+    "16 bits": [frame(0xC3, precision=16)],
+    "lossless or hierarchical JPEG": [frame(0xC3), frame(0xC5), frame(0xC6), frame(0xC7)],
+    "arithmetic coding": [frame(0xC9), frame(0xCA), frame(0xCF)],
+    "CMYK": [frame(ids=b"\1\2\3\4"), adobe(2) + frame(ids=b"\1\2\3\4")],
+    "2 components": [frame(ids=b"\1\2")],
+    "5 components": [frame(ids=b"\1\2\3\4\5")],
+    "RGB colour space": [frame(ids=b"RGB"), adobe(0) + frame(), frame() + adobe(0)],
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_obstacles(obstacle: str) -> None:
+    for segments in OBSTACLES[obstacle]:
+        assert read_jpeg_header(jpeg(segments)).obstacle == obstacle
 
 
 @pytest.mark.parametrize(
@@ -92,36 +82,32 @@ def test_what_may_stand_around_the_frame(data: bytes) -> None:
     assert (header.width, header.height, header.obstacle) == (40, 30, "")
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "does not begin with a start of image"),
-        (b"\xff", "does not begin with a start of image"),
-        (b"\x89PNG\r\n", "does not begin with a start of image"),
-        (b"\xff\xd8", "it ends before its scan"),
-        (b"\xff\xd8\xff", "it ends before its scan"),
-        (b"\xff\xd8\xff\xff", "it ends before its scan"),
-        (b"\xff\xd8\xff\xe0\x00", "it ends before its scan"),
-        (b"\xff\xd8" + frame(), "it ends before its scan"),
-        (b"\xff\xd8" + frame() + END, "it ends before its scan"),
-        (b"\xff\xd8junk" + frame() + SCAN + END, "there is no marker at byte 2"),
-        (jpeg(frame(), b"\0\0"), "there is no marker at byte 21"),
-        (b"\xff\xd8\xff\xe0\x00\x01" + SCAN, "its marker E0 at byte 2 is cut short"),
-        (b"\xff\xd8\xff\xe0\xff\xff" + SCAN, "its marker E0 at byte 2 is cut short"),
-        (jpeg(segment(0xC0, bytes(5))), "its frame header is damaged"),
-        (jpeg(segment(0xC0, frame()[4:-1])), "its frame header is damaged"),
-        (jpeg(frame(), frame()), "its frame header is damaged"),
-        (jpeg(), "no frame header before its scan"),
-        (jpeg(frame(height=0)), "its header says 40 x 0 pixels"),
-        (jpeg(frame(width=0)), "its header says 0 x 30 pixels"),
-        (jpeg(frame())[:-2], "truncated: there is no end of image"),
-        (jpeg(frame())[:-1], "truncated: there is no end of image"),
-        (jpeg(segment(0xE1, jpeg(frame())), frame())[:-2], "truncated: there is no end of image"),
+DAMAGE = {
+    "does not begin with a start of image": [b"", b"\xff", b"\x89PNG\r\n"],
+    "it ends before its scan": [
+        *(b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xff", b"\xff\xd8\xff\xe0\x00"),
+        *(b"\xff\xd8" + frame(), b"\xff\xd8" + frame() + END),
     ],
-)
-def test_damage(data: bytes, message: str) -> None:
-    with pytest.raises(DamagedJpegError, match=message):
-        read_jpeg_header(data)
+    "there is no marker at byte 2": [b"\xff\xd8junk" + frame() + SCAN + END],
+    "there is no marker at byte 21": [jpeg(frame(), b"\0\0")],
+    "its marker E0 at byte 2 is cut short": [b"\xff\xd8\xff\xe0\x00\x01" + SCAN, b"\xff\xd8\xff\xe0\xff\xff" + SCAN],
+    "its frame header is damaged": [
+        *(jpeg(segment(0xC0, bytes(5))), jpeg(segment(0xC0, frame()[4:-1])), jpeg(frame(), frame())),
+    ],
+    "no frame header before its scan": [jpeg()],
+    "its header says 40 x 0 pixels": [jpeg(frame(height=0))],
+    "its header says 0 x 30 pixels": [jpeg(frame(width=0))],
+    "truncated: there is no end of image": [
+        *(jpeg(frame())[:-2], jpeg(frame())[:-1], jpeg(segment(0xE1, jpeg(frame())), frame())[:-2]),
+    ],
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damage(message: str) -> None:
+    for data in DAMAGE[message]:
+        with pytest.raises(DamagedJpegError, match=message):
+            read_jpeg_header(data)
 
 
 def test_no_prefix_of_a_jpeg_is_taken_for_a_whole_one() -> None:
