@@ -1,19 +1,25 @@
-"""Reads and writes that are complete, or an error; from any process and thread."""
+"""Files: reads and writes that are complete, or an error; locks for which a moment is waited."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_PIECES = 1024
 """Linux's IOV_MAX."""
+LOCK_WAIT_S = 2.0
+"""A process that was just killed, a worker that it had just forked, or a reader that looks whether the lock is held may
+hold it for a moment."""
+_PAUSE_S = 0.05
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
@@ -116,3 +122,19 @@ class ByteFile:
     def __del__(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def take_lock(file: int | IO[str], wait_s: float = LOCK_WAIT_S) -> None:
+    """Lock an open file, or its descriptor, against everybody else.
+
+    Raises BlockingIOError if another process holds it for longer, OSError where the file system knows no locks.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except (BlockingIOError, PermissionError) as error:  # the second is what NFS may say
+            if time.monotonic() > deadline:
+                raise BlockingIOError(error.errno, error.strerror) from error
+            time.sleep(_PAUSE_S)

@@ -13,8 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dataset_tools.file_lock import take_lock
-from dataset_tools.files import written
+from dataset_tools.files import take_lock, written
 
 JOURNAL_NAME = "journal.json"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from dataset_tools.file_lock import LOCK_WAIT_S, take_lock
+from dataset_tools.files import LOCK_WAIT_S, take_lock
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
 from leoclr_fast.run.environment import environment

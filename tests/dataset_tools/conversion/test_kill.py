@@ -161,7 +161,7 @@ def kill_at_random(case: Case, num_kills: int, seed: int, longest_s: float = 0.5
             assert command.code == 0, command.output
             case.check()
             shutil.rmtree(case.destination)
-        if known and " images" in command.output:
+        if known and re.search(r"^(train|val): [\d,]+ images", command.output, re.MULTILINE):
             assert "continuing what an earlier call left" in command.output
             continued += bool(re.search(r"[1-9][\d,]* of them done before", command.output))
     case.complete(workers=2, pause_s=0)
