@@ -72,17 +72,9 @@ class PackedNames(Sequence[str]):
     def __getitem__(self, index: slice) -> PackedNames: ...
     def __getitem__(self, index: int | slice) -> str | PackedNames:
         if isinstance(index, slice):
-            return self._slice(range(len(self))[index])
+            return self.select(np.arange(*index.indices(len(self)), dtype=np.int64))
         position = range(len(self))[index]
         return self.blob[self.offsets[position] : self.offsets[position + 1]].decode("utf-8", "surrogateescape")
-
-    def _slice(self, positions: range) -> PackedNames:
-        if positions.step != 1:
-            return self.select(np.array(positions, dtype=np.int64))
-        if len(positions) == len(self):
-            return self
-        offsets = self.offsets[positions.start : max(positions.start, positions.stop) + 1]
-        return PackedNames.from_buffers(self.blob[offsets[0] : offsets[-1]], offsets - offsets[0])
 
     def __iter__(self) -> Iterator[str]:
         start = 0

@@ -64,15 +64,10 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
         if data[position] != 0xFF:
             raise DamagedJpegError(f"there is no marker at byte {position}")
         marker = data[position + 1]
-        if marker == 0xFF:  # fill byte
-            position += 1
+        if marker == 0xFF or marker in _STANDALONE:
+            position += 1 if marker == 0xFF else 2  # the first is a fill byte
             continue
-        if marker in _STANDALONE:
-            position += 2
-            continue
-        if marker == 0xD9:
-            raise DamagedJpegError("it ends before its scan")
-        if position + 4 > size:
+        if marker == 0xD9 or position + 4 > size:
             raise DamagedJpegError("it ends before its scan")
         length = data[position + 2] << 8 | data[position + 3]
         begin, position = position + 4, position + 2 + length

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import tarfile
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dataset_tools.files import ByteFile
 from dataset_tools.packed_names import PackedNames
@@ -26,23 +24,19 @@ def open_tar(archive: Path) -> ImageSource:
     damaged, holds a name twice or an absolute or `..` path, or for its layout (`layout.lay_out`).
     """
     tar, index = read_index(archive)
-    ranges = index.folders
-    top = _common_top(list(ranges))
-    layout = lay_out({folder[len(top) :]: stop - start for folder, (start, stop) in ranges.items()}, f"{archive}")
-    chosen: dict[str, slice | NDArray[np.int64]] = {}
-    labels: dict[str, NDArray[np.int64]] = {}
-    for split, folders in layout.splits.items():
-        spans = [ranges[f"{top}{folder}".rstrip("/")] for folder, _ in folders]
-        chosen[split] = _positions(spans)
-        sizes = [stop - start for start, stop in spans]
-        labels[split] = np.repeat(np.array([label for _, label in folders], dtype=np.int64), sizes)
-    names, extents = index.names, index.extents
-    del index  # its names take as much memory as those of the splits, and go before the extents come
-    split_names = {split: _chosen_names(names, positions, top) for split, positions in chosen.items()}
-    del names
+    top = _common_top(list(index.folders))
+    ranges = {folder[len(top) :]: range(*bounds) for folder, bounds in index.folders.items()}
+    layout = lay_out({folder: len(inside) for folder, inside in ranges.items()}, f"{archive}")
     file, splits = ByteFile(tar), dict[str, Split]()
-    for split, positions in chosen.items():
-        splits[split] = ExtentSplit(split, file, split_names[split], extents[positions], labels[split], layout.classes)
+    for split, folders in layout.splits.items():
+        positions = np.concatenate([np.arange(*index.folders[top + folder]) for folder, _ in folders])
+        labels = np.repeat([label for _, label in folders], [len(ranges[folder]) for folder, _ in folders])
+        names = index.names.select(positions)
+        if top:
+            names = PackedNames(name[len(top) :] for name in names)
+        splits[split] = ExtentSplit(
+            split, file, names, index.extents[positions], labels.astype(np.int64), layout.classes
+        )
     kind = "tar of tars" if is_tar_of_tars(tar) else "tar"
     return ImageSource(path=archive, kind=kind, splits=splits, classes=layout.classes)
 
@@ -80,18 +74,3 @@ def _common_top(folders: list[str]) -> str:
     if len(tops) != 1 or not all("/" in folder for folder in folders) or tops & SPLIT_NAMES.keys():
         return ""
     return f"{tops.pop()}/"
-
-
-def _positions(spans: list[tuple[int, int]]) -> slice | NDArray[np.int64]:
-    """The ranges [start, stop), one after the other: a slice, which copies less, where they are adjacent."""
-    if all(stop == start for (_, stop), (start, _) in pairwise(spans)):
-        return slice(spans[0][0], spans[-1][1])
-    return np.concatenate([np.arange(start, stop) for start, stop in spans])
-
-
-def _chosen_names(names: PackedNames, positions: slice | NDArray[np.int64], top: str) -> PackedNames:
-    """The names at `positions`, without `top` in front."""
-    if top:
-        numbers = range(len(names))[positions] if isinstance(positions, slice) else positions
-        return PackedNames(names[number][len(top) :] for number in numbers)
-    return names[positions] if isinstance(positions, slice) else names.select(positions)

@@ -59,6 +59,10 @@ def data(whole: dict[str, Path], format: str, tmp_path: Path) -> Path:
 # The unfinished conversion
 
 
+def journal_state(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "journal.json").read_text().split("\n")[1])["state"])
+
+
 @pytest.fixture
 def unfinished(source: Path, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """DEST.partial of a conversion that stopped in the val split, train being finished."""
@@ -75,7 +79,7 @@ def unfinished(source: Path, format: str, tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(StoppedBySignalError):
             convert(source, tmp_path / "made", options(format), workers=1, journal_every_s=0)
     folder = tmp_path / "made.partial"
-    state = json.loads((folder / "journal.json").read_text().split("\n")[1])["state"]
+    state = journal_state(folder)
     assert "finished" in state["splits"]["train"]
     assert 0 < state["splits"]["val"]["done"] < 60
     assert state["quarantine_bytes"] > 0
@@ -107,7 +111,7 @@ def test_what_is_behind_the_journal_is_forgotten_each_time(
         patch.setattr("dataset_tools.conversion.convert._Conversion._finish", dying_finish)
         with pytest.raises(StoppedBySignalError):
             convert(source, unfinished.with_name("made"), options(format), workers=1, journal_every_s=0)
-    state = json.loads((unfinished / "journal.json").read_text().split("\n")[1])["state"]
+    state = journal_state(unfinished)
     assert state["quarantine_bytes"] == (unfinished / "quarantine.jsonl").stat().st_size < 5000
     convert(source, unfinished.with_name("made"), options(format), workers=2)
     assert contents(unfinished.with_name("made")) == contents(whole[format])
@@ -152,7 +156,7 @@ def test_a_damaged_journal(unfinished: Path, source: Path, format: str, damage: 
 def test_a_file_that_the_journal_knows(unfinished: Path, source: Path, format: str, how: str, whole: Any) -> None:
     """Each of them, of the finished split and of the other: nothing is published without it."""
     ignored = ("journal.json", "lock", "train.rows")
-    state = json.loads((unfinished / "journal.json").read_text().split("\n")[1])["state"]["splits"]["val"]["writer"]
+    state = journal_state(unfinished)["splits"]["val"]["writer"]
     later = {f"val-{number:06}.tar" for number in range(len(state.get("sizes", [])) + 1, 100)}
     names = sorted({*os.listdir(unfinished)} - {*ignored, *later})
     names = [name for name in names if "train-" not in name or "000001" in name]

@@ -167,6 +167,21 @@ def test_an_exception_comes_with_its_traceback() -> None:
         results(pool, range(10))
 
 
+TENS = [(start, start + 10) for start in range(0, 100, 10)]
+IN_PIECES = [*TENS[:2], *((i, i + 1) for i in range(20, 30)), *TENS[3:]]
+
+
+def dying_pool(by: signal.Signals, at: Callable[[Pieces], bool]) -> WorkerPool[Any, Any]:
+    """Two workers, of which one dies at some ranges of numbers, which can be cut in single ones."""
+    return WorkerPool(
+        dies(by, at),
+        2,
+        pieces=lambda task: [(i, i + 1) for i in range(*task)],
+        crashed=lambda task, reason: ("crashed", task, reason),
+        describe="images {}".format,
+    )
+
+
 def test_a_worker_that_dies_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     """Its task is cut in pieces, which take its place in the order."""
     flag = tmp_path / "died"
@@ -177,18 +192,8 @@ def test_a_worker_that_dies_once(caplog: pytest.LogCaptureFixture, tmp_path: Pat
             flag.touch()
         return first
 
-    tasks = [(start, start + 10) for start in range(0, 100, 10)]
-    with (
-        caplog.at_level(logging.WARNING),
-        WorkerPool(
-            dies(signal.SIGKILL, at),
-            2,
-            pieces=lambda task: [(i, i + 1) for i in range(*task)],
-            describe="images {}".format,
-        ) as pool,
-    ):
-        found = [task for task, _, _ in results(pool, tasks)]
-    assert found == tasks[:2] + [(i, i + 1) for i in range(20, 30)] + tasks[3:]
+    with caplog.at_level(logging.WARNING), dying_pool(signal.SIGKILL, at) as pool:
+        assert [task for task, _, _ in results(pool, TENS)] == IN_PIECES
     assert pool.restarts == 1
     assert len(caplog.messages) == 1
     assert "was killed by SIGKILL at images (20, 30); they are done again" in caplog.text
@@ -197,34 +202,19 @@ def test_a_worker_that_dies_once(caplog: pytest.LogCaptureFixture, tmp_path: Pat
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGHUP])
 def test_a_worker_that_is_killed_each_time(by: signal.Signals) -> None:
     """By something from outside, such as the lack of memory: no image is to blame, so the work stops."""
-    began = time.monotonic()
     with (
-        WorkerPool(
-            dies(by, lambda task: task[0] <= 23 < task[1]),
-            2,
-            pieces=lambda task: [(i, i + 1) for i in range(*task)],
-            crashed=lambda task, reason: reason,
-            describe=lambda task: f"image {task[0]}",
-        ) as pool,
-        pytest.raises(WorkerDiedError, match=rf"killed by {by.name} at image 23,.*same command continues"),
+        dying_pool(by, lambda task: task[0] <= 23 < task[1]) as pool,
+        pytest.raises(WorkerDiedError, match=rf"killed by {by.name} at images \(23, 24\),.*same command continues"),
     ):
-        results(pool, [(start, start + 10) for start in range(0, 100, 10)])
-    assert time.monotonic() - began < 60
+        results(pool, TENS)
 
 
 @pytest.mark.parametrize("by", [signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL])
 def test_a_task_that_crashes_its_worker(by: signal.Signals) -> None:
-    tasks = [(start, start + 10) for start in range(0, 50, 10)]
-    with WorkerPool(
-        dies(by, lambda task: task[0] <= 23 < task[1]),
-        2,
-        pieces=lambda task: [(i, i + 1) for i in range(*task)],
-        crashed=lambda task, reason: ("crashed", task, reason),
-    ) as pool:
-        found = results(pool, tasks)
+    with dying_pool(by, lambda task: task[0] <= 23 < task[1]) as pool:
+        found = results(pool, TENS)
+    assert [task for task, _, _ in found] == IN_PIECES
     by_task = {task: (result, payload) for task, result, payload in found}
-    expected = tasks[:2] + [(i, i + 1) for i in range(20, 30)] + tasks[3:]
-    assert [task for task, _, _ in found] == expected
     reason = f"decoding it killed the worker twice (killed by {by.name})"
     assert by_task.pop((23, 24)) == (("crashed", (23, 24), reason), b"")
     assert all(found == (task, repr(task).encode()) for task, found in by_task.items())
