@@ -75,6 +75,11 @@ class Method(nn.Module, ABC):
         encoder: Encoder = getattr(self, self.encoder_name)
         return encoder
 
+    @property
+    def step_metrics(self) -> tuple[str, ...]:
+        """Names of what a step returns."""
+        return ("loss", *self.metric_names, "gradient_norm")
+
     def trained_weights(self) -> list[nn.Parameter]:
         """The parameters that the optimizer moves."""
         return [weight for weight in self.parameters() if weight.requires_grad]

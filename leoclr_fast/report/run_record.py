@@ -96,7 +96,9 @@ class RunRecord:
 
     @property
     def method_facts(self) -> MethodFacts:
-        return METHOD_FACTS.get(self.method, MethodFacts(self.method, 1))
+        """Of a method that others have added, its title as the run was started."""
+        title = self.metrics.starts[-1].get("method", self.method) if self.metrics.starts else self.method
+        return METHOD_FACTS.get(self.method, MethodFacts(str(title), 1))
 
     @property
     def synthetic(self) -> bool:

@@ -66,6 +66,7 @@ class RunLog:
             "start",
             step=self._training.step,
             method=self._training.method.title,
+            metrics=self._training.method.metric_names,
             format=FORMAT,
             steps_per_epoch=steps_per_epoch,
             last_step=last_step,

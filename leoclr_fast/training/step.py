@@ -49,7 +49,7 @@ class TrainingStep:
         self._result, self._speed = config.result, config.speed
         method, ranks = training.method, training.method.ranks
         require_precision(config.speed.precision, device)
-        self.metric_names = ("loss", *method.metric_names, "gradient_norm")
+        self.metric_names = method.step_metrics
         self._weights = method.trained_weights()
         # Synchronised batch-norm has the same running statistics everywhere already.
         averages_statistics = config.result.method.query_batchnorm != "sync"

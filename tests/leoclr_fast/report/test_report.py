@@ -138,7 +138,7 @@ def test_a_stopped_run_says_by_what(runs: ForkedRuns, tiny_data: Path, tmp_path:
 def test_a_crash_tells_where_and_why(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise NonFiniteLossError("the training became non-finite at step 5 <loss nan>")
 
     pretrain(tiny_config(), tiny_data, run, max_steps=3)
