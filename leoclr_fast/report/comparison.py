@@ -26,6 +26,13 @@ class Ratio:
     interval: tuple[float, float] | None
     windows: tuple[int, int]
 
+    def __str__(self) -> str:
+        if not math.isfinite(self.value):
+            return "unknown"
+        if self.interval is None:
+            return f"{self.value:.3f} (no interval: {min(self.windows)} stretches are too few)"
+        return f"{self.value:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}]"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:

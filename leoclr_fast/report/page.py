@@ -15,20 +15,14 @@ from PIL import Image
 
 from leoclr_fast.config_file import differences, flat
 from leoclr_fast.recipes import RECIPES
-from leoclr_fast.report.comparison import (
-    Ratio,
-    compared_methods,
-    differing_environment,
-    find_pairs,
-    speed_range,
-)
+from leoclr_fast.report.comparison import differing_environment, find_pairs, speed_range
 from leoclr_fast.report.curves import plots_of
 from leoclr_fast.report.evaluation_table import METRICS
 from leoclr_fast.report.plots import MAX_POINTS, drawn
 from leoclr_fast.report.reference import find_reference
 from leoclr_fast.report.rendering import rendered, shown_value
 from leoclr_fast.report.reproduce import changed_settings, reproducing_command
-from leoclr_fast.report.run_record import METHOD_FACTS, RunRecord, duration, read_run, when
+from leoclr_fast.report.run_record import RunRecord, read_run, when
 from leoclr_fast.report.sentence import as_sentence, bottleneck, bound_clause, summary_sentence
 from leoclr_fast.run.folder import RunFolder, write_atomically
 
@@ -151,25 +145,7 @@ def _with_synthetic_images(command: str) -> str:
 
 
 def _comparison(runs: list[RunRecord]) -> dict[str, Any]:
-    """A table of all runs, and pairs of the two methods with the ratio of their speeds."""
-    head = ["run", "method", "recipe", "seed", "epochs", "kNN top-1", "time", "training images/s", "data wait"]
-    rows = [
-        [
-            run.label,
-            run.method_facts.title,
-            run.recipe,
-            run.setting("result.seed", "?"),
-            _known(run.epochs_done, ".4g"),
-            _known(run.knn_top1, ".2f", " %"),
-            duration(run.metrics.wall_s if math.isfinite(run.metrics.wall_s) else run.training_s),
-            _known(run.images_per_s, ",.1f"),
-            _known(100 * run.data_wait_fraction, ".1f", " %"),
-            _known(run.energy_kwh, ".3g"),
-        ]
-        for run in runs
-    ]
-    if any(math.isfinite(run.energy_kwh) for run in runs):
-        head.append("kWh")
+    """Pairs of the two methods, their differences over all pairs, and the runs whose speed is no measure."""
     pairs = find_pairs(runs)
     gains = [pair.gain for pair in pairs if math.isfinite(pair.gain)]
     over_pairs = "One pair says nothing about chance: give several seeds of each."
@@ -178,34 +154,9 @@ def _comparison(runs: list[RunRecord]) -> dict[str, Any]:
             f"Over {len(gains)} pairs the difference is {statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f} "
             "points (mean ± standard deviation)."
         )
-    speeds = [
-        (run, *speed_range(run)) for run in dict.fromkeys(run for pair in pairs for run in (pair.run, pair.baseline))
-    ]
-    return {
-        "head": head,
-        "rows": [row[: len(head)] for row in rows],
-        "methods": [METHOD_FACTS[name].title for name in compared_methods([run.method for run in runs]) or ()],
-        "pairs": [
-            [
-                pair.run.label,
-                pair.baseline.label,
-                _known(pair.gain, "+.2f", " points"),
-                _ratio(pair.time_ratio),
-                ", ".join(pair.differences) or "nothing",
-            ]
-            for pair in pairs
-        ],
-        "over_pairs": over_pairs,
-        "uneven": [(run, slow, fast) for run, slow, fast in speeds if fast > _UNEVEN * slow],
-    }
-
-
-def _ratio(ratio: Ratio) -> str:
-    if not math.isfinite(ratio.value):
-        return "unknown"
-    if ratio.interval is None:
-        return f"{ratio.value:.3f} (no interval: {min(ratio.windows)} stretches are too few)"
-    return f"{ratio.value:.3f} [{ratio.interval[0]:.3f}, {ratio.interval[1]:.3f}]"
+    speeds = {run: speed_range(run) for pair in pairs for run in (pair.run, pair.baseline)}
+    uneven = [(run, slow, fast) for run, (slow, fast) in speeds.items() if fast > _UNEVEN * slow]
+    return {"pairs": pairs, "over_pairs": over_pairs, "uneven": uneven}
 
 
 def _contact_sheet(run: RunRecord) -> dict[str, Any] | None:
@@ -326,8 +277,3 @@ def _label(runs: list[RunRecord]) -> None:
                 break
         label = "/".join(parts[-length:])
         run.label = label if parts not in others else f"{label} ({number + 1})"
-
-
-def _known(value: float, form: str, unit: str = "") -> str:
-    """A figure with its unit, or that it is not known (NaN, infinite)."""
-    return f"{value:{form}}{unit}" if math.isfinite(value) else "not known"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -14,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from leoclr_fast.report.plots import DrawnPlot
-from leoclr_fast.report.run_record import when
+from leoclr_fast.report.run_record import duration, when
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -32,7 +33,7 @@ def rendered(template: Path, *, title: str, sections: dict[str, str], plots: Seq
         undefined=StrictUndefined,
     )
     pages.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    pages.filters |= {"when": when, "value": shown_value, "form": format}
+    pages.filters |= {"when": when, "value": shown_value, "form": format, "known": _known, "duration": duration}
     script = (_TEMPLATES / "page.js").read_text()
     return pages.get_template(template.name).render(
         values,
@@ -53,3 +54,8 @@ def shown_value(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(shown_value, value))
     return "none" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def _known(value: float, form: str, unit: str = "") -> str:
+    """A figure with its unit, or that it is not known (NaN, infinite)."""
+    return f"{value:{form}}{unit}" if math.isfinite(value) else "not known"

@@ -29,7 +29,7 @@ class MethodFacts(NamedTuple):
 
 
 METHOD_FACTS = {"leoclr": MethodFacts("LeOCLR", 2), "mocov2": MethodFacts("MoCo-v2", 1)}
-"""By `--method.name`: ours first, and last the baseline that the others are compared with."""
+"""By `--method.name`, for logs that do not say: ours first, and last the baseline that it is compared with."""
 _SILENT_AFTER_S = 600.0
 
 StateKind = Literal["finished", "paused", "stopped", "failed", "running", "killed", "unsure", "empty"]
@@ -150,6 +150,11 @@ class RunRecord:
     def data_wait_fraction(self) -> float:
         """Share of the training time in which the step waited for its batch, since the run was last started."""
         return self._overall("data_wait_fraction")
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds that the run took, of training alone where the log has no times; NaN if nothing was logged."""
+        return self.metrics.wall_s if math.isfinite(self.metrics.wall_s) else self.training_s
 
     @property
     def training_s(self) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from leoclr_fast.run.folder import RunFolder
 from tests.leoclr_fast.conftest import write_tiny_images
 from tests.leoclr_fast.written_run import end, start, step_record, written_run
 
@@ -60,8 +61,11 @@ def test_conversion(environment: dict[str, str], tmp_path: Path) -> None:
     assert f"{tmp_path / 'list'}: 4 of 40 images" in printed
 
 
-def test_watch(environment: dict[str, str], tmp_path: Path) -> None:
+def test_watch_report_and_compare(environment: dict[str, str], tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", [start(), step_record(10), step_record(20), end(20, "paused")])
     printed, _ = leoclr_fast(environment, "watch", run, "--once", "--json")
     document = json.loads(printed.splitlines()[-1])
     assert (document["state"], document["step"]) == ("paused", 20)
+    assert "report: " in leoclr_fast(environment, "report", run)[0]
+    RunFolder(run).add_evaluation("linear", {"top1": 50.0, "settings": {"epochs": 100}})
+    assert "| linear, top-1 | 50.00" in leoclr_fast(environment, "compare", run)[0]

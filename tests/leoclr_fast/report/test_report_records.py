@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -98,6 +100,23 @@ def test_a_newer_format_says_so(tmp_path: Path) -> None:
     assert "A newer version wrote this log (format 7, this program reads 1)" in text
     assert "kinds this program does not know: energy" in text
     assert "leoclr_v3" in page_of([read_run(run)])
+
+
+def test_a_log_names_what_its_method_measures(tmp_path: Path) -> None:
+    """A method of which this program knows nothing else."""
+    logged = start(method="Sim<Siam>", metrics=["output_std"])
+    path = written_run(tmp_path / "run", [logged, *(step_record(step, output_std=step / 100) for step in (10, 20))])
+    config = RunFolder(path).config_file
+    config.write_text(config.read_text().replace("name: leoclr", "name: simsiam"))
+    run = read_run(path)
+    page = page_of([run])
+    assert "Sim&lt;Siam&gt; pretrained a ResNet-18" in page
+    assert "Output std over epochs. this run: from 0.1 at 0.217 to 0.2 at 0.435" in page
+    assert 'id="plot-similarity"' not in page
+    output = Console(file=io.StringIO(), width=100)
+    watch(run.path, output, once=True)
+    assert isinstance(output.file, io.StringIO)
+    assert re.search(r"output std +0\.2000", output.file.getvalue())
 
 
 def test_damaged_other_files(tmp_path: Path) -> None:
