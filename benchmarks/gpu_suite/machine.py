@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from importlib.util import find_spec
 
 import torch
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig
+from dataset_tools.versions import installed_version
 from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.machine.energy import EnergyMeter
 from leoclr_fast.machine.gpu_state import gpu_state
@@ -29,7 +29,7 @@ def run(config: SuiteConfig, say: Say) -> Answer:
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "packages": packages,
-        "lightly": metadata.version("lightly") if _is_there("lightly") else None,
+        "lightly": installed_version("lightly"),
         "energy": EnergyMeter.of(device).missing or "read by NVML",
     }
     lines = [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 import socket
-from importlib import metadata
 from typing import Any
 
 from dataset_tools.sources import ImageSource
+from dataset_tools.versions import installed_version
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.host_group import HostGroup
@@ -27,7 +27,7 @@ def require_same_everywhere(host: HostGroup, config: RunConfig, source: ImageSou
     own["the data's names and labels"] = source.fingerprint
     own["the bytes of a sample of its images"] = source.sample_digest()
     own["python"] = platform.python_version()
-    own |= {f"package {name}": _version(name) for name in _PACKAGES}
+    own |= {f"package {name}": installed_version(name) for name in _PACKAGES}
     started = host.gathered((socket.gethostname(), own))
     hosts, everyone = [host for host, _ in started], [values for _, values in started]
     first = everyone[0]
@@ -52,10 +52,3 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in nested.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -7,13 +7,13 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dataset_tools.versions import installed_version
 from leoclr_fast.report.plots import DrawnPlot
 from leoclr_fast.report.run_record import duration, when
 
@@ -44,7 +44,7 @@ def rendered(template: Path, *, title: str, sections: dict[str, str], plots: Seq
         style=Markup((_TEMPLATES / "page.css").read_text()),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=metadata.version("leoclr-fast"),
+        version=installed_version("leoclr-fast") or "of an unknown version",
         now=time.time(),
     )
 

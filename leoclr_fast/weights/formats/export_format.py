@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
+from dataset_tools.versions import installed_version
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.weights.pretrained import Pretrained
 
@@ -42,17 +42,11 @@ class ExportFormat(ABC):
     @property
     def reader(self) -> str:
         """Who loads the file back: `timm 1.0.31`."""
-        return f"{self.packages[-1]} {metadata.version(self.packages[-1])}"
+        return f"{self.packages[-1]} {installed_version(self.packages[-1])}"
 
     def missing_packages(self) -> list[str]:
         """Of `packages`, those that are not installed."""
-        missing = []
-        for package in self.packages:
-            try:
-                metadata.version(package)
-            except metadata.PackageNotFoundError:
-                missing.append(package)
-        return missing
+        return [package for package in self.packages if installed_version(package) is None]
 
 
 def only_published_networks(config: BackboneConfig, library: str) -> str | None:
