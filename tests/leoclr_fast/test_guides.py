@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 
@@ -163,8 +164,24 @@ def test_every_command_of_the_guide_to_converting_runs(
     assert (tmp_path / "runs" / "leoclr" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("guide", [*GUIDES, "CONTRIBUTING.md"])
 def test_the_files_that_a_guide_shows_and_links_exist(guide: str) -> None:
     path = ROOT / guide
     linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
     assert all((path.parent / name).exists() for name in linked), linked
+
+
+def test_the_map_is_true() -> None:
+    """The floors are those that the linter holds, top to bottom, and every file that is named is there."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if "floors" in contract["name"])
+    floors = [name for layer in layers for name in layer.split(" | ") if name != "__main__"]
+    table = text.partition("| floor, top to bottom")[2].partition("\n\n")[0]
+    shown = [name for row in table.splitlines()[2:] for name in re.findall(r"`([\w.]+)/?`", row.split("|")[1])]
+    assert [name.removesuffix(".py") for name in shown] == floors
+    files = set(re.findall(r"`([\w/]+\.py)`", text))
+    packages = ("dataset_tools", "pipelines", "leoclr_fast", "tests")
+    there = [path.as_posix() for package in packages for path in (ROOT / package).rglob("*.py")]
+    assert len(files) > 20
+    assert {name for name in files if not any(path.endswith(f"/{name}") for path in there)} == set()
