@@ -1,6 +1,6 @@
 """Our augmentation against torchvision's transforms, on CPU cores: `python -m benchmarks.augmentation --help`.
 
-Every contestant augments and normalises three views of each image, uint8 crops of 224 pixels that it holds in memory:
+Each side augments and normalises three views of each image, uint8 crops of 224 pixels that it holds in memory:
 colour jitter in a random order, grayscale, blur, flip, float32, normalisation, with MoCo-v2's settings. Nothing is
 read, decoded or cropped. torchvision works sample by sample in DataLoader workers, as people use it.
 """
@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ import torch
 import tyro
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.interleaved import Comparison, Contestant
+from benchmarks.results import RESULTS, Results, TimedTask, compare
 from pipelines.config import IMAGENET_MEAN, IMAGENET_STD
 
 SIDE = 224
@@ -36,7 +37,7 @@ PEERS = {
 
 
 def photographs(num_images: int) -> npt.NDArray[np.uint8]:
-    """uint8 [B, V, S, S, 3]: smooth waves with some noise, the same for all contestants."""
+    """uint8 [B, V, S, S, 3]: smooth waves with some noise, the same for all."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE
     crops = np.empty((num_images, VIEWS, SIDE, SIDE, 3), dtype=np.uint8)
@@ -48,15 +49,7 @@ def photographs(num_images: int) -> npt.NDArray[np.uint8]:
     return crops
 
 
-def ours(num_images: int, batch_size: int, workers: int) -> Iterator[float]:
-    yield from _ours("auto", num_images, batch_size, workers)
-
-
-def ours_torch(num_images: int, batch_size: int, workers: int) -> Iterator[float]:
-    yield from _ours("torch", num_images, batch_size, workers)
-
-
-def _ours(impl: Literal["auto", "torch"], num_images: int, batch_size: int, workers: int) -> Iterator[float]:
+def ours(impl: Literal["auto", "torch"], num_images: int, batch_size: int, workers: int) -> Iterator[float]:
     """One call for each batch, as a training step makes it, drawing of the parameters included."""
     from pipelines.augment import augment, draw_augmentation
     from pipelines.config import ViewConfig
@@ -79,16 +72,7 @@ def _ours(impl: Literal["auto", "torch"], num_images: int, batch_size: int, work
 def torchvision_v2(num_images: int, batch_size: int, workers: int) -> Iterator[float]:
     from torchvision.transforms import v2
 
-    transform = v2.Compose(
-        [
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], p=0.5),
-            v2.RandomHorizontalFlip(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
+    transform = _moco_v2(v2, v2.ToDtype(torch.float32, scale=True))
     dataset = _Crops(torch.from_numpy(photographs(num_images)).movedim(-1, 2).contiguous(), transform)
     yield from _data_loader(dataset, batch_size, workers)
 
@@ -97,18 +81,22 @@ def torchvision_v1(num_images: int, batch_size: int, workers: int) -> Iterator[f
     from PIL import Image
     from torchvision import transforms as v1
 
-    transform = v1.Compose(
+    images = [[Image.fromarray(crop) for crop in views] for views in photographs(num_images)]
+    yield from _data_loader(_Crops(images, _moco_v2(v1, v1.ToTensor())), batch_size, workers)
+
+
+def _moco_v2(transforms: Any, to_float: Any) -> Any:
+    """MoCo-v2's augmentation out of either version of torchvision's transforms."""
+    return transforms.Compose(
         [
-            v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v1.RandomGrayscale(p=0.2),
-            v1.RandomApply([v1.GaussianBlur(23, (0.1, 2.0))], p=0.5),
-            v1.RandomHorizontalFlip(),
-            v1.ToTensor(),
-            v1.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([transforms.GaussianBlur(23, (0.1, 2.0))], p=0.5),
+            transforms.RandomHorizontalFlip(),
+            to_float,
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
-    images = [[Image.fromarray(crop) for crop in views] for views in photographs(num_images)]
-    yield from _data_loader(_Crops(images, transform), batch_size, workers)
 
 
 class _Crops(Dataset[list[torch.Tensor]]):
@@ -122,16 +110,16 @@ class _Crops(Dataset[list[torch.Tensor]]):
         return [self._transform(crop) for crop in self._crops[index]]
 
 
-CONTESTANTS: dict[str, Contestant] = {
-    "ours": ours,
+TASKS: dict[str, TimedTask] = {
+    "ours": partial(ours, "auto"),
     "torchvision v2, uint8 tensors, DataLoader": torchvision_v2,
     "torchvision v1, PIL images, DataLoader": torchvision_v1,
-    "ours, impl torch": ours_torch,
+    "ours, impl torch": partial(ours, "torch"),
 }
 
 
 def _data_loader(dataset: _Crops, batch_size: int, workers: int) -> Iterator[float]:
-    """The workers live as long as the contestant, and stand still between its turns."""
+    """The workers live as long as the process, and stand still between its rounds."""
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, persistent_workers=True)
     yield from _timed(lambda: (len(views[0]) for views in loader), len(dataset))
 
@@ -139,7 +127,7 @@ def _data_loader(dataset: _Crops, batch_size: int, workers: int) -> Iterator[flo
 def _timed(epoch: Callable[[], Iterator[int]], images: int) -> Iterator[float]:
     """Seconds from the first batch of each epoch to the last; an epoch must hand out all images.
 
-    After the pause between two turns, the first batch finds its memory gone back to the system, unlike in training.
+    After the pause between two rounds, the first batch finds its memory gone back to the system, unlike in training.
     What other workers have done by then counts for them: at most a batch each.
     """
     while True:
@@ -165,7 +153,7 @@ class AugmentationBenchmark:
     """Threads of ours, worker processes of torchvision's."""
     name: str = "augmentation_cpu"
     """Of the result files."""
-    out: Path = Path("benchmarks/results")
+    out: Path = RESULTS
 
     def run(self) -> None:
         """Measure, and write the result files after every round."""
@@ -175,20 +163,20 @@ class AugmentationBenchmark:
                 f"{self.images} images are not allowed, since then what the workers have done when the clock "
                 f"starts would decide: give at least {least}"
             )
-        comparison = Comparison(
-            name=self.name,
-            out=self.out,
+        compare(
+            Results(module="benchmarks.augmentation", name=self.name, out=self.out),
+            TASKS,
+            (self.images, self.batch_size, self.workers),
+            self.rounds,
             title=f"MoCo-v2's photometric augmentation of three {SIDE}-pixel views on {self.workers} cores",
             task=f"One epoch of {self.images:,} images in batches of {self.batch_size}, three views each: uint8 crops "
             "in memory become normalised float32 views. The clock starts when the first batch has come.",
-            notes="The crops are drawn, the same for all. Each contestant draws its own parameters, of the same "
+            notes="The crops are drawn, the same for all. Each side draws its own parameters, of the same "
             "distributions. DataLoader: sample by sample in as many worker processes, batched there and handed over in "
             "shared memory; what the other workers have done when the first batch comes is given to them.",
-            amount=self.images - self.batch_size,
+            num_images=self.images - self.batch_size,
             peers=PEERS,
-            packages=("torch", "torchvision", "pillow", "numba", "numpy"),
         )
-        comparison.run(CONTESTANTS, (self.images, self.batch_size, self.workers), self.rounds)
 
 
 if __name__ == "__main__":

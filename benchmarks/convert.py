@@ -11,12 +11,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from benchmarks.interleaved import Comparison, Contestant
+from benchmarks.results import RESULTS, Results, TimedTask, compare
 
 PEERS = {
     "ours, ffcv --check header": ("FFCV DatasetWriter, jpg",),
@@ -26,20 +27,12 @@ PEERS = {
 }
 
 
-def ffcv_header(source: str, scratch: str, workers: int) -> Iterator[float]:
-    yield from _ours(source, scratch, workers, format="ffcv", max_side=0)
+def ours(options: dict[str, Any], source: str, scratch: str, workers: int) -> Iterator[float]:
+    from dataset_tools.conversion.convert import convert
+    from dataset_tools.conversion.options import ConvertOptions
 
-
-def ffcv_decode(source: str, scratch: str, workers: int) -> Iterator[float]:
-    yield from _ours(source, scratch, workers, format="ffcv", max_side=0, check="decode")
-
-
-def ffcv_reencode(source: str, scratch: str, workers: int) -> Iterator[float]:
-    yield from _ours(source, scratch, workers, format="ffcv", max_side=0, mode="reencode")
-
-
-def webdataset_header(source: str, scratch: str, workers: int) -> Iterator[float]:
-    yield from _ours(source, scratch, workers, format="webdataset")
+    chosen = ConvertOptions(**options)
+    yield from _timed(lambda out: convert(source, out / "converted", chosen, workers=workers), source, scratch)
 
 
 def ffcv_writer(source: str, scratch: str, workers: int) -> Iterator[float]:
@@ -71,22 +64,15 @@ def shard_writer(source: str, scratch: str, workers: int) -> Iterator[float]:
     yield from _timed(convert, source, scratch)
 
 
-CONTESTANTS: dict[str, Contestant] = {
-    "ours, ffcv --check header": ffcv_header,
-    "ours, ffcv --check decode": ffcv_decode,
-    "ours, ffcv --mode reencode": ffcv_reencode,
-    "ours, webdataset --check header": webdataset_header,
+_FFCV = {"format": "ffcv", "max_side": 0}
+TASKS: dict[str, TimedTask] = {
+    "ours, ffcv --check header": partial(ours, _FFCV),
+    "ours, ffcv --check decode": partial(ours, _FFCV | {"check": "decode"}),
+    "ours, ffcv --mode reencode": partial(ours, _FFCV | {"mode": "reencode"}),
+    "ours, webdataset --check header": partial(ours, {"format": "webdataset"}),
     "FFCV DatasetWriter, jpg": ffcv_writer,
     "webdataset ShardWriter": shard_writer,
 }
-
-
-def _ours(source: str, scratch: str, workers: int, **options: Any) -> Iterator[float]:
-    from dataset_tools.conversion.convert import convert
-    from dataset_tools.conversion.options import ConvertOptions
-
-    chosen = ConvertOptions(**options)
-    yield from _timed(lambda out: convert(source, out / "converted", chosen, workers=workers), source, scratch)
 
 
 def _timed(convert: Callable[[Path], object], source: str, scratch: str) -> Iterator[float]:
@@ -121,7 +107,7 @@ class ConvertBenchmark:
     """What the result files call the data, where its path should not stand in them."""
     scratch: Path | None = None
     """A folder on the disk to use; the one for temporary files if not given."""
-    out: Path = Path("benchmarks/results")
+    out: Path = RESULTS
 
     def run(self) -> None:
         """Measure, and write the result files after every round."""
@@ -129,20 +115,25 @@ class ConvertBenchmark:
             os.environ["LEOCLR_CACHE"] = str(Path(folder) / "cache")
             source = Path(folder) / "images"
             images, num_bytes = write_copies(self.data, source, self.copies)
-            comparison = Comparison(
-                name=self.name,
-                out=self.out,
+            compare(
+                Results(
+                    module="benchmarks.convert",
+                    name=self.name,
+                    out=self.out,
+                    hidden={str(self.data): self.data_label or str(self.data)},
+                ),
+                TASKS,
+                (str(source), folder, self.workers),
+                self.rounds,
                 title=f"Conversion of {images:,} JPEGs ({num_bytes / 1e6:,.0f} MB) with {self.workers} workers",
                 task=f"{images:,} JPEGs are converted.",
                 notes="Images in the page cache; ours with --max-side 0, so that none is resized, as in FFCV's "
                 "example. Ours are synced to the disk, hashed and journaled when the clock stops; the peers' bytes are "
                 "then with the system. ShardWriter is one process.",
-                amount=images,
+                num_images=images,
                 peers=PEERS,
-                packages=("ffcv", "webdataset", "torchvision", "pillow", "opencv-python", "numpy"),
-                hidden={str(self.data): self.data_label or str(self.data)},
+                packages=("webdataset", "opencv-python"),
             )
-            comparison.run(CONTESTANTS, (str(source), folder, self.workers), self.rounds)
 
 
 def write_copies(data: Path, source: Path, copies: int) -> tuple[int, int]:

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from benchmarks.results import RESULTS, Results, made_with
+from leoclr_fast.bench.page import markdown_table
+
+EVALUATORS = ("knn", "linear", "finetune")
 _Flags = Annotated[str, tyro.conf.arg(metavar="'FLAGS'")]
 
 
@@ -36,7 +39,7 @@ class Evaluations:
     """What the result files call the data, where its path should not stand in them."""
     recipes: tuple[str, ...] = ("leoclr_cifar10", "mocov2_cifar10")
     seeds: tuple[int, ...] = (0,)
-    out: Path = Path("benchmarks/results")
+    out: Path = RESULTS
     pretrain_flags: _Flags = (
         "--backbone.width-multiplier 0.125 --max-images 5000 --epochs 12 --batch-size 128 --optimizer.base-lr 0.12 "
         "--method.loss-reduction mean --monitor.knn-every-epochs 0"
@@ -49,144 +52,116 @@ class Evaluations:
     device: str = "cpu"
     least_margin: float = 2.0
     """Points that training must gain in each evaluation, in the mean over the seeds."""
-    log: tyro.conf.Suppress[list[str]] = field(default_factory=list)
-    results: tyro.conf.Suppress[list[dict[str, Any]]] = field(default_factory=list)
 
     def run(self) -> int:
-        """Run everything, write the three files; returns the exit code."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Run everything, write the three files after each run; returns the exit code."""
         with tempfile.TemporaryDirectory() as folder:
-            self.log.append(f"$ {self._call(Path(folder))}")
-            runs: list[Path] = []
+            hidden = {self.data: self.data_label or self.data, f"{folder}/": ""}
+            results = Results(module="benchmarks.evaluations", name=self.name, out=self.out, hidden=hidden)
+            found: list[dict[str, Any]] = []
+            runs: list[str] = []
             environment: dict[str, Any] = {}
             for seed in self.seeds:
                 for recipe in self.recipes:
-                    run = Path(folder) / f"{recipe}-{seed}"
-                    self._evaluate(recipe, seed, run)
-                    runs.append(run)
-                    table = self._command(["compare", *map(str, runs)], run.parent)
+                    runs.append(f"{folder}/{recipe}-{seed}")
+                    found += self._evaluations(recipe, seed, runs[-1], results)
+                    table = results.type_command("compare", *runs)
                     # Of the first run: later ones see that files have changed since the commit, these results.
-                    environment = environment or json.loads((run / "environment.json").read_text())
-                    margins = self._write(table, environment)
-        print((self.out / f"{self.name}.md").read_text())
-        return 0 if all(margin["mean"] >= self.least_margin for margin in margins) else 1
+                    environment = environment or json.loads((Path(runs[0]) / "environment.json").read_text())
+                    margins = _margins(found)
+                    document = {
+                        "data": self.data_label or self.data,
+                        "margins": margins,
+                        "table": table,
+                        "results": found,
+                        "commands": [line.removeprefix("$ ") for line in results.log[1:] if line.startswith("$ ")],
+                        "environment": environment,
+                    }
+                    page = self._page(document, results)
+                    results.write(document, page)
+        print(page)
+        return int(any(margin["mean"] < self.least_margin for margin in margins))
 
-    def _evaluate(self, recipe: str, seed: int, run: Path) -> None:
+    def _evaluations(self, recipe: str, seed: int, run: str, results: Results) -> list[dict[str, Any]]:
         """A run, its evaluations and those of the network it began as."""
         common = ["--data", self.data, "--device", self.device]
-        pretrain = ["pretrain", recipe, *shlex.split(self.pretrain_flags), "--seed", str(seed), "--out", str(run)]
-        self._command([*pretrain, *common], run.parent)
-        for name in ("knn", "linear", "finetune"):
+        flags = shlex.split(self.pretrain_flags)
+        results.type_command("pretrain", recipe, *flags, "--seed", str(seed), "--out", run, *common)
+        found = []
+        for name in EVALUATORS:
             for untrained in (False, True):
                 flags = shlex.split(getattr(self, f"{name}_flags"))
-                document = self._command([name, str(run), *flags, *common, *["--untrained"] * untrained], run.parent)
-                found = document["evaluations"][0] if name == "finetune" else document
-                self.results.append(
-                    {"recipe": recipe, "seed": seed, "evaluator": name, "untrained": untrained, **found}
-                )
+                document = results.type_command(name, run, *flags, *common, *["--untrained"] * untrained)
+                one = document["evaluations"][0] if name == "finetune" else document
+                found.append({"recipe": recipe, "seed": seed, "evaluator": name, "untrained": untrained, **one})
+        return found
 
-    def _command(self, arguments: list[str], folder: Path) -> dict[str, Any]:
-        """One command and what it returned as JSON; its output goes to the log."""
-        shown = self._shown(shlex.join(["leoclr-fast", *arguments, "--json"]), folder)
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "leoclr_fast", *arguments, "--json"], capture_output=True, text=True, check=False
-        )
-        print(f"{shown}: {time.perf_counter() - start:.0f} s", flush=True)
-        self.log.extend([f"$ {shown}", self._shown(done.stdout + done.stderr, folder)])
-        (self.out / f"{self.name}.log").write_text("\n".join(self.log) + "\n")
-        if done.returncode:
-            raise RuntimeError(f"{shown} failed:\n{done.stdout}{done.stderr}")
-        document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return document
-
-    def _call(self, folder: Path) -> str:
-        """How this program was called."""
-        return self._shown(shlex.join(["python", "-m", "benchmarks.evaluations", *sys.argv[1:]]), folder)
-
-    def _shown(self, text: str, folder: Path) -> str:
-        """Without the paths of this machine."""
-        if self.data_label:
-            text = text.replace(self.data, self.data_label)
-        return text.replace(f"{folder}/", "").replace(str(Path.home()), "~")
-
-    def _write(self, table: dict[str, Any], environment: dict[str, Any]) -> list[dict[str, Any]]:
-        """All that is finished, after every run: hours are not lost to a late failure."""
-        margins = self._margins()
-        folder = Path(table["columns"][0]["runs"][0]).parent
-        document = {
-            "command": self._call(folder),
-            "data": self.data_label or self.data,
-            "margins": margins,
-            "table": table,
-            "results": self.results,
-            "commands": [line.removeprefix("$ ") for line in self.log[1:] if line.startswith("$ ")],
-            "environment": environment,
-        }
-        text = json.dumps(document, indent=1)
-        (self.out / f"{self.name}.json").write_text(self._shown(text, folder) + "\n")
-        (self.out / f"{self.name}.md").write_text(self._shown(self._markdown(document), folder))
-        return margins
-
-    def _margins(self) -> list[dict[str, Any]]:
-        """Top-1 of the trained network less that of the untrained one, over the seeds."""
-        margins = []
-        for recipe in self.recipes:
-            for name in ("knn", "linear", "finetune"):
-                own = [one for one in self.results if (one["recipe"], one["evaluator"]) == (recipe, name)]
-                top1 = {(one["seed"], one["untrained"]): one["top1"] for one in own}
-                gains = [top1[seed, False] - top1[seed, True] for seed, untrained in top1 if untrained]
-                if gains:
-                    margins.append(
-                        {
-                            "recipe": recipe,
-                            "evaluator": name,
-                            "n": len(gains),
-                            "mean": sum(gains) / len(gains),
-                            "least": min(gains),
-                            "trained": [top1[seed, False] for seed, untrained in top1 if untrained],
-                            "untrained": [top1[seed, True] for seed, untrained in top1 if untrained],
-                        }
-                    )
-        return margins
-
-    def _markdown(self, document: dict[str, Any]) -> str:
-        environment = document["environment"]
-        versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-        rows = "\n".join(
-            f"| {margin['recipe']} | {margin['evaluator']} | {margin['n']} | {_values(margin['untrained'])} "
-            f"| {_values(margin['trained'])} | {margin['mean']:+.1f} | {margin['least']:+.1f} |"
+    def _page(self, document: dict[str, Any], results: Results) -> str:
+        header = ("recipe", "evaluator", "n", "untrained", "trained", "mean gain, points", "least gain")
+        rows = [
+            (
+                margin["recipe"],
+                margin["evaluator"],
+                str(margin["n"]),
+                _values(margin["untrained"]),
+                _values(margin["trained"]),
+                f"{margin['mean']:+.1f}",
+                f"{margin['least']:+.1f}",
+            )
             for margin in document["margins"]
-        )
-        short = [margin for margin in document["margins"] if margin["mean"] < self.least_margin]
-        verdict = (
-            f"Less than {self.least_margin:g} points gained: "
-            + ", ".join(f"{margin['recipe']} {margin['evaluator']}" for margin in short)
+        ]
+        short = [
+            f"{margin['recipe']} {margin['evaluator']}"
+            for margin in document["margins"]
+            if margin["mean"] < self.least_margin
+        ]
+        outcome = (
+            f"Less than {self.least_margin:g} points gained: {', '.join(short)}"
             if short
             else f"Training gained {self.least_margin:g} points or more in every evaluation."
         )
-        printed = self.log[-1].rsplit("\n{", 1)[0].strip()
+        compared = results.log[-1].rsplit("\n{", 1)[0].strip()
         return f"""# Evaluations of trained and untrained networks: {document["data"]}
 
 Top-1, percent, on the test split; each column of values has one for each seed.
 
-| recipe | evaluator | n | untrained | trained | mean gain, points | least gain |
-|---|---|---|---|---|---|---|
-{rows}
-
-{verdict}
+{markdown_table(header, rows)}
+{outcome}
 
 `leoclr-fast compare` over the same runs:
 
-{printed}
+{compared}
 
-`{document["command"]}`
+`{results.command}`
 
-{environment["cpu"]}, {environment["torch_threads"]} threads, device {environment["device"]}; Python
-{environment["python"]}, {versions}; commit {environment["git_commit"]}.
+{made_with(document["environment"])}
 A + behind the commit: files had changes before the first run.
 The single commands are in the JSON file, their output is in the log.
 """
+
+
+def _margins(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Top-1 of the trained network less that of the untrained one, over the seeds, for each recipe and evaluator."""
+    top1 = {(one["recipe"], one["evaluator"], one["untrained"], one["seed"]): one["top1"] for one in found}
+    margins = []
+    for recipe, evaluator in dict.fromkeys(key[:2] for key in top1):
+        trained, untrained = (
+            [value for key, value in top1.items() if key[:3] == (recipe, evaluator, is_untrained)]
+            for is_untrained in (False, True)
+        )
+        gains = [after - before for after, before in zip(trained, untrained, strict=True)]
+        margins.append(
+            {
+                "recipe": recipe,
+                "evaluator": evaluator,
+                "n": len(gains),
+                "mean": sum(gains) / len(gains),
+                "least": min(gains),
+                "trained": trained,
+                "untrained": untrained,
+            }
+        )
+    return margins
 
 
 def _values(values: list[float]) -> str:

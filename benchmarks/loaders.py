@@ -1,65 +1,29 @@
-"""Our loaders against what people use: `python -m benchmarks.loaders --help`.
+"""Our loaders against what people use, as `leoclr-fast bench loader` times them: `python -m benchmarks.loaders --help`.
 
-Every contestant makes three views of each image of one epoch, as uint8 on the CPU, from JPEGs that lie in the page
-cache: the uncropped original and two random crops (three random crops, where FFCV decodes by itself). Ours draw our
-boxes, the stock pipelines their own of the same distribution.
+Each makes three views of each image of one epoch, as uint8 on the CPU, from JPEGs that lie in the page cache.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import tyro
 
 from benchmarks.convert import write_copies
-from benchmarks.interleaved import Comparison, Contestant
+from benchmarks.results import RESULTS, Results
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.sources import open_source
-from dataset_tools.splits import choose_splits
-from leoclr_fast.bench.loader_contestants import (
-    LoaderTask,
-    LoaderTurn,
-    ours,
-    stock_dali,
-    stock_ffcv,
-    stock_torchvision,
-)
+from leoclr_fast.bench.config import LoaderBenchConfig
+from leoclr_fast.bench.loader import bench_loader, loader_markdown
+from leoclr_fast.bench.page import interval
+from leoclr_fast.bench.statistics import ratio_interval
 
-SIDE = 224
 BATCH = 50
-PEERS = {
-    "ours, ffcv": (
-        "torchvision DataLoader, our boxes",
-        "torchvision DataLoader, RandomResizedCrop",
-        "FFCV, three pipelines",
-    ),
-    "ours, dali": ("DALI, its own reader", "torchvision DataLoader, our boxes"),
-}
-
-
-def seconds(turns: Callable[[LoaderTask], Iterator[LoaderTurn]], task: LoaderTask) -> Iterator[float]:
-    """Of each turn of a contestant of `leoclr_fast.bench`, which must hand out the images of a whole epoch."""
-    images = BATCH * (len(choose_splits(open_source(task.data[0])).pretrain) // BATCH)
-    for turn in turns(task):
-        if turn.images != images:
-            raise RuntimeError(f"{turn.images} of {images} images came")
-        yield turn.seconds
-
-
-CONTESTANTS: dict[str, Contestant] = {
-    "torchvision DataLoader, our boxes": partial(seconds, partial(ours, "torchvision")),
-    "torchvision DataLoader, RandomResizedCrop": partial(seconds, stock_torchvision),
-    "ours, ffcv": partial(seconds, partial(ours, "ffcv")),
-    "FFCV, three pipelines": partial(seconds, stock_ffcv),
-    "ours, dali": partial(seconds, partial(ours, "dali")),
-    "DALI, its own reader": partial(seconds, stock_dali),
-}
+PEERS = {"ffcv": ("torchvision", "stock-torchvision", "stock-ffcv"), "dali": ("stock-dali", "torchvision")}
+"""One of ours -> the loaders that it is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,35 +40,34 @@ class LoaderBenchmark:
     """Of the result files."""
     data_label: str = ""
     """What the result files call the data, where its path should not stand in them."""
-    out: Path = Path("benchmarks/results")
+    out: Path = RESULTS
 
     def run(self) -> None:
-        """Measure, and write the result files after every round."""
+        """Measure, and write the result files."""
+        hidden = {str(self.data): self.data_label or str(self.data)}
+        results = Results(module="benchmarks.loaders", name=self.name, out=self.out, hidden=hidden)
+        names = tuple(dict.fromkeys([*PEERS, *(peer for peers in PEERS.values() for peer in peers)]))
+        config = LoaderBenchConfig(
+            loaders=names, rounds=self.rounds, workers=self.workers, batch_size=BATCH, device="cpu"
+        )
         with tempfile.TemporaryDirectory() as folder:
             os.environ["LEOCLR_CACHE"] = str(Path(folder) / "cache")
-            images, num_bytes = write_copies(self.data, Path(folder) / "images", self.copies)
-            convert(Path(folder) / "images", Path(folder) / "ffcv", ConvertOptions(format="ffcv", max_side=0))
-            comparison = Comparison(
-                name=self.name,
-                out=self.out,
-                title=f"Three views of {images:,} JPEGs ({num_bytes / 1e6:,.0f} MB) on {self.workers} cores",
-                task=f"One epoch of {images:,} images, batches of {BATCH}, three uint8 views each.",
-                notes="Images in the page cache; nothing is augmented. All but FFCV with three pipelines decode once.",
-                amount=images,
-                peers=PEERS,
-                packages=("ffcv", "nvidia-dali-cuda130", "torch", "torchvision", "pillow", "numba", "numpy"),
-                hidden={str(self.data): self.data_label or str(self.data)},
-            )
-            task = LoaderTask(
-                data=(Path(folder) / "images", Path(folder) / "ffcv"),
-                views=3,
-                image_size=SIDE,
-                batch_size=BATCH,
-                workers=self.workers,
-                device="cpu",
-                max_images=None,
-            )
-            comparison.run(CONTESTANTS, (task,), self.rounds)
+            images, converted = Path(folder) / "images", Path(folder) / "ffcv"
+            write_copies(self.data, images, self.copies)
+            convert(images, converted, ConvertOptions(format="ffcv", max_side=0))
+            document = bench_loader(config, [images, converted], results.say)
+        rates = {row["loader"]: row["rounds_images_per_s"] for row in document["rows"]}
+        document["ratios"] = {
+            name: {peer: ratio_interval(rates[name], rates[peer]) for peer in peers} for name, peers in PEERS.items()
+        }
+        ratios = [
+            f"- {name} is {interval(ratio, 2)} times as fast as {peer}\n"
+            for name, peers in document["ratios"].items()
+            for peer, ratio in peers.items()
+        ]
+        page = loader_markdown(document, results.command) + "\n" + "".join(ratios)
+        results.write(document, page)
+        print(page)
 
 
 if __name__ == "__main__":

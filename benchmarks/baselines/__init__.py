@@ -4,4 +4,4 @@ from benchmarks.baselines.lightly_mocov2 import LightlyMoCoV2
 from benchmarks.baselines.published_mocov2 import PublishedMoCoV2
 
 PEERS = {peer.name: peer for peer in (PublishedMoCoV2, LightlyMoCoV2)}
-"""Name -> contestant, for `bench train-time --peers`."""
+"""Name -> method under test, for `bench train-time --peers`."""

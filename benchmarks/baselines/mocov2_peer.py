@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from leoclr_fast.bench.contestant import Contestant
-from leoclr_fast.bench.setting import BenchSetting
-from leoclr_fast.config import SpeedConfig
+from leoclr_fast.bench.config import BenchSetting
+from leoclr_fast.bench.rounds import TimedMethod
+from leoclr_fast.config import MethodName, SpeedConfig
 from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
 from leoclr_fast.method.flops import training_flops_per_image
 from pipelines.augment import augmented_views
@@ -17,16 +18,18 @@ from pipelines.batch import CropBatch
 from pipelines.views import MOCOV2_VIEWS
 
 
-class MoCoV2Peer(Contestant):
+class MoCoV2Peer(TimedMethod):
     """MoCo-v2 with its networks eager, in NCHW, under autocast for half precision, and `torch.optim.SGD` as it comes.
 
     The views are cropped and augmented by our code, so that the loops are compared and not the data layers.
     """
 
+    peer_of: ClassVar[MethodName] = "mocov2"
+    """Our method that computes the same."""
     views = MOCOV2_VIEWS
 
     def __init__(self, setting: BenchSetting, speed: SpeedConfig, device: torch.device) -> None:
-        result = setting.result("mocov2")
+        result = setting.result(self.peer_of)
         self.result = result
         self.flops_per_image = training_flops_per_image(result)
         self._device, self._precision = device, speed.precision

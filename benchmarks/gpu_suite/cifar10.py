@@ -13,9 +13,9 @@ from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig, Unavaila
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
+from leoclr_fast.bench.page import markdown_table, number
 from leoclr_fast.bench.setting import bench_device
-from leoclr_fast.bench.stopwatch import synchronize
-from leoclr_fast.bench.tables import markdown_table, number
+from leoclr_fast.bench.timing import synchronize
 from leoclr_fast.config import RunConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
@@ -75,7 +75,7 @@ def short_pretraining(run_config: RunConfig, config: SuiteConfig, say: Say) -> d
     """Points of one run: epoch, loss (mean of the epoch), kNN top-1 (percent), images/s. No run folder is written."""
     assert config.data is not None
     result, speed = run_config.result, run_config.speed
-    device = bench_device(speed)
+    device = bench_device(speed.device)
     deadline = time.perf_counter() + config.soft_limit_s / len(_RECIPES)
     splits = choose_splits(open_source(config.data), holdout_seed=result.holdout_seed)
     split = limited(splits.pretrain, result.max_images)

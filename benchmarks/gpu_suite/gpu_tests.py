@@ -15,7 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig, UnavailableError
-from leoclr_fast.bench.tables import markdown_table
+from leoclr_fast.bench.page import markdown_table
 from leoclr_fast.distributed.process_group import resolve_device
 
 _CHECKOUT = Path(__file__).parents[2]

@@ -15,21 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu_suite.benches import rounds_of, without_title
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig, UnavailableError
 from dataset_tools.sources import Split, open_source
 from dataset_tools.splits import choose_splits
-from leoclr_fast.bench.tables import markdown_table, number
-from leoclr_fast.bench.train_time import TrainTimeConfig, bench_train_time
-from leoclr_fast.bench.train_time_report import train_time_markdown
-from leoclr_fast.bench.turns_config import TurnsConfig
+from leoclr_fast.bench.config import TrainTimeConfig
+from leoclr_fast.bench.page import markdown_table, number
+from leoclr_fast.bench.train_time import bench_train_time, train_time_markdown
 from leoclr_fast.distributed.process_group import resolve_device
-from leoclr_fast.parity.comparison import BACKENDS, BackendParity, ParityConfig, measure_parity
+from leoclr_fast.parity.comparison import BACKENDS, ParityConfig, measure_parity
 from pipelines.config import LoaderConfig
 from pipelines.decode import image_size
 
 _JPEG_BEGIN = b"\xff\xd8"
 _SAMPLES = 64
-_METHODS = ("leoclr", "mocov2")
 _DECODERS = ("dali", "nvjpeg")
 """Those that decode on a GPU."""
 
@@ -48,33 +47,23 @@ def run(config: SuiteConfig, say: Say) -> Answer:
     result: dict[str, Any] = {"data": data.name, **_described(split)}
     note = (
         f"{data.name}: {result['images']:,} images, {result['jpeg_fraction']:.0%} of them JPEGs, the shorter side "
-        f"{result['median_shorter_side']} pixels, for views of {_view_side(config)}.\n"
+        f"{result['median_shorter_side']} pixels, for views of {config.result.views.image_size}.\n"
     )
     result["parity"], result["did_not_run"] = _parity(config, data, say)
     result["too_far_off"] = sum(not row["ok"] for row in result["parity"])
     note += _parity_markdown(result["parity"], result["did_not_run"])
     config.keep(Answer(result=dict(result), markdown=note))
 
-    turns = (
-        TurnsConfig(rounds=2, steps=2, lead_steps=1, warmup_steps=1) if config.tiny else TurnsConfig(rounds=6, steps=10)
-    )
-    batch_size = config.setting.result("leoclr").batch_size
-    with at_least(data, split, (4 if config.tiny else 64) * batch_size) as images:
+    with at_least(data, split, (4 if config.tiny else 64) * config.result.batch_size) as images:
         left_s = max(1.0, config.soft_limit_s - (time.perf_counter() - start))
-        document = bench_train_time(
-            TrainTimeConfig(
-                setting=config.setting,
-                speed=replace(config.speed(), loader=LoaderConfig(resident_limit_gib=0.0)),
-                turns=replace(turns, max_s=left_s),
-            ),
-            data=images,
-            say=say,
-        )
+        speed = replace(config.speed(), loader=LoaderConfig(resident_limit_gib=0.0))
+        rounds = replace(rounds_of(config, rounds=6), max_s=left_s)
+        document = bench_train_time(TrainTimeConfig(), rounds, config.setting, speed, images, say)
     result["train_time"] = document
     result["loader"] = next(row["loader"] for row in document["rows"] if row["data"] == "real")
-    result["real_over_synthetic"] = {method: _real_over_synthetic(document, method) for method in _METHODS}
+    result["real_over_synthetic"] = {method: _real_over_synthetic(document, method) for method in document["titles"]}
     costs = ", ".join(f"{method} {ratio:.3f}" for method, ratio in result["real_over_synthetic"].items())
-    page = train_time_markdown(document).split("\n", 2)[2]
+    page = without_title(train_time_markdown(document))
     note += (
         f"\nStep time with real images, loader {result['loader']}, over that with synthetic ones: {costs}.\n\n{page}"
     )
@@ -107,10 +96,6 @@ def _described(split: Split) -> dict[str, Any]:
     }
 
 
-def _view_side(config: SuiteConfig) -> int:
-    return config.setting.result("leoclr").views.image_size
-
-
 def _parity(config: SuiteConfig, data: Path, say: Say) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """A row for each loader that ran; and why another did not."""
     on_gpu = resolve_device(config.device).type == "cuda"
@@ -119,7 +104,7 @@ def _parity(config: SuiteConfig, data: Path, say: Say) -> tuple[list[dict[str, A
         settings = ParityConfig(
             loaders=(name,),
             max_images=32 if config.tiny else 128,
-            image_size=_view_side(config),
+            image_size=config.result.views.image_size,
             batch_size=8 if config.tiny else 32,
             device=config.device,
         )
@@ -129,32 +114,18 @@ def _parity(config: SuiteConfig, data: Path, say: Say) -> tuple[list[dict[str, A
             said = f"nothing was compared for {name}: {name} on {data.name}: "
             absent[name] = str(error).splitlines()[0].removeprefix(said)
         else:
-            rows.append(_parity_row(found))
+            rows.append(found.row() | {"mean_limit": found.limits.mean, "max_limit": found.limits.max})
     return rows, absent
-
-
-def _parity_row(found: BackendParity) -> dict[str, Any]:
-    return {
-        "loader": found.loader,
-        "images": found.images,
-        "same_order_boxes_labels": found.same_indices and found.same_boxes and found.same_labels,
-        "mean": found.mean,
-        "max": found.max,
-        "edge_max": found.edge_max,
-        "mean_limit": found.limits.mean,
-        "max_limit": found.limits.max,
-        "ok": found.ok,
-    }
 
 
 def _parity_markdown(rows: list[dict[str, Any]], absent: dict[str, str]) -> str:
     table = markdown_table(
-        ("loader", "images", "order, boxes, labels", "mean difference (limit)", "largest (limit)", "verdict"),
+        ("loader", "images", "order, boxes, labels", "mean difference (limit)", "largest (limit)", "outcome"),
         [
             (
                 row["loader"],
                 str(row["images"]),
-                "equal" if row["same_order_boxes_labels"] else "**OTHERS**",
+                "equal" if row["same_indices"] and row["same_boxes"] and row["same_labels"] else "**OTHERS**",
                 f"{number(row['mean'], 3)} ({row['mean_limit']:g})",
                 f"{row['max']} ({row['max_limit']:g})",
                 "good" if row["ok"] else "**TOO FAR OFF**",

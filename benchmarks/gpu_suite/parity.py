@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig
-from leoclr_fast.bench.tables import markdown_table
+from leoclr_fast.bench.page import markdown_table
 from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.losses.info_nce import InfoNCEImpl, info_nce
 from pipelines.augment import Impl as AugmentImpl
@@ -35,13 +35,13 @@ def run(config: SuiteConfig, say: Say) -> Answer:
     views = augmentation_parity(device, 32 if config.tiny else 224, 4 if config.tiny else 32)
     rows = [*losses, *views]
     for row in rows:
-        say(f"{row['subject']} {row['impl']} {row['case']}: {row.get('missing') or row['error']}")
+        say(f"{row['function']} {row['impl']} {row['case']}: {row.get('missing') or row['error']}")
     ran = [row for row in rows if "missing" not in row]
     table = markdown_table(
-        ("subject", "implementation", "case", "error of the value", "of the gradient", "reference", "verdict"),
+        ("function", "implementation", "case", "error of the value", "of the gradient", "reference", "outcome"),
         [
             (
-                row["subject"],
+                row["function"],
                 row["impl"],
                 row["case"],
                 _shown(row["error"]),
@@ -56,7 +56,7 @@ def run(config: SuiteConfig, say: Say) -> Answer:
         "Errors are relative to the largest value of the float64 truth. Good: at most twice the error of the reference "
         "(eager, in the same dtype), plus that dtype's rounding.\n\n"
     )
-    absent = Counter(f"{row['subject']}, {row['impl']}: {row['missing']}" for row in rows if "missing" in row)
+    absent = Counter(f"{row['function']}, {row['impl']}: {row['missing']}" for row in rows if "missing" in row)
     lines = [f"- did not run, {cases} cases: {what}" for what, cases in absent.items()]
     result = {
         "rows": rows,
@@ -81,7 +81,11 @@ def loss_parity(device: torch.device, shapes: tuple[tuple[int, int, int, int], .
             for impl in get_args(InfoNCEImpl):
                 if impl in ("auto", "compiled"):  # the section `loss` has the error of the compiled one
                     continue
-                row: dict[str, Any] = {"subject": "loss", "impl": impl, "case": f"B {B}, K {K:,}, D {D}, P {P}, {name}"}
+                row: dict[str, Any] = {
+                    "function": "loss",
+                    "impl": impl,
+                    "case": f"B {B}, K {K:,}, D {D}, P {P}, {name}",
+                }
                 rows.append(row)
                 try:
                     value, gradient = _loss_and_gradient(query, keys, queue, impl)
@@ -111,7 +115,7 @@ def augmentation_parity(device: torch.device, side: int, num_images: int) -> lis
     for name, dtype in _DTYPES.items():
         reference: float | None = None
         for impl in ("torch", *(impl for impl in get_args(AugmentImpl) if impl not in ("auto", "torch"))):
-            row: dict[str, Any] = {"subject": "augmentation", "impl": impl, "case": f"{side} px, {name}"}
+            row: dict[str, Any] = {"function": "augmentation", "impl": impl, "case": f"{side} px, {name}"}
             rows.append(row)
             try:
                 views = augment(crops.to(device), parameters.to(device), config, dtype=dtype, impl=impl)

@@ -13,13 +13,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig
-from leoclr_fast.bench.contestant import OurMethod
-from leoclr_fast.bench.feeds import open_feeds, training_images
+from leoclr_fast.bench.page import markdown_table, percent
+from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, open_batches, training_images
 from leoclr_fast.bench.setting import bench_device, setting_header
-from leoclr_fast.bench.stopwatch import synchronize
-from leoclr_fast.bench.tables import markdown_table, percent
-from leoclr_fast.method.methods import METHODS
-from pipelines.config import LoaderConfig
+from leoclr_fast.bench.timing import synchronize
 
 _STEPS = 3
 _WARMUP = 5
@@ -61,19 +58,15 @@ KINDS: tuple[tuple[str, str], ...] = (
 def run(config: SuiteConfig, say: Say) -> Answer:
     """Top kernels by time, the share of each kind of work, and how long the device had nothing to do."""
     speed = config.speed()
-    device = bench_device(speed)
+    device = bench_device(speed.device)
     on_gpu = device.type == "cuda"
-    result = config.setting.result("leoclr")
+    result = config.result
     header = setting_header(result, speed, device)
     say(header)
-    ours = OurMethod("leoclr", config.setting, speed, device)
-    views = METHODS["leoclr"].views
+    ours = OurMethod(result.method.name, config.setting, speed, device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with open_feeds(training_images(None, result), [views], result, LoaderConfig(name="synthetic"), device) as (
-        feeds,
-        _,
-    ):
-        batch = next(feeds[views])
+    with open_batches(training_images(None, result), [ours.views], result, SYNTHETIC, device) as (batches, _):
+        batch = next(batches[ours.views])
         for _ in range(_WARMUP):
             ours.step(batch)
         synchronize(device)
@@ -119,7 +112,7 @@ def run(config: SuiteConfig, say: Say) -> Answer:
 
 
 def kind_of(name: str) -> str:
-    """What a kernel, or an operator, is for; judged by its name."""
+    """What a kernel, or an operator, is for, by its name."""
     lowered = name.lower()
     return next((kind for kind, pattern in KINDS if re.search(pattern, lowered)), "other")
 
@@ -138,7 +131,7 @@ def _work(profiler: Any, on_gpu: bool) -> Iterable[tuple[str, float]]:
 def _markdown(document: dict[str, Any], on_gpu: bool) -> str:
     unseen = "the device had nothing to do" if on_gpu else "spent outside PyTorch's operators, or in other threads"
     shares = markdown_table(
-        ("kind of work, judged by the kernel's name", "share of the busy time"),
+        ("kind of work, by the kernel's name", "share of the busy time"),
         [(kind, percent(share)) for kind, share in document["shares"].items()],
     )
     kernels = markdown_table(

@@ -1,14 +1,15 @@
-"""What the sections of the suite are told, and what they answer."""
+"""The sections of the suite, what they are given, and what they answer. Nothing here needs torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from leoclr_fast.bench.setting import BenchSetting
-from leoclr_fast.config import SpeedConfig
+from leoclr_fast.bench.config import BenchSetting
+from leoclr_fast.config import ResultConfig, SpeedConfig
+from leoclr_fast.recipes import get_recipe
 
 Say = Callable[[str], None]
 
@@ -34,7 +35,7 @@ class SuiteConfig:
     device: str = "auto"
     tiny: bool = False
     """Sizes that a CPU gets through in seconds: to see that everything works, not to measure."""
-    precision: str = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of train-time, profile and cifar10; step measures bf16 and fp16."""
     data: Path | None = None
     """CIFAR-10, in any form that pretrain reads."""
@@ -54,6 +55,38 @@ class SuiteConfig:
             return BenchSetting()
         return BenchSetting(recipe="leoclr_demo", batch_size=16, queue_size=256)
 
-    def speed(self, precision: str | None = None) -> SpeedConfig:
+    @property
+    def result(self) -> ResultConfig:
+        """The setting for the recipe's own method."""
+        return self.setting.result(get_recipe(self.setting.recipe).result.method.name)
+
+    def speed(self, precision: Literal["fp32", "bf16", "fp16"] | None = None) -> SpeedConfig:
         """As `pretrain` would run it."""
-        return SpeedConfig(device=self.device, precision=precision or self.precision)  # type: ignore[arg-type]
+        return SpeedConfig(device=self.device, precision=precision or self.precision)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A part of the suite, run in a process of its own."""
+
+    title: str
+    function: str
+    """Module in this folder and function: (SuiteConfig, say) -> Answer. It is imported in the section's process only,
+    so that one broken part stops no other."""
+    limit_s: float
+    """It is stopped then; what earlier sections left of theirs is added. All limits together: ten minutes."""
+
+
+SECTIONS = {
+    "machine": Section(title="Machine", function="machine.run", limit_s=15),
+    "tests": Section(title="Tests that need a GPU", function="gpu_tests.run", limit_s=120),
+    "parity": Section(title="Parity of the kernels", function="parity.run", limit_s=30),
+    "train-time": Section(title="LeOCLR next to MoCo-v2", function="benches.run_train_time", limit_s=165),
+    "step": Section(title="A step and its parts", function="benches.run_step", limit_s=70),
+    "loss": Section(title="The loss", function="benches.run_loss", limit_s=25),
+    "augment": Section(title="The augmentation", function="benches.run_augment", limit_s=20),
+    "profile": Section(title="Profile of a step", function="step_profile.run", limit_s=35),
+    "loaders": Section(title="Real images", function="loaders.run", limit_s=80),
+    "cifar10": Section(title="A short pretraining on CIFAR-10", function="cifar10.run", limit_s=40),
+}
+"""In the order in which they run."""

@@ -1,10 +1,9 @@
-"""How fast images come: our loaders beside what people use instead, in turns, each in a process of its own."""
+"""How fast images come: our loaders beside what people use instead, in turn, each in a process of its own."""
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,69 +13,40 @@ from typing import Any
 
 import torch
 
+from dataset_tools.command_line import unknown
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
-from leoclr_fast.bench.loader_contestants import CEILINGS, STOCK, LoaderTask, LoaderTurn, ours
-from leoclr_fast.bench.own_process import OwnProcess
-from leoclr_fast.bench.process_use import process_use
-from leoclr_fast.bench.setting import require_one_process
+from leoclr_fast.bench.config import LoaderBenchConfig
+from leoclr_fast.bench.loader_implementations import (
+    CEILINGS,
+    LOADERS_UNDER_TEST,
+    SHOWING_NO_IMAGES,
+    Epochs,
+    LoaderTask,
+    TimedEpoch,
+)
+from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
+from leoclr_fast.bench.processes import OwnProcess, process_use
+from leoclr_fast.bench.setting import bench_device
 from leoclr_fast.bench.statistics import quantiles
-from leoclr_fast.bench.tables import markdown_table, number, percent, spread
+from leoclr_fast.bench.timing import Say, interleaved
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.method.methods import method_class
 from leoclr_fast.run.environment import environment
 from leoclr_fast.run.folder import RunFolder
-from pipelines.config import LoaderConfig
-from pipelines.factory import LOADERS, settle_loader, shows_images
+from pipelines.factory import settle_loader
 from pipelines.threads import available_cores
-
-Say = Callable[[str], None]
-
-CONTESTANTS = (*LOADERS, *STOCK)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderBenchConfig:
-    """What is compared, and how long."""
-
-    loaders: tuple[str, ...] = ()
-    """Names of --loader, stock-torchvision, stock-ffcv and stock-dali; by default all that can run here."""
-    views: int = 3
-    """Of each image: 3 are LeOCLR's, 2 MoCo-v2's."""
-    image_size: int = 224
-    """Side of a view, pixels."""
-    batch_size: int = 64
-    rounds: int = 7
-    """Turns of each contestant, after one that is not counted. A turn is one epoch."""
-    max_images: int | None = None
-    """At most so many images an epoch, a class-balanced choice."""
-    workers: int | None = None
-    """Threads or worker processes of each contestant; by default one for each core."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        if self.views not in (2, 3):
-            raise ValueError(f"{self.views} views are not allowed: give 3 (LeOCLR) or 2 (MoCo-v2)")
-        for name in ("image_size", "batch_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give at least 1")
-        for name in self.loaders:
-            if name not in CONTESTANTS:
-                nearest = difflib.get_close_matches(name, CONTESTANTS, n=2)
-                hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-                raise ValueError(f"there is no loader {name!r}.{hint} Allowed: {', '.join(CONTESTANTS)}.")
 
 
 @dataclass(slots=True)
-class _Seat:
-    """A contestant and what it has done so far."""
+class _Measured:
+    """A loader in its process, and what it has done so far."""
 
     process: OwnProcess
-    turns: list[LoaderTurn] = field(default_factory=list)
+    epochs: list[TimedEpoch] = field(default_factory=list)
     cores: list[float] = field(default_factory=list)
     bytes_read: list[int] = field(default_factory=list)
     memory_bytes: int = 0
@@ -86,20 +56,22 @@ class _Seat:
 def bench_loader(config: LoaderBenchConfig, data: Sequence[Path], say: Say = lambda _: None) -> dict[str, Any]:
     """Time loaders on the images of ``data``: the same images in one or several formats.
 
-    Returns a JSON document: task, environment, gpu, notes, `ceilings` and `rows`, each with loader, images_per_s
-    (median of the turns, with q20 and q80), decodes_per_image, cpu_cores (CPU time over wall time, worker processes
-    included), peak_rss_gib, device_memory_gib (None on a CPU), bytes_read_per_image (by system calls) and the rates of
-    all turns. Raises ValueError for data or settings that cannot be, RuntimeError if no contestant can run, or one of
+    Returns a JSON document: task, environment, gpu, notes, `ceilings` and `rows`, each with loader, images_per_s (with
+    its quantiles over the epochs), decodes_per_image, cpu_cores (CPU time over wall time, worker processes included),
+    peak_rss_gib, device_memory_gib (None on a CPU), bytes_read_per_image (by system calls) and the rates of all epochs.
+    Raises ValueError for data or settings that cannot be, RuntimeError if no loader can run, or one of
     ``config.loaders`` cannot.
     """
-    require_one_process()
+    for name in config.loaders:
+        if name not in LOADERS_UNDER_TEST:
+            raise ValueError(unknown("loader", name, LOADERS_UNDER_TEST))
+    device = bench_device(config.device)
     for path in data:
         num_images = len(limited(choose_splits(open_source(path)).pretrain, config.max_images))
         if num_images < config.batch_size:
             raise ValueError(
                 f"{path} has {num_images} images, fewer than one batch of {config.batch_size}; lower --batch-size"
             )
-    device = resolve_device(config.device)
     task = LoaderTask(
         data=tuple(data),
         views=config.views,
@@ -111,27 +83,27 @@ def bench_loader(config: LoaderBenchConfig, data: Sequence[Path], say: Say = lam
     )
     state = gpu_state(device)
     notes = list(state["warnings"]) if state else ["measured on a CPU, which says nothing of a GPU"]
-    notes.append("images lie in the page cache after the first turn; nothing is augmented")
+    notes.append("images lie in the page cache after the first epoch; nothing is augmented")
+    names = config.loaders or [name for name in LOADERS_UNDER_TEST if name not in SHOWING_NO_IMAGES]
     with ExitStack() as stack:
-        ceilings = _seated({name: partial(turns, task) for name, turns in CEILINGS.items()}, stack, notes, say)
-        seats = _seated(_makers(config, task), stack, notes, say, required=bool(config.loaders))
-        if not seats:
+        ceilings = _started(CEILINGS, task, stack, notes, say)
+        chosen = {name: LOADERS_UNDER_TEST[name] for name in names}
+        loaders = _started(chosen, task, stack, notes, say, required=bool(config.loaders))
+        if not loaders:
             raise RuntimeError(f"no loader can run here: {'; '.join(notes)}")
-        everyone = ceilings | seats
-        names = list(everyone)
-        for number_ in range(config.rounds):
-            for name in names[number_ % len(names) :] + names[: number_ % len(names)]:
-                _take_turn(everyone[name], device)
-            say(f"round {number_ + 1} of {config.rounds}")
-        rows = [_row(name, seat) for name, seat in seats.items()]
+        measured = ceilings | loaders
+        for round_number, name in interleaved(list(measured), config.rounds):
+            _measure_epoch(measured[name], device)
+            say(f"round {round_number + 1} of {config.rounds}: {name}")
+        rows = [_row(name, own) for name, own in loaders.items()]
         return {
             "task": f"{config.views} views of {config.image_size} px, batches of {config.batch_size}, {task.workers} "
-            f"workers, {device}; one turn: {rows[0]['images']:,} images",
+            f"workers, {device}; one epoch: {rows[0]['images']:,} images",
             "config": as_plain(config),
             "environment": environment(device, 1),
             "gpu": state,
             "notes": notes,
-            "ceilings": [_row(name, seat) for name, seat in ceilings.items()],
+            "ceilings": [_row(name, own) for name, own in ceilings.items()],
             "rows": sorted(rows, key=lambda row: -row["images_per_s"]),
         }
 
@@ -167,56 +139,52 @@ def as_run_loads(folder: RunFolder, config: LoaderBenchConfig) -> tuple[LoaderBe
 def loader_markdown(document: dict[str, Any], command: str | None = None) -> str:
     """The document of `bench_loader` as a page."""
     decode = next((row["images_per_s"] for row in document["ceilings"] if row["loader"] == "decode-only"), None)
-    table = markdown_table(
-        ("loader", "images/s", "of the decoding alone", "decodes per image", "CPU cores", "peak RSS, GiB",
-         "device memory, GiB", "kB read per image"),
-        [
-            (
-                row["loader"] + (" (ceiling)" if row in document["ceilings"] else ""),
-                spread(row["images_per_s"], row["q20"], row["q80"], 0),
-                percent(row["images_per_s"] / decode if decode else None, 0),
-                number(row["decodes_per_image"], 2),
-                number(row["cpu_cores"], 2),
-                number(row["peak_rss_gib"], 2),
-                number(row["device_memory_gib"], 2),
-                number(row["bytes_read_per_image"] / 1000, 1),
-            )
-            for row in (*document["ceilings"], *document["rows"])
-        ],
+    header = (
+        "loader", "images/s", "of the decoding alone", "decodes per image", "CPU cores", "peak RSS, GiB",
+        "device memory, GiB", "kB read per image",
     )  # fmt: skip
-    lines = ["# Loaders", "", f"{document['task']}.", ""]
-    if command:
-        lines += [f"`{command}`", ""]
-    lines += [f"- {note}" for note in document["notes"]]
-    lines += ["", f"Median [20 %, 80 %] of {document['config']['rounds']} interleaved turns.", ""]
-    return "\n".join(lines) + "\n" + table
-
-
-def _makers(config: LoaderBenchConfig, task: LoaderTask) -> dict[str, Callable[[], Iterator[LoaderTurn]]]:
-    names = config.loaders or tuple(
-        name for name in CONTESTANTS if name in STOCK or shows_images(LoaderConfig(name=name))
+    cells = [
+        (
+            row["loader"] + (" (ceiling)" if row in document["ceilings"] else ""),
+            spread(row, "images_per_s", 0),
+            percent(row["images_per_s"] / decode if decode else None, 0),
+            number(row["decodes_per_image"], 2),
+            number(row["cpu_cores"], 2),
+            number(row["peak_rss_gib"], 2),
+            number(row["device_memory_gib"], 2),
+            number(row["bytes_read_per_image"] / 1000, 1),
+        )
+        for row in (*document["ceilings"], *document["rows"])
+    ]
+    return bench_page(
+        "Loaders",
+        document["task"],
+        markdown_table(header, cells),
+        rounds=f"{document['config']['rounds']} interleaved epochs.",
+        command=command,
+        notes=document["notes"],
     )
-    return {name: partial(STOCK[name], task) if name in STOCK else partial(ours, name, task) for name in names}
 
 
-def _seated(
-    makers: dict[str, Callable[[], Iterator[LoaderTurn]]],
+def _started(
+    makers: Mapping[str, Callable[[LoaderTask], Epochs]],
+    task: LoaderTask,
     stack: ExitStack,
     notes: list[str],
     say: Say,
     *,
     required: bool = False,
-) -> dict[str, _Seat]:
-    """Those of the contestants that can run, warm: each has had a turn. The others get a note.
+) -> dict[str, _Measured]:
+    """Those of the loaders that can run, warm: each has gone through an epoch. The others get a note.
 
     Raises RuntimeError for one that cannot run and is ``required``.
     """
-    seats: dict[str, _Seat] = {}
+    started: dict[str, _Measured] = {}
     for name, make in makers.items():
-        process = OwnProcess(name, make, ())
+        process = OwnProcess(name, partial(make, task))
         stack.callback(process.close)
         try:
-            turn = process.turn()
+            epoch: TimedEpoch = process.next()
         except RuntimeError as error:
             process.close()
             reason = str(error).strip().splitlines()[-1]
@@ -225,39 +193,36 @@ def _seated(
             notes.append(f"{name} did not run: {reason}")
             say(notes[-1])
             continue
-        seats[name] = _Seat(process)
-        say(f"{name} is warm: {turn.images / turn.seconds:,.0f} images/s")
-    return seats
+        started[name] = _Measured(process)
+        say(f"{name} is warm: {epoch.images / epoch.seconds:,.0f} images/s")
+    return started
 
 
-def _take_turn(seat: _Seat, device: torch.device) -> None:
-    before = process_use(seat.process.pid)
-    turn: LoaderTurn = seat.process.turn()
-    after = process_use(seat.process.pid)
-    seat.turns.append(turn)
-    seat.cores.append((after.cpu_s - before.cpu_s) / turn.seconds)
-    seat.bytes_read.append(after.read_bytes - before.read_bytes)
-    seat.memory_bytes = max(seat.memory_bytes, after.memory_bytes)
+def _measure_epoch(own: _Measured, device: torch.device) -> None:
+    before = process_use(own.process.pid)
+    epoch: TimedEpoch = own.process.next()
+    after = process_use(own.process.pid)
+    own.epochs.append(epoch)
+    own.cores.append((after.cpu_s - before.cpu_s) / epoch.seconds)
+    own.bytes_read.append(after.read_bytes - before.read_bytes)
+    own.memory_bytes = max(own.memory_bytes, after.memory_bytes)
     if device.type == "cuda":
-        seat.device_bytes = max(seat.device_bytes or 0, _device_bytes(seat.process.pid) or 0) or None
+        own.device_bytes = max(own.device_bytes or 0, _device_bytes(own.process.pid) or 0) or None
 
 
-def _row(name: str, seat: _Seat) -> dict[str, Any]:
-    rates = [turn.images / turn.seconds for turn in seat.turns]
-    images = sum(turn.images for turn in seat.turns)
-    rate = quantiles(rates)
+def _row(name: str, own: _Measured) -> dict[str, Any]:
+    rates = [epoch.images / epoch.seconds for epoch in own.epochs]
+    images = sum(epoch.images for epoch in own.epochs)
     return {
         "loader": name,
-        "images": seat.turns[0].images,
-        "images_per_s": rate["median"],
-        "q20": rate["q20"],
-        "q80": rate["q80"],
-        "decodes_per_image": sum(turn.decodes for turn in seat.turns) / images,
-        "cpu_cores": quantiles(seat.cores)["median"],
-        "peak_rss_gib": seat.memory_bytes / 2**30,
-        "device_memory_gib": None if seat.device_bytes is None else seat.device_bytes / 2**30,
-        "bytes_read_per_image": sum(seat.bytes_read) / images,
-        "turns_images_per_s": rates,
+        "images": own.epochs[0].images,
+        **quantiles("images_per_s", rates),
+        "decodes_per_image": sum(epoch.decodes for epoch in own.epochs) / images,
+        "cpu_cores": quantiles("cores", own.cores)["cores"],
+        "peak_rss_gib": own.memory_bytes / 2**30,
+        "device_memory_gib": None if own.device_bytes is None else own.device_bytes / 2**30,
+        "bytes_read_per_image": sum(own.bytes_read) / images,
+        "rounds_images_per_s": rates,
     }
 
 

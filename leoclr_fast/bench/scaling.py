@@ -1,263 +1,301 @@
-"""What more ranks bring: images per second with a batch that grows with them (weak), and with a fixed one (strong)."""
+"""What more ranks bring: images per second with a batch that grows with them (weak), and with a fixed one (strong).
+
+Every rank is a process of this machine; in each round so many of them as are timed make their step anew and train.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import connection
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from leoclr_fast.bench.communication_volume import communication_volume
-from leoclr_fast.bench.rank_team import RankTeam, RankTurn, TeamConfig, TeamTurn
-from leoclr_fast.bench.scaling_model import FORMULA, ScalingPoint, fit_scaling_model, projected_row
-from leoclr_fast.bench.setting import BenchSetting, bench_device, setting_header
+from leoclr_fast.bench.config import BenchSetting, Mode, ScalingConfig
+from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
+from leoclr_fast.bench.processes import OwnProcess
+from leoclr_fast.bench.rounds import SYNTHETIC, endless, training_images
+from leoclr_fast.bench.setting import bench_device, setting_header
 from leoclr_fast.bench.statistics import quantiles
-from leoclr_fast.config import MethodName, ResultConfig, SpeedConfig
+from leoclr_fast.bench.timing import Say, interleaved, synchronize
+from leoclr_fast.config import ResultConfig, RunConfig, SpeedConfig
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed.batch_layout import BatchLayout
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.communication_meter import CommunicationMeter
+from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.machine.gpu_state import gpu_state
-from leoclr_fast.recipes import get_recipe
+from leoclr_fast.method.methods import method_class
 from leoclr_fast.run.environment import environment
+from leoclr_fast.training.state import TrainingState
+from leoclr_fast.training.step import TrainingStep
+from pipelines.factory import make_loader
 from pipelines.order import TrainOrder
 
-Say = Callable[[str], None]
-Mode = Literal["weak", "strong"]
-
-_LEAST_ROUNDS = 2
+_HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScalingConfig:
-    """What is measured, and to how many ranks it is projected."""
+class Point:
+    """What is timed: the ranks 0 to num_ranks - 1 on a global batch."""
 
-    setting: BenchSetting = field(default_factory=BenchSetting)
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
-    method: MethodName = "leoclr"
-    ranks: tuple[int, ...] = (1, 2)
-    mode: Literal["weak", "strong", "both"] = "both"
-    query_batchnorm: Literal["plain", "sync"] = "plain"
-    rounds: int = 5
-    steps: int = 20
-    warmup_steps: int = 5
-    project_to: tuple[int, ...] = (8, 16, 32, 64)
-    max_s: float = 1800.0
-    limit_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        for name, least in (("rounds", _LEAST_ROUNDS), ("steps", 1), ("warmup_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give at least {least}")
-        if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
-            raise ValueError(f"--ranks {' '.join(map(str, self.ranks))} is not allowed: give different numbers from 1")
-        if self.project_to and min(self.project_to) < 1:
-            raise ValueError(f"--project-to {min(self.project_to)} is not allowed: give numbers of ranks from 1")
-        for name in ("max_s", "limit_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give a positive number of seconds")
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return ("weak", "strong") if self.mode == "both" else (self.mode,)
-
-    def result(self, mode: Mode, num_ranks: int) -> ResultConfig:
-        """The configuration of a point; weak: the setting's batch on every rank. Raises ValueError for one that cannot
-        be."""
-        given = self.setting.key_batchnorm or get_recipe(self.setting.recipe).result.method.key_batchnorm
-        alone = self.setting.result(self.method)
-        batch_size = alone.batch_size * (num_ranks if mode == "weak" else 1)
-        key_batchnorm = "split" if given == "shuffle" and num_ranks == 1 else given
-        method = replace(alone.method, key_batchnorm=key_batchnorm, query_batchnorm=self.query_batchnorm)
-        return replace(alone, batch_size=batch_size, method=method)
-
-
-@dataclass(frozen=True, slots=True)
-class _Point:
     mode: Mode
     num_ranks: int
+    result: ResultConfig
 
 
-def bench_scaling(config: ScalingConfig, say: Say = lambda _: None) -> dict[str, Any]:
-    """Time training steps on synthetic images on each number of ranks of this machine, in turns.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankTiming:
+    """What one rank saw in a round: some steps, one after the other; it was idle before and after."""
 
-    Every rank is a process of its own; in each turn it makes its step anew, warms up and is timed between two moments
-    at which all ranks stand still. The time of a turn is that of its slowest rank.
-    Returns a JSON document with `rows`: mode, ranks, batch_size (global), images_per_s and step_ms (medians) with q20
-    and q80, efficiency (rate of a rank over that of a rank in the smallest team, median of the rounds),
-    communication_share (of the step, mean over the ranks), collectives and bytes of a step, counted and computed; and
-    `projection`: the fitted model and the ranks of `project_to`, or `refused`, why there is none.
+    seconds: float
+    communication_s: float
+    """Of them, in collectives, waiting for the other ranks included."""
+    calls: dict[str, float]
+    """Collectives of each kind in a step."""
+    bytes: dict[str, float]
+    """Their bytes in a step, as `CommunicationMeter.bytes`."""
+
+
+def bench_scaling(
+    config: ScalingConfig, setting: BenchSetting, speed: SpeedConfig, say: Say = lambda _: None
+) -> dict[str, Any]:
+    """Time training steps on synthetic images on each number of ranks of this machine, in turn.
+
+    In each round a rank makes its step anew, warms up and is timed between two moments at which all ranks stand still.
+    The time of a round is that of its slowest rank.
+    Returns a JSON document with `rows`: mode, ranks, batch_size (global), images_per_s and step_ms with their
+    quantiles, efficiency (rate of a rank over that of a rank where fewest are timed, median of the rounds),
+    communication_share (of the step, mean over the ranks), calls_counted and bytes_counted (collectives of a step, of
+    the first rank).
     Raises ValueError for a setting that cannot be, RuntimeError if a rank fails or takes too long.
     """
     start = time.perf_counter()
-    device = bench_device(config.speed)
+    device = bench_device(speed.device)
     if device.type == "cuda" and max(config.ranks) > torch.cuda.device_count():
         raise ValueError(
             f"--ranks {max(config.ranks)} needs as many GPUs, and this machine has {torch.cuda.device_count()}; give "
             "fewer, or --device cpu"
         )
-    points = _points(config)
-    results = {point: config.result(point.mode, point.num_ranks) for point in points}
-    for point, result in results.items():
-        _require_shareable(result, point.num_ranks)
+    points = _points(config, setting)
     threads = max(1, (os.cpu_count() or 1) // max(config.ranks))
-    team = TeamConfig(
-        speed=config.speed,
-        steps=config.steps,
-        warmup_steps=config.warmup_steps,
-        threads=threads,
-        limit_s=config.limit_s,
-    )
     state = gpu_state(device)
-    header = setting_header(results[points[0]], config.speed, device)
-    say(header)
-    notes = _notes(config, device, threads, state)
-    for note in notes:
-        say(note)
-    rounds = [points if number % 2 == 0 else points[::-1] for number in range(config.rounds)]
-    turns = [TeamTurn(num_ranks=p.num_ranks, result=results[p]) for round_ in rounds for p in round_]
-    seen: dict[_Point, list[list[RankTurn]]] = {point: [] for point in points}
-    with RankTeam(turns, team) as ranks:
-        for number, round_ in enumerate(rounds):
-            if number >= _LEAST_ROUNDS and time.perf_counter() - start > config.max_s:
-                say(f"stopped after {number} of {config.rounds} rounds: {config.max_s:g} s have gone")
-                break
-            for point in round_:
-                seen[point].append(ranks.turn())
-                name = f"{point.num_ranks} ranks, {point.mode}"
-                step_ms = 1000 * max(rank.seconds for rank in seen[point][-1]) / config.steps
-                say(f"round {number + 1}/{config.rounds}: {name}: {step_ms:,.1f} ms a step")
-    rows = _rows(config, results, seen)
+    header = setting_header(points[0].result, speed, device)
+    notes = _notes(config, device, threads, list(state["warnings"]) if state else [])
+    for line in (header, *notes):
+        say(line)
+    order = [place for _, place in interleaved(range(len(points)), config.rounds)]
+    seen: list[list[list[RankTiming]]] = [[] for _ in points]
+    with RankProcesses([points[place] for place in order], config, speed, threads) as ranks:
+        left_s = config.max_s - (time.perf_counter() - start)
+        for round_number, place in interleaved(range(len(points)), config.rounds, max_s=left_s, say=say):
+            seen[place].append(ranks.next())
+            step_ms = 1000 * max(rank.seconds for rank in seen[place][-1]) / config.steps
+            point = points[place]
+            ranks_and_mode = f"{point.num_ranks} ranks, {point.mode}"
+            say(f"round {round_number + 1}/{config.rounds}: {ranks_and_mode}: {step_ms:,.1f} ms a step")
     return {
         "header": header,
         "method": config.method,
-        "setting": as_plain(config.setting),
-        "speed": as_plain(config.speed),
+        "setting": as_plain(setting),
+        "speed": as_plain(speed),
         "query_batchnorm": config.query_batchnorm,
-        "rounds": len(seen[points[0]]),
+        "rounds": len(seen[0]),
         "steps": config.steps,
         "threads_per_rank": threads,
         "environment": environment(device, max(config.ranks)),
         "gpu": state,
         "gpu_after": gpu_state(device),
         "notes": notes,
-        "rows": rows,
-        "projection": _projection(config, rows),
+        "rows": [row for mode in config.modes for row in _rows(mode, points, seen, config.steps)],
     }
 
 
-def _points(config: ScalingConfig) -> list[_Point]:
-    """One rank is the same in both modes, and measured once."""
+def scaling_markdown(document: dict[str, Any], command: str | None = None) -> str:
+    """The document of `bench_scaling` as a page."""
+    header = ("mode", "ranks", "batch", "images/s", "step, ms", "efficiency", "communication", "MB a step")
+    cells = [
+        (
+            row["mode"],
+            str(row["ranks"]),
+            str(row["batch_size"]),
+            spread(row, "images_per_s"),
+            spread(row, "step_ms"),
+            percent(row["efficiency"]),
+            percent(row["communication_share"]),
+            number(sum(row["bytes_counted"].values()) / 1e6, 2),
+        )
+        for row in document["rows"]
+    ]
+    return bench_page(
+        "More ranks",
+        f"Setting: {document['method']}, {document['header']}",
+        markdown_table(header, cells),
+        rounds=f"{document['rounds']} interleaved rounds of {document['steps']} steps each. weak: the batch grows with "
+        "the ranks; strong: it does not.",
+        command=command,
+        notes=document["notes"],
+    )
+
+
+class RankProcesses:
+    """The processes, one for each rank, and the store where they meet. They end with the block, whatever happens."""
+
+    def __init__(self, points: Sequence[Point], config: ScalingConfig, speed: SpeedConfig, threads: int) -> None:
+        """points: what is timed in each `next`, one after the other. threads: of each rank."""
+        self._limit_s = config.limit_s
+        self._points = iter(points)
+        self._store = dist.TCPStore(
+            _HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=config.limit_s)
+        )
+        num_ranks = max(point.num_ranks for point in points)
+        arguments = (self._store.port, list(points), config, speed, threads)
+        self._ranks = [OwnProcess(f"rank {rank}", train_rank, rank, *arguments) for rank in range(num_ranks)]
+
+    def __enter__(self) -> RankProcesses:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self._ranks:
+            rank.kill()
+            rank.close()
+
+    def next(self) -> list[RankTiming]:
+        """The next point, as each of its ranks saw it. Raises RuntimeError, naming the rank, if one fails or the round
+        does not end in time.
+        """
+        ranks = self._ranks[: next(self._points).num_ranks]
+        for rank in ranks:
+            rank.ask()
+        waiting = {rank.connection: rank for rank in ranks}
+        answers: dict[str, RankTiming] = {}
+        deadline = time.monotonic() + self._limit_s
+        while waiting:
+            ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                names = ", ".join(rank.name for rank in waiting.values())
+                raise RuntimeError(f"{names} did not finish a round in {self._limit_s:g} s")
+            for one in ready:
+                rank = waiting.pop(one)  # type: ignore[call-overload]
+                answers[rank.name] = rank.answer()
+        return [answers[rank.name] for rank in ranks]
+
+
+def train_rank(
+    rank: int, port: int, points: Sequence[Point], config: ScalingConfig, speed: SpeedConfig, threads: int
+) -> Iterator[RankTiming]:
+    """What one rank does at the points that it takes part in. For the rank's own process."""
+    torch.set_num_threads(threads)
+    device = resolve_device(speed.device, rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    limit = timedelta(seconds=config.limit_s)
+    store = dist.TCPStore(_HOST, port, is_master=False, timeout=limit)
+    for place, point in enumerate(points):
+        if rank >= point.num_ranks:
+            continue
+        if point.num_ranks > 1:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore(f"point {place}", store),
+                rank=rank,
+                world_size=point.num_ranks,
+                timeout=limit,
+            )
+        yield _train(point, rank, config, speed, device)
+        if point.num_ranks > 1:
+            dist.destroy_process_group()
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _train(point: Point, rank: int, config: ScalingConfig, speed: SpeedConfig, device: torch.device) -> RankTiming:
+    meter, result = CommunicationMeter(), point.result
+    ranks = Ranks(rank, point.num_ranks, meter)
+    run = RunConfig(recipe="scaling", result=result, speed=speed)
+    step = TrainingStep(TrainingState.fresh(run, ranks, device), run, device)
+    images = training_images(None, result)
+    order = _order(result, point.num_ranks, num_images=len(images), rank=rank)
+    views = method_class(result.method.name).views
+    with make_loader(images, views, result.views, SYNTHETIC, order, seed=result.seed, device=device) as loader:
+        batches = endless(loader)
+        for _ in range(config.warmup_steps):
+            step(next(batches), result.lr)
+        synchronize(device)
+        ranks.barrier()
+        meter.reset()
+        start = time.perf_counter()
+        for _ in range(config.steps):
+            step(next(batches), result.lr)
+        synchronize(device)
+        seconds = time.perf_counter() - start
+    return RankTiming(
+        seconds=seconds,
+        communication_s=meter.seconds(),
+        calls={kind: count / config.steps for kind, count in meter.calls.items()},
+        bytes={kind: count / config.steps for kind, count in meter.bytes.items()},
+    )
+
+
+def _points(config: ScalingConfig, setting: BenchSetting) -> list[Point]:
+    """One rank is the same in both modes, and timed once. Raises ValueError for a batch that cannot be shared."""
     points = []
     for num_ranks in sorted(config.ranks):
-        points += [_Point(mode, num_ranks) for mode in (config.modes if num_ranks > 1 else config.modes[:1])]
+        for mode in config.modes if num_ranks > 1 else config.modes[:1]:
+            result = config.result(setting, mode, num_ranks)
+            _order(result, num_ranks, num_images=result.batch_size)
+            points.append(Point(mode=mode, num_ranks=num_ranks, result=result))
     return points
 
 
-def _require_shareable(result: ResultConfig, num_ranks: int) -> None:
-    TrainOrder(
-        num_images=result.batch_size,
+def _order(result: ResultConfig, num_ranks: int, *, num_images: int, rank: int = 0) -> TrainOrder:
+    return TrainOrder(
+        num_images=num_images,
         batch_size=result.batch_size,
         micro_batches=result.micro_batches,
-        seed=0,
+        seed=result.seed,
+        rank=rank,
         world_size=num_ranks,
     )
 
 
 def _rows(
-    config: ScalingConfig, results: dict[_Point, ResultConfig], seen: dict[_Point, list[list[RankTurn]]]
-) -> list[dict[str, Any]]:
-    """One for each mode and number of ranks; that of a single rank stands in each mode."""
-    rows = []
-    for mode in config.modes:
-        own = {p.num_ranks: p for p in seen if p.mode == mode or p.num_ranks == 1}
-        rates = {
-            num_ranks: [
-                results[point].batch_size * config.steps / max(rank.seconds for rank in turn) for turn in seen[point]
-            ]
-            for num_ranks, point in sorted(own.items())
+    mode: Mode, points: Sequence[Point], seen: Sequence[list[list[RankTiming]]], steps: int
+) -> Iterator[dict[str, Any]]:
+    """One for each number of ranks in a mode; that of a single rank stands in each mode."""
+    fewest: tuple[int, list[float]] | None = None
+    for point, rounds in zip(points, seen, strict=True):
+        if point.mode != mode and point.num_ranks > 1:
+            continue
+        step_ms = [1000 * max(rank.seconds for rank in ranks) / steps for ranks in rounds]
+        rates = [1000 * point.result.batch_size / one for one in step_ms]
+        fewest = fewest or (point.num_ranks, rates)
+        efficiencies = [
+            (rate / point.num_ranks) / (alone / fewest[0]) for rate, alone in zip(rates, fewest[1], strict=True)
+        ]
+        shares = [rank.communication_s / rank.seconds for ranks in rounds for rank in ranks]
+        yield {
+            "mode": mode,
+            "ranks": point.num_ranks,
+            "batch_size": point.result.batch_size,
+            **quantiles("images_per_s", rates),
+            **quantiles("step_ms", step_ms),
+            "efficiency": quantiles("efficiency", efficiencies)["efficiency"],
+            "communication_share": sum(shares) / len(shares),
+            "calls_counted": rounds[-1][0].calls,
+            "bytes_counted": rounds[-1][0].bytes,
+            "rounds_step_ms": step_ms,
         }
-        base = min(rates)
-        for num_ranks, rate in rates.items():
-            point, result = own[num_ranks], results[own[num_ranks]]
-            step_ms = quantiles([1000 * result.batch_size / value for value in rate])
-            shares = [rank.communication_s / rank.seconds for turn in seen[point] for rank in turn]
-            efficiencies = [
-                (value / num_ranks) / (alone / base) for value, alone in zip(rate, rates[base], strict=True)
-            ]
-            volume = communication_volume(result, config.speed, num_ranks)
-            first = seen[point][-1][0]
-            rows.append(
-                {
-                    "mode": mode,
-                    "ranks": num_ranks,
-                    "batch_size": result.batch_size,
-                    "images_per_s": quantiles(rate)["median"],
-                    "images_per_s_q20": quantiles(rate)["q20"],
-                    "images_per_s_q80": quantiles(rate)["q80"],
-                    "step_ms": step_ms["median"],
-                    "step_ms_q20": step_ms["q20"],
-                    "step_ms_q80": step_ms["q80"],
-                    "efficiency": quantiles(efficiencies)["median"],
-                    "communication_share": sum(shares) / len(shares),
-                    "calls_counted": first.calls,
-                    "calls_computed": volume.calls,
-                    "bytes_counted": first.bytes,
-                    "bytes_computed": volume.bytes,
-                    "turns_step_ms": [1000 * result.batch_size / value for value in rate],
-                }
-            )
-    return rows
 
 
-def _scaling_point(
-    config: ScalingConfig, mode: Mode, num_ranks: int, step_ms: float | None = None
-) -> tuple[ScalingPoint, ResultConfig]:
-    result = config.result(mode, num_ranks)
-    volume = communication_volume(result, config.speed, num_ranks)
-    layout = BatchLayout(batch_size=result.batch_size, micro_batches=result.micro_batches, world_size=num_ranks)
-    point = ScalingPoint(
-        num_ranks=num_ranks,
-        local_batch_size=layout.local_size,
-        num_collectives=sum(volume.calls.values()),
-        wire_bytes=volume.wire_bytes,
-        step_ms=step_ms,
-    )
-    return point, result
-
-
-def _projection(config: ScalingConfig, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    what = {"what": "a projection, not a measurement", "formula": FORMULA}
-    measured = {}
-    for row in rows:
-        key = (row["mode"] if row["ranks"] > 1 else None, row["ranks"])  # one rank is one point
-        measured[key] = _scaling_point(config, row["mode"], row["ranks"], row["step_ms"])[0]
-    try:
-        model = fit_scaling_model(list(measured.values()))
-    except ValueError as error:
-        return {**what, "refused": str(error)}
-    projected, left_out = [], []
-    for mode in config.modes:
-        for num_ranks in sorted(config.project_to):
-            try:
-                point, result = _scaling_point(config, mode, num_ranks)
-                _require_shareable(result, num_ranks)
-            except ValueError as error:
-                left_out.append(f"{mode}, {num_ranks} ranks: {error}")
-                continue
-            projected.append(projected_row(model, mode, result.batch_size, point))
-    return {
-        **what,
-        "points": len(measured),
-        "coefficients": {**as_plain(model), "bandwidth_gb_per_s": model.bandwidth_gb_per_s},
-        "rows": projected,
-        "left_out": left_out,
-    }
-
-
-def _notes(config: ScalingConfig, device: torch.device, threads: int, state: dict[str, Any] | None) -> list[str]:
-    notes = list(state["warnings"]) if state else []
+def _notes(config: ScalingConfig, device: torch.device, threads: int, notes: list[str]) -> list[str]:
     if device.type == "cpu":
         notes.append(
             f"measured on a CPU of {os.cpu_count()} cores, with {threads} thread{'s' * (threads > 1)} for each rank "
@@ -269,5 +307,4 @@ def _notes(config: ScalingConfig, device: torch.device, threads: int, state: dic
         notes.append(
             "one rank may run as a captured CUDA graph, several here do not; --cuda-graph off compares like with like"
         )
-    notes.append("the share of communication includes the waiting for slower ranks")
-    return notes
+    return [*notes, "the share of communication includes the waiting for slower ranks"]

@@ -10,14 +10,12 @@ import numpy as np
 _RESAMPLES = 10_000
 
 
-def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """median, q20 and q80: the 20 % and 80 % quantiles. Raises ValueError for no values."""
+def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
+    """NAME, the median, and NAME_q20 and NAME_q80, the 20 % and 80 % quantiles. Raises ValueError for no values."""
     if not values:
-        raise ValueError("quantiles of nothing: give at least one value")
-    if len(values) < 2:
-        return {"median": values[0], "q20": values[0], "q80": values[0]}
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "q20": fifths[0], "q80": fifths[3]}
+        raise ValueError(f"quantiles of no {name}: give at least one value")
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
+    return {name: statistics.median(values), f"{name}_q20": fifths[0], f"{name}_q80": fifths[3]}
 
 
 def median_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> dict[str, float]:
@@ -32,3 +30,8 @@ def median_interval(values: Sequence[float], *, confidence: float = 0.95, seed: 
     medians = np.median(rng.choice(sample, size=(_RESAMPLES, len(sample))), axis=1)
     low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
     return {"median": float(np.median(sample)), "low": float(low), "high": float(high)}
+
+
+def ratio_interval(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """`median_interval` of ``above`` over ``below``, round by round."""
+    return median_interval([high / low for high, low in zip(above, below, strict=True)])

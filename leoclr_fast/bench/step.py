@@ -3,82 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.utils import get_total_norm
 
-from leoclr_fast.bench.contestant import OurMethod
-from leoclr_fast.bench.feeds import open_feeds, training_images
-from leoclr_fast.bench.setting import BenchSetting, bench_device, departures_from_paper, setting_header
+from leoclr_fast.bench.config import BenchSetting, StepBenchConfig
+from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
+from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, open_batches, prepare, training_images
+from leoclr_fast.bench.setting import bench_device, departures_from_paper, setting_header
 from leoclr_fast.bench.statistics import quantiles
-from leoclr_fast.bench.stopwatch import time_calls_ms
-from leoclr_fast.bench.tables import markdown_table, number, percent, spread
-from leoclr_fast.bench.turns import prepare
+from leoclr_fast.bench.timing import Say, interleaved_ms
 from leoclr_fast.config import MethodName, SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.batch_layout import BatchLayout
 from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.machine.precision import encoder_precision, view_dtype
 from leoclr_fast.method.flops import mfu, peak_flops_per_s
-from leoclr_fast.method.methods import METHODS
+from leoclr_fast.method.methods import METHODS, method_class
 from leoclr_fast.method.momentum_contrast import MomentumContrast
 from leoclr_fast.run.environment import environment
 from leoclr_fast.training.acceleration import compiles_encoders
 from pipelines.augment import augmented_views
 from pipelines.batch import CropBatch
-from pipelines.config import LoaderConfig
 
-Say = Callable[[str], None]
 WHOLE = "whole step"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepBenchConfig:
-    """What is taken apart, and how often it is timed."""
-
-    setting: BenchSetting = field(default_factory=BenchSetting)
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
-    methods: tuple[MethodName, ...] = ("leoclr", "mocov2")
-    repeats: int = 20
-    """Timed calls of each part."""
-    warmup: int = 3
-    """Calls before them, not timed."""
-    max_s: float = 600.0
-    """For everything; parts that come late are timed less often, at least twice."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("repeats", 2), ("warmup", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give at least {least}")
-
-
-def bench_step(config: StepBenchConfig, say: Say = lambda _: None) -> dict[str, Any]:
+def bench_step(
+    config: StepBenchConfig, setting: BenchSetting, speed: SpeedConfig, say: Say = lambda _: None
+) -> dict[str, Any]:
     """Time the parts of a step and the whole of it, for each method, on synthetic images that lie on the device.
 
-    The parts run alone, again and again, launched one by one, the encoders compiled if the step's are; the whole step
-    runs as configured, so on a GPU, as one captured graph, it may take less time than its parts.
-    Returns a JSON document with `rows`: method, precision, part, ms (median) with q20 and q80, share (of the sum of the
+    Parts and whole run in turn. The parts are launched one by one, the encoders compiled if the step's are; the whole
+    step runs as configured, so on a GPU, as one captured graph, it may take less time than its parts.
+    Returns a JSON document with `rows`: method, precision, part, ms with its quantiles, share (of the sum of the
     parts); for the whole step also images_per_s, mfu and peak_memory_gib.
     Raises ValueError for a setting that cannot be.
     """
-    device = bench_device(config.speed)
+    device = bench_device(speed.device)
     state = gpu_state(device)
-    header = setting_header(config.setting.result(config.methods[0]), config.speed, device)
+    methods = config.methods or tuple(METHODS)
+    result = setting.result(methods[0])
+    header = setting_header(result, speed, device)
     say(header)
     rows: list[dict[str, Any]] = []
-    for method in config.methods:
-        rows += _method_rows(method, config, device)
+    for method in methods:
+        rows += _method_rows(method, config, setting, speed, device, config.max_s / len(methods))
         torch.compiler.reset()  # else code compiled for one network counts against the limit of the next
         if device.type == "cuda":
             torch.cuda.empty_cache()
         say(f"{method}: {rows[-1]['ms']:,.2f} ms a step, {rows[-1]['images_per_s']:,.1f} images/s")
     return {
         "header": header,
-        "paper_setting": not departures_from_paper(config.setting.result(config.methods[0])),
-        "setting": as_plain(config.setting),
-        "speed": as_plain(config.speed),
+        "paper_setting": not departures_from_paper(result),
+        "setting": as_plain(setting),
+        "speed": as_plain(speed),
         "environment": environment(device, 1),
         "gpu": state,
         "notes": list(state["warnings"]) if state else ["measured on a CPU, which says nothing of a GPU"],
@@ -88,12 +68,15 @@ def bench_step(config: StepBenchConfig, say: Say = lambda _: None) -> dict[str, 
 
 def step_markdown(document: dict[str, Any], command: str | None = None) -> str:
     """The document of `bench_step` as a page."""
-    lines = ["# A training step and its parts", "", f"Setting: {document['header']}.", ""]
-    if command:
-        lines += [f"`{command}`", ""]
-    lines += [f"- {note}" for note in document["notes"]]
-    lines += ["", "Median [20 %, 80 %]. The parts run alone, launched one by one; the whole step as configured.", ""]
-    return "\n".join(lines) + "\n" + step_table(document["rows"])
+    return bench_page(
+        "A training step and its parts",
+        f"Setting: {document['header']}",
+        step_table(document["rows"]),
+        rounds=f"{document['rows'][0]['calls']} interleaved rounds. The parts run alone, launched one by one; the "
+        "whole step as configured.",
+        command=command,
+        notes=document["notes"],
+    )
 
 
 def step_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -104,7 +87,7 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
             (
                 row["method"],
                 row["part"],
-                spread(row["ms"], row["q20"], row["q80"], 2),
+                spread(row, "ms", 2),
                 percent(row["share"]),
                 number(row.get("images_per_s")),
                 percent(row.get("mfu")),
@@ -115,45 +98,40 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _method_rows(method: MethodName, config: StepBenchConfig, device: torch.device) -> list[dict[str, Any]]:
-    result = config.setting.result(method)
-    split = training_images(None, result)
+def _method_rows(
+    method: MethodName,
+    config: StepBenchConfig,
+    setting: BenchSetting,
+    speed: SpeedConfig,
+    device: torch.device,
+    max_s: float,
+) -> list[dict[str, Any]]:
+    result, views = setting.result(method), method_class(method).views
     ours: list[OurMethod] = []
 
     def make() -> OurMethod:
-        ours.append(OurMethod(method, config.setting, config.speed, device))
+        ours.append(OurMethod(method, setting, speed, device))
         return ours[0]
 
-    recipes = [METHODS[method].views]
-    with open_feeds(split, recipes, result, LoaderConfig(name="synthetic"), device) as (feeds, _):
-        prepared = prepare(make, feeds, device, config.warmup)
-        batch = next(feeds[recipes[0]])
-    parts = _parts(ours[0], batch, device)
-    rows: list[dict[str, Any]] = []
-    share_s = config.max_s / (len(config.methods) * (len(parts) + 1))
-    for name, call in (*parts.items(), (WHOLE, lambda: ours[0].step(batch))):
-        times = time_calls_ms(call, device, warmup=config.warmup, repeats=config.repeats, max_s=share_s)
-        spread_ms = quantiles(times)
-        rows.append(
-            {
-                "method": method,
-                "precision": config.speed.precision,
-                "part": name,
-                "ms": spread_ms["median"],
-                "q20": spread_ms["q20"],
-                "q80": spread_ms["q80"],
-                "calls": len(times),
-                "share": None,
-            }
-        )
-    sum_ms = sum(row["ms"] for row in rows[:-1])
-    for row in rows[:-1]:
-        row["share"] = row["ms"] / sum_ms
-    whole = rows[-1]
-    peak, _ = peak_flops_per_s(device, config.speed.precision)
-    whole["images_per_s"] = 1000 * result.batch_size / whole["ms"]
-    whole["mfu"] = mfu(ours[0].flops_per_image, whole["images_per_s"], peak)
-    whole["peak_memory_gib"] = prepared.peak_memory_gib
+    with open_batches(training_images(None, result), [views], result, SYNTHETIC, device) as (batches, _):
+        prepared = prepare(make, batches, device, config.warmup)
+        batch = next(batches[views])
+    calls = {**_parts(ours[0], batch, device), WHOLE: lambda: ours[0].step(batch)}
+    times = interleaved_ms(calls, config.repeats, device, warmup=config.warmup, lead=1, max_s=max_s)
+    rows: list[dict[str, Any]] = [
+        {"method": method, "precision": speed.precision, "part": part, **quantiles("ms", own), "calls": len(own)}
+        for part, own in times.items()
+    ]
+    parts_ms = sum(row["ms"] for row in rows[:-1])
+    for row in rows:
+        row["share"] = None if row["part"] == WHOLE else row["ms"] / parts_ms
+    peak, _ = peak_flops_per_s(device, speed.precision)
+    images_per_s = 1000 * result.batch_size / rows[-1]["ms"]
+    rows[-1] |= {
+        "images_per_s": images_per_s,
+        "mfu": mfu(ours[0].flops_per_image, images_per_s, peak),
+        "peak_memory_gib": prepared.peak_memory_gib,
+    }
     return rows
 
 
@@ -161,7 +139,10 @@ def _parts(ours: OurMethod, batch: CropBatch, device: torch.device) -> dict[str,
     """The parts of a step as functions without arguments, in the order in which a step runs them."""
     training, result, speed = ours.training, ours.config.result, ours.config.speed
     method = training.method
-    assert isinstance(method, MomentumContrast)
+    if not isinstance(method, MomentumContrast):
+        raise ValueError(
+            f"bench step cannot take {method.title} apart, only momentum contrast; give others to train-time"
+        )
     size, seed = result.batch_size, result.seed
     networks: list[Callable[[torch.Tensor], torch.Tensor]] = [method.query_encoder, method.key_encoder]
     if compiles_encoders(speed, device):

@@ -1,4 +1,4 @@
-"""What LeOCLR costs next to MoCo-v2: both train in turns, in one process, on the same loader. Table 7 of the paper."""
+"""What a method costs next to another: all train in turn, in one process, on the same loader. Table 7 of the paper."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,129 +14,131 @@ from typing import Any
 import torch
 
 import leoclr_fast
-from leoclr_fast.bench.contestant import Contestant, OurMethod
-from leoclr_fast.bench.feeds import open_feeds, training_images
-from leoclr_fast.bench.projection import FORMULA, ProjectionConfig, project
-from leoclr_fast.bench.setting import BenchSetting, bench_device, departures_from_paper, setting_header
-from leoclr_fast.bench.statistics import median_interval, quantiles
-from leoclr_fast.bench.turns import Prepared, Turn, prepare, take_turns
-from leoclr_fast.bench.turns_config import TurnsConfig
+from leoclr_fast.bench.config import BenchSetting, RoundsConfig, TrainTimeConfig
+from leoclr_fast.bench.page import bench_page, interval, markdown_table, number, percent, spread
+from leoclr_fast.bench.rounds import (
+    SYNTHETIC,
+    OurMethod,
+    Prepared,
+    TimedMethod,
+    TimedSteps,
+    open_batches,
+    prepare,
+    train_in_turn,
+    training_images,
+)
+from leoclr_fast.bench.setting import bench_device, departures_from_paper, setting_header
+from leoclr_fast.bench.statistics import quantiles, ratio_interval
+from leoclr_fast.bench.timing import Say
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.machine.energy import EnergyMeter
 from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.method.flops import mfu, peak_flops_per_s
-from leoclr_fast.method.methods import METHODS
+from leoclr_fast.method.methods import METHODS, method_class
+from leoclr_fast.run.bottleneck import find_bottleneck
 from leoclr_fast.run.environment import environment
-from pipelines.config import LoaderConfig
 from pipelines.factory import shows_images
 
-Say = Callable[[str], None]
-Peer = Callable[[BenchSetting, SpeedConfig, torch.device], Contestant]
+Peer = Callable[[BenchSetting, SpeedConfig, torch.device], TimedMethod]
 
 _KWH_PER_J = 1 / 3.6e6
 _PEERS_MODULE = "benchmarks.baselines"
+_PLOT_FORMATS = (".svg", ".png", ".pdf")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainTimeConfig:
-    """What is measured, on what, and what is projected from it."""
-
-    setting: BenchSetting = field(default_factory=BenchSetting)
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
-    turns: TurnsConfig = field(default_factory=TurnsConfig)
-    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
-    peers: bool = False
-    """Whether the two baselines of `benchmarks.baselines` take part."""
-    max_images: int | None = None
-    """At most so many real images, a class-balanced choice."""
-
-
-def bench_train_time(config: TrainTimeConfig, data: Path | None, say: Say = lambda _: None) -> dict[str, Any]:
-    """Time LeOCLR and MoCo-v2, and the peers if wanted, on synthetic images and on those of `data`, if given.
+def bench_train_time(
+    config: TrainTimeConfig,
+    rounds: RoundsConfig,
+    setting: BenchSetting,
+    speed: SpeedConfig,
+    data: Path | None = None,
+    say: Say = lambda _: None,
+) -> dict[str, Any]:
+    """Time the methods, and the peers if wanted, on synthetic images and on those of `data`, if given.
 
     Returns a JSON document: header, setting, environment, `gpu` and `gpu_after` (its state before the first and after
-    the last step), notes, and
-    `rows`, one for each method and data: method, data, images_per_s, step_ms, both with q20 and q80, mfu,
-    data_wait_fraction, peak_memory_gib, energy_per_million_images_kwh, the step times of all turns;
-    `ratio_synthetic` and `ratio_real`: LeOCLR's step time over MoCo-v2's in the pairs of a round, as median, low and
-    high of its 95 % bootstrap interval; None without such data;
-    `speedups` of our MoCo-v2 over each peer, and `projection`.
+    the last step), notes, `titles` (method -> its name for people), and
+    `rows`, one for each method and data: method, data, images_per_s and step_ms with their quantiles, mfu,
+    data_wait_fraction, peak_memory_gib, energy_per_million_images_kwh, the step times of all rounds;
+    `ratio_synthetic` and `ratio_real`: the first method's step time over the second's in the pairs of a round, as
+    median, low and high of its 95 % bootstrap interval; None without such data, or without a second method;
+    `speedups` over each peer of our method that it is a peer of.
     Raises ValueError for a setting that cannot be, for data that cannot be read, or without the folder of the peers.
     """
     start = time.perf_counter()
-    device = bench_device(config.speed)
-    results = {name: config.setting.result(name) for name in ("leoclr", "mocov2")}
+    device = bench_device(speed.device)
+    methods = {name: method_class(name) for name in config.methods or METHODS}
+    results = {name: setting.result(name) for name in methods}
+    result = next(iter(results.values()))
     state = gpu_state(device)
-    header = setting_header(results["leoclr"], config.speed, device)
+    header = setting_header(result, speed, device)
     say(header)
-    notes = _notes(config, data, device, state)
+    peers = load_peers() if config.peers else {}
+    notes = _notes(speed, data, device, state, bool(peers))
     for note in notes:
         say(note)
-
-    makers: dict[str, Callable[[], Contestant]] = {
-        name: partial(OurMethod, name, config.setting, config.speed, device) for name in results
-    }
-    if config.peers:
-        makers |= {name: partial(peer, config.setting, config.speed, device) for name, peer in load_peers().items()}
-
-    splits = {"synthetic": training_images(None, results["leoclr"])}
+    splits = {"synthetic": training_images(None, result)}
     if data is not None:
-        if not shows_images(config.speed.loader):
+        if not shows_images(speed.loader):
             raise ValueError(
-                f"--data with the loader {config.speed.loader.name} would never read the images; choose another "
-                "--loader, or leave --data out: synthetic images are always timed"
+                f"--data with the loader {speed.loader.name} would never read the images; choose another --loader, or "
+                "leave --data out: synthetic images are always timed"
             )
-        splits["real"] = training_images(data, results["leoclr"], config.max_images)
+        splits["real"] = training_images(data, result, config.max_images)
+
+    makers: dict[str, Callable[[], TimedMethod]] = {
+        name: partial(OurMethod, name, setting, speed, device) for name in methods
+    }
+    makers |= {name: partial(peer, setting, speed, device) for name, peer in peers.items()}
+    recipes = [method.views for method in (*methods.values(), *peers.values())]
     prepared: list[Prepared] = []
     rows: list[dict[str, Any]] = []
-    for number, (kind, split) in enumerate(splits.items()):
-        loader = LoaderConfig(name="synthetic") if kind == "synthetic" else config.speed.loader
-        with ExitStack() as stack:
-            recipes = [method.views for method in METHODS.values()]
-            feeds, loader_name = stack.enter_context(open_feeds(split, recipes, results["leoclr"], loader, device))
-            if not prepared:
-                for name, make in makers.items():
-                    entrant = _prepared_or_none(name, make, feeds, device, config, notes, say)
-                    prepared += [entrant] if entrant else []
+    for left, (kind, split) in zip(range(len(splits), 0, -1), splits.items(), strict=True):
+        loader = SYNTHETIC if kind == "synthetic" else speed.loader
+        with open_batches(split, recipes, result, loader, device) as (batches, loader_name):
+            for name, make in makers.items() if not prepared else ():
+                say(f"preparing {name}")
+                try:
+                    prepared.append(prepare(make, batches, device, rounds.warmup_steps))
+                except (ImportError, ValueError, torch.OutOfMemoryError) as error:
+                    if name not in peers:
+                        raise
+                    torch.cuda.empty_cache()
+                    notes.append(f"{name} did not run: {str(error).splitlines()[0]}")
+                    say(notes[-1])
             say(f"{kind} images, loader {loader_name}")
-            contestants = [entrant.contestant for entrant in prepared]
-            left_s = config.turns.max_s - (time.perf_counter() - start)
-            max_s = max(1.0, left_s / (len(splits) - number))
-            turns = take_turns(contestants, feeds, device, replace(config.turns, max_s=max_s), say)
-        rows += [
-            _row(entrant, kind, own, results["leoclr"].batch_size, device, config.speed.precision)
-            | {"loader": loader_name}
-            for entrant, own in zip(prepared, turns, strict=True)
-        ]
-
+            left_s = rounds.max_s - (time.perf_counter() - start)
+            share = replace(rounds, max_s=max(1.0, left_s / left))
+            timed = train_in_turn([one.method for one in prepared], batches, device, share, say)
+        for one, own in zip(prepared, timed, strict=True):
+            row = _row(one, kind, own, result.batch_size, device, speed.precision)
+            rows.append(row | {"loader": loader_name})
+    pair = list(methods)[:2]
     return {
         "header": header,
-        "paper_setting": not departures_from_paper(results["leoclr"]),
-        "setting": {name: as_plain(result) for name, result in results.items()},
-        "speed": as_plain(config.speed),
-        "turns": as_plain(config.turns),
+        "paper_setting": not departures_from_paper(result),
+        "setting": {name: as_plain(own) for name, own in results.items()},
+        "speed": as_plain(speed),
+        "rounds": as_plain(rounds),
         "environment": environment(device, 1),
         "gpu": state,
         "gpu_after": gpu_state(device),
         "notes": notes,
-        "flops_per_image": {entrant.contestant.name: entrant.contestant.flops_per_image for entrant in prepared},
+        "titles": {name: method.title for name, method in methods.items()},
+        "compared": pair,
+        "flops_per_image": {one.method.name: one.method.flops_per_image for one in prepared},
         "rows": rows,
-        "ratio_synthetic": step_time_ratio(rows, "synthetic", "leoclr", "mocov2"),
-        "ratio_real": step_time_ratio(rows, "real", "leoclr", "mocov2"),
+        **{f"ratio_{kind}": step_time_ratio(rows, kind, *pair) for kind in ("synthetic", "real")},
+        "peer_of": {name: peer.peer_of for name, peer in peers.items()},
         "speedups": {
-            kind: {
-                entrant.contestant.name: step_time_ratio(rows, kind, entrant.contestant.name, "mocov2")
-                for entrant in prepared
-                if entrant.contestant.name not in results
-            }
-            for kind in dict.fromkeys(row["data"] for row in rows)
+            kind: {name: step_time_ratio(rows, kind, name, peer.peer_of) for name, peer in peers.items()}
+            for kind in splits
         },
-        "projection": _projection(rows, config.projection),
     }
 
 
-def load_peers() -> dict[str, Peer]:
+def load_peers() -> dict[str, Any]:
     """The baselines to run beside ours, by name, from the folder `benchmarks/baselines` of a checkout.
 
     It is found at run time, since it lies above this package in the order of imports.
@@ -151,82 +152,56 @@ def load_peers() -> dict[str, Peer]:
         )
     if str(checkout) not in sys.path:
         sys.path.append(str(checkout))
-    peers: dict[str, Peer] = importlib.import_module(_PEERS_MODULE).PEERS
+    peers: dict[str, Any] = importlib.import_module(_PEERS_MODULE).PEERS
     return peers
 
 
-def step_time_ratio(rows: Sequence[dict[str, Any]], data: str, above: str, below: str) -> dict[str, float] | None:
-    """Step time of `above` over that of `below`, turn by turn: median, low and high of its 95 % bootstrap interval.
-
-    None if one of them was not measured on this data.
+def step_time_ratio(rows: Sequence[dict[str, Any]], data: str, *pair: str) -> dict[str, float] | None:
+    """Step time of the first of a pair of methods over that of the second, round by round: median, low and high of its
+    95 % bootstrap interval. None if one of them was not measured on this data.
     """
-    times = {row["method"]: row["turns_step_ms"] for row in rows if row["data"] == data}
-    if above not in times or below not in times:
+    times = {row["method"]: row["rounds_step_ms"] for row in rows if row["data"] == data}
+    if len(pair) < 2 or not times.keys() >= set(pair):
         return None
-    return median_interval([high / low for high, low in zip(times[above], times[below], strict=True)])
-
-
-def _prepared_or_none(
-    name: str,
-    make: Callable[[], Contestant],
-    feeds: Any,
-    device: torch.device,
-    config: TrainTimeConfig,
-    notes: list[str],
-    say: Say,
-) -> Prepared | None:
-    """A contestant, warm; None, and a note, for a peer that cannot run here."""
-    say(f"preparing {name}")
-    try:
-        return prepare(make, feeds, device, config.turns.warmup_steps)
-    except (ImportError, ValueError, torch.OutOfMemoryError) as error:
-        if name in ("leoclr", "mocov2"):
-            raise
-        torch.cuda.empty_cache()
-        notes.append(f"{name} did not run: {str(error).splitlines()[0]}")
-        say(notes[-1])
-        return None
+    return ratio_interval(times[pair[0]], times[pair[1]])
 
 
 def _row(
-    entrant: Prepared, data: str, turns: Sequence[Turn], batch_size: int, device: torch.device, precision: str
+    prepared: Prepared, data: str, timed: Sequence[TimedSteps], batch_size: int, device: torch.device, precision: str
 ) -> dict[str, Any]:
-    step_ms = quantiles([turn.step_ms for turn in turns])
-    rate = quantiles([batch_size * turn.steps / turn.seconds for turn in turns])
-    images = batch_size * sum(turn.steps for turn in turns)
-    joules = [turn.energy_j for turn in turns if turn.energy_j is not None]
-    energy_kwh = sum(joules) / images * 1e6 * _KWH_PER_J if len(joules) == len(turns) else None
+    rate = quantiles("images_per_s", [batch_size * own.steps / own.seconds for own in timed])
+    step_ms = [own.step_ms for own in timed]
+    joules = [own.energy_j for own in timed if own.energy_j is not None]
+    millions = 1e-6 * batch_size * sum(own.steps for own in timed)
     peak, _ = peak_flops_per_s(device, precision)
     return {
-        "method": entrant.contestant.name,
+        "method": prepared.method.name,
         "data": data,
-        "images_per_s": rate["median"],
-        "images_per_s_q20": rate["q20"],
-        "images_per_s_q80": rate["q80"],
-        "step_ms": step_ms["median"],
-        "step_ms_q20": step_ms["q20"],
-        "step_ms_q80": step_ms["q80"],
-        "mfu": mfu(entrant.contestant.flops_per_image, rate["median"], peak),
-        "data_wait_fraction": sum(turn.data_wait_s for turn in turns) / sum(turn.seconds for turn in turns),
-        "peak_memory_gib": entrant.peak_memory_gib,
-        "energy_per_million_images_kwh": energy_kwh,
-        "turns_step_ms": [turn.step_ms for turn in turns],
+        **rate,
+        **quantiles("step_ms", step_ms),
+        "mfu": mfu(prepared.method.flops_per_image, rate["images_per_s"], peak),
+        "data_wait_fraction": sum(own.data_wait_s for own in timed) / sum(own.seconds for own in timed),
+        "peak_memory_gib": prepared.peak_memory_gib,
+        "energy_per_million_images_kwh": sum(joules) / millions * _KWH_PER_J if len(joules) == len(timed) else None,
+        "rounds_step_ms": step_ms,
     }
 
 
-def _notes(config: TrainTimeConfig, data: Path | None, device: torch.device, state: dict[str, Any] | None) -> list[str]:
-    """What a reader must know to judge the figures."""
+def _notes(
+    speed: SpeedConfig, data: Path | None, device: torch.device, state: dict[str, Any] | None, with_peers: bool
+) -> list[str]:
+    """What a reader must know to weigh the figures."""
     notes = list(state["warnings"]) if state else []
     if device.type == "cpu":
         notes.append("measured on a CPU: the ratio is reported without a bound, and says nothing of a GPU")
     if data is None:
         notes.append("no real images: give --data for them")
-    peak, why = peak_flops_per_s(device, config.speed.precision)
+    peak, why = peak_flops_per_s(device, speed.precision)
     notes.append(f"MFU against {why}" if peak else f"no MFU: {why}")
     missing = EnergyMeter.of(device).missing
     if missing:
         notes.append(f"no energy: {missing}")
-    if config.peers:
+    if with_peers:
         notes.append(
             "the peers get the same crops and our augmentation, so only their loop is compared; with their own "
             "augmentation they would be slower"
@@ -234,13 +209,122 @@ def _notes(config: TrainTimeConfig, data: Path | None, device: torch.device, sta
     return notes
 
 
-def _projection(rows: Sequence[dict[str, Any]], config: ProjectionConfig) -> dict[str, Any]:
-    """Of every row, under the assumptions of `config`."""
-    projected = []
-    for row in rows:
-        energy_kwh = row["energy_per_million_images_kwh"]
-        energy_j = None if energy_kwh is None else energy_kwh / _KWH_PER_J / 1e6
-        projected.append(
-            {"method": row["method"], "data": row["data"], **project(config, row["images_per_s"], energy_j)}
+def train_time_markdown(document: dict[str, Any], command: str | None = None) -> str:
+    """The document of `bench_train_time` as a page: setting, notes, measurements, ratios."""
+    rows, notes = document["rows"], list(document["notes"])
+    if document["gpu_after"] is not None:
+        gpu = document["gpu_after"]
+        notes.append(
+            f"{gpu['name']}, driver {gpu['driver']}, SM clock {gpu['sm_clock_mhz']} of {gpu['max_sm_clock_mhz']} MHz "
+            f"and {gpu['temperature_c']} °C right after the last step, power limit {gpu['power_limit_w']} W"
         )
-    return {"what": "a projection, not a measurement", "formula": FORMULA, **as_plain(config), "rows": projected}
+    header = (
+        "method", "data", "images/s", "step, ms", "MFU", "data wait", "peak memory, GiB", "kWh per million images",
+    )  # fmt: skip
+    cells = [
+        (
+            _title(document, row["method"]),
+            row["data"],
+            spread(row, "images_per_s"),
+            spread(row, "step_ms"),
+            percent(row["mfu"]),
+            percent(row["data_wait_fraction"]),
+            number(row["peak_memory_gib"]),
+            number(row["energy_per_million_images_kwh"], 2),
+        )
+        for row in rows
+    ]
+    titles = [_title(document, name) for name in document["compared"]]
+    return bench_page(
+        f"{' next to '.join(titles)}: training time",
+        f"Setting: {document['header']}",
+        markdown_table(header, cells),
+        rounds=f"{len(rows[0]['rounds_step_ms'])} interleaved rounds of {document['rounds']['steps']} steps each.",
+        command=command,
+        notes=notes,
+        remarks=[*_ratio_lines(document, titles), *_bottleneck_lines(document)],
+    )
+
+
+def _ratio_lines(document: dict[str, Any], titles: Sequence[str]) -> list[str]:
+    """The ratios as sentences, with their intervals."""
+    lines = []
+    for data in ("synthetic", "real"):
+        ratio = document[f"ratio_{data}"]
+        if ratio is not None:
+            lines.append(f"step time {' / '.join(titles)}, {data} images: {interval(ratio)}")
+        for peer, speedup in document["speedups"].get(data, {}).items():
+            ours = _title(document, document["peer_of"][peer])
+            if speedup is not None:
+                lines.append(f"our {ours} over {peer}, {data} images: {interval(speedup)} times as fast")
+    return lines
+
+
+def _bottleneck_lines(document: dict[str, Any]) -> list[str]:
+    """What our methods waited for with real images, as sentences."""
+    rates = {(row["method"], row["data"]): row["images_per_s"] for row in document["rows"]}
+    lines = []
+    for row in document["rows"]:
+        if row["data"] != "real" or row["method"] not in document["titles"]:
+            continue
+        found = find_bottleneck(
+            row["data_wait_fraction"],
+            loader=row["loader"],
+            on_cpu=document["environment"]["device"] == "cpu",
+            real_images_per_s=row["images_per_s"],
+            synthetic_images_per_s=rates.get((row["method"], "synthetic")),
+        )
+        if found is not None:
+            lines.append(f"{_title(document, row['method'])}, real images: {found}")
+    return lines
+
+
+def _title(document: dict[str, Any], method: str) -> str:
+    """The name of a method for people; a peer's own."""
+    return document["titles"].get(method, method)
+
+
+def plot_train_time(document: dict[str, Any], path: Path) -> None:
+    """Bars of images/s with their 20 % and 80 % quantiles, as SVG, PNG or PDF by the suffix of `path`.
+
+    Raises ValueError for another suffix, or where the file cannot be written.
+    """
+    require_plot_format(path)
+    from matplotlib.figure import Figure
+
+    methods = list(dict.fromkeys(row["method"] for row in document["rows"]))
+    kinds = list(document["speedups"])
+    figure = Figure(figsize=(1.5 + 1.6 * len(methods), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(kinds)
+    for place, kind in enumerate(kinds):
+        rows = [row for row in document["rows"] if row["data"] == kind]
+        axes.bar(
+            [methods.index(row["method"]) + (place - (len(kinds) - 1) / 2) * width for row in rows],
+            [row["images_per_s"] for row in rows],
+            0.92 * width,
+            yerr=[
+                [row["images_per_s"] - row["images_per_s_q20"] for row in rows],
+                [row["images_per_s_q80"] - row["images_per_s"] for row in rows],
+            ],
+            capsize=3,
+            label=f"{kind} images",
+        )
+    axes.set_xticks(range(len(methods)), [_title(document, method) for method in methods])
+    axes.set_ylabel("images/s")
+    axes.set_title(document["header"], fontsize=7, wrap=True)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+
+def require_plot_format(path: Path) -> None:
+    """Raises ValueError for a file name that says no format we draw in."""
+    if path.suffix.lower() not in _PLOT_FORMATS:
+        raise ValueError(
+            f"a plot cannot be written as {path.name}: give a name that ends in {', '.join(_PLOT_FORMATS)}"
+        )

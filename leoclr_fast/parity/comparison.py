@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +62,9 @@ class ParityConfig:
     worst: int = 4
     """Crops that are kept of each loader: those that differ most."""
     seed: int = 0
+    """Draws the boxes."""
     workers: int | None = None
+    """Threads or worker processes of each loader; by default one for each core."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
@@ -116,6 +119,11 @@ class BackendParity:
         """Everything is equal that has to be, and the pixels are within the limits."""
         same = self.same_indices and self.same_boxes and self.same_labels
         return same and self.mean <= self.limits.mean and self.max <= self.limits.max
+
+    def row(self) -> dict[str, Any]:
+        """As plain JSON, without the counts and the crops."""
+        names = ("loader", "data", "ok", "images", "mean", "max", "edge_mean", "edge_max")
+        return {name: getattr(self, name) for name in (*names, "same_indices", "same_boxes", "same_labels")}
 
 
 def measure_parity(

@@ -9,12 +9,10 @@ import torch
 
 from benchmarks.baselines import PEERS, LightlyMoCoV2, PublishedMoCoV2
 from benchmarks.baselines.mocov2_peer import MoCoV2Peer
-from leoclr_fast.bench.contestant import OurMethod
-from leoclr_fast.bench.feeds import open_feeds, training_images
-from leoclr_fast.bench.setting import BenchSetting
+from leoclr_fast.bench.config import BenchSetting
+from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, open_batches, training_images
 from leoclr_fast.config import SpeedConfig
 from pipelines.batch import CropBatch
-from pipelines.config import LoaderConfig
 from pipelines.views import MOCOV2_VIEWS
 
 # Four batches fill the queue, so five steps go through its wrap.
@@ -34,7 +32,7 @@ STEPS = 6
 def batches() -> list[CropBatch]:
     result = SETTING.result("mocov2")
     split = training_images(None, result)
-    with open_feeds(split, [MOCOV2_VIEWS], result, LoaderConfig(name="synthetic"), CPU) as (feeds, _):
+    with open_batches(split, [MOCOV2_VIEWS], result, SYNTHETIC, CPU) as (feeds, _):
         return list(islice(feeds[MOCOV2_VIEWS], STEPS))
 
 

@@ -13,7 +13,9 @@ import pytest
 
 from benchmarks.evaluations import Evaluations
 
-SEEN: dict[str, Any] = {"cpu": "a CPU", "torch_threads": 1, "device": "cpu", "python": "3", "versions": {"torch": "2"}}
+SEEN: dict[str, Any] = {
+    "cpu": "a CPU", "gpu": None, "torch_threads": 1, "device": "cpu", "python": "3", "versions": {"torch": "2"},
+}  # fmt: skip
 
 
 def test_the_call_is_in_every_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,13 +14,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.gpu_suite import cifar10, gpu_tests, loaders, parity
+from benchmarks.gpu_suite import benches, cifar10, gpu_tests, loaders, parity
 from benchmarks.gpu_suite.__main__ import Suite
 from benchmarks.gpu_suite.gpu_tests import outcomes, run_groups
-from benchmarks.gpu_suite.sections import SECTIONS
 from benchmarks.gpu_suite.step_profile import kind_of
-from benchmarks.gpu_suite.suite_config import Answer, SuiteConfig, UnavailableError
-from benchmarks.gpu_suite.targets import judge, targets_markdown
+from benchmarks.gpu_suite.suite_config import SECTIONS, Answer, SuiteConfig, UnavailableError
+from benchmarks.gpu_suite.targets import compare_with_targets, targets_markdown
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from tests.leoclr_fast.conftest import write_tiny_images
@@ -93,7 +92,7 @@ def run_loss(config, say):
     config.keep(Answer(result={"fp32": {"rows": []}}, markdown="the first half"))
     {then}
 
-sys.modules["benchmarks.gpu_suite.kernel_benches"] = module = types.ModuleType("kernel_benches")
+sys.modules["benchmarks.gpu_suite.benches"] = module = types.ModuleType("benches")
 module.run_loss = run_loss
 """
 
@@ -104,11 +103,11 @@ module.run_loss = run_loss
         ("time.sleep(600)", 20.0, "stopped", "its 20 s were over"),
         ("os._exit(3)", 200.0, "failed", "it ended with code 3 and no result"),
         ("raise RuntimeError('no memory')", 200.0, "failed", "RuntimeError: no memory"),
-        ("return Answer(result={'fp32': 1, 'bf16': 2}, markdown='all')", 200.0, "done", None),
     ],
+    ids=["too long", "crash", "error"],
 )
 def test_the_parts_that_were_done_are_kept(
-    then: str, limit_s: float, status: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    then: str, limit_s: float, status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "sitecustomize.py").write_text(HALF.replace("{then}", then))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(CHECKOUT)]))
@@ -118,39 +117,31 @@ def test_the_parts_that_were_done_are_kept(
             data=None, photographs=None, sections=["loss"],
         )
     )  # fmt: skip
-    section = suite._in_a_process("loss", limit_s)
-    assert section["status"] == status
-    if reason is None:
-        assert section["result"] == {"fp32": 1, "bf16": 2}
-        assert "reason" not in section
-    else:
-        assert section["result"] == {"fp32": {"rows": []}}
-        assert section["reason"].startswith(reason)
-        assert "what it had found by then follows" in section["reason"]
-        suite.document |= {"sections": {"loss": section}, "seconds": 1.0}
-        suite._write()
-        assert "the first half" in (tmp_path / "out" / "suite.md").read_text()
-        written = json.loads((tmp_path / "out" / "suite.json").read_text())
-        assert written["sections"]["loss"]["result"] == {"fp32": {"rows": []}}
+    section = suite.in_a_process("loss", limit_s)
+    assert (section["status"], section["result"]) == (status, {"fp32": {"rows": []}})
+    assert section["reason"].startswith(reason)
+    assert "what it had found by then follows" in section["reason"]
+    suite.document["sections"] = {"loss": section}
+    suite.write()
+    assert "the first half" in (tmp_path / "out" / "suite.md").read_text()
+    written = json.loads((tmp_path / "out" / "suite.json").read_text())
+    assert written["sections"]["loss"]["result"] == {"fp32": {"rows": []}}
 
 
 def test_steps_and_losses_keep_every_precision(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("leoclr_fast.bench.kernels.what_compiling_lacks", lambda device_type: "a compiler")
     kept: list[Answer] = []
     config = SuiteConfig(device="cpu", tiny=True, precision="fp32", keep=kept.append, soft_limit_s=5)
-    for module in ("train_benches", "kernel_benches"):
-        run = getattr(importlib.import_module(f"benchmarks.gpu_suite.{module}"), SECTIONS_WITH_PARTS[module])
+    for run in (benches.run_step, benches.run_loss):
         assert run(config, lambda _: None) is kept[-1]
     assert [set(answer.result) for answer in kept] == [{"fp32"}, {"fp32"}]
-
-
-SECTIONS_WITH_PARTS = {"train_benches": "run_step", "kernel_benches": "run_loss"}
 
 
 def test_results_name_no_path_of_the_machine(tmp_path: Path):
     flags = {"data": tmp_path / "images.tar", "photographs": None, "out": tmp_path, "name": "x"}
     suite = Suite(Namespace(**flags, tiny=True, limit_s=1.0, sections=[]))
     text = f"{CHECKOUT}/tests {sys.prefix}/lib {tmp_path}/images.tar {Path.home()}/.cache 3 images/s"
-    cleaned = suite._without_paths(text)
+    cleaned = suite.results.shown(text)
     assert cleaned.startswith("./tests (python)/lib images.tar ")
     assert cleaned.endswith("/.cache 3 images/s")
     assert str(Path.home()) not in cleaned
@@ -323,7 +314,7 @@ def test_real_images_are_compared_and_timed(tmp_path: Path):
     result = answer.result
     assert result["too_far_off"] == 0
     assert {"resident"} <= {row["loader"] for row in result["parity"]}
-    assert all(row["same_order_boxes_labels"] and row["images"] == 24 for row in result["parity"])
+    assert all(row["same_indices"] and row["same_boxes"] and row["images"] == 24 for row in result["parity"])
     assert "nvjpeg" in result["did_not_run"]
     assert "- nvjpeg did not run: nvJPEG decodes on a GPU, not on cpu" in answer.markdown
     rows = result["train_time"]["rows"]
@@ -373,7 +364,7 @@ def test_outcomes_of_a_test_report():
     ]
 
 
-def test_targets_are_judged_only_by_what_a_gpu_measured():
+def test_targets_are_compared_only_by_what_a_gpu_measured():
     def row(method: str, rate: float) -> dict[str, Any]:
         return {"method": method, "data": "synthetic", "images_per_s": rate}
 
@@ -406,19 +397,19 @@ def test_targets_are_judged_only_by_what_a_gpu_measured():
             }
         },
     }
-    verdicts = judge(results, tiny=False)
-    assert [verdict["met"] for verdict in verdicts] == [
+    rows = compare_with_targets(results, tiny=False)
+    assert [row["met"] for row in rows] == [
         *(True, True, False, True, True, False, None),
         *(True, False, True),
     ]
-    assert verdicts[4]["reached"] == pytest.approx(1.5)
-    assert verdicts[6]["why_not"] == "its section has no result"
-    assert "**missed**" in targets_markdown(verdicts)
+    assert rows[4]["reached"] == pytest.approx(1.5)
+    assert rows[6]["why_not"] == "its section has no result"
+    assert "**missed**" in targets_markdown(rows)
 
     def changed(section: str, **changes: Any) -> list[Any]:
         """What is said of the last three targets."""
-        verdicts = judge(results | {section: results[section] | changes}, tiny=False)[7:]
-        return [verdict["met"] if verdict["why_not"] is None else verdict["why_not"] for verdict in verdicts]
+        rows = compare_with_targets(results | {section: results[section] | changes}, tiny=False)[7:]
+        return [row["met"] if row["why_not"] is None else row["why_not"] for row in rows]
 
     cut = [{"file": "test_a.py", "status": "finished"}, {"file": "test_b.py", "status": "stopped"}]
     assert changed("tests", passed=0) == [True, False, "no test ran"]
@@ -428,8 +419,11 @@ def test_targets_are_judged_only_by_what_a_gpu_measured():
     assert changed("loaders", jpeg_fraction=0.5, too_far_off=0) == ["not all images were JPEGs", True, True]
     assert changed("loaders", parity=[], too_far_off=0)[1] == "no loader could be compared"
     assert "smaller than a view of 224 pixels" in changed("loaders", median_shorter_side=32)[0]
-    for unjudged in (judge(results, tiny=True), judge(results | {"machine": {"gpu": None}}, tiny=False)):
-        assert {verdict["met"] for verdict in unjudged} == {None}
+    for uncompared in (
+        compare_with_targets(results, tiny=True),
+        compare_with_targets(results | {"machine": {"gpu": None}}, tiny=False),
+    ):
+        assert {row["met"] for row in uncompared} == {None}
 
 
 @pytest.mark.long

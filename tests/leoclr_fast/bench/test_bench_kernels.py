@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from leoclr_fast.bench import augment as augment_module
-from leoclr_fast.bench import loss as loss_module
-from leoclr_fast.bench.device_timing import first_results, interleaved_ms, peak_extra_mib
-from leoclr_fast.bench.loss import CROSS_ENTROPIES, bench_loss, cross_entropies
+from leoclr_fast.bench import kernels
+from leoclr_fast.bench.config import AugmentBenchConfig, LossBenchConfig
+from leoclr_fast.bench.kernels import CROSS_ENTROPIES, bench_augment, bench_loss, cross_entropies, timed_rows
+from leoclr_fast.bench.timing import interleaved, interleaved_ms, peak_extra_mib
 from leoclr_fast.cli import run_command
 from tests.leoclr_fast.losses.test_info_nce import cross_entropies as published_form
 from tests.leoclr_fast.losses.test_info_nce import unit_vectors
 
 CPU = torch.device("cpu")
-LOSS = {"batch_size": 5, "queue_size": 37, "dim": 8, "positives": 2, "temperature": 0.2, "precision": "fp32"}
+LOSS = LossBenchConfig(batch_size=5, queue_size=37, dim=8, rounds=3, device="cpu")
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would take half a minute."""
-    for module in (loss_module, augment_module):
-        monkeypatch.setattr(module, "what_compiling_lacks", lambda device_type: "a compiler")
+    monkeypatch.setattr(kernels, "what_compiling_lacks", lambda device_type: "a compiler")
 
 
 class TestTiming:
@@ -36,6 +37,16 @@ class TestTiming:
         assert "".join(called) == "bca" + "cab" + "abc" + "bca" + "cab"
         assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
         assert interleaved_ms({}, 3, CPU) == {}
+
+    def test_calls_before_a_timed_one_are_not_timed(self) -> None:
+        called: list[int] = []
+        assert len(interleaved_ms({"a": lambda: called.append(1)}, 3, CPU, warmup=1, lead=2)["a"]) == 3
+        assert len(called) == 4 * 3
+
+    def test_no_round_begins_when_the_time_is_over(self) -> None:
+        said: list[str] = []
+        assert list(interleaved("ab", 9, max_s=0.0, say=said.append)) == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
+        assert said == ["stopped after 2 of 9 rounds: 0 s have gone"]
 
     def test_milliseconds(self) -> None:
         (taken,) = interleaved_ms({"sleep": lambda: time.sleep(0.05)}, 1, CPU)["sleep"]
@@ -50,32 +61,45 @@ class TestTiming:
         assert nothing < 20
         assert something == pytest.approx(96, abs=10)
 
-    def test_what_fails_is_left_out_but_not_what_is_needed(self) -> None:
-        def fails() -> int:
+    def test_what_fails_is_left_out_but_not_what_the_others_are_compared_with(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What cannot be captured is still timed, and the page says why one figure is missing."""
+
+        def fails(*_: object) -> int:
             raise RuntimeError("no such kernel\nand more")
 
-        calls, left_out = {"one": lambda: 1, "two": fails}, {"three": "why"}
-        assert first_results(calls, "one", left_out) == {"one": 1}
-        assert list(calls) == ["one"]
+        def rows(calls: dict[str, Any], left_out: dict[str, str], *graphs: str) -> list[dict[str, Any]]:
+            return timed_rows(calls, lambda result: {"error": result}, left_out, rounds=1, device=CPU, graphs=graphs)
+
+        left_out = {"three": "why"}
+        (row,) = rows({"one": lambda: 1.0, "two": fails}, left_out)
+        assert (row["impl"], row["error"], row["graph_ms"]) == ("one", 1.0, None)
         assert left_out == {"three": "why", "two": "no such kernel"}
         with pytest.raises(RuntimeError, match="no such kernel"):
-            first_results({"one": fails}, "one", {})
+            rows({"one": fails}, {})
+        monkeypatch.setattr(kernels, "captured", fails)
+        (row,) = rows({"one": lambda: 1.0}, left_out := {}, "one")
+        assert (row["ms"] > 0, row["graph_ms"], left_out) == (True, None, {"one, captured": "no such kernel"})
+        monkeypatch.setattr(kernels, "captured", lambda call: call)
+        (row,) = rows({"one": lambda: 1.0}, {}, "one")
+        assert row["graph_ms"] > 0
 
 
 class TestLoss:
-    def test_the_contestant_is_the_published_form(self) -> None:
+    def test_the_reference_is_the_published_form(self) -> None:
         query, queue, *keys = (unit_vectors(rows, 8, seed) for seed, rows in enumerate((5, 37, 5, 5)))
         theirs, truth = (form(query, keys, queue, 0.2) for form in (cross_entropies, published_form))
         torch.testing.assert_close(theirs, truth, rtol=1e-14, atol=0)
 
     def test_rows(self) -> None:
-        document = bench_loss(**LOSS, device=CPU, rounds=3)
+        document = bench_loss(LOSS)
         first, second = document["rows"]
         assert (first["impl"], second["impl"]) == (CROSS_ENTROPIES, "eager")
         assert document["left_out"] == {"triton": "it needs a CUDA device", "compiled": "it lacks a compiler"}
         assert first["speedup"] == first["speedup_low"] == first["speedup_high"] == 1
         for row in (first, second):
-            assert 0 < row["q20_ms"] <= row["forward_backward_ms"] <= row["q80_ms"]
+            assert 0 < row["ms_q20"] <= row["ms"] <= row["ms_q80"]
             assert row["graph_ms"] is None
             assert row["loss_error"] < 1e-6
             assert row["gradient_error"] < 1e-6
@@ -83,7 +107,7 @@ class TestLoss:
         assert document["queue_mib"] == 37 * 8 * 4 / 2**20
 
     def test_more_queries_than_the_truth_takes_at_once(self) -> None:
-        document = bench_loss(**(LOSS | {"batch_size": 131, "precision": "bf16", "positives": 1}), device=CPU, rounds=1)
+        document = bench_loss(replace(LOSS, batch_size=131, precision="bf16", positives=1, rounds=1))
         assert all(row["loss_error"] < 3e-3 and row["gradient_error"] < 2e-2 for row in document["rows"])
 
     @pytest.mark.parametrize("flag", ["batch-size", "queue-size", "dim", "positives", "rounds"])
@@ -92,27 +116,12 @@ class TestLoss:
         assert "0 is not allowed: give at least 1" in capsys.readouterr().err
 
 
-def test_an_augmentation_that_cannot_be_captured_is_still_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its other times stay, and the page says why one is missing."""
-
-    def fails(_: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(augment_module, "captured", fails)
-    calls, left_out = {"triton": lambda: torch.ones(1)}, {}
-    assert augment_module._graph_ms("triton", calls, 1, CPU, left_out) is None
-    assert left_out == {"triton, captured": "operation not permitted when stream is capturing"}
-    monkeypatch.setattr(augment_module, "captured", lambda call: call)
-    assert augment_module._graph_ms("triton", calls, 1, CPU, left_out) > 0
-    assert augment_module._graph_ms("compiled", calls, 1, CPU, left_out) is None
-
-
 @pytest.mark.parametrize(
     ("command", "columns"),
     [
         (
             ["loss", "--batch-size", "4", "--queue-size", "16", "--dim", "8"],
-            {"impl", "forward_backward_ms", "peak_extra_mib", "speedup", "loss_error", "gradient_error"},
+            {"impl", "ms", "peak_extra_mib", "speedup", "loss_error", "gradient_error"},
         ),
         (
             ["augment", "--batch-size", "2", "--image-size", "16", "--method", "mocov2"],
@@ -138,9 +147,7 @@ def test_the_command_lines(
 
 
 def test_augmentation_is_checked_against_float64() -> None:
-    document = augment_module.bench_augment(
-        method="leoclr", batch_size=3, image_size=16, precision="fp32", device=CPU, rounds=1
-    )
+    document = bench_augment(AugmentBenchConfig(batch_size=3, image_size=16, precision="fp32", device="cpu", rounds=1))
     assert [row["impl"] for row in document["rows"]] == ["torch", "numba"]
     assert all(row["error"] < 2e-5 for row in document["rows"])
     assert document["views"] == 3

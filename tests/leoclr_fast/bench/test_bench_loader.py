@@ -1,4 +1,4 @@
-"""`bench loader`: what it counts is right, whoever cannot run is named, and its contestants do the whole task."""
+"""`bench loader`: what it counts is right, who cannot run is named, and all do the whole task."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from PIL import Image
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
-from leoclr_fast.bench.loader import LoaderBenchConfig, bench_loader, loader_markdown
-from leoclr_fast.bench.own_process import OwnProcess
-from leoclr_fast.bench.process_use import process_use
+from leoclr_fast.bench.config import LoaderBenchConfig
+from leoclr_fast.bench.loader import bench_loader, loader_markdown
+from leoclr_fast.bench.loader_implementations import LOADERS_UNDER_TEST, Epochs, TimedEpoch
+from leoclr_fast.bench.processes import OwnProcess, process_use
 from leoclr_fast.cli import run_command
 from tests.pipelines.optional_packages import HAS_DALI, HAS_FFCV
 from tests.pipelines.pictures import encode, picture, write_images
@@ -58,8 +60,8 @@ def test_the_command(loaders: list[str], images: Path, tmp_path: Path, capsys: p
     for row in (*document["ceilings"], *document["rows"]):
         whole_epoch = row["loader"] == "decode-only"  # it has no batches
         assert row["images"] == (NUM_PRETRAIN if whole_epoch else 8)
-        assert len(row["turns_images_per_s"]) == 2
-        assert min(row["turns_images_per_s"]) <= row["images_per_s"] <= max(row["turns_images_per_s"])
+        assert len(row["rounds_images_per_s"]) == 2
+        assert min(row["rounds_images_per_s"]) <= row["images_per_s"] <= max(row["rounds_images_per_s"])
         assert row["decodes_per_image"] == {"read-only": 0, "resident": 0, "stock-ffcv": 3}.get(row["loader"], 1)
         assert row["cpu_cores"] >= 0
         assert 0.05 < row["peak_rss_gib"] < 8
@@ -73,30 +75,41 @@ def test_the_command(loaders: list[str], images: Path, tmp_path: Path, capsys: p
     assert written.index("read-only (ceiling)") < written.index("| torchvision |")
 
 
-def test_who_cannot_run_is_named(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("torchvision", "nvjpeg")
-    monkeypatch.setattr("leoclr_fast.bench.loader.CONTESTANTS", names)
-    monkeypatch.setattr("leoclr_fast.bench.loader.CEILINGS", {})
-    config = LoaderBenchConfig(rounds=1, image_size=16, batch_size=5, workers=0, device="cpu")
-    document = bench_loader(config, [images])
+class InThisProcess:
+    """Stands for `OwnProcess`, without one."""
+
+    pid = os.getpid()
+
+    def __init__(self, name: str, function: Callable[[], Epochs]) -> None:
+        self._epochs = function()
+
+    def next(self) -> TimedEpoch:
+        try:
+            return next(self._epochs)
+        except ValueError as error:
+            raise RuntimeError(f"ValueError: {error}") from error
+
+    def close(self) -> None:
+        self._epochs.close()
+
+
+def test_who_cannot_run_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leoclr_fast.bench.loader.OwnProcess", InThisProcess)
+    some = {name: LOADERS_UNDER_TEST[name] for name in ("torchvision", "nvjpeg")}
+    monkeypatch.setattr("leoclr_fast.bench.loader.LOADERS_UNDER_TEST", some)
+    write_images(tmp_path / "pngs", {f"{i}.png": encode(Image.fromarray(picture(9, 9)), "PNG") for i in range(8)})
+    config = LoaderBenchConfig(rounds=1, image_size=16, batch_size=4, workers=0, device="cpu")
+    document = bench_loader(config, [tmp_path / "pngs"])
     assert [row["loader"] for row in document["rows"]] == ["torchvision"]
+    assert [row["loader"] for row in document["ceilings"]] == ["read-only"]
     notes = "\n".join(document["notes"])
     assert "nvjpeg did not run: ValueError: nvJPEG decodes on a GPU, not on cpu" in notes
-    assert "| torchvision |" in loader_markdown(document)
+    assert "decode-only did not run: ValueError: it decodes JPEGs alone, and none of the images is one" in notes
+    page = loader_markdown(document)
+    assert "| torchvision |" in page
+    assert "of the decoding alone" in page
     with pytest.raises(RuntimeError, match="the loader nvjpeg cannot run: ValueError: nvJPEG decodes on a GPU"):
-        bench_loader(LoaderBenchConfig(loaders=("nvjpeg",), batch_size=5, device="cpu"), [images])
-
-
-def test_decoding_alone_needs_jpegs(tmp_path: Path) -> None:
-    write_images(tmp_path / "pngs", {f"{i}.png": encode(Image.fromarray(picture(9, 9)), "PNG") for i in range(8)})
-    config = LoaderBenchConfig(loaders=("torchvision",), rounds=1, image_size=16, batch_size=4, workers=0, device="cpu")
-    document = bench_loader(config, [tmp_path / "pngs"])
-    assert [row["loader"] for row in document["ceilings"]] == ["read-only"]
-    assert (
-        "decode-only did not run: ValueError: it decodes JPEGs alone, and none of the images is one"
-        in document["notes"]
-    )
-    assert "of the decoding alone" in loader_markdown(document)
+        bench_loader(replace(config, loaders=("nvjpeg",)), [images])
 
 
 @pytest.mark.parametrize(
@@ -174,20 +187,20 @@ def dies() -> Iterator[int]:
 
 
 class TestOwnProcess:
-    def test_turns_and_a_failure(self) -> None:
-        process = OwnProcess("counts", counts, (7,))
-        assert process.turn() == 7
-        assert process.turn() == process.pid != os.getpid()
+    def test_answers_and_a_failure(self) -> None:
+        process = OwnProcess("counts", counts, 7)
+        assert process.next() == 7
+        assert process.next() == process.pid != os.getpid()
         with pytest.raises(RuntimeError, match=r"(?s)counts failed: .*KeyError: 'enough'"):
-            process.turn()
+            process.next()
         process.close()
         process.close()
 
     def test_a_death_is_noticed(self) -> None:
-        process = OwnProcess("dies", dies, ())
-        assert process.turn() == 1
+        process = OwnProcess("dies", dies)
+        assert process.next() == 1
         began = time.monotonic()
         with pytest.raises(RuntimeError, match="dies died"):
-            process.turn()
+            process.next()
         assert time.monotonic() - began < 30
         process.close()

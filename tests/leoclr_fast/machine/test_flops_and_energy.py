@@ -9,6 +9,7 @@ from torch import nn
 
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.machine.energy import EnergyMeter, energy_between, energy_kwh
+from leoclr_fast.machine.gpu_state import sharing_warnings
 from leoclr_fast.method.flops import (
     encoder_macs,
     forward_macs,
@@ -134,3 +135,14 @@ def test_energy_of_a_run() -> None:
     assert energy_kwh([{"gpu_energy_j": 1.8e6}, {"gpu_energy_j": 5.4e6}]) == 2.0
     assert energy_kwh([]) is None
     assert energy_kwh([{"gpu_energy_j": 1.8e6}, {"loss": 1.0}]) is None  # an unknown energy is not zero
+
+
+def test_shared_and_sliced_gpus_are_told():
+    quiet = {"name": "NVIDIA H200", "mig": False, "memory_used_elsewhere_gib": 0.0, "utilization_percent": "0"}
+    assert sharing_warnings(quiet) == []
+    (mig,) = sharing_warnings(quiet | {"name": "NVIDIA A100 MIG 1g.10gb", "mig": True})
+    assert "MIG slice" in mig
+    shared, busy = sharing_warnings(quiet | {"memory_used_elsewhere_gib": 12.5, "utilization_percent": "97"})
+    assert "12.5 GiB" in shared
+    assert "97 % busy" in busy
+    assert sharing_warnings(quiet | {"utilization_percent": None}) == []

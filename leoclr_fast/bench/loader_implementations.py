@@ -1,9 +1,9 @@
-"""Who takes part in `bench loader`: our loaders, what people use instead, and the ceilings over both.
+"""What `bench loader` times: our loaders, what people use instead, and the ceilings over both.
 
-Every contestant is a generator function; each `next` handles all images once and yields a `LoaderTurn`. All but the
-ceilings make the same views of each image, as uint8 on the device: LeOCLR's original and two random crops, or MoCo-v2's
-two crops. Ours draw our boxes, the others their own of the same distribution. (FFCV's own decoders cannot scale a whole
-image, so that it makes random crops alone.)
+Each is a generator function; each `next` handles all images once and yields a `TimedEpoch`. All but the ceilings make
+the same views of each image, as uint8 on the device: LeOCLR's original and two random crops, or MoCo-v2's two crops.
+Ours draw our boxes, the others their own of the same distribution. (FFCV's own decoders cannot scale a whole image, so
+that it makes random crops alone.)
 Legend: B images, V views, S side of a view.
 """
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,17 @@ from dataset_tools.subsets import limited
 from pipelines.byte_readers import base_of, open_bytes
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.decode import decode_rgb
-from pipelines.factory import make_loader
+from pipelines.factory import LOADERS, make_loader, shows_images
 from pipelines.order import TrainOrder
 from pipelines.views import LEOCLR_VIEWS, MOCOV2_VIEWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderTask:
-    """The same for every contestant."""
+    """The same for every loader."""
 
     data: tuple[Path, ...]
-    """The same images in one or several formats; a contestant takes the first that it can read."""
+    """The same images in one or several formats; a loader takes the first that it can read."""
     views: int
     image_size: int
     batch_size: int
@@ -55,7 +56,7 @@ class LoaderTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderTurn:
+class TimedEpoch:
     """All images once."""
 
     images: int
@@ -64,12 +65,22 @@ class LoaderTurn:
     """How many times an image was decoded in that time."""
 
 
-Turns = Iterator[LoaderTurn]
+Epochs = Iterator[TimedEpoch]
 VIEWS = {2: MOCOV2_VIEWS, 3: LEOCLR_VIEWS}
 """Number of views -> the recipe that has so many."""
 
 
-def ours(name: str, task: LoaderTask) -> Turns:
+def _timed(epoch: Callable[[int], tuple[int, int]]) -> Epochs:
+    """epoch: goes through all images once, given the number of the epoch, and returns how many there were and how often
+    one was decoded.
+    """
+    for number in count():
+        began = time.perf_counter()
+        images, decodes = epoch(number)
+        yield TimedEpoch(images=images, seconds=time.perf_counter() - began, decodes=decodes)
+
+
+def ours(name: str, task: LoaderTask) -> Epochs:
     """One of `pipelines.factory.LOADERS`."""
     device = torch.device(task.device)
     views = VIEWS[task.views]
@@ -85,17 +96,19 @@ def ours(name: str, task: LoaderTask) -> Turns:
         break
     if loader is None:
         raise refusal
+
+    def epoch(number: int) -> tuple[int, int]:
+        before, images = loader.num_decodes, 0
+        for batch in loader.batches(number):
+            images += len(batch.crops)
+            _finish(batch.crops)
+        return images, loader.num_decodes - before
+
     with loader:
-        for epoch in count():
-            before, began, images = loader.num_decodes, time.perf_counter(), 0
-            for batch in loader.batches(epoch):
-                images += len(batch.crops)
-                _finish(batch.crops)
-            seconds = time.perf_counter() - began
-            yield LoaderTurn(images=images, seconds=seconds, decodes=loader.num_decodes - before)
+        yield from _timed(epoch)
 
 
-def stock_torchvision(task: LoaderTask) -> Turns:
+def stock_torchvision(task: LoaderTask) -> Epochs:
     """A DataLoader over a data set of Pillow images, with torchvision's Resize and RandomResizedCrop."""
     from torch.utils.data import DataLoader
 
@@ -110,13 +123,16 @@ def stock_torchvision(task: LoaderTask) -> Turns:
         persistent_workers=task.workers > 0,
         pin_memory=task.device != "cpu",
     )
-    while True:
-        began, images, decodes = time.perf_counter(), 0, 0
+
+    def epoch(_: int) -> tuple[int, int]:
+        images, decodes = 0, 0
         for crops, num_decodes in loader:
             images += len(crops)
             decodes += int(num_decodes.sum())
             _finish(crops.to(task.device, non_blocking=True))
-        yield LoaderTurn(images=images, seconds=time.perf_counter() - began, decodes=decodes)
+        return images, decodes
+
+    yield from _timed(epoch)
 
 
 class _StockDataset(torch.utils.data.Dataset[Any]):
@@ -138,7 +154,7 @@ class _StockDataset(torch.utils.data.Dataset[Any]):
         return torch.from_numpy(crops), 1
 
 
-def stock_ffcv(task: LoaderTask) -> Turns:
+def stock_ffcv(task: LoaderTask) -> Epochs:
     """FFCV's Loader with its own decoder, one pipeline for each view: each of them decodes."""
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -166,17 +182,20 @@ def stock_ffcv(task: LoaderTask) -> Turns:
         pipelines={"image": None, "label": None, **pipelines},
     )
     decoders = sum(spec is not None and spec.source == "image" for spec in loader.pipeline_specs.values())
-    while True:
-        began, images = time.perf_counter(), 0
+
+    def epoch(_: int) -> tuple[int, int]:
+        images = 0
         for batch in loader:
             views = [torch.from_numpy(view) for view in batch[: task.views]]  # no ToTensor: numpy arrays
             crops = torch.stack([view.to(task.device, non_blocking=True) for view in views], dim=1)
             images += len(crops)
             _finish(crops)
-        yield LoaderTurn(images=images, seconds=time.perf_counter() - began, decodes=decoders * images)
+        return images, decoders * images
+
+    yield from _timed(epoch)
 
 
-def stock_dali(task: LoaderTask) -> Turns:
+def stock_dali(task: LoaderTask) -> Epochs:
     """DALI's own reader of a folder or of tars, one decode, its resize and its random_resized_crop."""
     from nvidia.dali import fn, pipeline_def, types
 
@@ -214,35 +233,39 @@ def stock_dali(task: LoaderTask) -> Turns:
     if not steps:
         raise ValueError(f"there are fewer images than one batch of {task.batch_size}; lower --batch-size")
     decoders = running.serialize().count(b"decoders__Image")
-    while True:
-        began, images = time.perf_counter(), 0
+
+    def epoch(_: int) -> tuple[int, int]:
+        images = 0
         running.schedule_run()
         for step in range(steps):
             if step + 1 < steps:
-                running.schedule_run()  # one ahead, and none at the end: it would decode in another's turn
+                running.schedule_run()  # one ahead, and none at the end: it would decode in another's time
             (crops,) = running.share_outputs()
             batch = torch.from_dlpack(crops.as_tensor()).clone()  # [B, V, S, S, 3], nobody else's memory, as ours
             images += len(batch)
             _finish(batch)
             del crops
             running.release_outputs()
-        yield LoaderTurn(images=images, seconds=time.perf_counter() - began, decodes=decoders * images)
+        return images, decoders * images
+
+    yield from _timed(epoch)
 
 
-def read_only(task: LoaderTask) -> Turns:
+def read_only(task: LoaderTask) -> Epochs:
     """A ceiling: the encoded bytes of every batch, in the order of an epoch, and nothing made of them."""
     split = next(_splits(task))
     reader = open_bytes(split)
     order = TrainOrder(num_images=len(split), batch_size=task.batch_size, seed=0)
     with ThreadPoolExecutor(max(1, task.workers)) as pool:
-        for epoch in count():
-            began = time.perf_counter()
-            batches = [order.indices(epoch, step) for step in range(order.steps_per_epoch)]
-            images = sum(len(encoded) for encoded in pool.map(reader.read, batches))
-            yield LoaderTurn(images=images, seconds=time.perf_counter() - began, decodes=0)
+
+        def epoch(number: int) -> tuple[int, int]:
+            batches = [order.indices(number, step) for step in range(order.steps_per_epoch)]
+            return sum(len(encoded) for encoded in pool.map(reader.read, batches)), 0
+
+        yield from _timed(epoch)
 
 
-def decode_only(task: LoaderTask) -> Turns:
+def decode_only(task: LoaderTask) -> Epochs:
     """A ceiling: every JPEG decoded once by libjpeg-turbo on all threads, out of memory; no view is cut.
 
     Raises ValueError if there is none.
@@ -260,19 +283,18 @@ def decode_only(task: LoaderTask) -> Turns:
         return len(decode_jpeg(image, mode=ImageReadMode.RGB)) // 3
 
     with ThreadPoolExecutor(max(1, task.workers)) as pool:
-        while True:
-            began = time.perf_counter()
-            decodes = sum(pool.map(decode, images))
-            yield LoaderTurn(images=len(images), seconds=time.perf_counter() - began, decodes=decodes)
+        yield from _timed(lambda _: (len(images), sum(pool.map(decode, images))))
 
 
-STOCK: dict[str, Callable[[LoaderTask], Turns]] = {
+LOADERS_UNDER_TEST: dict[str, Callable[[LoaderTask], Epochs]] = {
+    **{name: partial(ours, name) for name in LOADERS},
     "stock-torchvision": stock_torchvision,
     "stock-ffcv": stock_ffcv,
     "stock-dali": stock_dali,
 }
-"""What people use instead of ours, by name."""
-CEILINGS: dict[str, Callable[[LoaderTask], Turns]] = {"read-only": read_only, "decode-only": decode_only}
+"""Ours by their names of --loader, and what people use instead."""
+SHOWING_NO_IMAGES = [name for name in LOADERS if not shows_images(LoaderConfig(name=name))]
+CEILINGS: dict[str, Callable[[LoaderTask], Epochs]] = {"read-only": read_only, "decode-only": decode_only}
 """What no loader can be faster than on this machine, by name."""
 
 

@@ -1,70 +1,81 @@
-"""Contestants that take turns in one process, each call timed on its device, and the memory that a call takes."""
+"""Calls that are timed in turn on any device, by events on a GPU and by the clock on a CPU; and their peak memory."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-T = TypeVar("T")
+from leoclr_fast.bench.config import LEAST_ROUNDS
+
+Name = TypeVar("Name")
+Say = Callable[[str], None]
 Call = Callable[[], object]
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
-def first_results(calls: dict[str, Callable[[], T]], needed: str, left_out: dict[str, str]) -> dict[str, T]:
-    """What each call returns; this is where what is compiled at its first call is compiled.
-
-    A call that raises is taken out of ``calls`` and its error goes to ``left_out``, unless it is the ``needed`` one.
+def interleaved(
+    names: Sequence[Name], rounds: int, *, warmup: int = 0, max_s: float = math.inf, say: Say = lambda _: None
+) -> Iterator[tuple[int, Name]]:
+    """The number of the round, below zero in the ``warmup`` rounds, and a name: all names in every round, in an order
+    that rotates. After the second round, none begins when ``max_s`` seconds have gone.
     """
-    results = {}
-    for name, call in list(calls.items()):
-        try:
-            results[name] = call()
-        except Exception as error:
-            if name == needed:
-                raise
-            del calls[name]
-            left_out[name] = (str(error).strip() or repr(error)).splitlines()[0]
-    return results
+    start = time.perf_counter()
+    for number in range(-warmup, rounds):
+        if number >= LEAST_ROUNDS and time.perf_counter() - start > max_s:
+            say(f"stopped after {number} of {rounds} rounds: {max_s:g} s have gone")
+            return
+        first = number % max(1, len(names))
+        for name in (*names[first:], *names[:first]):
+            yield number, name
 
 
-def interleaved_ms(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each call, of which there may be none, in each round; the order rotates, and two first rounds are
-    not counted.
+def interleaved_ms(
+    calls: Mapping[str, Call],
+    rounds: int,
+    device: torch.device,
+    *,
+    warmup: int = 2,
+    lead: int = 0,
+    max_s: float = math.inf,
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, of which there may be none, in each round after the ``warmup`` rounds.
 
     On a GPU by its own events, from an idle device: where the host is slower than the device, the host is measured.
+    With ``lead`` calls just before, which are not timed, the device is busy with them while the host prepares, as in a
+    training.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for number in range(-2, rounds):
-        first = number % max(1, len(names))
-        for name in names[first:] + names[:first]:
-            taken = _timed_ms(calls[name], device)
-            if number >= 0:
-                times[name].append(taken)
+    for number, name in interleaved(list(calls), rounds, warmup=warmup, max_s=max_s):
+        taken = _timed_ms(calls[name], device, lead)
+        if number >= 0:
+            times[name].append(taken)
     return times
 
 
-def _timed_ms(call: Call, device: torch.device) -> float:
-    if device.type != "cuda":
-        began = time.perf_counter()
+def _timed_ms(call: Call, device: torch.device, lead: int) -> float:
+    synchronize(device)
+    for _ in range(lead):
         call()
-        return 1e3 * (time.perf_counter() - began)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    start.record()
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record()
     call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after)
 
 
 def captured(call: Call) -> Call:
@@ -86,6 +97,12 @@ def captured(call: Call) -> Call:
         return kept
 
     return replay
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_extra_mib(call: Call, device: torch.device) -> float | None:

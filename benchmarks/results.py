@@ -1,0 +1,161 @@
+"""The result files of a benchmark: NAME.json, NAME.md and NAME.log, without paths of the machine; and what many of them
+do: call commands as a user types them, or let functions do the same task in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataset_tools.versions import installed_version
+from leoclr_fast.bench.page import bench_page, markdown_table, spread
+from leoclr_fast.bench.processes import OwnProcess
+from leoclr_fast.bench.statistics import quantiles
+from leoclr_fast.bench.timing import interleaved
+from leoclr_fast.run.environment import environment
+
+RESULTS = Path("benchmarks/results")
+TimedTask = Callable[..., Iterator[float]]
+"""A generator function at the top of a module: each `next` does the whole task once and yields the seconds it took."""
+
+
+@dataclass(kw_only=True)
+class Results:
+    """The three files, which are written anew after every part: hours are not lost to a late failure."""
+
+    module: str
+    """That was called, as `benchmarks.NAME`."""
+    name: str
+    out: Path
+    hidden: dict[str, str] = field(default_factory=dict)
+    """Text, such as a path -> what the files show instead."""
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.hidden[str(Path.home())] = "~"
+        self.command = self.shown(shlex.join(["python", "-m", self.module, *sys.argv[1:]]))
+        self.log = [f"$ {self.command}"]
+
+    def shown(self, text: str) -> str:
+        """Text without what is hidden."""
+        for word, instead in self.hidden.items():
+            if word not in ("", "/"):  # a home of / would take every slash
+                text = text.replace(word, instead)
+        return text
+
+    def say(self, line: str) -> None:
+        """Print a line, and keep it for the log."""
+        self.log.append(line)
+        print(line, flush=True)
+
+    def write(self, document: Mapping[str, Any], page: str) -> None:
+        """Each file at once: a reader, or a machine that is taken away, never sees half of it."""
+        text = json.dumps({"command": self.command, **document}, indent=1)
+        for suffix, content in (("json", text + "\n"), ("md", page), ("log", "\n".join(self.log) + "\n")):
+            temporary = self.out / f".{self.name}.{suffix}.tmp"
+            temporary.write_text(self.shown(content))
+            os.replace(temporary, self.out / f"{self.name}.{suffix}")
+
+    def type_command(self, *arguments: str) -> dict[str, Any]:
+        """One `leoclr-fast` command and what it returned as JSON; its output goes to the log.
+
+        Raises RuntimeError if it fails.
+        """
+        shown = self.shown(shlex.join(["leoclr-fast", *arguments, "--json"]))
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "leoclr_fast", *arguments, "--json"], capture_output=True, text=True, check=False
+        )
+        print(f"{shown}: {time.perf_counter() - start:.0f} s", flush=True)
+        self.log += [f"$ {shown}", self.shown(done.stdout + done.stderr)]
+        if done.returncode:
+            raise RuntimeError(f"{shown} failed:\n{self.log[-1]}")
+        document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return document
+
+
+def made_with(surroundings: Mapping[str, Any], *packages: str) -> str:
+    """Processor, threads, device, versions and commit of an `environment()`, in one sentence."""
+    versions = dict(surroundings["versions"]) | {name: installed_version(name) or "none" for name in packages}
+    return (
+        f"{surroundings['gpu'] or surroundings['cpu']}, {surroundings['torch_threads']} threads, device "
+        f"{surroundings['device']}; Python {surroundings['python']}, "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; commit {surroundings['git_commit']}."
+    )
+
+
+def compare(
+    results: Results,
+    tasks: Mapping[str, TimedTask],
+    arguments: Sequence[Any],
+    rounds: int,
+    *,
+    title: str,
+    task: str,
+    notes: str,
+    num_images: int,
+    peers: Mapping[str, Sequence[str]],
+    packages: Sequence[str] = (),
+) -> None:
+    """All tasks once in every round, each in a process of its own, after a round that is not counted.
+
+    task: what one measurement does, with `num_images` images. peers: a task -> those that it is compared with.
+    packages: whose versions are noted, with the usual ones.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    processes = {name: OwnProcess(name, function, *arguments) for name, function in tasks.items()}
+    surroundings = environment(torch.device("cpu"), 1)
+    try:
+        for number, name in interleaved(list(tasks), rounds, warmup=1):
+            taken = processes[name].next()
+            results.say(f"round {number + 1}: {name}: {taken:.3f} s" + " (warm-up, not counted)" * (number < 0))
+            if number >= 0:
+                seconds[name].append(taken)
+            if number < 0 or min(map(len, seconds.values())) <= number:
+                continue
+            rates = {
+                name: quantiles("images_per_s", [num_images / one for one in own]) for name, own in seconds.items()
+            }
+            ratios = {
+                name: {peer: _ratio(seconds[peer], seconds[name]) for peer in compared}
+                for name, compared in peers.items()
+            }
+            document = {
+                "title": title, "task": task, "images": num_images, "rounds": number + 1, "seconds": seconds,
+                "images_per_s": rates, "ratios": ratios, "environment": surroundings,
+            }  # fmt: skip
+            rows = [
+                (
+                    name,
+                    spread(rate, "images_per_s", 0),
+                    "; ".join(f"{spread(ratio, 'ratio', 2)} × {peer}" for peer, ratio in ratios.get(name, {}).items()),
+                )
+                for name, rate in rates.items()
+            ]
+            table = markdown_table(("", "images/s", "times as fast as"), rows)
+            page = bench_page(
+                title,
+                f"{task} {made_with(surroundings, *packages)}".removesuffix("."),
+                table,
+                rounds=f"{number + 1} interleaved rounds. {notes}",
+                command=results.command,
+            )
+            results.write(document, page)
+    finally:
+        for process in processes.values():
+            process.close()
+    print(page)
+
+
+def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    return quantiles("ratio", [their / our for their, our in zip(theirs, ours, strict=True)])
