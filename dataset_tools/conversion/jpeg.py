@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 START, END = b"\xff\xd8", b"\xff\xd9"
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
@@ -15,7 +15,7 @@ class DamagedJpegError(ValueError):
     """The bytes are no whole JPEG; the message says why."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class JpegHeader:
     """A JPEG whose markers are in order and that ends with an end of image."""
 
@@ -27,7 +27,7 @@ class JpegHeader:
     """Bits a component."""
     component_ids: bytes
     """One byte a component."""
-    adobe_transform: int | None
+    adobe_transform: int | None = None
     """Of an Adobe APP14 marker: 0 none (RGB, CMYK), 1 YCbCr, 2 YCCK."""
 
     @property
@@ -55,7 +55,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
     """
     if data[:2] != START:
         raise DamagedJpegError("it does not begin with a start of image")
-    frame: tuple[int, int, int, int, bytes] | None = None
+    frame: JpegHeader | None = None
     transform: int | None = None
     position, size = 2, len(data)
     while True:
@@ -77,23 +77,15 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
             if frame or length < 8 or length < 8 + 3 * data[begin + 5]:
                 raise DamagedJpegError("its frame header is damaged")
             precision, height, width, components = struct.unpack_from(">BHHB", data, begin)
-            frame = marker, precision, height, width, data[begin + 6 : begin + 6 + 3 * components : 3]
+            frame = JpegHeader(width, height, marker, precision, data[begin + 6 : begin + 6 + 3 * components : 3])
         elif marker == 0xEE and length >= 14 and data[begin : begin + 5] == b"Adobe":
             transform = data[begin + 11]
         elif marker == 0xDA:
             break
     if frame is None:
         raise DamagedJpegError("it has no frame header before its scan")
-    kind, precision, height, width, component_ids = frame
-    if width < 1 or height < 1:
-        raise DamagedJpegError(f"its header says {width} x {height} pixels")
+    if frame.width < 1 or frame.height < 1:
+        raise DamagedJpegError(f"its header says {frame.width} x {frame.height} pixels")
     if data.rfind(END, position) < 0:
         raise DamagedJpegError("it is truncated: there is no end of image")
-    return JpegHeader(
-        width=width,
-        height=height,
-        frame=kind,
-        precision=precision,
-        component_ids=component_ids,
-        adobe_transform=transform,
-    )
+    return replace(frame, adobe_transform=transform)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     FormatName = str
 else:
     FormatName = Literal[tuple(FORMATS)]
-_ALLOWED: dict[str, tuple[str | None, ...]] = {
-    "format": tuple(FORMATS),
+_ALLOWED: dict[str, Collection[str | None]] = {
+    "format": FORMATS.keys(),
     "mode": ("auto", "passthrough", "reencode"),
     "check": ("header", "decode"),
     "order": ("source", "shuffled", None),
@@ -128,6 +129,6 @@ class ConvertOptions:
         return identity
 
 
-def _either(values: tuple[str | None, ...]) -> str:
+def _either(values: Collection[str | None]) -> str:
     *some, last = [value for value in values if value]
     return f"{', '.join(some)} or {last}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,21 +57,19 @@ class SplitManifest:
     @classmethod
     def of(cls, rows: RowFile, **given: Any) -> SplitManifest:
         """Sums up the `rows`; `given` are the fields that they do not tell."""
-        encodings: dict[str, int] = {}
+        encodings = Counter[str]()
         largest = {"width": 0, "height": 0, "num_bytes": 0}
         total_bytes = reencoded = 0
         for block, _ in rows.blocks():
             largest = {name: max(value, int(block[name].max())) for name, value in largest.items()}
             total_bytes += int(block["num_bytes"].sum())
             reencoded += int((block["handling"] == REENCODED).sum())
-            for encoding, extension in EXTENSIONS.items():
-                if count := int((block["encoding"] == encoding).sum()):
-                    encodings[extension] = encodings.get(extension, 0) + count
+            encodings.update({name: int((block["encoding"] == code).sum()) for code, name in EXTENSIONS.items()})
         return cls(
             samples=len(rows),
             passed_through=len(rows) - reencoded,
             reencoded=reencoded,
-            encodings=dict(sorted(encodings.items())),
+            encodings={name: count for name, count in sorted(encodings.items()) if count},
             max_width=largest["width"],
             max_height=largest["height"],
             max_bytes=largest["num_bytes"],
