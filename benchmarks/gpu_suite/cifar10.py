@@ -18,7 +18,7 @@ from leoclr_fast.bench.setting import bench_device
 from leoclr_fast.bench.timing import synchronize
 from leoclr_fast.config import RunConfig
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
+from leoclr_fast.evaluate.knn import knn_evaluation
 from leoclr_fast.method.methods import METHODS
 from leoclr_fast.recipes import get_recipe
 from leoclr_fast.schedules import learning_rate

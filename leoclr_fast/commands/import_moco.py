@@ -24,7 +24,7 @@ class ImportMoco(CommonFlags):
     """Refuse any other architecture; recognised from the shapes if not given."""
 
     def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.weights.moco_import import import_moco
+        from leoclr_fast.weights.moco import import_moco
 
         result = import_moco(self.checkpoint, self.out, self.arch)
         epoch = "" if result["epoch"] is None else f", epoch {result['epoch']}"

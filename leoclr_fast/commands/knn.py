@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 
 from dataset_tools.command_line import say
-from leoclr_fast.commands.evaluation_flags import EvaluationFlags
+from leoclr_fast.commands.evaluation_flags import EvaluationFlags, Flattened
+from leoclr_fast.evaluate.protocols import EvaluationOptions, KnnProtocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,34 +19,20 @@ class Knn(EvaluationFlags):
 
     data: Path
     """As in pretrain: the bank is train, the queries are val, else test, else a held-out part of train."""
-    k: int | None = None
-    """Neighbours that vote; the run's own if not given."""
-    temperature: float | None = None
-    """Weight of a neighbour: exp(cosine similarity / temperature); the run's own if not given."""
-    batch_size: int = 256
-    """Images per forward pass."""
+    protocol: Annotated[KnnProtocol, Flattened] = field(default_factory=KnnProtocol)
+    options: Annotated[EvaluationOptions, Flattened] = field(default_factory=EvaluationOptions)
 
     def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.evaluate.run_knn import run_knn
+        from leoclr_fast.evaluate import knn
 
-        result = run_knn(
-            self.weights,
-            self.data,
-            self.speed,
-            k=self.k,
-            temperature=self.temperature,
-            batch_size=self.batch_size,
-            max_images=self.max_images,
-            untrained=self.untrained,
-            image_size=self.image_size,
-        )
-        if result:
+        _, values = knn.run(self.weights, self.data, self.protocol, self.options, console=console)
+        if values:
             say(
                 console,
-                f"kNN top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % (k = {result['k']}, temperature "
-                f"{result['temperature']:g}; {result['bank_images']:,} images in the bank, "
-                f"{result['query_images']:,} queries)"
-                if result["top1"] is not None
-                else result["note"],
+                f"kNN top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} % (k = {values['k']}, temperature "
+                f"{values['temperature']:g}; {values['bank_images']:,} images in the bank, "
+                f"{values['query_images']:,} queries)"
+                if values["top1"] is not None
+                else values["note"],
             )
-        return result
+        return values

@@ -3,147 +3,117 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from rich.console import Console
 
 from dataset_tools.sources import Split
 from dataset_tools.subset_lists import percent_of, read_subset_list, subset_text, write_subset_list
-from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, SpeedConfig
+from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.process_group import process_group
-from leoclr_fast.evaluate.evaluation_folder import PausedError, evaluation_folder
-from leoclr_fast.evaluate.grid import GridSearch, Trial
-from leoclr_fast.evaluate.labelled_data import LabelledData, open_labelled_data, require_every_class
-from leoclr_fast.evaluate.options import EvaluationOptions
-from leoclr_fast.evaluate.protocols import FineTuneProtocol
-from leoclr_fast.evaluate.subject import Subject, load_subject, require_real_images, view_settings
-from pipelines.config import ViewConfig
-
-log = logging.getLogger(__name__)
+from leoclr_fast.evaluate.data import open_labelled_data, require_every_class
+from leoclr_fast.evaluate.evaluation import (
+    Result,
+    data_settings,
+    evaluation_views,
+    open_evaluation,
+    require_real_images,
+)
+from leoclr_fast.evaluate.fine_tuning import Hyperparameters
+from leoclr_fast.evaluate.grid import GridSearch
+from leoclr_fast.evaluate.protocols import FineTuneProtocol, TrainingOptions
+from leoclr_fast.weights.pretrained import load_pretrained
 
 _HOLDOUT_FRACTION = 0.1
 
 
-def run_finetune(
-    weights: Path,
-    data: Path,
-    protocol: FineTuneProtocol,
-    options: EvaluationOptions,
-    *,
-    percents: Sequence[float] = (),
-    list_file: Path | None = None,
-    subset_seed: int = 0,
-    console: Console | None = None,
-) -> list[dict[str, Any]]:
+def run(
+    weights: Path, data: Path, protocol: FineTuneProtocol, options: TrainingOptions, *, console: Console | None = None
+) -> Result:
     """Fine-tune a run's network, or that of a file of weights, once for each share of the labels.
 
-    percents: shares of train, nested for one subset_seed and class-balanced, as `subset` draws them; or list_file: the
-    images to learn from, by name. Exactly one of the two.
-    Returns, for each, top1, top5 and mean_per_class (percent, on val, of the last epoch), what was learned from with
-    its checksum, and what it was made of; an empty list on ranks other than the first. Where options.max_steps ended
-    the fine-tuning of a share, the last entry is the document of `PausedError`, and no further share is begun.
+    Returns evaluations: for each share top1, top5 and mean_per_class (percent, on val, of the last epoch), what was
+    learned from with its checksum, and what it was made of. Where options.max_steps pauses the fine-tuning of a share,
+    `complete` is False in the last one, and no further share is begun.
     Raises ValueError for what the user can mend.
     """
-    if bool(percents) == (list_file is not None):
-        raise ValueError("give either --percent P … or --list FILE")
-    if options.out is not None and len(percents) > 1:
-        raise ValueError(f"--out is for one share of the labels, but {len(percents)} are asked for")
-    speed, max_images = options.speed, options.max_images
-    require_real_images(speed.loader)
-    with process_group(speed.device) as (ranks, device):
-        subject = load_subject(weights, untrained=options.untrained)
-        labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)
-        subsets: list[tuple[npt.NDArray[np.int64], dict[str, Any]]]
-        if list_file is not None:
-            indices = read_subset_list(list_file, labelled.train)
-            subsets = [(indices, {"percent": 100 * len(indices) / len(labelled.train), "list": list_file.name})]
-        else:
-            subsets = [
-                (percent_of(labelled.train, percent, subset_seed), {"percent": percent, "subset_seed": subset_seed})
-                for percent in percents
-            ]
-        views = subject.view_config(protocol.crop_scale, options.image_size)
+    if options.out is not None and len(protocol.percent) > 1:
+        raise ValueError(f"--out is for one share of the labels, but {len(protocol.percent)} are asked for")
+    require_real_images(options.loader)
+    with process_group(options.device) as (ranks, device):
+        pretrained = load_pretrained(weights, untrained=options.untrained)
+        labelled = open_labelled_data(data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images)
+        views = evaluation_views(pretrained, protocol.crop_scale, options.image_size)
+        plain = as_plain(protocol)
+        for name in ("percent", "list", "subset_seed"):
+            del plain[name]
         results = []
-        for indices, subset in subsets:
-            part = labelled.train.subset(indices)
-            where = f"--list {list_file}" if list_file is not None else f"{subset['percent']:g} % of {data}"
+        for indices, subset in _subsets(labelled.train, protocol):
+            part, percent = labelled.train.subset(indices), subset["percent"]
+            where = f"{percent:g} % of {data}" if protocol.list is None else f"--list {protocol.list}"
             require_every_class(part, where, "Learn from more images: a larger --percent, or a longer --list.")
+            epochs = protocol.num_epochs(percent)
+            labels_sha256 = hashlib.sha256(subset_text(labelled.train, indices)).hexdigest()
             settings = {
-                **as_plain(protocol),
-                "epochs": protocol.num_epochs(subset["percent"]),
+                **plain,
+                "epochs": epochs,
                 **subset,
-                "labels_sha256": hashlib.sha256(subset_text(labelled.train, indices)).hexdigest(),
-                **view_settings(views),
-                "precision": speed.precision,
-                "data_fingerprint": labelled.fingerprint,
-                "max_images": max_images,
+                "labels_sha256": labels_sha256,
+                **data_settings(options, views, labelled.fingerprint),
             }
-            with evaluation_folder("finetune", settings, subject, options, ranks) as folder:
-                result = folder.finished
-                if result is None:
-                    if ranks.is_main:
-                        write_subset_list(folder.path / "labels.txt", labelled.train, indices)
-                    epochs = settings["epochs"]
-                    search = _search(subject, labelled, part, protocol, epochs, views, speed, ranks, device)
-                    try:
-                        found = search.run(folder, console)
-                    except PausedError as paused:
-                        results.append({"percent": subset["percent"], **paused.document})
-                        break
-                    result = {
-                        **found,
-                        "epochs": epochs,
-                        "percent": subset["percent"],
-                        "labels": len(part),
-                        "labels_sha256": settings["labels_sha256"],
-                        **subject.describe(),
-                        **labelled.describe(),
-                        "world_size": ranks.world_size,
-                        "note": labelled.note,
-                    }
-                    result = folder.finish(result, device)
-                    folder.checkpoints("final").delete()
-                results.append(result)
-        return results if ranks.is_main else []
+            with open_evaluation("finetune", settings, pretrained, ranks, device, options) as evaluation:
+                search = GridSearch(
+                    evaluation=evaluation,
+                    train=part,
+                    val=labelled.val,
+                    views=views,
+                    trials=_trials(protocol),
+                    metric="top1",
+                    holdout_fraction=_HOLDOUT_FRACTION,
+                    epochs=epochs,
+                    console=console,
+                )
+                if ranks.is_main:
+                    write_subset_list(evaluation.path / "labels.txt", labelled.train, indices)
+                about = {"epochs": epochs, "percent": percent, "labels": len(part), "labels_sha256": labels_sha256}
+                about |= {**pretrained.describe(), **labelled.describe()}
+                _, values = evaluation.result(partial(_found, search, about))
+            paused = ranks.from_main(values.get("complete") is False)
+            results.append(values | {"percent": percent} if paused else values)
+            if paused:
+                break
+        return Result("finetune", {"evaluations": results} if ranks.is_main else {})
 
 
-def _search(
-    subject: Subject,
-    labelled: LabelledData,
-    part: Split,
-    protocol: FineTuneProtocol,
-    epochs: int,
-    views: ViewConfig,
-    speed: SpeedConfig,
-    ranks: Ranks,
-    device: torch.device,
-) -> GridSearch:
-    """The learning rates to choose from, which scale with the batch, on the labels that there are."""
-    base_lrs = protocol.base_lr_grid or (protocol.base_lr,)
-    scale = protocol.batch_size / LR_REFERENCE_BATCH_SIZE
-    return GridSearch(
-        backbone=subject.backbone,
-        train=part,
-        val=labelled.val,
-        trials=tuple(Trial(lr=lr * scale, weight_decay=protocol.weight_decay) for lr in base_lrs),
-        metric="top1",
-        epochs=epochs,
-        steps=None,
-        batch_size=protocol.batch_size,
-        momentum=protocol.momentum,
-        holdout_fraction=_HOLDOUT_FRACTION,
-        seed=protocol.seed,
-        adapted_batchnorm=False,
-        views=views,
-        speed=speed,
-        ranks=ranks,
-        device=device,
+def _found(search: GridSearch, about: dict[str, Any]) -> dict[str, Any]:
+    return search.run() | about
+
+
+def _subsets(train: Split, protocol: FineTuneProtocol) -> list[tuple[npt.NDArray[np.int64], dict[str, Any]]]:
+    """The images of each share, and how it was told."""
+    if protocol.list is not None:
+        indices = read_subset_list(protocol.list, train)
+        return [(indices, {"percent": 100 * len(indices) / len(train), "list": protocol.list.name})]
+    seed = protocol.subset_seed
+    return [
+        (percent_of(train, percent, seed), {"percent": percent, "subset_seed": seed}) for percent in protocol.percent
+    ]
+
+
+def _trials(protocol: FineTuneProtocol) -> tuple[Hyperparameters, ...]:
+    """The learning rates to choose from, which scale with the batch."""
+    return tuple(
+        Hyperparameters(
+            lr=base_lr * protocol.batch_size / LR_REFERENCE_BATCH_SIZE,
+            weight_decay=protocol.weight_decay,
+            momentum=protocol.momentum,
+            batch_size=protocol.batch_size,
+            seed=protocol.seed,
+        )
+        for base_lr in protocol.base_lr_grid or (protocol.base_lr,)
     )

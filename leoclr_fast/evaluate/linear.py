@@ -5,12 +5,10 @@ Legend: G classifiers (learning rates), B images of a global batch, N images, D 
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from itertools import count, islice
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,278 +20,230 @@ from torch.nn import functional as F
 
 from dataset_tools.sources import Split
 from dataset_tools.splits import hold_out
-from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.evaluate.accuracy import accuracy
-from leoclr_fast.evaluate.evaluation_folder import Checkpoints, EvaluationFolder, PausedError, evaluation_folder
+from leoclr_fast.evaluate.data import EvaluationLoaders, LabelledData, open_labelled_data
+from leoclr_fast.evaluate.evaluation import (
+    Evaluation,
+    Result,
+    data_settings,
+    evaluation_views,
+    open_evaluation,
+    require_real_images,
+)
 from leoclr_fast.evaluate.features import encode_batch, extract_features
-from leoclr_fast.evaluate.labelled_data import open_labelled_data
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
-from leoclr_fast.evaluate.loaders import EvaluationLoaders
-from leoclr_fast.evaluate.options import EvaluationOptions
-from leoclr_fast.evaluate.progress import EvaluationProgress
-from leoclr_fast.evaluate.protocols import LinearProtocol
-from leoclr_fast.evaluate.subject import freeze, load_subject, require_real_images, view_settings
+from leoclr_fast.evaluate.protocols import LinearProtocol, TrainingOptions
 from leoclr_fast.machine.precision import encoder_dtype
 from leoclr_fast.run.folder import write_atomically
-from leoclr_fast.run.telemetry import TrainingClock
+from leoclr_fast.run.stepper import Stepper, endless
+from leoclr_fast.run.telemetry import ProgressDisplay
 from leoclr_fast.weights.backbone_file import weights_sha256
+from leoclr_fast.weights.pretrained import load_pretrained
+from pipelines.config import ViewConfig
 from pipelines.factory import settle_loader
-from pipelines.loader import Loader
 from pipelines.order import TrainOrder
 
-log = logging.getLogger(__name__)
+Batches = Callable[[int, int], Iterable[Any]]
+"""An epoch and a step of it → the batches from there to its end."""
+Encode = Callable[[Any], tuple[Tensor, Tensor]]
+"""A batch → features [B, D] and labels [B] of the global batch, the same on every rank."""
 
 
 class BackboneChangedError(RuntimeError):
     """A frozen backbone is not what it was: a fault of ours, and the result is void."""
 
 
-def run_linear(
-    weights: Path,
-    data: Path,
-    protocol: LinearProtocol,
-    options: EvaluationOptions,
-    *,
-    console: Console | None = None,
-) -> dict[str, Any]:
+def run(
+    weights: Path, data: Path, protocol: LinearProtocol, options: TrainingOptions, *, console: Console | None = None
+) -> Result:
     """Linear classification on a run's frozen backbone, or on that of a file of weights.
 
     Returns top1, top5 and mean_per_class (percent, on val, of the last epoch), lr (the chosen one), grid (what each
     learning rate reached on the images held out of train; None where its loss was not finite), the checksums of the
-    backbone before and after, and what it was made of; an empty dict on ranks other than the first. The evaluator is
-    named linear_cached_features where it is the quick estimate. Where options.max_steps ended it: the document of
-    `PausedError`.
+    backbone before and after, and what it was made of. The evaluator is named linear_cached_features where it is the
+    quick estimate.
     Raises ValueError for what the user can mend, BackboneChangedError if the backbone did not stay as it was.
     """
-    speed, max_images = options.speed, options.max_images
-    require_real_images(speed.loader)
-    with process_group(speed.device) as (ranks, device), ExitStack() as stack:
-        subject = load_subject(weights, untrained=options.untrained)
-        labelled = open_labelled_data(data, holdout_seed=subject.holdout_seed, max_images=max_images)
-        views = subject.view_config(protocol.crop_scale, options.image_size)
+    require_real_images(options.loader)
+    with process_group(options.device) as (ranks, device), ExitStack() as stack:
+        pretrained = load_pretrained(weights, untrained=options.untrained)
+        labelled = open_labelled_data(data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images)
+        views = evaluation_views(pretrained, protocol.crop_scale, options.image_size)
         settings = {
             **as_plain(protocol),
             "lr_drops": protocol.lr_drops,
-            **view_settings(views),
-            "precision": speed.precision,
-            "data_fingerprint": labelled.fingerprint,
-            "max_images": max_images,
+            **data_settings(options, views, labelled.fingerprint),
         }
-        evaluator = "linear_cached_features" if protocol.cached_features else "linear"
-        folder = stack.enter_context(evaluation_folder(evaluator, settings, subject, options, ranks))
-        if folder.finished is not None:
-            return folder.finished if ranks.is_main else {}
+        name = "linear_cached_features" if protocol.cached_features else "linear"
+        evaluation = stack.enter_context(open_evaluation(name, settings, pretrained, ranks, device, options))
+        return evaluation.result(lambda: _evaluate(evaluation, labelled, views, protocol, options, console))
 
-        backbone = subject.backbone.to(device, encoder_dtype(speed.precision)).to(memory_format=torch.channels_last)
-        freeze(backbone)
-        before = weights_sha256(backbone.state_dict())
-        train, held_out = labelled.train, None
-        if protocol.lr_grid:
-            train, held_out = hold_out(train, min(protocol.holdout_images, max(1, len(train) // 10)), protocol.seed)
-            if not len(held_out):
-                raise ValueError(
-                    f"{data} has no class of two images or more, so none can be held out to choose from --lr-grid; "
-                    "give one --lr"
-                )
-        loaders = stack.enter_context(
-            EvaluationLoaders(
-                views=views,
-                config=settle_loader(train, speed.loader, device),
-                batch_size=protocol.batch_size,
-                seed=protocol.seed,
-                device=device,
-                ranks=ranks,
+
+def _evaluate(
+    evaluation: Evaluation,
+    labelled: LabelledData,
+    views: ViewConfig,
+    protocol: LinearProtocol,
+    options: TrainingOptions,
+    console: Console | None,
+) -> dict[str, Any]:
+    ranks, device, dtype = evaluation.ranks, evaluation.device, encoder_dtype(options.precision)
+    backbone = evaluation.pretrained.backbone.to(device, dtype).to(memory_format=torch.channels_last)
+    freeze(backbone)
+    before = weights_sha256(backbone.state_dict())
+    train, held_out = labelled.train, None
+    if protocol.lr_grid:
+        train, held_out = hold_out(train, min(protocol.holdout_images, max(1, len(train) // 10)), protocol.seed)
+        if not len(held_out):
+            raise ValueError(
+                f"{labelled.path} has no class of two images or more, so none can be held out to choose from "
+                "--lr-grid; give one --lr"
             )
-        )
+    with (
+        EvaluationLoaders(
+            views=views,
+            config=settle_loader(train, options.loader, device),
+            batch_size=protocol.batch_size,
+            seed=protocol.seed,
+            device=device,
+            ranks=ranks,
+        ) as loaders,
+        evaluation.display(
+            console, protocol.epochs * loaders.train_order(train, keep_incomplete=True).steps_per_epoch
+        ) as display,
+    ):
+
+        def features_of(split: Split) -> tuple[Tensor, Tensor]:
+            return extract_features(backbone, loaders.center_crops(split), options.precision, ranks, normalized=False)
+
         order = loaders.train_order(train, keep_incomplete=True)
-        batches: _LiveFeatures | _CachedFeatures
+        batches: Batches
+        encode: Encode
         if protocol.cached_features:
-            crops = loaders.center_crops(train)
-            batches = _CachedFeatures(
-                *extract_features(backbone, crops, speed.precision, ranks, normalized=False), order
-            )
+            batches, encode = _cached_features(*features_of(train), order)
         else:
-            batches = _LiveFeatures(backbone, loaders.random_crops(train, order), speed.precision, ranks)
+            loader = loaders.random_crops(train, order)
+            batches, encode = (
+                loader.batches,
+                lambda batch: encode_batch(backbone, batch, loader, options.precision, ranks),
+            )
         classifiers = LinearClassifiers(
             protocol.lrs,
             backbone.feature_dim,
-            len(labelled.classes),
+            len(train.classes),
             momentum=protocol.momentum,
             weight_decay=protocol.weight_decay,
             seed=protocol.seed,
             device=device,
-            dtype=encoder_dtype(speed.precision),
+            dtype=dtype,
         )
-        total_steps = protocol.epochs * order.steps_per_epoch
-        display = EvaluationProgress(console, total_steps, enabled=ranks.is_main)
-        stack.callback(display.close)
-        display.say(_headline(evaluator, subject.weights, labelled.note, len(train), held_out, protocol))
-        checkpoints = folder.checkpoints("training")
-        try:
-            losses = _train(classifiers, batches, order, protocol, checkpoints, display, ranks, device)
-        except PausedError as paused:
-            return paused.document if ranks.is_main else {}
-
-        grid = _grid(
-            classifiers,
-            losses,
-            loaders.center_crops(held_out) if held_out is not None else None,
-            backbone,
-            speed.precision,
-            ranks,
-        )
+        display.say(_headline(evaluation, labelled.note, len(train), held_out, protocol))
+        stepper = evaluation.stepper("training", protocol.epochs * order.steps_per_epoch, order.steps_per_epoch)
+        losses = _train(classifiers, batches, encode, order, protocol, stepper, display)
+        grid = _grid(classifiers, losses, None if held_out is None else features_of(held_out))
         chosen = _choose(grid, protocol)
-        features, labels = extract_features(
-            backbone, loaders.center_crops(labelled.val), speed.precision, ranks, normalized=False
-        )
+        features, labels = features_of(labelled.val)
         found = accuracy(F.linear(features, classifiers.weight[chosen], classifiers.bias[chosen]), labels)
         after = weights_sha256(backbone.state_dict())
         if after != before:
             raise BackboneChangedError(f"the frozen backbone changed during linear evaluation: {before} to {after}")
-        result = {
+        if ranks.is_main:
+            tensors = {"fc.weight": classifiers.weight[chosen], "fc.bias": classifiers.bias[chosen]}
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            write_atomically(evaluation.path / "classifier.safetensors", save(tensors))
+        return {
             **asdict(found),
             "lr": protocol.lrs[chosen],
             "grid": grid if protocol.lr_grid else None,
-            "holdout_images": len(held_out) if held_out is not None else 0,
+            "holdout_images": 0 if held_out is None else len(held_out),
             "estimate": protocol.cached_features,
             "train_loss": losses[chosen],
-            **subject.describe(),
+            **evaluation.pretrained.describe(),
             "backbone_sha256_before": before,
             "backbone_sha256_after": after,
             **labelled.describe(),
             "unreadable_images": loaders.unreadable_images(),
             "world_size": ranks.world_size,
-            "note": labelled.note,
         }
-        if ranks.is_main:
-            _save_classifier(folder, classifiers, chosen)
-        document = folder.finish(result, device)
-        checkpoints.delete()
-        return document
 
 
-@dataclass(frozen=True, slots=True)
-class _LiveFeatures:
-    """Features of random crops, computed as they are asked for."""
-
-    backbone: nn.Module
-    loader: Loader
-    precision: str
-    ranks: Ranks
-
-    def batches(self, epoch: int, start_step: int, clock: TrainingClock) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features [B, D], labels [B]) of the global batches that follow, the same on every rank."""
-        for batch in clock.timed(self.loader.batches(epoch, start_step)):
-            yield encode_batch(self.backbone, batch, self.loader, self.precision, self.ranks)
+def freeze(backbone: nn.Module) -> None:
+    """No gradient, and eval mode: batch-norm neither learns nor counts."""
+    backbone.requires_grad_(False)
+    backbone.eval()
 
 
-@dataclass(frozen=True, slots=True)
-class _CachedFeatures:
-    """Features of centre crops, computed once: N * D * 4 bytes on the device (10.5 GB for ImageNet, ResNet-50)."""
+def _cached_features(features: Tensor, labels: Tensor, order: TrainOrder) -> tuple[Batches, Encode]:
+    """Batches of features [N, D] that were computed once: N * D * 4 bytes on the device (10.5 GB for ImageNet,
+    ResNet-50).
+    """
+    device = features.device
+    labels = labels.to(device)
 
-    features: Tensor  # [N, D]
-    labels: Tensor  # [N]
-    order: TrainOrder
+    def batches(epoch: int, start_step: int) -> Iterable[Tensor]:
+        for step in range(start_step, order.steps_per_epoch):
+            yield torch.from_numpy(order.global_indices(epoch, step).copy())
 
-    def batches(self, epoch: int, start_step: int, _clock: TrainingClock) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features [B, D], labels [B]) of the global batches that follow, the same on every rank."""
-        device = self.features.device
-        labels = self.labels.to(device)
-        for step in range(start_step, self.order.steps_per_epoch):
-            rows = torch.from_numpy(self.order.global_indices(epoch, step).copy()).to(device)
-            yield self.features[rows], labels[rows]
+    def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows.to(device)
+        return features[rows], labels[rows]
+
+    return batches, encode
 
 
 def _train(
     classifiers: LinearClassifiers,
-    source: _LiveFeatures | _CachedFeatures,
+    batches: Batches,
+    encode: Encode,
     order: TrainOrder,
     protocol: LinearProtocol,
-    checkpoints: Checkpoints,
-    display: EvaluationProgress,
-    ranks: Ranks,
-    device: torch.device,
+    stepper: Stepper,
+    display: ProgressDisplay,
 ) -> list[float]:
     """All epochs, from the checkpoint on if there is one; returns the mean losses of the last epoch: [G].
 
-    All ranks see the features of all, and take the same step. Raises PausedError, or StoppedBySignalError on SIGINT and
-    SIGTERM, after a checkpoint.
+    All ranks see the features of all, and take the same step. Raises as `Stepper.steps`.
     """
     steps_per_epoch = order.steps_per_epoch
-    total_steps = protocol.epochs * steps_per_epoch
-    step, epoch_losses = 0, torch.zeros(len(protocol.lrs), dtype=torch.float64, device=device)
-    saved = checkpoints.load(device)
+    epoch_losses = torch.zeros(len(protocol.lrs), dtype=torch.float64, device=classifiers.weight.device)
+    saved = stepper.load()
     if saved is not None:
-        step = saved["step"]
         classifiers.load_state_dict(saved["classifiers"])
         epoch_losses.copy_(saved["epoch_losses"])
 
     def state() -> dict[str, Any]:
         return {"classifiers": classifiers.state_dict(), "epoch_losses": epoch_losses}
 
-    clock = TrainingClock(step)
-    with stop_signals(enabled=ranks.world_size == 1) as stop:
-        to_come = max(0, checkpoints.last_step(total_steps) - step)
-        batches = islice(_from_step(source, step, steps_per_epoch, clock), to_come)
-        for features, labels in batches:
-            epoch, step_in_epoch = divmod(step, steps_per_epoch)
-            if step_in_epoch == 0:
-                epoch_losses.zero_()
-            factor = protocol.lr_factor(epoch)
-            epoch_losses += classifiers.step(features, labels, factor).double() / steps_per_epoch
-            step += 1
-            if step % steps_per_epoch == 0:
-                _show(display, step, epoch, epoch_losses, protocol, clock, factor)
-                checkpoints.save(step, state, due=step == total_steps)
-            if stop.requested and step < total_steps:
-                checkpoints.save(step, state)
-                raise StoppedBySignalError(
-                    f"stopped by {stop.name} after step {step} of {total_steps}; the same command continues from there"
-                )
-    if step < total_steps:
-        checkpoints.pause(step, state)
+    for batch in stepper.steps(lambda step: endless(batches, steps_per_epoch, step), state):
+        # ---- a single training step ---------------------------------------------------------------------------------
+        epoch, step_in_epoch = divmod(stepper.step, steps_per_epoch)
+        if step_in_epoch == 0:
+            epoch_losses.zero_()
+        features, labels = encode(batch)
+        factor = protocol.lr_factor(epoch)
+        epoch_losses += classifiers.step(features, labels, factor).double() / steps_per_epoch
+        # ---- end of the step ----------------------------------------------------------------------------------------
+        if step_in_epoch + 1 == steps_per_epoch:
+            finite = [pair for pair in zip(epoch_losses.tolist(), protocol.lrs, strict=True) if math.isfinite(pair[0])]
+            loss, lr = min(finite, default=(math.nan, protocol.lrs[0]))
+            stepper.show(display, epoch, loss, lr * factor, protocol.batch_size)
     return epoch_losses.tolist()
 
 
-def _from_step(
-    source: _LiveFeatures | _CachedFeatures, step: int, steps_per_epoch: int, clock: TrainingClock
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of all epochs to come, from the one that follows `step` finished steps."""
-    first_epoch, start_step = divmod(step, steps_per_epoch)
-    for epoch in count(first_epoch):
-        yield from source.batches(epoch, start_step if epoch == first_epoch else 0, clock)
-
-
-def _show(
-    display: EvaluationProgress,
-    step: int,
-    epoch: int,
-    losses: Tensor,
-    protocol: LinearProtocol,
-    clock: TrainingClock,
-    factor: float,
-) -> None:
-    finite = [(loss, lr) for loss, lr in zip(losses.tolist(), protocol.lrs, strict=True) if math.isfinite(loss)]
-    loss, lr = min(finite, default=(math.nan, protocol.lrs[0]))
-    display.update(step, epoch, loss, lr * factor, protocol.batch_size, clock)
-
-
 def _grid(
-    classifiers: LinearClassifiers,
-    losses: list[float],
-    held_out: Loader | None,
-    backbone: nn.Module,
-    precision: str,
-    ranks: Ranks,
+    classifiers: LinearClassifiers, losses: list[float], held_out: tuple[Tensor, Tensor] | None
 ) -> list[dict[str, float | None]]:
-    """Each learning rate with its accuracy on what was held out of train; None where it came to nothing."""
+    """Each learning rate with its accuracy on what was held out of train; None where it came to nothing.
+
+    held_out: features [N, D] and labels [N].
+    """
     scores: list[float | None] = [None] * len(losses)
     if held_out is not None:
-        features, labels = extract_features(backbone, held_out, precision, ranks, normalized=False)
-        scores = [accuracy(logits, labels).top1 for logits in _scores(classifiers, features)]
+        features, labels = held_out
+        logits = torch.cat([classifiers.logits(part).cpu() for part in features.split(4096)], dim=1)  # [G, N, C]
+        scores = [accuracy(own, labels).top1 for own in logits]
     finite = [
         math.isfinite(loss) and bool(weight.isfinite().all())
         for loss, weight in zip(losses, classifiers.weight, strict=True)
@@ -313,28 +263,12 @@ def _choose(grid: list[dict[str, float | None]], protocol: LinearProtocol) -> in
     return max(good, key=lambda index: (grid[index]["holdout_top1"] or 0.0, -(grid[index]["train_loss"] or 0.0)))
 
 
-def _scores(classifiers: LinearClassifiers, features: Tensor) -> Tensor:
-    """The logits of features [N, D], a part at a time: [G, N, C] on the host."""
-    return torch.cat([classifiers.logits(part).cpu() for part in features.split(4096)], dim=1)
-
-
-def _save_classifier(folder: EvaluationFolder, classifiers: LinearClassifiers, chosen: int) -> None:
-    """The chosen classifier as torchvision's `fc`, beside the result."""
-    tensors = {
-        "fc.weight": classifiers.weight[chosen].detach().cpu().contiguous(),
-        "fc.bias": classifiers.bias[chosen].detach().cpu().contiguous(),
-    }
-    write_atomically(folder.path / "classifier.safetensors", save(tensors))
-
-
 def _headline(
-    evaluator: str, weights: str, note: str, num_images: int, held_out: Split | None, protocol: LinearProtocol
+    evaluation: Evaluation, note: str, num_images: int, held_out: Split | None, protocol: LinearProtocol
 ) -> str:
     rates = ", ".join(f"{lr:g}" for lr in protocol.lrs)
     chosen_on = f", chosen on {len(held_out):,} images held out of train" if held_out is not None else ""
     kind = "a quick estimate on cached centre-crop features" if protocol.cached_features else "MoCo-v2's protocol"
-    lines = [
-        f"{evaluator} ({kind}) of {weights}: {num_images:,} images, {protocol.epochs} epochs, learning rate {rates}"
-        f"{chosen_on}"
-    ]
-    return "\n".join([*lines, note] if note else lines)
+    line = f"{evaluation.name} ({kind}) of {evaluation.pretrained.origin}: {num_images:,} images"
+    line += f", {protocol.epochs} epochs, learning rate {rates}{chosen_on}"
+    return f"{line}\n{note}" if note else line

@@ -1,11 +1,69 @@
-"""Protocols of evaluation: all that changes a result. Each default is a published value, or says that it is ours."""
+"""What the evaluators' commands are told: protocols, which change a result, and options. Nothing here needs torch.
+
+Each default of a protocol is a published value, or says that it is ours.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pipelines.config import LoaderConfig
+
+Metric = Literal["top1", "mean_per_class"]
 
 _SIMCLR_LR_GRID = (1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1)
 _SIMCLR_WEIGHT_DECAY_GRID = (0.0, 1e-6, 10**-5.5, 1e-5, 10**-4.5, 1e-4, 10**-3.5, 1e-3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions:
+    """On which weights, images and machine."""
+
+    untrained: bool = False
+    """Of a run, the weights that it began with: what pretraining is measured against."""
+    image_size: int | None = None
+    """Side of an image, pixels; the pretraining's if not given."""
+    max_images: int | None = None
+    """At most this many images to learn from, and to test on: for trying out."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Of the network: bf16 and fp16 by autocast."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """Changes only the speed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOptions(EvaluationOptions):
+    """The same of an evaluation that trains something, and can be resumed."""
+
+    out: Path | None = None
+    """Where it works, and continues after a kill; by default a folder that the settings determine, in RUN/evaluations
+    or, of a file, in WEIGHTS.evaluations beside it."""
+    max_steps: int | None = None
+    """Pause when so many steps are done in all, without a result; the same command without it continues."""
+    checkpoint_every_s: float = 60.0
+    """A checkpoint at the end of an epoch, once the last one is so many seconds old."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"--max-steps {self.max_steps} is not allowed: give at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnnProtocol:
+    """Weighted kNN of frozen features, as Wu et al. (CVPR 2018)."""
+
+    k: int | None = None
+    """Neighbours that vote; the run's own if not given."""
+    temperature: float | None = None
+    """Weight of a neighbour: exp(cosine similarity / temperature); the run's own if not given."""
+    batch_size: int = 256
+    """Images per forward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +128,12 @@ class FineTuneProtocol:
     The LeOCLR paper fixes 60 epochs for 1 % of the labels and 30 for 10 %.
     """
 
+    percent: tuple[float, ...] = ()
+    """Shares of train, one after the other: 1, or 1 2 5 10 20 50 100. Nested and class-balanced."""
+    list: Path | None = None
+    """Instead of --percent: a published list of the images to learn from, or one that `subset` wrote."""
+    subset_seed: int = 0
+    """Which images --percent takes; as --seed of `subset`."""
     epochs: int | None = None
     """By default 60 for less than 10 % of the labels, else 30 (for other shares than 1 % and 10 % that is ours)."""
     batch_size: int = 256
@@ -87,6 +151,8 @@ class FineTuneProtocol:
     """Of the order, the crops and the classifier's first weights; of the labels with --percent, see --subset-seed."""
 
     def __post_init__(self) -> None:
+        if bool(self.percent) == (self.list is not None):
+            raise ValueError("give either --percent P … or --list FILE")
         if self.epochs is not None:
             _require_positive("--epochs", self.epochs)
         _require_positive("--batch-size", self.batch_size)
@@ -109,6 +175,8 @@ class TransferProtocol:
     The LeOCLR paper names the data sets alone. The validation split, a tenth of train, is ours.
     """
 
+    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
+    """cifar10, cifar100, cars (Stanford Cars), pets (Oxford-IIIT Pets) or birdsnap."""
     steps: int = 20_000
     batch_size: int = 256
     """Images per step over all ranks; an epoch's incomplete last batch is left out."""

@@ -14,7 +14,7 @@ from dataset_tools.sources import ImageSource, Split, open_source
 from dataset_tools.sources.birdsnap import LISTS, open_birdsnap
 from dataset_tools.sources.image_folder import FolderSplit
 from dataset_tools.sources.layout import first_few
-from leoclr_fast.evaluate.grid import Metric
+from leoclr_fast.evaluate.protocols import Metric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -158,7 +158,8 @@ def read_newest_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
             damaged.append(path.name)
     if damaged:
         raise DamagedCheckpointError(
-            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}); delete the run folder to start again"
+            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}); delete this folder, and no other, to "
+            "start its training again"
         )
     return None
 

@@ -236,8 +236,10 @@ class MetricsLog:
 class ProgressDisplay:
     """A live bar on a terminal, plain lines elsewhere, nothing on other ranks than the first."""
 
-    def __init__(self, console: Console, total_steps: int, enabled: bool) -> None:
+    def __init__(self, console: Console, total_steps: int, enabled: bool, line_every_s: float = 0.0) -> None:
+        """line_every_s: between two plain lines, but for the last one."""
         self._console = console
+        self._line_every_s, self._last_line_s = line_every_s, float("-inf")
         self._total = total_steps
         self._enabled = enabled
         self._bar = Progress(
@@ -258,7 +260,7 @@ class ProgressDisplay:
         """Show the newest metrics: `loss`, `lr`, `images_per_s_now`, `data_wait_fraction`, `seconds_left`, and, where
         they are known, `mfu`, `gpu_memory_gib` and `gpu_power_w`."""
         parts = [
-            f"epoch {epoch}  loss {metrics['loss']:.3f}  lr {metrics['lr']:.4f}",
+            f"epoch {epoch}  loss {metrics['loss']:.3f}  lr {metrics['lr']:.4g}",
             f"{metrics['images_per_s_now']:,.0f} images/s",
             f"data wait {metrics['data_wait_fraction']:.0%}",
         ]
@@ -267,7 +269,9 @@ class ProgressDisplay:
                 parts.append(shown.format(metrics[name]))
         text = "  ".join(parts)
         self._bar.update(self._task, completed=step, description=text)
-        if self._enabled and not self._console.is_terminal:
+        due = step == self._total or time.monotonic() - self._last_line_s >= self._line_every_s
+        if due and self._enabled and not self._console.is_terminal:
+            self._last_line_s = time.monotonic()
             left = timedelta(seconds=round(metrics["seconds_left"]))
             self._console.print(f"step {step}/{self._total}  {text}  {left} left", highlight=False, soft_wrap=True)
 

@@ -23,7 +23,7 @@ from leoclr_fast.distributed.failures import failures_explained
 from leoclr_fast.distributed.host_group import HostGroup
 from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.distributed.same_start import require_same_everywhere
-from leoclr_fast.evaluate.knn_evaluation import KnnEvaluation, knn_evaluation
+from leoclr_fast.evaluate.knn import KnnEvaluation, knn_evaluation
 from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.run.checkpoint import list_checkpoints, read_checkpoint, read_newest_checkpoint, state_of, step_of
 from leoclr_fast.run.checkpoint_writer import CheckpointWriter

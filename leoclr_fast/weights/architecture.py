@@ -1,9 +1,10 @@
-"""Which backbone a set of tensors is, by names and shapes alone."""
+"""Strict accounting: a set of tensors is exactly one of our backbones, or it is refused with all that does not fit."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import get_args, get_type_hints
 
 import torch
@@ -11,17 +12,38 @@ from torch import Tensor
 
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.method.backbone import build_backbone
-from leoclr_fast.weights.accounting import Account, take_account
 
 _BACKBONE_NAME = re.compile(r"(conv1|bn1|layer[1-4])\.")
 _STAGE_CHANNELS = {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}
+_MAX_LISTED = 12
 ARCHITECTURES: tuple[str, ...] = get_args(get_type_hints(BackboneConfig)["arch"])
 
 
-def network_tensors(config: BackboneConfig) -> dict[str, Tensor]:
-    """Names and shapes of a backbone's parameters and buffers, on the meta device."""
-    with torch.device("meta"):
-        return dict(build_backbone(config).state_dict())
+@dataclass(slots=True)
+class _Account:
+    """What does not add up between the tensors of a file and those of a network: a line for each tensor."""
+
+    missing: list[str] = field(default_factory=list)
+    left_over: list[str] = field(default_factory=list)
+    other_shape: list[str] = field(default_factory=list)
+    other_kind: list[str] = field(default_factory=list)
+    """Integers where the network has fractions, or the other way round."""
+    not_finite: list[str] = field(default_factory=list)
+
+    @property
+    def num_misfits(self) -> int:
+        """Tensors that another network would fit better."""
+        return sum(len(lines) for lines in (self.missing, self.left_over, self.other_shape, self.other_kind))
+
+    def __str__(self) -> str:
+        parts = {
+            "missing": self.missing,
+            "left over": self.left_over,
+            "of another shape": self.other_shape,
+            "of another kind of number": self.other_kind,
+            "with NaN or infinite values": self.not_finite,
+        }
+        return "; ".join(f"{title}: {_listed(lines)}" for title, lines in parts.items() if lines)
 
 
 def recognised_backbone(tensors: Mapping[str, Tensor], origin: str, arch: str | None = None) -> BackboneConfig:
@@ -44,21 +66,42 @@ def recognised_backbone(tensors: Mapping[str, Tensor], origin: str, arch: str | 
         for name in ((arch,) if arch else ARCHITECTURES)
         for stem in ("imagenet", "small")
     ]
-    accounts = [(take_account(tensors, network_tensors(config)), config) for config in candidates]
-    account, nearest = min(accounts, key=lambda pair: pair[0].num_misfits)
-    require_exact(account, nearest, origin)
+    nearest = min(candidates, key=lambda config: _account(tensors, config).num_misfits)
+    require_exact(tensors, nearest, origin)
     return nearest
 
 
-def require_exact(account: Account, config: BackboneConfig, origin: str) -> None:
-    """Raises ValueError with the account unless all of it adds up."""
-    if account.num_problems:
+def require_exact(tensors: Mapping[str, Tensor], config: BackboneConfig, origin: str) -> None:
+    """Raises ValueError unless the tensors are all of this backbone's, of its shapes and finite, and no others.
+
+    Any float dtype is as good as another.
+    """
+    account = _account(tensors, config)
+    if account.num_misfits or account.not_finite:
         stem = "" if config.stem == "imagenet" else " with the small stem"
         width = "" if config.width_multiplier == 1 else f" of width {config.width_multiplier:g}"
         raise ValueError(
             f"{origin} does not hold exactly a {config.arch}{stem}{width}: {account}. Nothing is loaded in part; "
             f"backbones known here are {', '.join(ARCHITECTURES)}, of any width, with the ImageNet or the small stem"
         )
+
+
+def _account(tensors: Mapping[str, Tensor], config: BackboneConfig) -> _Account:
+    """Values are looked at only where names and shapes agree."""
+    with torch.device("meta"):
+        network = build_backbone(config).state_dict()
+    account = _Account(left_over=[f"{name} {list(tensors[name].shape)}" for name in sorted(tensors.keys() - network)])
+    for name, wanted in network.items():
+        there = tensors.get(name)
+        if there is None:
+            account.missing.append(f"{name} {list(wanted.shape)}")
+        elif there.shape != wanted.shape:
+            account.other_shape.append(f"{name} {list(there.shape)} where {list(wanted.shape)} is needed")
+        elif there.is_floating_point() != wanted.is_floating_point():
+            account.other_kind.append(name)
+    if not account.num_misfits:
+        account.not_finite = [name for name in network if not bool(tensors[name].isfinite().all())]
+    return account
 
 
 def _width_multiplier(tensors: Mapping[str, Tensor]) -> float:
@@ -68,3 +111,9 @@ def _width_multiplier(tensors: Mapping[str, Tensor]) -> float:
         if weight is not None and weight.ndim == 1 and len(weight):
             return len(weight) / channels
     return 1.0
+
+
+def _listed(lines: Iterable[str]) -> str:
+    every = list(lines)
+    more = f" and {len(every) - _MAX_LISTED} more" if len(every) > _MAX_LISTED else ""
+    return ", ".join(every[:_MAX_LISTED]) + more

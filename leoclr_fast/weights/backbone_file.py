@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from leoclr_fast.config import BackboneConfig, RunConfig
 from leoclr_fast.config_file import as_plain, from_yaml
 from leoclr_fast.run.folder import write_atomically
-from leoclr_fast.weights.accounting import take_account
-from leoclr_fast.weights.architecture import network_tensors, recognised_backbone, require_exact
+from leoclr_fast.weights.architecture import recognised_backbone, require_exact
 from pipelines.config import ViewConfig
 
 _METADATA_KEY = "leoclr_fast"
@@ -74,8 +73,18 @@ def read_backbone_file(path: Path) -> tuple[dict[str, Tensor], Description]:
     if _METADATA_KEY not in metadata:
         return tensors, Description(recipe="unknown", backbone=recognised_backbone(tensors, str(path)))
     description = _description(metadata[_METADATA_KEY], str(path))
-    require_exact(take_account(tensors, network_tensors(description.backbone)), description.backbone, str(path))
+    require_exact(tensors, description.backbone, str(path))
     return tensors, description
+
+
+def require_new_file(out: Path, ending: str) -> None:
+    """Raises ValueError if `out` has another ending, exists, or its folder does not."""
+    if out.suffix != ending:
+        raise ValueError(f"--out {out} does not end in {ending}, the format that is written; rename it")
+    if out.exists():
+        raise ValueError(f"--out {out} exists already and is not overwritten; give another name")
+    if not out.parent.is_dir():
+        raise ValueError(f"the folder of --out {out} does not exist; make it first")
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from leoclr_fast.run.folder import write_atomically
+from leoclr_fast.weights.backbone_file import require_new_file
 from leoclr_fast.weights.formats.detectron2 import Detectron2Format
 from leoclr_fast.weights.formats.export_format import ExportFormat
 from leoclr_fast.weights.formats.onnx import OnnxFormat
@@ -18,7 +19,6 @@ from leoclr_fast.weights.formats.safetensors import SafetensorsFormat
 from leoclr_fast.weights.formats.timm import TimmFormat
 from leoclr_fast.weights.formats.torchvision import TorchvisionFormat
 from leoclr_fast.weights.model_card import ExportedFile, model_card
-from leoclr_fast.weights.new_file import require_new_file
 from leoclr_fast.weights.pretrained import Pretrained, load_pretrained
 
 FORMATS: dict[str, ExportFormat] = {

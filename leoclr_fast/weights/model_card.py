@@ -15,6 +15,53 @@ from leoclr_fast.weights.pretrained import Pretrained
 
 _NOT_RESULTS = {"evaluator", "unix_s", "note", "weights", "weights_sha256", "data", "config", "classes", "command"}
 
+_CARD = """\
+# {file.name}
+
+A {config.arch} backbone without classifier or projection head, written by leoclr-fast for {file.format}.
+
+| | |
+|---|---|
+| Origin | {origin} |
+| Network | {config.arch}, {config.stem} stem, width {config.width_multiplier:g} |
+| Features | {features}, after global average pooling |
+| Parameters | {parameters:,} |
+| SHA-256 of the file | `{file.sha256}` |
+| SHA-256 of the weights in leoclr-fast | `{weights_sha256}` |
+
+## Load
+
+```{language}
+{file.usage}
+```
+
+Checked when it was written: loaded back by {file.reader}, the features of {file.num_images} fixed random images \
+differ from leoclr-fast's by {difference} of the largest feature (allowed: {tolerance}).
+
+## Images
+
+RGB, values from 0 to 1, minus mean ({mean}), divided by standard deviation ({std}), {views.image_size} x \
+{views.image_size} pixels in pretraining.
+
+## Recipe
+
+{recipe}
+
+## Training data
+
+{data}
+
+## Results
+
+{results}
+
+## Licence
+
+leoclr-fast, which wrote this file, is MIT-licensed; that says nothing about the weights. Whoever trained them decides \
+on their licence, within the terms of the images they were trained on: ImageNet's, for one, allow non-commercial \
+research and education. State the licence here before you hand the file on.{imported}
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportedFile:
@@ -32,52 +79,27 @@ class ExportedFile:
 
 def model_card(pretrained: Pretrained, file: ExportedFile) -> str:
     """Markdown: the file, loading, preprocessing, recipe, data, results, licence."""
-    return "\n".join(
-        [
-            *_head(pretrained, file),
-            *_recipe(pretrained),
-            *_data(pretrained),
-            *_results(pretrained),
-            *_licence(pretrained),
-        ]
-    )
-
-
-def _head(pretrained: Pretrained, file: ExportedFile) -> list[str]:
     description, backbone = pretrained.description, pretrained.backbone
-    config, views = description.backbone, description.views
-    language = "yaml" if file.format == "detectron2" else "python"
-    parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    return [
-        f"# {file.name}",
-        "",
-        f"A {config.arch} backbone without classifier or projection head, written by leoclr-fast for {file.format}.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| Origin | {_origin(pretrained)} |",
-        f"| Network | {config.arch}, {config.stem} stem, width {config.width_multiplier:g} |",
-        f"| Features | {backbone.feature_dim}, after global average pooling |",
-        f"| Parameters | {parameters:,} |",
-        f"| SHA-256 of the file | `{file.sha256}` |",
-        f"| SHA-256 of the weights in leoclr-fast | `{pretrained.sha256}` |",
-        "",
-        "## Load",
-        "",
-        f"```{language}",
-        file.usage,
-        "```",
-        "",
-        f"Checked when it was written: loaded back by {file.reader}, the features of {file.num_images} fixed random "
-        f"images differ from leoclr-fast's by {scientific(file.difference)} of the largest feature (allowed: "
-        f"{scientific(file.tolerance)}).",
-        "",
-        "## Images",
-        "",
-        f"RGB, values from 0 to 1, minus mean ({_numbers(views.mean)}), divided by standard deviation "
-        f"({_numbers(views.std)}), {views.image_size} x {views.image_size} pixels in pretraining.",
-        "",
-    ]
+    return _CARD.format(
+        file=file,
+        config=description.backbone,
+        views=description.views,
+        origin=_origin(pretrained),
+        features=backbone.feature_dim,
+        parameters=sum(parameter.numel() for parameter in backbone.parameters()),
+        weights_sha256=pretrained.sha256,
+        language="yaml" if file.format == "detectron2" else "python",
+        difference=scientific(file.difference),
+        tolerance=scientific(file.tolerance),
+        mean=", ".join(f"{value:g}" for value in description.views.mean),
+        std=", ".join(f"{value:g}" for value in description.views.std),
+        recipe=_recipe(pretrained),
+        data=_data(pretrained),
+        results=_results(pretrained),
+        imported=" These weights were imported: the licence at the place they came from holds."
+        if description.source
+        else "",
+    )
 
 
 def _origin(pretrained: Pretrained) -> str:
@@ -94,23 +116,18 @@ def _origin(pretrained: Pretrained) -> str:
     return f"pretrained with leoclr-fast, recipe {description.recipe}{state}"
 
 
-def _recipe(pretrained: Pretrained) -> list[str]:
+def _recipe(pretrained: Pretrained) -> str:
     if pretrained.run is None:
-        return [
-            "## Recipe",
-            "",
-            f"`{pretrained.description.recipe}`; the file that was exported says no more of it.",
-            "",
-        ]
+        return f"`{pretrained.description.recipe}`; the file that was exported says no more of it."
     config = pretrained.run.read_config()
     text = yaml.safe_dump(as_plain(config.result), sort_keys=False).rstrip()
-    return ["## Recipe", "", f"`{config.recipe}`, with", "", "```yaml", text, "```", ""]
+    return f"`{config.recipe}`, with\n\n```yaml\n{text}\n```"
 
 
-def _data(pretrained: Pretrained) -> list[str]:
+def _data(pretrained: Pretrained) -> str:
     file = pretrained.run.data_file if pretrained.run else None
     if file is None or not file.is_file():
-        return ["## Training data", "", "Not recorded.", ""]
+        return "Not recorded."
     data: dict[str, Any] = json.loads(file.read_text())
     lines = [
         f"- {data['images']:,} images of {Path(data['path']).name} ({data['kind']}, split {data['split']}), "
@@ -122,13 +139,13 @@ def _data(pretrained: Pretrained) -> list[str]:
     left_out = data.get("quarantined", {}).get("images", 0)
     if left_out:
         lines.append(f"- {left_out:,} images were left out by the conversion")
-    return ["## Training data", "", *lines, ""]
+    return "\n".join(lines)
 
 
-def _results(pretrained: Pretrained) -> list[str]:
+def _results(pretrained: Pretrained) -> str:
     results = _evaluations(pretrained.run) if pretrained.run else []
     if not results:
-        return ["## Results", "", "No evaluation of these weights is recorded.", ""]
+        return "No evaluation of these weights is recorded."
     lines = ["| evaluation | data | result | weights |", "|---|---|---|---|"]
     for result in results:
         values = ", ".join(
@@ -138,7 +155,7 @@ def _results(pretrained: Pretrained) -> list[str]:
         )
         data = Path(str(result.get("data", ""))).name or "not recorded"
         lines.append(f"| {result.get('evaluator', '?')} | {data} | {values} | {_of_these(result, pretrained)} |")
-    return ["## Results", "", *lines, ""]
+    return "\n".join(lines)
 
 
 def _of_these(result: dict[str, Any], pretrained: Pretrained) -> str:
@@ -162,21 +179,6 @@ def _evaluations(run: RunFolder) -> list[dict[str, Any]]:
     return found
 
 
-def _licence(pretrained: Pretrained) -> list[str]:
-    text = (
-        "leoclr-fast, which wrote this file, is MIT-licensed; that says nothing about the weights. Whoever trained "
-        "them decides on their licence, within the terms of the images they were trained on: ImageNet's, for one, "
-        "allow non-commercial research and education. State the licence here before you hand the file on."
-    )
-    if pretrained.description.source:
-        text += " These weights were imported: the licence at the place they came from holds."
-    return ["## Licence", "", text, ""]
-
-
 def scientific(value: float) -> str:
     """`2.5e-07`, and zero as `0`."""
     return f"{value:.1e}" if value else "0"
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:g}" for value in values)

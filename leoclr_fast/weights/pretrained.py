@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torchvision.models.resnet import ResNet
 
 from leoclr_fast.config import BackboneConfig, RunConfig
 from leoclr_fast.method.backbone import build_backbone
-from leoclr_fast.method.methods import method_class
+from leoclr_fast.method.methods import build_method, method_class
 from leoclr_fast.run.checkpoint import load_newest_checkpoint
 from leoclr_fast.run.folder import RunFolder
-from leoclr_fast.weights.accounting import take_account
-from leoclr_fast.weights.architecture import network_tensors, require_exact
+from leoclr_fast.weights.architecture import require_exact
 from leoclr_fast.weights.backbone_file import Description, read_backbone_file, weights_sha256
 
 
@@ -26,20 +26,47 @@ class Pretrained:
     """On the CPU, float32, in training mode as every new module."""
     description: Description
     path: Path
-    """The file that the weights were read from."""
+    """The file or checkpoint that the weights were read from; the run folder where they are untrained."""
     sha256: str
     """Of the weights as they were stored: see `weights_sha256`."""
     run: RunFolder | None
     """The run folder, if one was named."""
+    untrained: bool = False
+    """Whether these are the weights of before the first step: what pretraining is measured against."""
+
+    @property
+    def origin(self) -> str:
+        """Where the weights come from, for people."""
+        if self.run is None or not self.untrained:
+            return str(self.path)
+        return f"{self.path} as it began, seed {self.run.read_config().result.seed}"
+
+    @property
+    def holdout_seed(self) -> int:
+        """Draws the images that pretraining held out, where the data has neither val nor test."""
+        return self.run.read_config().result.holdout_seed if self.run else 0
+
+    @property
+    def evaluations(self) -> Path:
+        """Where evaluations work: a folder in the run, or one beside a file of weights, named after it."""
+        beside_file = self.path.with_name(f"{self.path.name}.evaluations")
+        return beside_file if self.run is None else self.run.path / "evaluations"
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of its weights."""
+        return {"weights": self.origin, "weights_sha256": self.sha256, "untrained": self.untrained}
 
 
-def load_pretrained(weights: Path) -> Pretrained:
+def load_pretrained(weights: Path, *, untrained: bool = False) -> Pretrained:
     """The backbone of RUN|WEIGHTS: a run folder (final weights, else the newest checkpoint), or a .safetensors file.
 
+    untrained: of a run, the weights that it began with.
     Raises FileNotFoundError if there is nothing; ValueError if a tensor is left over, missing, of another shape or not
-    finite, or if the file is of another kind.
+    finite, if the file is of another kind, or if a file is asked for as it began.
     """
     if not weights.is_dir():
+        if untrained:
+            raise ValueError(f"--untrained needs a run folder, whose seed drew the first weights; {weights} is none")
         tensors, description = read_backbone_file(weights)
         return Pretrained(
             backbone=_filled(tensors, description.backbone),
@@ -50,26 +77,25 @@ def load_pretrained(weights: Path) -> Pretrained:
         )
     run = RunFolder(weights)
     config = run.read_config()
-    tensors, path = _run_tensors(run, config)
+    result = config.result
+    if untrained:
+        backbone, path = build_method(result).kept_encoder.backbone, weights
+        sha256 = weights_sha256(backbone.state_dict())
+    else:
+        tensors, path = _run_tensors(run, config)
+        backbone, sha256 = _filled(tensors, result.backbone), weights_sha256(tensors)
     return Pretrained(
-        backbone=_filled(tensors, config.result.backbone),
-        description=Description(recipe=config.recipe, backbone=config.result.backbone, views=config.result.views),
+        backbone=backbone,
+        description=Description(recipe=config.recipe, backbone=result.backbone, views=result.views),
         path=path,
-        sha256=weights_sha256(tensors),
+        sha256=sha256,
         run=run,
+        untrained=untrained,
     )
 
 
-def load_backbone(run: RunFolder, config: RunConfig) -> tuple[ResNet, str]:
-    """The backbone of a run, on the CPU, and where it was read from: its final weights, else its newest checkpoint.
-
-    Raises FileNotFoundError if the run has neither, ValueError if a tensor is left over, missing or not finite.
-    """
-    tensors, path = _run_tensors(run, config)
-    return _filled(tensors, config.result.backbone), str(path)
-
-
 def _run_tensors(run: RunFolder, config: RunConfig) -> tuple[dict[str, Tensor], Path]:
+    """The tensors of a run's final weights, else of its newest checkpoint, and that file or checkpoint."""
     if run.final_weights.is_file():
         tensors, description = read_backbone_file(run.final_weights)
         if description.backbone != config.result.backbone:
@@ -84,8 +110,7 @@ def _run_tensors(run: RunFolder, config: RunConfig) -> tuple[dict[str, Tensor], 
     path, state = newest
     prefix = f"{method_class(config.result.method.name).encoder_name}.backbone."
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state["method"].items() if name.startswith(prefix)}
-    backbone = config.result.backbone
-    require_exact(take_account(tensors, network_tensors(backbone)), backbone, str(path))
+    require_exact(tensors, config.result.backbone, str(path))
     return tensors, path
 
 

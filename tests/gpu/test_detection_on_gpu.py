@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.evaluate.detection.config import DetectionConfig
+from leoclr_fast.evaluate.detection.config import DetectionOptions, DetectionProtocol
 from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4
-from leoclr_fast.evaluate.detection.run_detection import run_detection
+from leoclr_fast.evaluate.detection.run_detection import run
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.weights.backbone_file import Description, backbone_bytes
 from pipelines.config import ViewConfig
@@ -23,7 +24,7 @@ pytestmark = [
 ]
 
 NARROW = BackboneConfig(arch="resnet18", width_multiplier=0.125)
-TINY = DetectionConfig(
+TINY = DetectionProtocol(
     train_sets=("VOC2007/trainval",),
     iterations=30,
     batch_size=4,
@@ -55,7 +56,7 @@ def test_detections_are_the_cpus() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_it_trains_and_continues(tmp_path: Path, precision: str) -> None:
+def test_it_trains_and_continues(tmp_path: Path, precision: Any) -> None:
     pytest.importorskip("pycocotools")
     voc = write_voc(tmp_path / "VOCdevkit", num_train=8, num_test=3)
     with torch.random.fork_rng(devices=[]):
@@ -66,10 +67,10 @@ def test_it_trains_and_continues(tmp_path: Path, precision: str) -> None:
     description = Description(recipe="none", backbone=NARROW, views=ViewConfig(image_size=64))
     weights.write_bytes(backbone_bytes(tensors, description))
     for max_iterations in (10, None):
-        result = run_detection(
-            weights, voc, TINY, out=out, device="cuda", precision=precision, workers=1, log_every=1,
-            max_iterations=max_iterations,
-        )  # fmt: skip
+        options = DetectionOptions(
+            out=out, device="cuda", precision=precision, workers=1, log_every=1, max_iterations=max_iterations
+        )
+        result = run(weights, voc, TINY, options).values
     losses = [json.loads(row)["loss"] for row in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])

@@ -8,11 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from leoclr_fast.config import SpeedConfig
-from leoclr_fast.evaluate.finetune import run_finetune
-from leoclr_fast.evaluate.linear import run_linear
-from leoclr_fast.evaluate.options import EvaluationOptions
-from leoclr_fast.evaluate.protocols import FineTuneProtocol, LinearProtocol
+from leoclr_fast.evaluate import finetune, linear
+from leoclr_fast.evaluate.protocols import FineTuneProtocol, LinearProtocol, TrainingOptions
 from leoclr_fast.training.loop import pretrain
 from pipelines.config import LoaderConfig
 from tests.leoclr_fast.conftest import tiny_config, write_tiny_images
@@ -31,14 +28,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def linear(run: Path, out: Path, device: str, precision: Any) -> dict[str, Any]:
-    speed = SpeedConfig(device=device, precision=precision, loader=LoaderConfig(name="resident"))
+def on(device: str, precision: Any, out: Path) -> TrainingOptions:
+    return TrainingOptions(device=device, precision=precision, loader=LoaderConfig(name="resident"), out=out)
+
+
+def linear_result(run: Path, out: Path, device: str, precision: Any) -> dict[str, Any]:
     protocol = LinearProtocol(epochs=5, batch_size=16, lr_grid=(0.1, 3.0))
-    return run_linear(run, run.parent / "data", protocol, EvaluationOptions(speed=speed, out=out))
+    return linear.run(run, run.parent / "data", protocol, on(device, precision, out)).values
 
 
 def test_linear_in_float64_is_the_cpus(run: Path, tmp_path: Path) -> None:
-    on_gpu, on_cpu = (linear(run, tmp_path / device, device, "fp64") for device in ("cuda", "cpu"))
+    on_gpu, on_cpu = (linear_result(run, tmp_path / device, device, "fp64") for device in ("cuda", "cpu"))
     assert on_gpu["backbone_sha256_before"] == on_gpu["backbone_sha256_after"] == on_cpu["backbone_sha256_after"]
     assert (on_gpu["lr"], on_gpu["top1"]) == (on_cpu["lr"], on_cpu["top1"])
     assert on_gpu["train_loss"] == pytest.approx(on_cpu["train_loss"], rel=1e-9)
@@ -46,16 +46,15 @@ def test_linear_in_float64_is_the_cpus(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_linear_leaves_the_backbone_alone(run: Path, tmp_path: Path, precision: str) -> None:
-    found = linear(run, tmp_path / "out", "cuda", precision)
+    found = linear_result(run, tmp_path / "out", "cuda", precision)
     assert found["backbone_sha256_before"] == found["backbone_sha256_after"]
     assert 0 <= found["top1"] <= 100
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_fine_tuning_runs_in_every_precision(run: Path, tmp_path: Path, precision: Any) -> None:
-    speed = SpeedConfig(device="cuda", precision=precision, loader=LoaderConfig(name="resident"))
-    protocol = FineTuneProtocol(epochs=30, batch_size=8, base_lr=3.0)
-    options = EvaluationOptions(speed=speed, out=tmp_path / "out")
-    (found,) = run_finetune(run, run.parent / "data", protocol, options, percents=(100,))
+    protocol = FineTuneProtocol(percent=(100,), epochs=30, batch_size=8, base_lr=3.0)
+    options = on("cuda", precision, tmp_path / "out")
+    (found,) = finetune.run(run, run.parent / "data", protocol, options).values["evaluations"]
     assert found["steps"] == 150
     assert 0 <= found["top1"] <= 100

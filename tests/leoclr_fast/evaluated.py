@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+from rich.console import Console
 
 from leoclr_fast.cli import run_command
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.run import stepper
+from leoclr_fast.run.checkpoint import save_checkpoint
 from leoclr_fast.run.folder import RunFolder
+from leoclr_fast.run.stepper import Stepper
+from leoclr_fast.run.telemetry import ProgressDisplay
 from leoclr_fast.training.loop import pretrain
 from tests.leoclr_fast.conftest import tiny_config
 
@@ -35,6 +45,33 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[st
     assert code == 0, captured
     document: dict[str, Any] = json.loads(captured.out.splitlines()[-1])
     return document
+
+
+class Killed(BaseException):
+    """As a kill: nothing in the program catches it."""
+
+
+@contextmanager
+def killed(after: int) -> Iterator[list[int]]:
+    """What is done here dies when so many checkpoints are on the disk; their steps."""
+    saved: list[int] = []
+
+    def dying(folder: Path, step: int, *given: Any) -> None:
+        save_checkpoint(folder, step, *given)
+        saved.append(step)
+        if len(saved) == after:
+            raise Killed
+
+    with patch.object(stepper, "save_checkpoint", dying), pytest.raises(Killed):
+        yield saved
+
+
+def steps_of(folder: Path, total_steps: int, ranks: Ranks = Ranks()) -> tuple[Stepper, ProgressDisplay]:  # noqa: B008
+    """The steps of a training on the CPU, of which only the end is saved, and a display that shows nothing."""
+    steps = Stepper(
+        folder, total_steps=total_steps, ranks=ranks, device=torch.device("cpu"), save_every_steps=total_steps
+    )
+    return steps, ProgressDisplay(Console(quiet=True), total_steps, enabled=False)
 
 
 def kept_results(run: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import ResNet
@@ -26,22 +25,18 @@ from dataset_tools.splits import choose_splits
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.process_group import process_group
-from leoclr_fast.evaluate.detection.config import DetectionConfig
-from leoclr_fast.evaluate.detection.detector_state import DetectorState
+from leoclr_fast.evaluate.data import EvaluationLoaders
+from leoclr_fast.evaluate.detection.config import DetectionProtocol
 from leoclr_fast.evaluate.detection.image_batches import BatchReader
 from leoclr_fast.evaluate.detection.run_detection import _precisions, detect
-from leoclr_fast.evaluate.detection.train_detector import DetectorTraining
-from leoclr_fast.evaluate.detection.voc_annotations import read_voc
-from leoclr_fast.evaluate.evaluation_folder import Checkpoints
+from leoclr_fast.evaluate.detection.train_detector import DetectorTraining, build_detector
+from leoclr_fast.evaluate.detection.voc import read_voc
 from leoclr_fast.evaluate.features import extract_features
-from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
-from leoclr_fast.evaluate.knn_evaluation import knn_evaluation
-from leoclr_fast.evaluate.loaders import EvaluationLoaders
-from leoclr_fast.evaluate.progress import EvaluationProgress
+from leoclr_fast.evaluate.fine_tuning import Hyperparameters, fine_tune
+from leoclr_fast.evaluate.knn import knn_evaluation
 from leoclr_fast.method.backbone import build_backbone
-from leoclr_fast.weights.backbone_file import Description
-from leoclr_fast.weights.pretrained import Pretrained
 from pipelines.config import LoaderConfig, ViewConfig
+from tests.leoclr_fast.evaluated import steps_of
 
 CPU = torch.device("cpu")
 VIEWS = ViewConfig(image_size=16, crop_scale=(0.08, 1.0))
@@ -82,16 +77,10 @@ def fine_tuned(data: Path, out: Path, ranks: Ranks) -> dict[str, Tensor]:
     backbone = frozen(backbone_of(BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)))
     loaders = EvaluationLoaders(views=VIEWS, config=RESIDENT, batch_size=9, seed=2, device=CPU, ranks=ranks)
     with loaders:
-        tuner = FineTuner(
-            backbone=backbone,
-            num_classes=3,
-            loader=loaders.random_crops(split, loaders.train_order(split)),
-            precision="fp64",
-            ranks=ranks,
-            display=EvaluationProgress(Console(quiet=True), 6, enabled=False),
-        )
-        training = Training(lr=0.05, weight_decay=0.01, momentum=0.9, total_steps=6, batch_size=9)
-        network = tuner.train(training, Checkpoints(out / f"tuned-on-{ranks.world_size}", 1e9, ranks))
+        loader = loaders.random_crops(split, loaders.train_order(split))
+        parameters = Hyperparameters(lr=0.05, weight_decay=0.01, momentum=0.9, batch_size=9)
+        stepper, display = steps_of(out / f"tuned-on-{ranks.world_size}", 6, ranks)
+        network = fine_tune(backbone, 3, loader, parameters, stepper, precision="fp64", ranks=ranks, display=display)
     assert network is not None
     return network.state_dict()
 
@@ -117,43 +106,36 @@ def neighbours(data: Path, _out: Path, ranks: Ranks) -> dict[str, Any]:
     return {"top1": accuracy.top1, "top5": accuracy.top5, "features": features, "labels": labels}
 
 
-def detector(voc: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+def detection(voc: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     """A detector after four iterations of 5 images in float64, its losses, what it finds and how right that is."""
     folder = out / f"detector-on-{ranks.world_size}"
     folder.mkdir(exist_ok=True)
-    config = DetectionConfig(
+    config = DetectionProtocol(
         train_sets=("VOC2007/trainval",), iterations=4, batch_size=5, lr=1e-3, lr_steps=(3,), warmup_iterations=2,
         train_sides=(64,), test_side=64, max_side=160, anchor_sizes=(16, 24), regions_per_image=8, precise_bn_batches=0,
-    )  # fmt: skip
-    backbone = BackboneConfig(arch="resnet18", width_multiplier=0.125)
-    pretrained = Pretrained(
-        backbone=backbone_of(backbone),
-        description=Description(recipe="", backbone=backbone, views=VIEWS),
-        path=Path("none"),
-        sha256="",
-        run=None,
-    )
+    ).config()  # fmt: skip
     train, test = (read_voc(voc, [f"VOC2007/{name}"]) for name in ("trainval", "test"))
-    state = DetectorState.fresh(config, pretrained, len(train.classes), train.fingerprint, "fp64", ranks, CPU)
-    frozen(state.detector)
-    state.detector.regions.score_thresh = 0.0  # after four iterations it is sure of nothing
+    backbone = backbone_of(BackboneConfig(arch="resnet18", width_multiplier=0.125))
+    detector = build_detector(backbone, len(train.classes), config, "fp64", ranks, CPU)
+    frozen(detector)
+    detector.regions.score_thresh = 0.0  # after four iterations it is sure of nothing
     reader = BatchReader(
         mean=VIEWS.mean, std=VIEWS.std, max_side=160, with_ignored=True, workers=1, device=CPU, dtype=torch.float64
     )
     training = DetectorTraining(
-        config=config, state=state, images=train.images, reader=reader, ranks=ranks, precision="fp64", folder=folder,
-        checkpoint_every=1000, log_every=1,
+        config=config, detector=detector, images=train.images, reader=reader, ranks=ranks, precision="fp64",
+        metrics_file=folder / "metrics.jsonl", log_every=1,
     )  # fmt: skip
-    start = {name: tensor.clone() for name, tensor in state.detector.state_dict().items()}
-    untrained = detect(state, test, reader, config.test_side, ranks, "fp64")
+    start = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    untrained = detect(detector, test, reader, config.test_side, ranks, "fp64")
     with patch.object(torch, "randperm", lambda number, **options: torch.arange(number, **options)):
-        training.run(config.iterations)
+        training.run(*steps_of(folder, config.iterations, ranks))
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if ranks.is_main else []
     return {
         "untrained": [(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()) for found in untrained],
         "precisions": _precisions(test, untrained, config) if ranks.is_main else {},
         "log": log,
-        "state": state.detector.state_dict(),
+        "state": detector.state_dict(),
         "start": start,
     }
 
@@ -162,7 +144,7 @@ def cases(data: Path, voc: Path, out: Path) -> dict[str, Callable[[Ranks], dict[
     return {
         "fine-tuned": partial(fine_tuned, data, out),
         "neighbours": partial(neighbours, data, out),
-        "detector": partial(detector, voc, out),
+        "detector": partial(detection, voc, out),
     }
 
 

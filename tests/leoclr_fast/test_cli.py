@@ -23,7 +23,7 @@ from leoclr_fast.config_file import from_yaml, to_yaml
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.recipes import RECIPES, get_recipe
 from leoclr_fast.run.folder import RunFolder
-from leoclr_fast.weights.pretrained import load_backbone
+from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import LoaderConfig
 from tests.leoclr_fast.training.test_bad_input import pretrain_line, refused
 
@@ -78,7 +78,7 @@ def test_final_weights_say_what_they_are(capsys: pytest.CaptureFixture[str], tin
     assert description["width_multiplier"] == 0.0625
     config = folder.read_config()
     assert names == set(build_backbone(config.result.backbone).state_dict())
-    backbone, _ = load_backbone(folder, config)
+    backbone = load_pretrained(folder.path).backbone
     assert backbone.bn1.num_batches_tracked == 6
 
 

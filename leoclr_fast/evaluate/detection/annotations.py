@@ -53,6 +53,18 @@ class AnnotatedImages:
         return sum(len(image.boxes) for image in self.images)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageDetections:
+    """What was found in an image, in its own pixels."""
+
+    boxes: npt.NDArray[np.float64]
+    """[n, 4]."""
+    scores: npt.NDArray[np.float64]
+    """[n]."""
+    labels: npt.NDArray[np.int64]
+    """[n], from 0."""
+
+
 def annotated_image(
     name: str,
     path: Path,

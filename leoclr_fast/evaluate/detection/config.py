@@ -1,4 +1,4 @@
-"""What a detection run is told, and the published values.
+"""What `leoclr-fast detect` is told, and the published values. Nothing here needs torch.
 
 From facebookresearch/moco's detection/configs (pascal_voc_R_50_C4_24k_moco, coco_R_50_C4_2x_moco), and where they are
 silent from detectron2's defaults.
@@ -9,36 +9,48 @@ counts every value once, not every rank; COCO is trained without masks; scores a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
 
 DatasetName = Literal["voc", "coco"]
 
+_PUBLISHED: dict[DatasetName, dict[str, Any]] = {
+    "voc": {
+        "train_sets": ("VOC2007/trainval", "VOC2012/trainval"),
+        "test_set": "VOC2007/test",
+        "iterations": 24_000,
+        "lr_steps": (18_000, 22_000),
+        "warmup_iterations": 100,
+        "train_sides": tuple(range(480, 801, 32)),
+    },
+    "coco": {
+        "train_sets": ("train2017",),
+        "test_set": "val2017",
+        "iterations": 180_000,
+        "lr_steps": (120_000, 160_000),
+        "warmup_iterations": 1000,
+        "train_sides": tuple(range(640, 801, 32)),
+    },
+}
+"""VOC: trainval of 2007 and 2012, 24k iterations. COCO: the 2x schedule, boxes without masks."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DetectionConfig:
-    """Everything that changes the result. The defaults are those of VOC07+12, 24k iterations."""
+class CommonDetectionConfig:
+    """What is the same for both data sets."""
 
     dataset: DatasetName = "voc"
-    train_sets: tuple[str, ...] = ("VOC2007/trainval", "VOC2012/trainval")
-    """VOC: folder and image set. COCO: name of the split, as train2017."""
-    test_set: str = "VOC2007/test"
-    iterations: int = 24_000
     batch_size: int = 16
     """Images per iteration over all ranks."""
     lr: float = 0.02
-    lr_steps: tuple[int, ...] = (18_000, 22_000)
-    """Finished iterations at which the learning rate becomes a tenth."""
-    warmup_iterations: int = 100
-    """The learning rate grows linearly from a thousandth of `lr`."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
     """Not on batch-norm's scales and shifts (detectron2's WEIGHT_DECAY_NORM is 0)."""
-    train_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    """Lengths of the shorter side, pixels, of which one is drawn for each image."""
     test_side: int = 800
+    """Length of the shorter side, pixels."""
     max_side: int = 1333
-    """No longer side is longer."""
+    """No longer side is longer, pixels."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Square roots of the anchors' areas, pixels; each with the ratios 1:2, 1:1 and 2:1."""
     regions_per_image: int = 512
@@ -46,9 +58,21 @@ class DetectionConfig:
     precise_bn_batches: int = 200
     """After training, running statistics become plain means over so many training batches (TEST.PRECISE_BN); 0: they
     stay moving averages."""
-    skip_images_without_boxes: bool = True
-    """Train only on images with boxes (detectron2's FILTER_EMPTY_ANNOTATIONS)."""
+    train_on_images_without_boxes: bool = False
+    """They are left out if not given (detectron2's FILTER_EMPTY_ANNOTATIONS)."""
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectionConfig(CommonDetectionConfig):
+    """Everything that changes the result; see `DetectionProtocol`."""
+
+    train_sets: tuple[str, ...]
+    test_set: str
+    iterations: int
+    lr_steps: tuple[int, ...]
+    warmup_iterations: int
+    train_sides: tuple[int, ...]
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "test_side", "max_side", "regions_per_image"):
@@ -79,16 +103,58 @@ class DetectionConfig:
         return lr * (0.001 * (1 - done) + done)
 
 
-def published_config(dataset: DatasetName) -> DetectionConfig:
-    """VOC: trainval of 2007 and 2012, 24k iterations. COCO: the 2x schedule, 180k iterations, boxes without masks."""
-    if dataset == "voc":
-        return DetectionConfig()
-    return DetectionConfig(
-        dataset="coco",
-        train_sets=("train2017",),
-        test_set="val2017",
-        iterations=180_000,
-        lr_steps=(120_000, 160_000),
-        warmup_iterations=1000,
-        train_sides=(640, 672, 704, 736, 768, 800),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectionProtocol(CommonDetectionConfig):
+    """MoCo's, unless flags say otherwise: what is not given is what was published for the data set."""
+
+    train_sets: tuple[str, ...] | None = None
+    """voc, folder and image set: VOC2007/trainval VOC2012/trainval. coco, the split: train2017."""
+    test_set: str | None = None
+    """voc: VOC2007/test. coco: val2017."""
+    iterations: int | None = None
+    """voc: 24,000. coco: 180,000. With another number the learning rate steps keep their share of it."""
+    lr_steps: tuple[int, ...] | None = None
+    """Finished iterations at which the learning rate becomes a tenth. voc: 18,000 22,000. coco: 120,000 160,000."""
+    warmup_iterations: int | None = None
+    """The learning rate grows linearly from a thousandth of --lr. voc: 100. coco: 1,000."""
+    train_sides: tuple[int, ...] | None = None
+    """Lengths of the shorter side, pixels, of which one is drawn for each image. voc: 480 to 800 in steps of 32. coco:
+    640 to 800 in steps of 32."""
+
+    def config(self) -> DetectionConfig:
+        """With the published values in place of those that are not given. Raises ValueError for values of no use."""
+        published = _PUBLISHED[self.dataset]
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.iterations is not None and self.lr_steps is None:
+            share = self.iterations / published["iterations"]
+            given["lr_steps"] = tuple(sorted({max(1, round(step * share)) for step in published["lr_steps"]}))
+        return DetectionConfig(**{name: published[name] if value is None else value for name, value in given.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectionOptions:
+    """What changes no result: where, how fast, how often."""
+
+    out: Path | None = None
+    """Checkpoints, metrics.jsonl and result.json; if not given RUN/detect-DATASET, or of a file
+    WEIGHTS.evaluations/detect-DATASET beside it."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Of backbone and heads; proposals and losses are computed in float32 or wider."""
+    workers: int = 8
+    """Threads that read images, on each rank."""
+    checkpoint_every: int = 1000
+    """Iterations between two checkpoints."""
+    log_every: int = 20
+    """Iterations between two lines."""
+    max_iterations: int | None = None
+    """Stop when this many iterations are done in all; the same command without it continues."""
+    max_test_images: int | None = None
+    """Evaluate on the first so many test images alone, for trying out."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "checkpoint_every", "log_every", "max_iterations", "max_test_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least 1")

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +15,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage
+from pipelines.counter_rng import ORDER_STREAM, permutation
 
 _BATCHES_AHEAD = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """An image, and how it is wanted."""
+class ImageRequest:
+    """An image to be read, and its size and direction in the batch."""
 
     image: AnnotatedImage
     side: int
@@ -54,14 +56,14 @@ class BatchReader:
     device: torch.device
     dtype: torch.dtype
 
-    def read(self, wishes: Iterator[Sequence[Wish]]) -> Iterator[DetectionBatch]:
+    def read(self, requests: Iterator[Sequence[ImageRequest]]) -> Iterator[DetectionBatch]:
         """The batches, one after the other. Raises ValueError naming an image that cannot be read or is of another
         size than its annotation says."""
-        waiting: deque[tuple[Sequence[Wish], list[Future[npt.NDArray[np.uint8]]]]] = deque()
+        waiting: deque[tuple[Sequence[ImageRequest], list[Future[npt.NDArray[np.uint8]]]]] = deque()
         with ThreadPoolExecutor(max(1, self.workers), "detection image") as pool:
             try:
-                for batch in wishes:
-                    waiting.append((batch, [pool.submit(_pixels, wish, self.max_side) for wish in batch]))
+                for batch in requests:
+                    waiting.append((batch, [pool.submit(_pixels, request, self.max_side) for request in batch]))
                     if len(waiting) > max(_BATCHES_AHEAD, 2 * self.workers // max(1, len(batch))):
                         yield self._on_device(*waiting.popleft())
                 while waiting:
@@ -71,7 +73,9 @@ class BatchReader:
                     for future in futures:
                         future.cancel()
 
-    def _on_device(self, wishes: Sequence[Wish], futures: list[Future[npt.NDArray[np.uint8]]]) -> DetectionBatch:
+    def _on_device(
+        self, requests: Sequence[ImageRequest], futures: list[Future[npt.NDArray[np.uint8]]]
+    ) -> DetectionBatch:
         pixels = [torch.from_numpy(future.result()).to(self.device) for future in futures]
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
@@ -84,15 +88,15 @@ class BatchReader:
         return DetectionBatch(
             images=images.to(memory_format=torch.channels_last),
             sizes=sizes,
-            targets=[self._target(wish, size) for wish, size in zip(wishes, sizes, strict=True)],
-            annotated=[wish.image for wish in wishes],
+            targets=[self._target(request, size) for request, size in zip(requests, sizes, strict=True)],
+            annotated=[request.image for request in requests],
         )
 
-    def _target(self, wish: Wish, size: tuple[int, int]) -> dict[str, Tensor]:
-        image, (height, width) = wish.image, size
+    def _target(self, request: ImageRequest, size: tuple[int, int]) -> dict[str, Tensor]:
+        image, (height, width) = request.image, size
         wanted = slice(None) if self.with_ignored else ~image.ignored
         boxes = resized_boxes(image.boxes[wanted], (image.width, image.height), (width, height))
-        if wish.flipped:
+        if request.flipped:
             boxes = boxes.copy()
             boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
         return {
@@ -116,9 +120,9 @@ def resized_boxes(
     return boxes * np.array([x, y, x, y], dtype=np.float32)
 
 
-def _pixels(wish: Wish, max_side: int) -> npt.NDArray[np.uint8]:
+def _pixels(request: ImageRequest, max_side: int) -> npt.NDArray[np.uint8]:
     """uint8 [height, width, 3]."""
-    annotated = wish.image
+    annotated = request.image
     try:
         with Image.open(annotated.path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
@@ -129,8 +133,45 @@ def _pixels(wish: Wish, max_side: int) -> npt.NDArray[np.uint8]:
             f"the image {annotated.path} has {image.size[0]} x {image.size[1]} pixels, but its annotation is for "
             f"{annotated.width} x {annotated.height}: its boxes would be at the wrong place"
         )
-    size = resized_size(annotated.width, annotated.height, wish.side, max_side)
+    size = resized_size(annotated.width, annotated.height, request.side, max_side)
     image = image.resize(size, Image.Resampling.BILINEAR)
-    if wish.flipped:
+    if request.flipped:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(image)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """An image in an epoch: what its augmentation is drawn from."""
+
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedOrder:
+    """Which images form a training batch: a pure function of the seed.
+
+    Endless permutations of all images; as in detectron2, a batch has only wide or only tall images, so that little of
+    it is padding. There, two images of each GPU go together; here it is the whole global batch, so that the ranks'
+    number does not matter.
+    """
+
+    wide: npt.NDArray[np.bool_]
+    """Of each image, whether it is wider than high."""
+    batch_size: int
+    seed: int
+
+    def batches(self, start: int = 0) -> Iterator[list[Draw]]:
+        """The batches from number `start` on, without an end."""
+        yield from islice(self._all_batches(), start, None)
+
+    def _all_batches(self) -> Iterator[list[Draw]]:
+        waiting: dict[bool, list[Draw]] = {False: [], True: []}
+        for epoch in count():
+            for index in permutation(self.seed, epoch, len(self.wide), ORDER_STREAM).tolist():
+                group = waiting[bool(self.wide[index])]
+                group.append(Draw(epoch, index))
+                if len(group) == self.batch_size:
+                    yield group.copy()
+                    group.clear()

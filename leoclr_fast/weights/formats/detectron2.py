@@ -20,8 +20,7 @@ from torch import Tensor
 
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.method.backbone import build_backbone
-from leoclr_fast.run.folder import write_atomically
-from leoclr_fast.weights.formats.export_format import ExportFormat, only_published_networks
+from leoclr_fast.weights.formats.export_format import ExportFormat
 from leoclr_fast.weights.pretrained import Pretrained
 
 AUTHOR = "leoclr-fast"
@@ -46,13 +45,9 @@ class Detectron2Format(ExportFormat):
     def reader(self) -> str:
         return "our own strict reader (detectron2 itself was not run)"
 
-    def refusal(self, config: BackboneConfig) -> str | None:
-        return only_published_networks(config, "detectron2")
+    def content(self, pretrained: Pretrained) -> bytes:
+        return detectron2_bytes(pretrained.backbone.state_dict())
 
-    def write(self, path: Path, pretrained: Pretrained) -> None:
-        write_atomically(path, detectron2_bytes(pretrained.backbone.state_dict()))
-
-    @torch.no_grad()
     def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:
         network = build_backbone(config)
         names = list(network.state_dict())

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dataset_tools.versions import installed_version
 from leoclr_fast.config import BackboneConfig
+from leoclr_fast.run.folder import write_atomically
+from leoclr_fast.weights.backbone_file import backbone_bytes
 from leoclr_fast.weights.pretrained import Pretrained
 
 
@@ -22,18 +24,20 @@ class ExportFormat(ABC):
     """Distributions that write it and load it back; the last one computes the features."""
     tolerance: ClassVar[float]
     """Largest allowed difference between its features and ours, over the largest of ours."""
+    any_backbone: ClassVar[bool] = False
+    """Whether it holds any stem and width; else only the ResNets that the library itself builds."""
 
-    @abstractmethod
-    def refusal(self, config: BackboneConfig) -> str | None:
-        """Why the format cannot hold this backbone, or None if it can."""
+    def content(self, pretrained: Pretrained) -> bytes:
+        """Of the file; by default our own safetensors, whose tensors have torchvision's names."""
+        return backbone_bytes(pretrained.backbone.state_dict(), pretrained.description)
 
-    @abstractmethod
     def write(self, path: Path, pretrained: Pretrained) -> None:
         """Write the file. Raises OSError if that fails."""
+        write_atomically(path, self.content(pretrained))
 
     @abstractmethod
     def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:
-        """Load the file back, strictly, and compute features: float32 [N, 3, S, S] -> [N, D]."""
+        """Load the file back, strictly, and compute features without gradients: float32 [N, 3, S, S] -> [N, D]."""
 
     @abstractmethod
     def usage(self, file_name: str, pretrained: Pretrained) -> str:
@@ -48,14 +52,13 @@ class ExportFormat(ABC):
         """Of `packages`, those that are not installed."""
         return [package for package in self.packages if installed_version(package) is None]
 
-
-def only_published_networks(config: BackboneConfig, library: str) -> str | None:
-    """Why a library that builds the published ResNets alone cannot hold this one; None if it can."""
-    reasons = []
-    if config.stem != "imagenet":
-        reasons.append("a 7x7 stem with max-pooling, this backbone the small 3x3 stem")
-    if config.width_multiplier != 1:
-        reasons.append(f"width 1, this backbone width {config.width_multiplier:g}")
-    if not reasons:
-        return None
-    return f"{library}'s {config.arch} has {', and '.join(reasons)}, so it could not load the file"
+    def refusal(self, config: BackboneConfig) -> str | None:
+        """Why the format cannot hold this backbone, or None if it can."""
+        reasons = []
+        if config.stem != "imagenet":
+            reasons.append("a 7x7 stem with max-pooling, this backbone the small 3x3 stem")
+        if config.width_multiplier != 1:
+            reasons.append(f"width 1, this backbone width {config.width_multiplier:g}")
+        if self.any_backbone or not reasons:
+            return None
+        return f"{self.name}'s {config.arch} has {', and '.join(reasons)}, so it could not load the file"

@@ -26,9 +26,7 @@ class OnnxFormat(ExportFormat):
     ending = ".onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
     tolerance = 1e-4
-
-    def refusal(self, config: BackboneConfig) -> str | None:
-        return None
+    any_backbone = True
 
     def write(self, path: Path, pretrained: Pretrained) -> None:
         side = pretrained.description.views.image_size

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.run.folder import write_atomically
-from leoclr_fast.weights.backbone_file import backbone_bytes
 from leoclr_fast.weights.formats.export_format import ExportFormat
 from leoclr_fast.weights.pretrained import Pretrained, load_pretrained
 
@@ -21,14 +18,8 @@ class SafetensorsFormat(ExportFormat):
     ending = ".safetensors"
     packages = ("safetensors",)
     tolerance = 0.0
+    any_backbone = True
 
-    def refusal(self, config: BackboneConfig) -> str | None:
-        return None
-
-    def write(self, path: Path, pretrained: Pretrained) -> None:
-        write_atomically(path, backbone_bytes(pretrained.backbone.state_dict(), pretrained.description))
-
-    @torch.no_grad()
     def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:
         return load_pretrained(path).backbone.eval()(images)
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.run.folder import write_atomically
-from leoclr_fast.weights.formats.export_format import ExportFormat, only_published_networks
+from leoclr_fast.weights.formats.export_format import ExportFormat
 from leoclr_fast.weights.pretrained import Pretrained
 
 
@@ -23,15 +22,11 @@ class TorchvisionFormat(ExportFormat):
     packages = ("torchvision",)
     tolerance = 1e-5
 
-    def refusal(self, config: BackboneConfig) -> str | None:
-        return only_published_networks(config, "torchvision")
-
-    def write(self, path: Path, pretrained: Pretrained) -> None:
+    def content(self, pretrained: Pretrained) -> bytes:
         buffer = io.BytesIO()
         torch.save(dict(pretrained.backbone.state_dict()), buffer)
-        write_atomically(path, buffer.getvalue())
+        return buffer.getvalue()
 
-    @torch.no_grad()
     def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:
         network = models.get_model(config.arch, weights=None)
         network.fc = nn.Identity()
@@ -39,10 +34,9 @@ class TorchvisionFormat(ExportFormat):
         return network.eval()(images)
 
     def usage(self, file_name: str, pretrained: Pretrained) -> str:
-        arch = pretrained.description.backbone.arch
         return (
             "import torch, torchvision\n"
-            f"backbone = torchvision.models.{arch}(weights=None)\n"
+            f"backbone = torchvision.models.{pretrained.description.backbone.arch}(weights=None)\n"
             "backbone.fc = torch.nn.Identity()  # the file has no classifier; without this line it stays random\n"
             f'backbone.load_state_dict(torch.load("{file_name}", weights_only=True))'
         )

@@ -9,10 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,20 +18,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.evaluate.detection import synchronised_batchnorm
-from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, annotated_image
-from leoclr_fast.evaluate.detection.coco_annotations import read_coco
-from leoclr_fast.evaluate.detection.coco_ap import coco_average_precisions
-from leoclr_fast.evaluate.detection.config import DetectionConfig, published_config
+from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, ImageDetections, annotated_image
+from leoclr_fast.evaluate.detection.coco import coco_average_precisions, read_coco
+from leoclr_fast.evaluate.detection.config import DetectionProtocol
 from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4, region_losses
-from leoclr_fast.evaluate.detection.image_batches import BatchReader, Wish, resized_size
-from leoclr_fast.evaluate.detection.order import GroupedOrder
-from leoclr_fast.evaluate.detection.voc_annotations import VOC_CLASSES, read_voc
-from leoclr_fast.evaluate.detection.voc_ap import ImageDetections, eleven_point_average, voc_average_precisions
+from leoclr_fast.evaluate.detection.image_batches import BatchReader, GroupedOrder, ImageRequest, resized_size
+from leoclr_fast.evaluate.detection.voc import VOC_CLASSES, eleven_point_average, read_voc, voc_average_precisions
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.run.checkpoint import list_checkpoints, load_checkpoint
 from leoclr_fast.run.folder import RunFolder
@@ -59,7 +51,7 @@ def small_detector(num_classes: int = 3) -> FasterRCNNC4:
 @pytest.fixture(scope="module")
 def detector() -> FasterRCNNC4:
     """The published one, without values."""
-    config = published_config("voc")
+    config = DetectionProtocol(dataset="voc").config()
     with torch.device("meta"):
         return FasterRCNNC4(
             build_backbone(BackboneConfig()),
@@ -109,7 +101,7 @@ class TestPublishedDetector:
         assert regions.box_coder.weights == (10.0, 10.0, 5.0, 5.0)
 
     def test_schedule(self) -> None:
-        config = published_config("voc")
+        config = DetectionProtocol(dataset="voc").config()
         assert (config.iterations, config.batch_size, config.lr_steps) == (24_000, 16, (18_000, 22_000))
         assert (config.train_sides, config.test_side, config.max_side) == (tuple(range(480, 801, 32)), 800, 1333)
         rates = {step: config.learning_rate(step) for step in (0, 50, 100, 17_999, 18_000, 21_999, 22_000, 23_999)}
@@ -117,7 +109,7 @@ class TestPublishedDetector:
             0: 2e-5, 50: 0.02 * 0.5005, 100: 0.02, 17_999: 0.02,
             18_000: 0.002, 21_999: 0.002, 22_000: 0.0002, 23_999: 0.0002,
         })  # fmt: skip
-        coco = published_config("coco")
+        coco = DetectionProtocol(dataset="coco").config()
         assert (coco.iterations, coco.lr_steps, coco.warmup_iterations) == (180_000, (120_000, 160_000), 1000)
         assert coco.train_sides == (640, 672, 704, 736, 768, 800)
 
@@ -127,7 +119,7 @@ def test_anchors_are_detectron2s() -> None:
     with torch.device("meta"):
         backbone = build_backbone(BackboneConfig())
     generator = FasterRCNNC4(
-        backbone, 20, anchor_sizes=published_config("voc").anchor_sizes, regions_per_image=512
+        backbone, 20, anchor_sizes=DetectionProtocol(dataset="voc").config().anchor_sizes, regions_per_image=512
     ).rpn.anchor_generator
     features = torch.zeros(1, 1024, 50, 68)  # of 800 x 1077 pixels, which 16 does not divide
     images = type("Images", (), {"image_sizes": [(800, 1077)]})()
@@ -409,8 +401,8 @@ def test_pixels_and_boxes_stay_together(tmp_path: Path, flipped: bool) -> None:
         mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), max_side=1000, with_ignored=False,
         workers=1, device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
-    wishes = [Wish(image=image, side=80, flipped=flipped), Wish(image=image, side=40)]
-    (batch,) = reader.read(iter([wishes]))
+    requests = [ImageRequest(image=image, side=80, flipped=flipped), ImageRequest(image=image, side=40)]
+    (batch,) = reader.read(iter([requests]))
     assert batch.images.shape == (2, 3, 80, 120)
     assert batch.sizes == [(80, 120), (40, 60)]
     assert batch.images[1, :, 40:].abs().max() == batch.images[1, :, :, 60:].abs().max() == 0
@@ -423,10 +415,10 @@ def test_pixels_and_boxes_stay_together(tmp_path: Path, flipped: bool) -> None:
 
     wrong = annotated_image("a", tmp_path / "a.png", (40, 60), [], [], [])
     with pytest.raises(ValueError, match="has 60 x 40 pixels, but its annotation is for 40 x 60"):
-        list(reader.read(iter([[Wish(image=wrong, side=40)]])))
+        list(reader.read(iter([[ImageRequest(image=wrong, side=40)]])))
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"a\.png cannot be read"):
-        list(reader.read(iter([[Wish(image=image, side=40)]])))
+        list(reader.read(iter([[ImageRequest(image=image, side=40)]])))
 
 
 def test_batches_have_one_orientation_and_every_image_comes_once_an_epoch() -> None:
@@ -443,90 +435,6 @@ def test_batches_have_one_orientation_and_every_image_comes_once_an_epoch() -> N
     assert [d.index for d in next(GroupedOrder(wide=wide, batch_size=3, seed=5).batches())] != [
         d.index for d in batches[0]
     ]
-
-
-RANK_PROGRAM = """
-import torch, torch.distributed as dist
-from torch import nn
-from leoclr_fast.evaluate.detection.synchronised_batchnorm import synchronised
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-truth = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4)).double()
-ours = synchronised(__import__("copy").deepcopy(truth))
-images = torch.randn(5, 3, 9, 7, dtype=torch.float64)
-target = torch.randn(5, 4, 7, 5, dtype=torch.float64)
-part = slice(0, 2) if dist.get_rank() == 0 else slice(2, 5)
-expected = truth(images)
-(expected * target).sum().backward()
-got = ours(images[part])
-(got * target[part]).sum().backward()
-for parameter in ours.parameters():
-    dist.all_reduce(parameter.grad)
-torch.testing.assert_close(got, expected[part], rtol=1e-10, atol=1e-10)
-for one, two in zip(ours.parameters(), truth.parameters(), strict=True):
-    torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-9)
-for one, two in zip(ours.buffers(), truth.buffers(), strict=True):
-    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
-torch.testing.assert_close(ours.eval()(images), truth.eval()(images), rtol=1e-10, atol=1e-10)
-print("rank", dist.get_rank(), "agrees")
-dist.destroy_process_group()
-"""
-
-
-class TwoRanks:
-    """Two threads that sum their tensors as two ranks do."""
-
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(2, timeout=60)
-        self.given: dict[int, torch.Tensor] = {}
-
-    def all_reduce(self, tensor: torch.Tensor) -> None:
-        self.given[threading.get_ident()] = tensor
-        self.barrier.wait()
-        total = torch.stack(list(self.given.values())).sum(dim=0)
-        self.barrier.wait()
-        tensor.copy_(total)
-        self.barrier.wait()
-
-
-def test_batchnorm_of_two_threads_is_that_of_one_with_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs, gradients and running statistics in float64, with 2 and 3 images on the ranks."""
-    monkeypatch.setattr(synchronised_batchnorm, "dist", TwoRanks())
-    torch.manual_seed(0)
-    truth = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4))
-    truth.double()
-    ours = [synchronised_batchnorm.synchronised(deepcopy(truth)) for _ in range(2)]
-    images, target = torch.randn(5, 3, 9, 7).double(), torch.randn(5, 4, 7, 5).double()
-    parts = (slice(0, 2), slice(2, 5))
-    (truth(images) * target).sum().backward()
-
-    def step(rank: int) -> torch.Tensor:
-        output: torch.Tensor = ours[rank](images[parts[rank]])
-        (output * target[parts[rank]]).sum().backward()
-        return output.detach()
-
-    with ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(step, range(2)))
-    expected = deepcopy(truth).train()(images).detach()
-    torch.testing.assert_close(torch.cat(outputs), expected, rtol=1e-10, atol=1e-10)
-    for whole, *pieces in zip(truth.parameters(), *(network.parameters() for network in ours), strict=True):
-        torch.testing.assert_close(pieces[0].grad + pieces[1].grad, whole.grad, rtol=1e-9, atol=1e-9)
-    for whole, *pieces in zip(truth.buffers(), *(network.buffers() for network in ours), strict=True):
-        for piece in pieces:
-            torch.testing.assert_close(piece, whole, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.long
-def test_batchnorm_of_two_ranks_is_that_of_one_with_all_images(tmp_path: Path) -> None:
-    """The same under torchrun with gloo."""
-    (tmp_path / "program.py").write_text(RANK_PROGRAM)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "program.py")], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n")) == ["", "rank 0 agrees", "rank 1 agrees"]
 
 
 @pytest.fixture(scope="module")
@@ -588,9 +496,9 @@ def test_a_stopped_detection_continues_exactly(
 
     third, output = succeeded(capsys, *detect_line(backbone_run, voc, tmp_path / "parts", "--iterations=6"))
     assert third == json.loads((tmp_path / "parts" / "result.json").read_text())
-    assert "is finished; its result stands" in output
+    assert "this evaluation was made before" in output
     message = refused(capsys, *detect_line(backbone_run, voc, tmp_path / "parts", "--iterations=7"))
-    assert "belongs to another detection run: config.iterations: 6 there, 7 here" in message
+    assert "holds another evaluation: iterations: 6 there, 7 here" in message
 
 
 def test_running_statistics_are_means_over_batches(
@@ -610,11 +518,11 @@ def test_running_statistics_are_means_over_batches(
     )  # fmt: skip
     from pipelines.counter_rng import crop_stream, uniform
 
-    def wish(draw: Any) -> Wish:
+    def request(draw: Any) -> ImageRequest:
         flip = uniform(0, draw.epoch, np.array([draw.index]), crop_stream(0), 2)[0, 1] < 0.5
-        return Wish(image=images[draw.index], side=64, flipped=bool(flip))
+        return ImageRequest(image=images[draw.index], side=64, flipped=bool(flip))
 
-    for batch in reader.read([wish(draw) for draw in draws] for draws in islice(order.batches(2), 2)):
+    for batch in reader.read([request(draw) for draw in draws] for draws in islice(order.batches(2), 2)):
         outputs = torch.nn.functional.conv2d(batch.images, state["c4.conv1.weight"], stride=2, padding=3)
         means.append(outputs.mean(dim=(0, 2, 3)))
     torch.testing.assert_close(state["c4.bn1.running_mean"], torch.stack(means).mean(dim=0), rtol=1e-9, atol=1e-12)
@@ -643,7 +551,7 @@ def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, b
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     assert "holds other files (thesis.tex" in refused(capsys, *detect_line(weights, voc, tmp_path / "mine"))
     with pytest.raises(ValueError, match="give rising numbers of iterations"):
-        DetectionConfig(lr_steps=(5, 3))
+        DetectionProtocol(lr_steps=(5, 3)).config()
 
 
 def test_a_file_of_weights_has_its_detector_beside_it(
@@ -655,20 +563,20 @@ def test_a_file_of_weights_has_its_detector_beside_it(
     line = ["detect", weights, "--data", voc, *TINY, "--iterations=2"]
     part, _ = succeeded(capsys, *line, "--max-iterations=1")
     folder = tmp_path / "weights.safetensors.evaluations" / "detect-voc"
-    assert part == {"complete": False, "iteration": 1, "out": str(folder)}
+    assert (part["complete"], part["iteration"], part["out"]) == (False, 1, str(folder))
     (checkpoint,) = list_checkpoints(folder)
     whole = (checkpoint / "state.pt").read_bytes()
     (checkpoint / "state.pt").write_bytes(whole[:-1])
     assert run_command([str(argument) for argument in line]) == 1
     message = capsys.readouterr().err
-    assert f"every checkpoint in {folder} is damaged; delete this folder, and no other" in message
+    assert f"every checkpoint in {folder} is damaged (" in message
     (checkpoint / "state.pt").write_bytes(whole)
     result, output = succeeded(capsys, *line)
     assert f"resuming from {checkpoint}" in output
     assert json.loads((folder / "result.json").read_text())["AP"] == result["AP"]
     folder.with_name("detect-coco").write_text("no folder")
     message = refused(capsys, "detect", weights, "--data", write_coco(tmp_path / "coco", voc), "--dataset=coco")
-    assert "give --out a folder that it can work in" in message
+    assert "give --out a folder that the evaluation can work in" in message
 
 
 @pytest.mark.long

@@ -17,18 +17,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from leoclr_fast.distributed.collectives import Ranks
-from tests.leoclr_fast.evaluated import evaluated, kept_results, pretrained_run
-from tests.leoclr_fast.evaluation_rank_program import detector, fine_tuned, neighbours
+from tests.leoclr_fast.evaluated import evaluated, kept_results
+from tests.leoclr_fast.evaluation_rank_program import detection, fine_tuned, neighbours
 from tests.leoclr_fast.voc_files import write_voc
 
 LIMIT_S = 200
 
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
-    return pretrained_run(tmp_path_factory.mktemp("evaluated") / "run", tiny_data)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +103,7 @@ def test_a_detector_on_two_ranks_is_that_on_one(seen: Path, voc: Path, tmp_path:
     """With frozen batch-norm and nothing sampled at random: losses weighted by 3 and 2 of 5 images, gradients summed;
     the same detector finds the same boxes in the images that the ranks share.
     """
-    alone = detector(voc, tmp_path, Ranks())
+    alone = detection(voc, tmp_path, Ranks())
     first, second = of_ranks(seen, "detector")
     assert len(alone["untrained"]) == 5
     assert all(boxes for boxes, _, _ in alone["untrained"])

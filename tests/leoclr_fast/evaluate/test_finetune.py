@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -19,9 +18,9 @@ from dataset_tools.sources import open_source
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.evaluate.evaluation_folder import Checkpoints
-from leoclr_fast.evaluate.fine_tuning import FineTuner, Training
-from leoclr_fast.evaluate.progress import EvaluationProgress
+from leoclr_fast.evaluate.accuracy import accuracy
+from leoclr_fast.evaluate.features import extract_features
+from leoclr_fast.evaluate.fine_tuning import Hyperparameters, fine_tune
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.run.checkpoint import list_checkpoints
@@ -31,16 +30,11 @@ from pipelines.factory import make_loader
 from pipelines.loader import Loader
 from pipelines.order import TrainOrder
 from pipelines.views import LINEAR_TRAIN_VIEWS
-from tests.leoclr_fast.evaluated import copy_of, evaluated, kept_results, pretrained_run
+from tests.leoclr_fast.evaluated import copy_of, evaluated, kept_results, killed, steps_of
 from tests.leoclr_fast.training.test_bad_input import refused
 
 SMALL = ["--epochs=3", "--batch-size=8", "--loader=resident"]
 NARROW = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
-    return pretrained_run(tmp_path_factory.mktemp("evaluated") / "run", tiny_data)
 
 
 def train_loader(data: Path) -> Loader:
@@ -57,24 +51,20 @@ def backbone_of_seed(seed: int) -> nn.Module:
         return build_backbone(NARROW)
 
 
-def tuner(backbone: nn.Module, loader: Loader, precision: str = "fp64") -> FineTuner:
-    display = EvaluationProgress(Console(quiet=True), 1, enabled=False)
-    return FineTuner(
-        backbone=backbone,
-        num_classes=3,
-        loader=loader,
-        precision=precision,
-        ranks=Ranks(),
-        display=display,
-    )
+def fine_tuned(
+    backbone: nn.Module, loader: Loader, parameters: Hyperparameters, folder: Path, steps: int, precision: str = "fp64"
+) -> nn.Module:
+    stepper, display = steps_of(folder, steps)
+    network = fine_tune(backbone, 3, loader, parameters, stepper, precision=precision, ranks=Ranks(), display=display)
+    assert network is not None
+    return network
 
 
 def test_a_training_is_torchs(tiny_data: Path, tmp_path: Path) -> None:
     """Twelve steps against torch alone: Nesterov momentum, cosine decay, no weight decay on batch-norm, float64."""
     loader, backbone = train_loader(tiny_data), backbone_of_seed(0)
-    training = Training(lr=0.2, weight_decay=0.01, momentum=0.9, total_steps=12, batch_size=8, batchnorm_momentum=0.05)
-    ours = tuner(backbone, loader).train(training, Checkpoints(tmp_path / "none", 60, Ranks()))
-    assert ours is not None
+    parameters = Hyperparameters(lr=0.2, weight_decay=0.01, momentum=0.9, batch_size=8, batchnorm_momentum=0.05)
+    ours = fine_tuned(backbone, loader, parameters, tmp_path / "none", 12)
 
     theirs = build_backbone(NARROW)
     theirs.load_state_dict(backbone.state_dict())
@@ -114,20 +104,17 @@ def test_a_training_is_torchs(tiny_data: Path, tmp_path: Path) -> None:
 def test_it_learns(tiny_data: Path, tmp_path: Path) -> None:
     """The images that it learned from, by their centre crops: most of them right, where chance is a third."""
     loader = train_loader(tiny_data)
-    training = Training(lr=0.02, weight_decay=0.0, momentum=0.9, total_steps=300, batch_size=8)
-    own = tuner(backbone_of_seed(0), loader, "fp32")
-    network = own.train(training, Checkpoints(tmp_path / "none", 60, Ranks()))
-    assert network is not None
-    scores, labels = own.scores(network, loader)
-    assert (scores.argmax(dim=1).cpu() == labels).double().mean() > 0.8
+    parameters = Hyperparameters(lr=0.02, weight_decay=0.0, momentum=0.9, batch_size=8)
+    network = fine_tuned(backbone_of_seed(0), loader, parameters, tmp_path / "none", 300, "fp32")
+    assert accuracy(*extract_features(network, loader, "fp32", Ranks(), normalized=False)).top1 > 80
 
 
 def test_the_protocol_is_simclrs_with_the_papers_epochs() -> None:
-    protocol = FineTuneProtocol()
+    protocol = FineTuneProtocol(percent=(1,))
     assert (protocol.base_lr, protocol.momentum, protocol.weight_decay, protocol.batch_size) == (0.05, 0.9, 0.0, 256)
     published = 100 * np.array([12_811, 128_116]) / 1_281_167  # SimCLR's lists of 1 % and 10 %
     assert [protocol.num_epochs(percent) for percent in (1, *published, 10, 2, 100)] == [60, 60, 30, 30, 60, 30]
-    assert FineTuneProtocol(epochs=7).num_epochs(1) == 7
+    assert FineTuneProtocol(percent=(1,), epochs=7).num_epochs(1) == 7
 
 
 def test_a_share_of_the_labels_is_what_subset_lists(
@@ -190,43 +177,25 @@ def test_a_grid_is_tried_on_held_out_labels_and_then_all_are_learned_from(
     assert "infinite or NaN" in message
 
 
-class Killed(BaseException):
-    """As a kill: nothing in the program catches it."""
-
-
 def test_killed_anywhere_it_ends_the_same(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_data: Path,
-    tiny_run: Path,
-    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
     """In the first trial, in the second, in the final training: what was finished is not done again."""
     arguments = ["finetune", tiny_run, "--data", tiny_data, "--percent", 100, *SMALL, "--base-lr-grid", 0.1, 1]
     arguments.append("--checkpoint-every-s=0")
     whole = evaluated(capsys, *arguments, "--out", tmp_path / "whole")
-    save, killed, saves = Checkpoints.save, tmp_path / "killed", {"left": 0, "all": 0}
-
-    def dying_save(self: Checkpoints, *args: Any, **options: Any) -> None:
-        save(self, *args, **options)
-        saves["left"] -= 1
-        saves["all"] += 1
-        if not saves["left"]:
-            raise Killed
-
-    monkeypatch.setattr(Checkpoints, "save", dying_save)
-    for after in (2, 3, 2):
-        saves["left"] = after
-        with pytest.raises(Killed):
-            evaluated(capsys, *arguments, "--out", killed)
-    assert [path.name for path in sorted(killed.glob("trial-*.json"))] == ["trial-001.json", "trial-002.json"]
-    assert list_checkpoints(killed / "final")
-    assert not (killed / "result.json").exists()
-    assert evaluated(capsys, *arguments, "--out", killed) == whole
-    assert saves["all"] == 3 * 3  # three epochs of three trainings, none twice
-    networks = [load_file(folder / "network.safetensors") for folder in (killed, tmp_path / "whole")]
+    folder = tmp_path / "killed"
+    for after, steps in ((2, [4, 8]), (3, [12, 4, 8]), (2, [12, 5])):  # 4 steps an epoch in trials, then 5
+        with killed(after) as saved:
+            evaluated(capsys, *arguments, "--out", folder)
+        assert saved == steps  # no epoch twice
+    assert [path.name for path in sorted(folder.glob("trial-*.json"))] == ["trial-001.json", "trial-002.json"]
+    assert list_checkpoints(folder / "final")
+    assert not (folder / "result.json").exists()
+    assert evaluated(capsys, *arguments, "--out", folder) == whole
+    networks = [load_file(path / "network.safetensors") for path in (folder, tmp_path / "whole")]
     assert all(torch.equal(networks[0][name], tensor) for name, tensor in networks[1].items())
-    assert not list_checkpoints(killed / "final")
+    assert not list_checkpoints(folder / "final")
 
 
 def test_max_steps_counts_all_trainings(

@@ -21,28 +21,20 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 
-import leoclr_fast.evaluate.linear as linear_module
 from dataset_tools.stop_signals import StoppedBySignalError
 from leoclr_fast.cli import run_command
-from leoclr_fast.config import SpeedConfig
+from leoclr_fast.evaluate import linear
 from leoclr_fast.evaluate.accuracy import accuracy
-from leoclr_fast.evaluate.evaluation_folder import Checkpoints
-from leoclr_fast.evaluate.linear import BackboneChangedError, run_linear
+from leoclr_fast.evaluate.linear import BackboneChangedError
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
-from leoclr_fast.evaluate.options import EvaluationOptions
-from leoclr_fast.evaluate.protocols import LinearProtocol
+from leoclr_fast.evaluate.protocols import LinearProtocol, TrainingOptions
 from leoclr_fast.run.checkpoint import list_checkpoints
-from tests.leoclr_fast.evaluate.test_evaluation import clusters
-from tests.leoclr_fast.evaluated import copy_of, evaluated, kept_results, pretrained_run
+from tests.leoclr_fast.evaluate.test_knn import clusters
+from tests.leoclr_fast.evaluated import copy_of, evaluated, kept_results, killed
 from tests.leoclr_fast.training.test_bad_input import refused
 
 SMALL = ["--epochs=6", "--batch-size=16", "--loader=resident"]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
-    return pretrained_run(tmp_path_factory.mktemp("evaluated") / "run", tiny_data)
 
 
 def classifiers(lrs: tuple[float, ...], dim: int, num_classes: int, **changes: Any) -> LinearClassifiers:
@@ -147,18 +139,18 @@ def test_linear_and_what_it_leaves(
     assert [record["untrained"] for record in kept_results(run)] == [False, True]
 
 
-def on_cpu(out: Path | None, precision: Any = "fp32") -> EvaluationOptions:
-    return EvaluationOptions(speed=SpeedConfig(device="cpu", precision=precision), out=out)
+def on_cpu(out: Path | None, precision: Any = "fp32") -> TrainingOptions:
+    return TrainingOptions(device="cpu", precision=precision, out=out)
 
 
 def test_a_backbone_that_changes_is_noticed(
     monkeypatch: pytest.MonkeyPatch, tiny_data: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
     """Batch-norm left in training mode: its statistics move, without any gradient."""
-    monkeypatch.setattr(linear_module, "freeze", lambda backbone: backbone.requires_grad_(False).train())
+    monkeypatch.setattr(linear, "freeze", lambda backbone: backbone.requires_grad_(False).train())
     protocol = LinearProtocol(epochs=1, batch_size=16)
     with pytest.raises(BackboneChangedError, match="changed during linear evaluation"):
-        run_linear(tiny_run, tiny_data, protocol, on_cpu(tmp_path / "out"))
+        linear.run(tiny_run, tiny_data, protocol, on_cpu(tmp_path / "out"))
 
 
 def test_the_grid_is_chosen_without_a_look_at_val(
@@ -188,10 +180,10 @@ def test_the_grid_is_chosen_without_a_look_at_val(
 def test_a_grid_of_one_pass_is_each_learning_rate_alone(tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
     """The same held-out images, the same features: what a classifier becomes does not depend on its neighbours."""
     both = LinearProtocol(epochs=2, batch_size=16, lr_grid=(0.1, 2.0))
-    together = run_linear(tiny_run, tiny_data, both, on_cpu(tmp_path / "both", "fp64"))
+    together = linear.run(tiny_run, tiny_data, both, on_cpu(tmp_path / "both", "fp64")).values
     for entry in together["grid"]:
         one = LinearProtocol(epochs=2, batch_size=16, lr_grid=(entry["lr"],))
-        alone = run_linear(tiny_run, tiny_data, one, on_cpu(tmp_path / f"{entry['lr']}", "fp64"))
+        alone = linear.run(tiny_run, tiny_data, one, on_cpu(tmp_path / f"{entry['lr']}", "fp64")).values
         assert alone["grid"][0]["holdout_top1"] == entry["holdout_top1"]
         assert alone["grid"][0]["train_loss"] == pytest.approx(entry["train_loss"], rel=1e-12)
 
@@ -206,36 +198,15 @@ def test_cached_features_are_called_an_estimate(
     assert result["backbone_sha256_before"] == result["backbone_sha256_after"]
 
 
-class Killed(BaseException):
-    """As a kill: nothing in the program catches it."""
-
-
 @pytest.mark.parametrize("extra", [[], ["--lr-grid", "0.1", "3"], ["--cached-features"]])
 def test_killed_after_any_epoch_it_ends_the_same(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_data: Path,
-    tiny_run: Path,
-    tmp_path: Path,
-    extra: list[str],
+    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path, extra: list[str]
 ) -> None:
     arguments = ["linear", tiny_run, "--data", tiny_data, *SMALL, *extra, "--checkpoint-every-s=0"]
     whole = evaluated(capsys, *arguments, "--out", tmp_path / "whole")
-    save = Checkpoints.save
-    kills = iter((1, 2, 1))
-
-    def dying_save(self: Checkpoints, *args: Any, **options: Any) -> None:
-        save(self, *args, **options)
-        dying_save.left -= 1  # type: ignore[attr-defined]
-        if not dying_save.left:  # type: ignore[attr-defined]
-            raise Killed
-
-    monkeypatch.setattr(Checkpoints, "save", dying_save)
-    for epochs in kills:
-        dying_save.left = epochs  # type: ignore[attr-defined]
-        with pytest.raises(Killed):
+    for epochs in (1, 2, 1):
+        with killed(after=epochs):
             evaluated(capsys, *arguments, "--out", tmp_path / "killed")
-    monkeypatch.undo()
     assert [path.name for path in list_checkpoints(tmp_path / "killed" / "training")] == [
         f"step-{epochs * 3:08d}" for epochs in (3, 4)
     ]
@@ -273,7 +244,7 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(
     protocol, stopped = LinearProtocol(epochs=4, batch_size=16), on_cpu(None, "fp64")
     weights = tmp_path / "weights.safetensors"
     shutil.copy(tiny_run / "final.safetensors", weights)
-    whole = run_linear(weights, tiny_data, protocol, on_cpu(tmp_path / "whole", "fp64"))
+    whole = linear.run(weights, tiny_data, protocol, on_cpu(tmp_path / "whole", "fp64")).values
     step = LinearClassifiers.step
 
     def terminated(self: LinearClassifiers, *args: Any) -> torch.Tensor:
@@ -285,12 +256,12 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(
     terminated.steps = 0  # type: ignore[attr-defined]
     monkeypatch.setattr(LinearClassifiers, "step", terminated)
     with pytest.raises(StoppedBySignalError, match="stopped by SIGTERM after step 5 of 12"):
-        run_linear(weights, tiny_data, protocol, stopped)
+        linear.run(weights, tiny_data, protocol, stopped)
     (folder,) = weights.with_name("weights.safetensors.evaluations").iterdir()
     assert [path.name for path in list_checkpoints(folder / "training")] == ["step-00000005"]
-    assert run_linear(weights, tiny_data, protocol, stopped) == whole
+    assert linear.run(weights, tiny_data, protocol, stopped).values == whole
     assert terminated.steps == 12  # type: ignore[attr-defined]
-    assert run_linear(weights, tiny_data, protocol, stopped) == whole
+    assert linear.run(weights, tiny_data, protocol, stopped).values == whole
     assert terminated.steps == 12  # type: ignore[attr-defined]
 
 
@@ -328,8 +299,8 @@ def test_damaged_checkpoints_name_their_folder(
         (checkpoint / "state.pt").write_bytes(b"cut short")
     assert run_command([*map(str, arguments), "--device=cpu"]) == 1
     message = capsys.readouterr().err
-    assert f"every checkpoint in {training} is damaged; delete this folder, and no other" in message
-    assert "run folder" not in message
+    assert f"every checkpoint in {training} is damaged (" in message
+    assert "delete this folder, and no other" in message
     shutil.rmtree(training)
     whole = evaluated(capsys, *arguments, "--out", tmp_path / "whole")
     assert evaluated(capsys, *arguments) == whole

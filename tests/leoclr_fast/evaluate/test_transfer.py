@@ -14,15 +14,10 @@ from torchvision.datasets import OxfordIIITPet, StanfordCars
 
 from leoclr_fast.evaluate.protocols import TransferProtocol
 from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS, open_transfer_data
-from tests.leoclr_fast.evaluated import copy_of, evaluated, kept_results, pretrained_run
+from tests.leoclr_fast.evaluated import copy_of, evaluated, kept_results
 from tests.leoclr_fast.training.test_bad_input import refused
 
 SMALL = ["--steps=4", "--batch-size=8", "--loader=resident", "--image-size=8"]
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
-    return pretrained_run(tmp_path_factory.mktemp("evaluated") / "run", tiny_data)
 
 
 def write_image(path: Path, number: int) -> None:
@@ -163,7 +158,7 @@ def test_birdsnap_goes_without_what_is_gone(tmp_path: Path) -> None:
 
 def test_the_protocol_is_simclrs() -> None:
     """Seven learning rates from 0.0001 to 0.1, seven weight decays from 1e-6 to 1e-3 and none, 20,000 steps."""
-    protocol = TransferProtocol()
+    protocol = TransferProtocol(dataset="pets")
     assert (protocol.steps, protocol.batch_size, protocol.momentum) == (20_000, 256, 0.9)
     assert protocol.lr_grid == pytest.approx(np.logspace(-4, -1, 7))
     assert protocol.weight_decay_grid[0] == 0

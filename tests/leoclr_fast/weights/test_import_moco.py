@@ -17,8 +17,7 @@ from torchvision import models
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.method.backbone import Encoder
 from leoclr_fast.weights.architecture import recognised_backbone
-from leoclr_fast.weights.moco_checkpoint import read_moco_checkpoint
-from leoclr_fast.weights.moco_import import import_moco
+from leoclr_fast.weights.moco import import_moco, read_moco_checkpoint
 from leoclr_fast.weights.pretrained import load_pretrained
 from tests.leoclr_fast.test_cli import succeeded
 from tests.leoclr_fast.training.test_bad_input import refused

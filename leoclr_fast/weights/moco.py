@@ -1,4 +1,6 @@
-"""MoCo's checkpoints (`.pth.tar` of facebookresearch/moco, versions 1 and 2), read without running anything."""
+"""MoCo's checkpoints (`.pth.tar` of facebookresearch/moco, versions 1 and 2): read without running anything, and made
+files of weights that every evaluator takes.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,55 @@ import torch
 from torch import Tensor
 
 from leoclr_fast.config import BackboneConfig
+from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.run.folder import write_atomically
 from leoclr_fast.weights.architecture import recognised_backbone
+from leoclr_fast.weights.backbone_file import Description, backbone_bytes, require_new_file, weights_sha256
 
 _QUERY, _KEY = "encoder_q.", "encoder_k."
 _HEADS = {
     ("fc.bias", "fc.weight"): "one layer, as MoCo-v1's",
     ("fc.0.bias", "fc.0.weight", "fc.2.bias", "fc.2.weight"): "two layers, as MoCo-v2's",
 }
+
+
+def import_moco(checkpoint: Path, out: Path, arch: str | None = None) -> dict[str, Any]:
+    """Write the query encoder's backbone of `checkpoint` to `out`, a .safetensors file.
+
+    Returns out, arch, stem, width_multiplier, feature_dim, parameters, tensors (of the backbone), head,
+    head_tensors_left_behind, other_tensors_left_behind (of key encoder and queue), epoch, source_sha256,
+    weights_sha256. Raises ValueError as `read_moco_checkpoint`, or if `out` has another ending or exists.
+    """
+    require_new_file(out, ".safetensors")
+    moco = read_moco_checkpoint(checkpoint, arch)
+    backbone = build_backbone(moco.config)
+    backbone.load_state_dict(moco.backbone)
+    tensors = {
+        name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+        for name, tensor in moco.backbone.items()
+    }
+    after = "" if moco.epoch is None else f" after epoch {moco.epoch}"
+    description = Description(
+        recipe="import-moco",
+        backbone=moco.config,
+        source=f"{checkpoint.name}{after}, sha256 {moco.file_sha256}; projection head of {moco.head}",
+    )
+    write_atomically(out, backbone_bytes(tensors, description))
+    return {
+        "out": str(out),
+        "arch": moco.config.arch,
+        "stem": moco.config.stem,
+        "width_multiplier": moco.config.width_multiplier,
+        "feature_dim": backbone.feature_dim,
+        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "tensors": len(tensors),
+        "head": moco.head,
+        "head_tensors_left_behind": moco.num_head_tensors,
+        "other_tensors_left_behind": moco.num_other_tensors,
+        "epoch": moco.epoch,
+        "source_sha256": moco.file_sha256,
+        "weights_sha256": weights_sha256(tensors),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,9 +36,10 @@ def test_knn_equals_scikit_learn(k: int, temperature: float) -> None:
     assert scores.argmax(1).tolist() == predicted.tolist()
     accuracy = knn_accuracy(bank, bank_labels, queries, labels, num_classes=7, k=k, temperature=temperature)
     assert accuracy.top1 == pytest.approx(100 * (predicted == labels.numpy()).mean())
-    top5 = np.argsort(-theirs.predict_proba(queries.numpy()), axis=1, kind="stable")[:, :5]
-    if k >= 20:  # with fewer neighbours than classes, ties between unseen classes are anybody's
-        assert accuracy.top5 == pytest.approx(100 * (top5 == labels.numpy()[:, None]).any(1).mean(), abs=1.0)
+    shares = theirs.predict_proba(queries.numpy())
+    top5 = np.argsort(-shares, axis=1, kind="stable")[:, :5]
+    hits = (top5 == labels.numpy()[:, None]) & (np.take_along_axis(shares, top5, axis=1) > 0)
+    assert accuracy.top5 == pytest.approx(100 * hits.any(1).mean(), abs=1.0 if k >= 20 else 1e-9)
     assert (accuracy.k, accuracy.temperature) == (k, temperature)
 
 
@@ -46,19 +47,32 @@ def test_knn_by_hand() -> None:
     bank = torch.eye(3, dtype=torch.float64)
     query = F.normalize(torch.tensor([[0.6, 0.8, 0.0]], dtype=torch.float64), dim=1)
     scores = knn_scores(bank, torch.tensor([0, 1, 0]), query, num_classes=2, k=3, temperature=0.5)
-    assert scores[0].tolist() == pytest.approx([(math.exp(1.2) + 1.0) / math.exp(2), math.exp(1.6) / math.exp(2)])
+    assert scores[0].tolist() == pytest.approx([math.exp((0.6 - 0.8) / 0.5) + math.exp(-0.8 / 0.5), 1.0])
     with pytest.raises(ValueError, match="k = 4 needs at least as many images, but the bank has 3"):
         knn_scores(bank, torch.tensor([0, 1, 0]), query, num_classes=2, k=4, temperature=0.5)
 
 
+def test_a_class_without_a_vote_is_no_prediction() -> None:
+    """A neighbour each of classes 0, 1 and 2 of 7; the queries are of class 0, of 0 beside a nearer 1, and of 6."""
+    bank = torch.eye(3, dtype=torch.float64)
+    queries = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    for k, top5 in ((1, 1 / 3), (2, 2 / 3), (3, 2 / 3)):
+        found = knn_accuracy(
+            bank, torch.arange(3), queries, torch.tensor([0, 0, 6]), num_classes=7, k=k, temperature=0.1
+        )
+        assert (found.top1, found.top5) == pytest.approx((100 / 3, 100 * top5))
+
+
 def test_a_tiny_temperature_is_the_nearest_neighbour() -> None:
-    """exp(1 / 0.001) is not a float32; the ranking must not notice."""
+    """exp(1 / 0.005) is not a float32, and exp(-0.1 / 0.0005) is 0 in it; the ranking must not notice."""
     bank, bank_labels = clusters(300, 1)
     queries, _ = clusters(200, 2)
     arguments = {"num_classes": 7, "k": 20}
-    sharp = knn_scores(bank.float(), bank_labels, queries.float(), temperature=0.005, **arguments).argmax(1)
-    exact = knn_scores(bank, bank_labels, queries, temperature=0.005, **arguments).argmax(1)
-    assert sharp.tolist() == exact.tolist()
+    for temperature in (0.005, 0.0005):
+        sharp = knn_scores(bank.float(), bank_labels, queries.float(), temperature=temperature, **arguments).argmax(1)
+        exact = knn_scores(bank, bank_labels, queries, temperature=temperature, **arguments).argmax(1)
+        assert sharp.tolist() == exact.tolist()
+    assert sharp.tolist() == bank_labels[(queries @ bank.mT).argmax(dim=1)].tolist()
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(0, 0.1), (3, 0.0), (3, -1.0)])

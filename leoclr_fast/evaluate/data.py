@@ -1,17 +1,25 @@
-"""Labelled images to learn a classifier from, and others to test it on."""
+"""The images of an evaluation: labelled ones to learn from, others to test on, and the loaders over both."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import torch
 
 from dataset_tools.sources import Split, open_source
 from dataset_tools.sources.layout import first_few
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
+from leoclr_fast.distributed.collectives import Ranks
+from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.factory import make_loader
+from pipelines.loader import Loader
+from pipelines.order import SequentialOrder, TrainOrder
+from pipelines.views import CENTER_CROP_VIEWS, LINEAR_TRAIN_VIEWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,19 +37,16 @@ class LabelledData:
     note: str
     """A sentence for the user where a part of train is held out, else ""."""
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.train.classes
-
     def describe(self) -> dict[str, Any]:
         """What a result says of its data."""
         return {
             "data": str(self.path),
             "data_kind": self.kind,
-            "classes": len(self.classes),
+            "classes": len(self.train.classes),
             "train_images": len(self.train),
             "val_split": self.val.name,
             "val_images": len(self.val),
+            "note": self.note,
         }
 
 
@@ -85,3 +90,59 @@ def require_every_class(
             f"{split.name} in {where} has no image of {len(empty):,} of the {len(split.classes):,} classes: "
             f"{first_few(empty)}. {remedy}"
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationLoaders:
+    """Opens loaders that hand this rank its part of each batch, and closes all of them at the end."""
+
+    views: ViewConfig
+    config: LoaderConfig
+    batch_size: int
+    """Over all ranks."""
+    seed: int
+    device: torch.device
+    ranks: Ranks
+    _open: ExitStack = field(default_factory=ExitStack, init=False)
+    _opened: list[Loader] = field(default_factory=list, init=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def center_crops(self, split: Split) -> Loader:
+        """Every image once, in the order of the split, its centre cropped."""
+        order = SequentialOrder(
+            num_images=len(split),
+            batch_size=self.batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+        return self._loader(split, CENTER_CROP_VIEWS, order)
+
+    def random_crops(self, split: Split, order: TrainOrder) -> Loader:
+        """One random crop of each image, flipped at random: what classifiers are trained on."""
+        return self._loader(split, LINEAR_TRAIN_VIEWS, order)
+
+    def train_order(self, split: Split, *, keep_incomplete: bool = False) -> TrainOrder:
+        """The shuffled order of a training. keep_incomplete: whether the last batch of an epoch may be smaller."""
+        return TrainOrder(
+            num_images=len(split),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            keep_incomplete=keep_incomplete,
+        )
+
+    def unreadable_images(self) -> dict[str, str]:
+        """Name → reason of the images that could not be read, on all ranks; others stood in for them."""
+        own = {loader.split.names[index]: why for loader in self._opened for index, why in loader.unreadable.items()}
+        return self.ranks.merged(own)
+
+    def _loader(self, split: Split, views: Any, order: SequentialOrder | TrainOrder) -> Loader:
+        loader = make_loader(split, views, self.views, self.config, order, seed=self.seed, device=self.device)
+        self._opened.append(self._open.enter_context(loader))
+        return loader

@@ -1,0 +1,195 @@
+"""The steps of a training: from where its checkpoint left to its end, a pause or a signal.
+
+    stepper = Stepper(folder, total_steps=…, ranks=ranks, device=device, save_every_steps=…)
+    saved = stepper.load()
+    …  # take up what it holds
+    for batch in stepper.steps(batches_from, state):
+        …  # one training step, the same number on every rank
+
+Legend: a step is finished when the body of that loop is; `Stepper.step` counts the finished ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.run.checkpoint import load_newest_checkpoint, save_checkpoint, step_of
+from leoclr_fast.run.telemetry import ProgressDisplay, TrainingClock
+
+log = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
+State = dict[str, Any]
+
+STOP_LAG_STEPS = 2
+"""Steps after which all ranks know that one of them was asked to stop: none of them waits for the device to say so."""
+
+
+class PausedError(RuntimeError):
+    """A training has come to the step that it was to pause after, on all ranks; everything is saved."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        super().__init__(f"paused after step {step}; the checkpoint is in {folder}")
+        self.step, self.folder = step, folder
+
+
+class Stepper:
+    """Counts the steps of a training and saves its state: at an interval, at its end, before a pause, on a signal.
+
+    Every rank has one, and all of them do the same at the same step; the first one writes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        ranks: Ranks,
+        device: torch.device,
+        save_every_steps: int,
+        save_every_s: float = 0.0,
+        pause_after: int | None = None,
+        steps_before: int = 0,
+        keep: int = 2,
+    ) -> None:
+        """folder: of the checkpoints, of which the newest `keep` stay.
+
+        A checkpoint is due after every multiple of `save_every_steps`, once the last one is `save_every_s` old.
+        pause_after: the step after which `steps` raises PausedError; it counts, and says, the `steps_before` of other
+        trainings, too.
+        """
+        self.folder, self.total_steps = folder, total_steps
+        self.step = 0
+        self.clock = TrainingClock(0)
+        """Runs while `steps` does."""
+        self._ranks, self._device = ranks, device
+        self._save_every_steps, self._save_every_s = save_every_steps, save_every_s
+        own = total_steps if pause_after is None else max(0, pause_after - steps_before)
+        self._last_step, self._steps_before = min(total_steps, own), steps_before
+        self._keep = keep
+        self._saved_at_s = time.monotonic()
+
+    def load(self) -> State | None:
+        """The newest whole checkpoint, read by every rank by itself; None at the beginning.
+
+        Raises DamagedCheckpointError if there are checkpoints and none is whole, RuntimeError if the ranks do not
+        see the same one.
+        """
+        newest = load_newest_checkpoint(self.folder)
+        step = -1 if newest is None else step_of(newest[0])
+        self._ranks.require_equal(step, f"the step to continue {self.folder} from", self._device)
+        if newest is None:
+            return None
+        log.info("resuming from %s", newest[0])
+        self.step = step
+        return newest[1]
+
+    def steps(self, batches_from: Callable[[int], Iterable[Batch]], state: Callable[[], State]) -> Iterator[Batch]:
+        """The batches of the steps to come, one for each step of the loop's body.
+
+        batches_from: the batches that follow so many finished steps. state: what a checkpoint holds; it is called on
+        every rank, and may use collectives.
+        Raises PausedError, or StoppedBySignalError on SIGINT, SIGTERM or SIGUSR1 to any rank, after a checkpoint;
+        OSError if that cannot be written.
+        """
+        self.clock = TrainingClock(self.step)
+        agreement = _StopAgreement(self._ranks, self._device)
+        to_come = max(0, self._last_step - self.step)
+        with stop_signals(enabled=True, repeats_insist=self._ranks.world_size == 1) as stop:
+            for batch in self.clock.timed(islice(batches_from(self.step), to_come)):
+                yield batch
+                self.step += 1
+                stopped = agreement.exchange(stop.requested) and self.step < self.total_steps
+                if stopped or self.step == self._last_step or self._is_due():
+                    stop.saving = stopped
+                    self.save(state())
+                if stopped:
+                    raise StoppedBySignalError(
+                        f"stopped by {stop.name or 'a signal to another rank'} after step {self.step} of "
+                        f"{self.total_steps}; a checkpoint was saved, and the same command continues from there"
+                    )
+        self.clock.stop()
+        if self.step < self.total_steps:
+            raise PausedError(self._steps_before + self.step, self.folder)
+
+    def save(self, state: State) -> None:
+        """Write the state of the step that was finished last. Raises OSError if that cannot be done."""
+        if self._ranks.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(self.folder, self.step, state, self._keep)
+        self._saved_at_s = time.monotonic()
+
+    def delete(self) -> None:
+        """Its training is over: the checkpoints go."""
+        if self._ranks.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def show(self, display: ProgressDisplay, epoch: int, loss: float, lr: float, batch_size: int) -> None:
+        """Show a loss and the speed at the end of the loop's body. epoch: of the step that was taken (from 0)."""
+        step = self.step + 1
+        metrics = {
+            "loss": loss,
+            "lr": lr,
+            "images_per_s_now": self.clock.lap(step) * batch_size,
+            "data_wait_fraction": self.clock.data_wait_fraction,
+            "seconds_left": (self.total_steps - step) / self.clock.steps_per_s(step),
+        }
+        display.update(step, epoch + 1, metrics)
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint belongs here, as the first rank's clock says."""
+        if self.step % self._save_every_steps:
+            return False
+        if not self._save_every_s:
+            return True
+        return self._ranks.main_says(time.monotonic() - self._saved_at_s >= self._save_every_s, self._device)
+
+
+def endless(epoch_batches: Callable[[int, int], Iterable[Batch]], steps_per_epoch: int, step: int) -> Iterator[Batch]:
+    """The batches of all epochs to come, from the one that follows `step` finished steps.
+
+    epoch_batches: those of an epoch (from 0), from a step of it on, as `Loader.batches`.
+    """
+    first_epoch, start_step = divmod(step, steps_per_epoch)
+    for epoch in count(first_epoch):
+        yield from epoch_batches(epoch, start_step if epoch == first_epoch else 0)
+
+
+class _StopAgreement:
+    """Whether any rank was asked to stop, told to all of them at the same step, `STOP_LAG_STEPS` later."""
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self._ranks, self._device = ranks, device
+        self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def exchange(self, requested: bool) -> bool:
+        """Once a step. requested: whether this rank was asked."""
+        if self._ranks.world_size == 1:
+            return requested
+        asked = torch.full((1,), float(requested), device=self._device)
+        self._ranks.all_reduce_sum([asked])
+        if asked.is_cuda:
+            on_host = torch.empty(1, pin_memory=True).copy_(asked, non_blocking=True)
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+            self._sent.append((on_host, event))
+        else:
+            self._sent.append((asked, None))
+        if len(self._sent) <= STOP_LAG_STEPS:
+            return False
+        answer, arrived = self._sent.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        return bool(answer)
