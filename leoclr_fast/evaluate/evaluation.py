@@ -151,8 +151,11 @@ def _enter(path: Path, settings: dict[str, Any], stack: ExitStack) -> dict[str, 
     """Make and lock the folder; its result, if there is one."""
     described = path / "settings.json"
     try:
-        if path.is_dir() and not described.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
-            raise ValueError(f"{path} holds other files and no evaluation; give --out a new or empty folder")
+        there = sorted(file.name for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else []
+        if there and not described.exists():
+            raise ValueError(
+                f"{path} holds other files ({', '.join(there[:3])}…) and no evaluation; give --out a new or empty folder"
+            )
         path.mkdir(parents=True, exist_ok=True)
         stack.enter_context(RunFolder(path).locked())
         if described.exists():

@@ -153,10 +153,13 @@ def open_transfer_data(name: str, path: Path) -> TransferData:
 
 def _open(name: str, path: Path) -> tuple[ImageSource, tuple[str, ...]]:
     """The source, and the names of the images that are not there."""
-    if name == "cars" and (root := _root_of(path, "stanford_cars", "devkit")):
-        return _stanford_cars(root), ()
-    if name == "pets" and (root := _root_of(path, "oxford-iiit-pet", "annotations")):
-        return _oxford_pets(root), ()
+    if name in ("cars", "pets"):
+        folder, inside = ("stanford_cars", "devkit") if name == "cars" else ("oxford-iiit-pet", "annotations")
+        # What torchvision calls root is the folder around it, whichever of the two was given.
+        if (path / folder / inside).is_dir():
+            return _from_torchvision(name, path, folder), ()
+        if path.name == folder and (path / inside).is_dir():
+            return _from_torchvision(name, path.parent, folder), ()
     if name == "birdsnap" and any((path / listed).is_file() for listed in LISTS):
         birdsnap = open_birdsnap(path)
         return birdsnap.source, tuple(
@@ -166,48 +169,27 @@ def _open(name: str, path: Path) -> tuple[ImageSource, tuple[str, ...]]:
     return open_source(next((folder for folder in own if folder.is_dir()), path)), ()
 
 
-def _root_of(path: Path, folder: str, inside: str) -> Path | None:
-    """The folder around `folder`, which is what torchvision calls root, whichever of the two was given."""
-    if (path / folder / inside).is_dir():
-        return path
-    return path.parent if path.name == folder and (path / inside).is_dir() else None
+def _from_torchvision(name: str, root: Path, folder: str) -> ImageSource:
+    """Stanford Cars or Oxford-IIIT Pets, whose lists torchvision reads."""
+    from torchvision.datasets import OxfordIIITPet, StanfordCars
 
-
-def _stanford_cars(root: Path) -> ImageSource:
-    from torchvision.datasets import StanfordCars
-
+    published = TRANSFER_SETS[name]
     samples: dict[str, list[tuple[str, int]]] = {}
-    classes: tuple[str, ...] = ()
+    dataset: Any = None
     for split in ("train", "test"):
         try:
-            dataset = StanfordCars(str(root), split=split)
-        except RuntimeError as error:  # "Dataset not found", or no scipy
-            raise ValueError(_not_whole("cars", root, error)) from error
-        samples[split] = [(str(image), int(label)) for image, label in dataset._samples]
-        classes = tuple(str(name) for name in dataset.classes)
-    return _listed_source(root / "stanford_cars", "Stanford Cars", samples, classes)
-
-
-def _oxford_pets(root: Path) -> ImageSource:
-    from torchvision.datasets import OxfordIIITPet
-
-    samples: dict[str, list[tuple[str, int]]] = {}
-    classes: tuple[str, ...] = ()
-    for split, published in (("train", "trainval"), ("test", "test")):
-        try:
-            dataset = OxfordIIITPet(str(root), split=published)
-        except (RuntimeError, FileNotFoundError, ValueError) as error:
-            raise ValueError(_not_whole("pets", root, error)) from error
-        samples[split] = [
-            (str(image), int(label)) for image, label in zip(dataset._images, dataset._labels, strict=True)
-        ]
-        classes = classes or tuple(dataset.classes)
-    return _listed_source(root / "oxford-iiit-pet", "Oxford-IIIT Pets", samples, classes)
-
-
-def _not_whole(name: str, root: Path, error: Exception) -> str:
-    published = TRANSFER_SETS[name]
-    return f"{published.title} in {root} is not whole ({error}); expected is {published.layout}"
+            if name == "cars":
+                dataset = StanfordCars(str(root), split=split)
+                samples[split] = [(str(image), int(label)) for image, label in dataset._samples]
+            else:
+                dataset = OxfordIIITPet(str(root), split="trainval" if split == "train" else split)
+                pairs = zip(dataset._images, dataset._labels, strict=True)
+                samples[split] = [(str(image), int(label)) for image, label in pairs]
+        except (RuntimeError, FileNotFoundError, ValueError) as error:  # RuntimeError: "Dataset not found", or no scipy
+            raise ValueError(
+                f"{published.title} in {root} is not whole ({error}); expected is {published.layout}"
+            ) from error
+    return _listed_source(root / folder, published.title, samples, tuple(str(label) for label in dataset.classes))
 
 
 def _listed_source(

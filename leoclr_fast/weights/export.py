@@ -18,7 +18,7 @@ from leoclr_fast.weights.formats.onnx import OnnxFormat
 from leoclr_fast.weights.formats.safetensors import SafetensorsFormat
 from leoclr_fast.weights.formats.timm import TimmFormat
 from leoclr_fast.weights.formats.torchvision import TorchvisionFormat
-from leoclr_fast.weights.model_card import ExportedFile, model_card
+from leoclr_fast.weights.model_card import model_card
 from leoclr_fast.weights.pretrained import Pretrained, load_pretrained
 
 FORMATS: dict[str, ExportFormat] = {
@@ -53,18 +53,16 @@ def export(weights: Path, to: str, out: Path) -> dict[str, Any]:
         exporter.write(temporary, pretrained)
         difference = _difference(exporter, temporary, pretrained)
         content_sha256 = hashlib.sha256(temporary.read_bytes()).hexdigest()
-        file = ExportedFile(
+        card = out.with_name(f"{out.name}.md")
+        text = model_card(
+            pretrained,
+            exporter,
             name=out.name,
-            format=to,
             sha256=content_sha256,
-            usage=exporter.usage(out.name, pretrained),
             difference=difference,
-            tolerance=exporter.tolerance,
-            reader=exporter.reader,
             num_images=_NUM_IMAGES,
         )
-        card = out.with_name(f"{out.name}.md")
-        write_atomically(card, model_card(pretrained, file).encode())
+        write_atomically(card, text.encode())
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,17 @@ import yaml
 
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.run.folder import RunFolder
+from leoclr_fast.weights.formats.export_format import ExportFormat
 from leoclr_fast.weights.pretrained import Pretrained
 
 _NOT_RESULTS = {"evaluator", "unix_s", "note", "weights", "weights_sha256", "data", "config", "classes", "command"}
 
+_NO_RESULTS = "No evaluation of these weights is recorded."
+_IMPORTED = " These weights were imported: the licence at the place they came from holds."
 _CARD = """\
-# {file.name}
+# {name}
 
-A {config.arch} backbone without classifier or projection head, written by leoclr-fast for {file.format}.
+A {config.arch} backbone without classifier or projection head, written by leoclr-fast for {exporter.name}.
 
 | | |
 |---|---|
@@ -26,16 +28,16 @@ A {config.arch} backbone without classifier or projection head, written by leocl
 | Network | {config.arch}, {config.stem} stem, width {config.width_multiplier:g} |
 | Features | {features}, after global average pooling |
 | Parameters | {parameters:,} |
-| SHA-256 of the file | `{file.sha256}` |
+| SHA-256 of the file | `{sha256}` |
 | SHA-256 of the weights in leoclr-fast | `{weights_sha256}` |
 
 ## Load
 
 ```{language}
-{file.usage}
+{usage}
 ```
 
-Checked when it was written: loaded back by {file.reader}, the features of {file.num_images} fixed random images \
+Checked when it was written: loaded back by {exporter.reader}, the features of {num_images} fixed random images \
 differ from leoclr-fast's by {difference} of the largest feature (allowed: {tolerance}).
 
 ## Images
@@ -63,42 +65,35 @@ research and education. State the licence here before you hand the file on.{impo
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportedFile:
-    """An exported file as its card describes it."""
+def model_card(
+    pretrained: Pretrained, exporter: ExportFormat, *, name: str, sha256: str, difference: float, num_images: int
+) -> str:
+    """Markdown: the file, loading, preprocessing, recipe, data, results, licence.
 
-    name: str
-    format: str
-    sha256: str
-    usage: str
-    difference: float
-    tolerance: float
-    reader: str
-    num_images: int
-
-
-def model_card(pretrained: Pretrained, file: ExportedFile) -> str:
-    """Markdown: the file, loading, preprocessing, recipe, data, results, licence."""
+    name, sha256: of the exported file. difference: of the features of `num_images` images, over the largest of ours.
+    """
     description, backbone = pretrained.description, pretrained.backbone
     return _CARD.format(
-        file=file,
+        name=name,
+        sha256=sha256,
+        exporter=exporter,
+        usage=exporter.usage(name, pretrained),
+        num_images=num_images,
         config=description.backbone,
         views=description.views,
         origin=_origin(pretrained),
         features=backbone.feature_dim,
         parameters=sum(parameter.numel() for parameter in backbone.parameters()),
         weights_sha256=pretrained.sha256,
-        language="yaml" if file.format == "detectron2" else "python",
-        difference=scientific(file.difference),
-        tolerance=scientific(file.tolerance),
+        language="yaml" if exporter.name == "detectron2" else "python",
+        difference=scientific(difference),
+        tolerance=scientific(exporter.tolerance),
         mean=", ".join(f"{value:g}" for value in description.views.mean),
         std=", ".join(f"{value:g}" for value in description.views.std),
         recipe=_recipe(pretrained),
         data=_data(pretrained),
-        results=_results(pretrained),
-        imported=" These weights were imported: the licence at the place they came from holds."
-        if description.source
-        else "",
+        results=_results(pretrained.run, pretrained) if pretrained.run else _NO_RESULTS,
+        imported=_IMPORTED if description.source else "",
     )
 
 
@@ -142,20 +137,21 @@ def _data(pretrained: Pretrained) -> str:
     return "\n".join(lines)
 
 
-def _results(pretrained: Pretrained) -> str:
-    results = _evaluations(pretrained.run) if pretrained.run else []
-    if not results:
-        return "No evaluation of these weights is recorded."
-    lines = ["| evaluation | data | result | weights |", "|---|---|---|---|"]
-    for result in results:
+def _results(run: RunFolder, pretrained: Pretrained) -> str:
+    rows = []
+    for line in run.evaluations_file.read_text().splitlines() if run.evaluations_file.is_file() else ():
+        try:
+            result = dict(json.loads(line))
+        except (TypeError, ValueError):  # a line that was cut short
+            continue
         values = ", ".join(
             f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in result.items()
             if name not in _NOT_RESULTS and isinstance(value, int | float) and not isinstance(value, bool)
         )
         data = Path(str(result.get("data", ""))).name or "not recorded"
-        lines.append(f"| {result.get('evaluator', '?')} | {data} | {values} | {_of_these(result, pretrained)} |")
-    return "\n".join(lines)
+        rows.append(f"| {result.get('evaluator', '?')} | {data} | {values} | {_of_these(result, pretrained)} |")
+    return "\n".join(["| evaluation | data | result | weights |", "|---|---|---|---|", *rows]) if rows else _NO_RESULTS
 
 
 def _of_these(result: dict[str, Any], pretrained: Pretrained) -> str:
@@ -164,19 +160,6 @@ def _of_these(result: dict[str, Any], pretrained: Pretrained) -> str:
     if result.get("weights_sha256") == pretrained.sha256:
         return "these"
     return Path(str(result.get("weights", "not recorded"))).name
-
-
-def _evaluations(run: RunFolder) -> list[dict[str, Any]]:
-    """Damaged lines are passed over."""
-    if not run.evaluations_file.is_file():
-        return []
-    found = []
-    for line in run.evaluations_file.read_text().splitlines():
-        try:
-            found.append(dict(json.loads(line)))
-        except (json.JSONDecodeError, TypeError, ValueError):
-            continue
-    return found
 
 
 def scientific(value: float) -> str:

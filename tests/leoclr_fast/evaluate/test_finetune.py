@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +127,10 @@ def test_a_share_of_the_labels_is_what_subset_lists(
     quarter, half = document["evaluations"]
     assert (quarter["labels"], half["labels"], half["percent"], half["epochs"]) == (10, 20, 50, 3)
     assert half["labels_sha256"] == listed
-    folders = {load(folder)["percent"]: folder for folder in (run / "evaluations").iterdir()}
+    folders = {
+        json.loads((folder / "settings.json").read_text())["percent"]: folder
+        for folder in (run / "evaluations").iterdir()
+    }
     names = {percent: set((folder / "labels.txt").read_text().split()) for percent, folder in folders.items()}
     assert names[25.0] < names[50.0]
     (by_list,) = evaluated(
@@ -146,13 +149,6 @@ def evaluated_subset(capsys: pytest.CaptureFixture[str], data: Path, out: Path, 
     assert run_command(["subset", str(data), "--percent", str(percent), "--out", str(out)]) == 0
     capsys.readouterr()
     return hashlib.sha256(out.read_bytes()).hexdigest()
-
-
-def load(folder: Path) -> dict[str, Any]:
-    import json
-
-    document: dict[str, Any] = json.loads((folder / "settings.json").read_text())
-    return document
 
 
 def test_a_grid_is_tried_on_held_out_labels_and_then_all_are_learned_from(

@@ -1,0 +1,119 @@
+"""The steps of a training: continued where they were, saved when it is due, paused, and stopped on all ranks alike."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dataset_tools.stop_signals import StoppedBySignalError
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.run import stepper
+from leoclr_fast.run.checkpoint import list_checkpoints, step_of
+from leoclr_fast.run.stepper import STOP_LAG_STEPS, PausedError, Stepper, endless
+
+CPU = torch.device("cpu")
+
+
+def steps_of(folder: Path, **options: Any) -> Stepper:
+    settings = {"total_steps": 7, "ranks": Ranks(), "device": CPU, "save_every_steps": 3, **options}
+    return Stepper(folder, **settings)
+
+
+def trained(own: Stepper, at: Callable[[int], None] = lambda step: None) -> list[int]:
+    """The batches that a training of sums sees; `at` is called in each step."""
+    total, seen = torch.zeros(()), []
+    saved = own.load()
+    if saved is not None:
+        total.copy_(saved["total"])
+        seen.extend(saved["seen"])
+    for batch in own.steps(lambda step: range(10 * step, 1000, 10), lambda: {"total": total.clone(), "seen": seen}):
+        assert batch == 10 * own.step
+        seen.append(batch)
+        total.add_(batch)
+        at(own.step)
+    assert total == sum(seen)
+    return seen
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return [step_of(path) for path in list_checkpoints(folder)]
+
+
+def test_checkpoints_lie_at_the_interval_and_at_the_end(tmp_path: Path) -> None:
+    own = steps_of(tmp_path / "training", keep=9)
+    assert trained(own) == [0, 10, 20, 30, 40, 50, 60]
+    assert saved_steps(own.folder) == [3, 6, 7]
+    assert trained(steps_of(own.folder)) == [0, 10, 20, 30, 40, 50, 60]  # finished: no step is taken again
+    own.delete()
+    assert not own.folder.exists()
+
+
+def test_a_young_checkpoint_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes 10 s, and a checkpoint is due at an even step when the last one is 25 s old."""
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(stepper, "time", SimpleNamespace(monotonic=lambda: now.s))
+    own = steps_of(tmp_path, total_steps=9, save_every_steps=2, save_every_s=25.0, keep=9)
+    trained(own, lambda step: setattr(now, "s", now.s + 10))
+    assert saved_steps(tmp_path) == [4, 8, 9]
+
+
+def test_a_paused_training_continues(tmp_path: Path) -> None:
+    """4 steps belong to other trainings: it pauses after 5 of its own, which are 9 in all."""
+    with pytest.raises(PausedError, match="paused after step 9") as paused:
+        trained(steps_of(tmp_path, pause_after=9, steps_before=4))
+    assert (paused.value.step, paused.value.folder) == (9, tmp_path)
+    assert saved_steps(tmp_path) == [3, 5]
+    with pytest.raises(PausedError):
+        trained(steps_of(tmp_path, pause_after=2, steps_before=4))
+    assert trained(steps_of(tmp_path)) == [0, 10, 20, 30, 40, 50, 60]
+
+
+def test_a_signal_saves_and_stops(tmp_path: Path) -> None:
+    def terminated(step: int) -> None:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedBySignalError, match="stopped by SIGTERM after step 2 of 7; a checkpoint was saved"):
+        trained(steps_of(tmp_path), terminated)
+    assert saved_steps(tmp_path) == [2]
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert trained(steps_of(tmp_path)) == [0, 10, 20, 30, 40, 50, 60]
+
+
+class SecondOfTwo(Ranks):
+    """Rank 1; rank 0, which is not there, is asked to stop before it has finished its fourth step."""
+
+    def all_reduce_sum(self, tensors: Any, wire_dtype: torch.dtype | None = None) -> None:
+        calls.append(len(calls) + 1)
+        tensors[0] += float(calls[-1] >= 4)
+
+    def require_equal(self, value: int, what: str, device: torch.device) -> None:
+        pass
+
+
+calls: list[int] = []
+
+
+def test_all_ranks_stop_when_one_is_asked(tmp_path: Path) -> None:
+    """At the same step, a few later, and without writing twice what the first rank writes."""
+    calls.clear()
+    own = steps_of(tmp_path, ranks=SecondOfTwo(1, 2))
+    with pytest.raises(StoppedBySignalError, match=f"a signal to another rank after step {4 + STOP_LAG_STEPS} of 7"):
+        trained(own)
+    assert saved_steps(tmp_path) == []
+
+
+def test_endless_epochs_begin_in_the_middle() -> None:
+    def epoch(number: int, start: int) -> list[tuple[int, int]]:
+        return [(number, step) for step in range(start, 3)]
+
+    batches = endless(epoch, 3, 4)
+    assert [next(batches) for _ in range(4)] == [(1, 1), (1, 2), (2, 0), (2, 1)]
