@@ -67,8 +67,5 @@ def _folders(root: Path, controller: str) -> Iterator[Path]:
         if controllers and not top.is_dir():
             top = root / "sys/fs/cgroup" / controller
         group = top / path.strip("/")
-        while True:
-            yield group
-            if group == top or top not in group.parents:
-                break
-            group = group.parent
+        around = [group, *group.parents]
+        yield from around[: around.index(top) + 1]

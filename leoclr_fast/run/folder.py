@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
 HISTORY_KINDS = ("start", "end", "warning")
 """Of the records of `metrics.jsonl` that no resumed run writes again."""
-STEP_METRICS = ("loss", "positive_similarity", "negative_similarity", "gradient_norm")
-"""What a step's record holds of the training itself."""
 _held_locks: set[IO[str]] = set()
 
 

@@ -69,12 +69,12 @@ def serve() -> None:
             line = sys.stdin.readline()
             if not line:
                 break
-            leads, tells = os.pipe()
+            read_end, write_end = os.pipe()
             process = os.fork()
             if process == 0:
                 os.setsid()
-                os.close(tells)
-                os.close(leads)
+                os.close(write_end)
+                os.close(read_end)
                 code = 1
                 try:
                     run(json.loads(line))
@@ -83,9 +83,9 @@ def serve() -> None:
                     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 finally:
                     os._exit(code)
-            os.close(tells)
-            os.read(leads, 1)  # ends when the process leads its session: whoever kills the group finds it
-            os.close(leads)
+            os.close(write_end)
+            os.read(read_end, 1)  # ends when the process leads its session: whoever kills the group finds it
+            os.close(read_end)
             running.add(process)
             print(json.dumps({"started": process}), flush=True)
         for process in list(running):
