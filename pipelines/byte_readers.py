@@ -32,13 +32,12 @@ class EncodedImages:
         buffer: npt.NDArray[np.uint8],
         offsets: Indices,
         unreadable: dict[int, str],
-        is_raw: npt.NDArray[np.bool_] | None = None,
+        is_raw: npt.NDArray[np.bool_],
     ) -> None:
         """buffer: uint8 [total]; offsets: int64 [B + 1]; unreadable: row -> reason; is_raw: bool [B], whether they are
-        pixels, uint8 [H, W, 3]; by default none are.
+        pixels, uint8 [H, W, 3].
         """
-        self.buffer, self.offsets, self.unreadable = buffer, offsets, unreadable
-        self.is_raw = np.zeros(len(self), dtype=np.bool_) if is_raw is None else is_raw
+        self.buffer, self.offsets, self.unreadable, self.is_raw = buffer, offsets, unreadable, is_raw
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -51,8 +50,13 @@ class EncodedImages:
 class ByteReader(ABC):
     """Images of a split. May be used by several threads at once; holds file descriptors and no image."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, sizes: npt.NDArray[np.int32] | None = None) -> None:
+        """sizes: int32 [N, 2], height and width of each image; None: they are looked up in its header, once. Memory: 8
+        bytes an image.
+        """
         self.split = split
+        self._sizes = np.zeros((len(split), 2), dtype=np.int32) if sizes is None else sizes
+        self._reasons: dict[int, str] = {}
 
     @abstractmethod
     def read(self, indices: Indices) -> EncodedImages:
@@ -61,36 +65,41 @@ class ByteReader(ABC):
         Raises nothing for an image that cannot be read: it is in ``unreadable``.
         """
 
-    @abstractmethod
-    def sizes(self, indices: Indices) -> tuple[Sizes, Sizes, dict[int, str]]:
-        """(heights, widths), int64 [B] each, pixels; and row -> reason of those that cannot be told: 1 x 1 here."""
-
     def will_need(self, indices: Indices) -> None:  # noqa: B027 - a hint
         """These images will be read soon: the system may fetch them from the disk."""
+
+    def sizes(self, indices: Indices) -> tuple[Sizes, Sizes, dict[int, str]]:
+        """(heights, widths), int64 [B] each, pixels; and row -> reason of those that are unknown: 1 x 1 here."""
+        for index in indices[self._sizes[indices, 0] == _UNKNOWN].tolist():
+            try:
+                self._sizes[index] = image_size(self.split, index)
+            except UnreadableImageError as error:
+                self._reasons[index] = str(error)  # first: other threads look for it when they see the size
+                self._sizes[index] = _UNREADABLE
+        sizes = self._sizes[indices].astype(np.int64)
+        bad = np.flatnonzero(sizes[:, 0] == _UNREADABLE)
+        sizes[bad] = 1
+        return sizes[:, 0], sizes[:, 1], {row: self._reasons[int(indices[row])] for row in bad.tolist()}
 
 
 def open_bytes(split: Split) -> ByteReader:
     """The reader for a split: positioned reads where its images are pieces of files, else image by image."""
     base, chosen = base_of(split)
+    rows = slice(None) if chosen is None else chosen
     if isinstance(base, ConvertedSplit):
-        records = base.records
-        sizes = np.stack([records["height"], records["width"]], axis=1).astype(np.int32)
-        shards = np.array(records["shard"], dtype=np.int32)
-        offsets, lengths = (np.array(records[name], dtype=np.int64) for name in ("offset", "num_bytes"))
-        is_raw = np.array(records["encoding"] == RAW)
-        return ExtentReader(split, base.files, chosen, shards, offsets, lengths, sizes, is_raw)
+        offsets, lengths, shards = (np.array(base.records[name][rows]) for name in ("offset", "num_bytes", "shard"))
+        sizes = np.stack([base.records["height"][rows], base.records["width"][rows]], axis=1).astype(np.int32)
+        is_raw = np.array(base.records["encoding"][rows] == RAW)
+        return ExtentReader(split, base.files, offsets, lengths, shards, is_raw, sizes)
     if isinstance(base, ExtentSplit):
-        offsets, lengths = (np.ascontiguousarray(base.extents[:, column]) for column in (0, 1))
-        return ExtentReader(split, (base.file,), chosen, None, offsets, lengths)
+        offsets, lengths = (np.ascontiguousarray(base.extents[rows, column]) for column in (0, 1))
+        zeros = np.zeros(len(split), dtype=np.int32)
+        return ExtentReader(split, (base.file,), offsets, lengths, zeros, zeros > 0)
     return SplitReader(split)
 
 
 class SplitReader(ByteReader):
     """Any split, through `Split.read`: image folders."""
-
-    def __init__(self, split: Split) -> None:
-        super().__init__(split)
-        self._sizes = _KnownSizes(split, None)
 
     def read(self, indices: Indices) -> EncodedImages:
         pieces: list[bytes] = []
@@ -102,10 +111,8 @@ class SplitReader(ByteReader):
                 pieces.append(b"")
                 unreadable[row] = str(error)
         offsets = np.concatenate(([0], np.cumsum([len(piece) for piece in pieces]))).astype(np.int64)
-        return EncodedImages(np.frombuffer(bytearray().join(pieces), dtype=np.uint8), offsets, unreadable)
-
-    def sizes(self, indices: Indices) -> tuple[Sizes, Sizes, dict[int, str]]:
-        return self._sizes.of(indices)
+        buffer = np.frombuffer(bytearray().join(pieces), dtype=np.uint8)
+        return EncodedImages(buffer, offsets, unreadable, np.zeros(len(pieces), dtype=np.bool_))
 
 
 class ExtentReader(ByteReader):
@@ -115,74 +122,35 @@ class ExtentReader(ByteReader):
         self,
         split: Split,
         files: tuple[ByteFile, ...],
-        chosen: Indices | None,
-        shards: npt.NDArray[np.int32] | None,
         offsets: Indices,
         lengths: Indices,
+        shards: npt.NDArray[np.int32],
+        is_raw: npt.NDArray[np.bool_],
         sizes: npt.NDArray[np.int32] | None = None,
-        is_raw: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """chosen: int64 [N], where image i of the split stands in the other arrays; None: at i. shards: which file;
-        None: the first. offsets, lengths: bytes. sizes: int32 [·, 2], height and width, where they are known. is_raw:
-        which are pixels; None: none.
-        """
-        super().__init__(split)
-        self._files, self._chosen, self._shards = files, chosen, shards
-        self._offsets, self._lengths, self._is_raw = offsets, lengths, is_raw
-        if sizes is not None and chosen is not None:
-            sizes = sizes[chosen]
-        self._sizes = _KnownSizes(split, sizes)
+        """offsets, lengths: [N], bytes. shards: [N], in which file an image is. is_raw: [N], whether it is pixels."""
+        super().__init__(split, sizes)
+        self._files, self._offsets, self._lengths, self._shards = files, offsets, lengths, shards
+        self._is_raw = is_raw
 
     def read(self, indices: Indices) -> EncodedImages:
-        rows, shards = self._places(indices)
-        lengths = self._lengths[rows]
-        offsets = np.concatenate(([0], np.cumsum(lengths)))
-        buffer = np.empty(int(offsets[-1]), dtype=np.uint8)
+        offsets, shards = self._offsets[indices], self._shards[indices].astype(np.int64)
+        ends = np.concatenate(([0], np.cumsum(self._lengths[indices])))
+        buffer = np.empty(int(ends[-1]), dtype=np.uint8)
         view = buffer.data
         unreadable: dict[int, str] = {}
-        for row in np.argsort(shards * (1 << 48) + self._offsets[rows], kind="stable").tolist():  # as they lie on disk
-            piece = view[offsets[row] : offsets[row + 1]]
+        for row in np.argsort(shards * (1 << 48) + offsets, kind="stable").tolist():  # as they lie on disk
+            piece = view[ends[row] : ends[row + 1]]
             try:
-                self._files[shards[row]].read_into(int(self._offsets[rows[row]]), piece, self.split.names[indices[row]])
+                self._files[shards[row]].read_into(int(offsets[row]), piece, self.split.names[indices[row]])
             except OSError as error:
                 unreadable[row] = str(error)
-        return EncodedImages(buffer, offsets, unreadable, None if self._is_raw is None else self._is_raw[rows])
-
-    def sizes(self, indices: Indices) -> tuple[Sizes, Sizes, dict[int, str]]:
-        return self._sizes.of(indices)
+        return EncodedImages(buffer, ends, unreadable, self._is_raw[indices])
 
     def will_need(self, indices: Indices) -> None:
-        rows, shards = self._places(indices)
-        for row, shard in zip(rows.tolist(), shards.tolist(), strict=True):
-            self._files[shard].will_need(int(self._offsets[row]), int(self._lengths[row]))
-
-    def _places(self, indices: Indices) -> tuple[Indices, npt.NDArray[np.int64]]:
-        """Where the images stand in the arrays, and the number of their file: int64 [B] each."""
-        rows = indices if self._chosen is None else self._chosen[indices]
-        shards = np.zeros(len(rows), dtype=np.int64) if self._shards is None else self._shards[rows].astype(np.int64)
-        return rows, shards
-
-
-class _KnownSizes:
-    """Height and width of each image of a split: known, or looked up once in its header."""
-
-    def __init__(self, split: Split, sizes: npt.NDArray[np.int32] | None) -> None:
-        """sizes: int32 [N, 2], or None if they are all to be looked up. Memory: 8 bytes an image."""
-        self._split = split
-        self._sizes = np.zeros((len(split), 2), dtype=np.int32) if sizes is None else sizes
-        self._reasons: dict[int, str] = {}
-
-    def of(self, indices: Indices) -> tuple[Sizes, Sizes, dict[int, str]]:
-        for index in indices[self._sizes[indices, 0] == _UNKNOWN].tolist():
-            try:
-                self._sizes[index] = image_size(self._split, index)
-            except UnreadableImageError as error:
-                self._reasons[index] = str(error)  # first: other threads look for it when they see the size
-                self._sizes[index] = _UNREADABLE
-        sizes = self._sizes[indices].astype(np.int64)
-        bad = np.flatnonzero(sizes[:, 0] == _UNREADABLE)
-        sizes[bad] = 1
-        return sizes[:, 0], sizes[:, 1], {row: self._reasons[int(indices[row])] for row in bad.tolist()}
+        places = (column[indices].tolist() for column in (self._shards, self._offsets, self._lengths))
+        for shard, offset, length in zip(*places, strict=True):
+            self._files[shard].will_need(offset, length)
 
 
 def base_of(split: Split) -> tuple[Split, Indices | None]:

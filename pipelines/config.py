@@ -1,4 +1,4 @@
-"""What the data layer can be told: `ViewConfig` changes the result, `LoaderConfig` changes only the speed."""
+"""Settings of the data layer: `ViewConfig` changes the result, `LoaderConfig` changes only the speed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class LoaderConfig:
     """Which loader runs and how: nothing here changes a single pixel, except between backends by their decoders."""
 
     name: str = "auto"
-    """auto, resident, dali, nvjpeg, ffcv, torchvision or synthetic."""
+    """auto, resident, dali, nvjpeg, ffcv, torchvision, synthetic, or one added to `pipelines.factory.LOADERS`."""
     workers: int | None = None
     """Worker threads (resident, dali, nvjpeg, ffcv) or processes (torchvision); by default the machine's cores, shared
     by its ranks."""

@@ -27,7 +27,7 @@ def decode_rgb(split: Split, index: int) -> Image.Image:
 
 
 def decode_bytes(encoded: bytes) -> Image.Image:
-    """The same of an image's bytes."""
+    """An image's bytes in RGB; otherwise as `decode_rgb`."""
     with _reasons():
         return _open(encoded).convert("RGB")
 

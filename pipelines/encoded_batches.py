@@ -81,35 +81,40 @@ class EncodedBatches:
         unreadable: dict[int, str] = {}
         missing = np.arange(len(indices))
         while len(missing):
-            for row in missing.tolist():
-                readable = self._substitutes.find(int(indices[row]), unreadable)
-                if readable is None:
-                    return self._batch(epoch, step, indices[:0], heights[:0], widths[:0], [], unreadable)
-                indices[row] = readable
+            found = [self._substitutes.find(index, unreadable) for index in indices[missing].tolist()]
+            if None in found:  # so many are unreadable that the run ends
+                indices, heights, widths, images = indices[:0], heights[:0], widths[:0], []
+                break
+            indices[missing] = np.array(found, dtype=np.int64)
             encoded = self._reader.read(indices[missing])
             heights[missing], widths[missing], reasons = self._reader.sizes(indices[missing])
             failed = []
             for place, row in enumerate(missing.tolist()):
-                index = int(indices[row])
+                index, size = int(indices[row]), (int(heights[row]), int(widths[row]))
                 reason = encoded.unreadable.get(place) or reasons.get(place)
                 if reason is None:
-                    image = encoded[place]
                     try:
-                        if encoded.is_raw[place]:
-                            images[row] = image.reshape(int(heights[row]), int(widths[row]), 3)
-                        elif index not in self.for_pillow and self._is_plain(image):
-                            images[row] = image
-                            heights[row], widths[row] = self._sizes.get(index, (heights[row], widths[row]))
-                        else:
-                            images[row] = np.asarray(decode_bytes(image.tobytes()))
-                            heights[row], widths[row] = images[row].shape[:2]
-                    except (UnreadableImageError, ValueError) as error:  # raw pixels of another number
+                        images[row], size = self._opened(index, encoded[place], bool(encoded.is_raw[place]), size)
+                        heights[row], widths[row] = size
+                    except UnreadableImageError as error:
                         reason = str(error)
                 if reason is not None:
                     self._substitutes.unreadable[index] = reason
                     failed.append(row)
             missing = np.array(failed, dtype=np.int64)
-        return self._batch(epoch, step, indices, heights, widths, images, unreadable)
+        boxes = draw_boxes(self.views, self.view_config, heights, widths, self.seed, epoch, indices)
+        return EncodedBatch(epoch, step, indices, heights, widths, boxes, images, unreadable)
+
+    def _opened(self, index: int, image: Bytes, is_raw: bool, size: tuple[int, int]) -> tuple[Bytes, tuple[int, int]]:
+        """What is handed out of an image, and its height and width. Raises `UnreadableImageError`."""
+        if is_raw:
+            if len(image) != 3 * size[0] * size[1]:
+                raise UnreadableImageError(f"its {len(image)} bytes are not {size[0]} x {size[1]} pixels")
+            return image.reshape(*size, 3), size
+        if index in self.for_pillow or not self._is_plain(image):
+            pixels = np.asarray(decode_bytes(image.tobytes()))
+            return pixels, (pixels.shape[0], pixels.shape[1])
+        return image, self._sizes.get(index, size)
 
     def will_need(self, epoch: int, step: int) -> None:
         """This batch will be prepared soon: the system may fetch it from the disk."""
@@ -142,19 +147,6 @@ class EncodedBatches:
     def correct_size(self, index: int, height: int, width: int) -> None:
         """The image is of another size than the data set says."""
         self._sizes[index] = height, width
-
-    def _batch(
-        self,
-        epoch: int,
-        step: int,
-        indices: Indices,
-        heights: Sizes,
-        widths: Sizes,
-        images: list[Bytes],
-        unreadable: dict[int, str],
-    ) -> EncodedBatch:
-        boxes = draw_boxes(self.views, self.view_config, heights, widths, self.seed, epoch, indices)
-        return EncodedBatch(epoch, step, indices, heights, widths, boxes, images, unreadable)
 
 
 def is_jpeg(image: Bytes) -> bool:

@@ -22,8 +22,8 @@ T = TypeVar("T")
 class EncodedLoader(Loader):
     """A subclass decodes whole batches: see `decode_next`, which the one decoding thread calls for each step.
 
-    Threads read ``config.prefetch_batches`` batches ahead, and as many are decoded ahead. Errors of the threads, dead
-    ones and silent ones become errors of who waits for a batch.
+    Threads read ``config.prefetch_batches`` batches ahead, and as many are decoded ahead. What goes wrong in a thread,
+    and its silence for ``config.stall_timeout_s``, is raised where a batch is waited for.
     """
 
     decoder: ClassVar[str]

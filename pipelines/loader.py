@@ -45,7 +45,7 @@ class DecodedBatch:
     """When the crops may be used by another stream than the one that makes them."""
 
     def pin_memory(self) -> DecodedBatch:
-        """For torch's DataLoader."""
+        """Pin the crops, where torch's DataLoader asks for it."""
         self.crops = self.crops.pin_memory()
         return self
 
@@ -105,7 +105,7 @@ class Loader(ABC):
         """Index of each image that could not be read -> the reason."""
         self._num_decodes = 0
         self._decoding: Generator[DecodedBatch, None, None] | None = None
-        """The pass in progress."""
+        """The pass that is under way."""
         self._is_open = False
 
     @classmethod
@@ -242,7 +242,7 @@ def _close_all() -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be found, by the name by which it is imported; it is not."""
+    """Whether there is a package of this name; it is not imported."""
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:  # not even what it is part of

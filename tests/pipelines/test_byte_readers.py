@@ -112,16 +112,16 @@ def test_an_image_that_is_gone_or_no_image(split: Split, damage: Callable[..., N
 
 def test_the_reason_is_there_before_other_threads_look_for_it(split: Split, damage: Callable[..., None]) -> None:
     damage(split, 5)
-    sizes = open_bytes(split)._sizes  # type: ignore[attr-defined]
+    reader = open_bytes(split)
     seen: list[int] = []
 
     class Reasons(dict[int, str]):
         def __setitem__(self, index: int, reason: str) -> None:
-            seen.append(int(sizes._sizes[index, 0]))
+            seen.append(int(reader._sizes[index, 0]))
             super().__setitem__(index, reason)
 
-    sizes._reasons = Reasons()
-    assert sorted(sizes.of(np.array([5]))[2]) == [0]
+    reader._reasons = Reasons()
+    assert sorted(reader.sizes(np.array([5]))[2]) == [0]
     assert seen == [0]  # a size that is still unknown makes nobody look for the reason
 
 

@@ -12,31 +12,18 @@ from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.sources import Split, open_source
 from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.factory import choose_loader, loader_class, make_loader, settle_loader
+from pipelines.factory import choose_loader, make_loader, settle_loader
 from pipelines.loader import Loader, is_installed
 from pipelines.order import TrainOrder
 from pipelines.resident_loader import ResidentLoader, estimate_decoded_bytes
-from pipelines.synthetic_loader import SyntheticLoader
 from pipelines.torchvision_loader import TorchvisionLoader
 from pipelines.views import MOCOV2_VIEWS
-from tests.pipelines.optional_packages import needs_dali
 
 
 def make(split: Split, config: LoaderConfig) -> Loader:
     order = TrainOrder(num_images=len(split), batch_size=4, seed=0)
     device = torch.device("cpu")
     return make_loader(split, MOCOV2_VIEWS, ViewConfig(image_size=16), config, order, seed=0, device=device)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("resident", ResidentLoader), ("torchvision", TorchvisionLoader), ("synthetic", SyntheticLoader)],
-)
-def test_by_name(name: str, kind: type[Loader], split: Split) -> None:
-    with make(split, LoaderConfig(name=name, workers=0)) as loader:
-        assert type(loader) is kind
-        assert loader.name == name
-        assert loader_class(name) is kind
 
 
 @pytest.mark.parametrize(
@@ -155,10 +142,3 @@ def test_optional_packages_are_not_imported_by_the_way() -> None:
 @pytest.mark.parametrize(("package", "installed"), [("torch", True), ("torch.no_such", False), ("no_such.part", False)])
 def test_is_installed(package: str, installed: bool) -> None:
     assert is_installed(package) is installed
-
-
-@needs_dali
-def test_dali_by_name(split: Split) -> None:
-    with make(split, LoaderConfig(name="dali", workers=1)) as loader:
-        assert type(loader) is loader_class("dali")
-        assert loader.name == "dali"

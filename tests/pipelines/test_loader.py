@@ -26,7 +26,7 @@ from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.sources import Split, open_source
 from pipelines.decode import max_unreadable
-from pipelines.factory import LOADERS
+from pipelines.factory import LOADERS, loader_class
 from pipelines.loader import Loader
 from pipelines.order import SequentialOrder, TrainOrder
 from pipelines.views import CENTER_CROP_VIEWS, MOCOV2_VIEWS
@@ -67,6 +67,8 @@ def test_every_loader_is_here() -> None:
 class TestEveryLoader:
     def test_equals_the_plainest_way(self, kind: Kind, split: Split, open_loader: OpenLoader) -> None:
         loader = open_loader(split, kind[0], workers=kind[1])
+        assert type(loader) is loader_class(kind[0])
+        assert loader.name == kind[0]
         assert loader.steps_per_epoch == 4
         for epoch in (0, 1, 7):
             batches = list(loader.batches(epoch))
