@@ -149,12 +149,14 @@ class EncodedBatches:
         self._sizes[index] = height, width
 
 
-def is_jpeg(image: Bytes) -> bool:
-    """Whether it is a JPEG that is not cut short."""
-    return image[:2].tobytes() == _JPEG_BEGIN and image[-2:].tobytes() == _JPEG_END
+def begins_as_jpeg(image: Bytes) -> bool:
+    """Whether it is a JPEG, perhaps one that is cut short."""
+    return image[:2].tobytes() == _JPEG_BEGIN
 
 
 def is_plain(image: Bytes) -> bool:
     """Whether any decoder sees in it what Pillow sees: a JPEG that is not cut short, or a PNG of at most 8 bits."""
+    if begins_as_jpeg(image):
+        return image[-2:].tobytes() == _JPEG_END
     head = image[: _PNG_BIT_DEPTH_AT + 1].tobytes()
-    return is_jpeg(image) or (head.startswith(_PNG_SIGNATURE) and head[-1] <= 8)
+    return head.startswith(_PNG_SIGNATURE) and head[-1] <= 8

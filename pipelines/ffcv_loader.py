@@ -15,7 +15,7 @@ from dataset_tools.formats.beton import METADATA, METADATA_START, Beton, read_be
 from dataset_tools.sources import Split
 from dataset_tools.sources.converted import ConvertedSplit
 from pipelines.byte_readers import base_of
-from pipelines.encoded_batches import Bytes, is_jpeg
+from pipelines.encoded_batches import Bytes, begins_as_jpeg
 from pipelines.encoded_loader import EncodedLoader, Pass
 from pipelines.loader import DecodedBatch
 
@@ -47,7 +47,7 @@ class FfcvLoader(EncodedLoader):
 
     @staticmethod
     def is_plain(image: Bytes) -> bool:
-        return is_jpeg(image)
+        return begins_as_jpeg(image)  # TurboJPEG itself warns of one that is cut short
 
     def decode_next(self, current: Pass) -> DecodedBatch:
         batch = self.next_read(current)

@@ -83,6 +83,11 @@ class TestPixels:
         assert_plain(loader)
         assert loader._batches.for_pillow == {6}
 
+    def test_a_jpeg_whose_second_half_is_lost(self, beton: ConvertedSplit, open_loader: Open) -> None:
+        half = int(beton.records["num_bytes"][6]) // 2
+        overwrite(beton, 6, bytes(half), at=half)
+        assert_like_the_oracle(open_loader(beton, "ffcv", in_order(beton)))
+
     @pytest.mark.parametrize(("height", "width"), [(5, 7), (10, 9), (200, 210)])
     def test_another_image_in_its_place(
         self, height: int, width: int, beton: ConvertedSplit, open_loader: Open
