@@ -26,7 +26,6 @@ from leoclr_fast.method.key_batchnorm import convert_key_batchnorm
 from leoclr_fast.method.key_queue import KeyQueue
 from leoclr_fast.method.key_schedule import KeyOrder, KeySchedule
 from leoclr_fast.method.method import Method, PartialLoss, StepTools
-from leoclr_fast.method.momentum import update_key_encoder
 from pipelines.batch import CropBatch
 
 
@@ -173,3 +172,21 @@ class MomentumContrast(Method):
         """Put the step's keys of all ranks (P tensors [G, D]) into the queue: the first crop's, or all."""
         for key in keys if self.config.enqueue == "all" else keys[:1]:
             self.queue.enqueue(key)
+
+
+@torch.no_grad()
+def update_key_encoder(
+    key_encoder: nn.Module, query_encoder: nn.Module, momentum: float, *, include_buffers: bool = False
+) -> None:
+    """key <- momentum * key + (1 - momentum) * query, in place, for all parameters in one call.
+
+    The storage never moves, so a captured graph stays valid. include_buffers: also the running statistics of
+    batch-norm (EMAN); counters are copied.
+    """
+    torch._foreach_lerp_(list(key_encoder.parameters()), list(query_encoder.parameters()), 1 - momentum)
+    if include_buffers:
+        for key, query in zip(key_encoder.buffers(), query_encoder.buffers(), strict=True):
+            if key.is_floating_point():
+                key.lerp_(query, 1 - momentum)
+            else:
+                key.copy_(query)

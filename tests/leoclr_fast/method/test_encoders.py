@@ -16,8 +16,7 @@ from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.method.backbone import Encoder, build_backbone
 from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
 from leoclr_fast.method.methods import build_method
-from leoclr_fast.method.momentum import update_key_encoder
-from leoclr_fast.method.momentum_contrast import MomentumContrast
+from leoclr_fast.method.momentum_contrast import MomentumContrast, update_key_encoder
 
 TINY = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)
 
