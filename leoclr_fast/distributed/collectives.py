@@ -68,14 +68,14 @@ class Ranks:
         slices = [rank_slice(global_size, rank, self.world_size) for rank in range(self.world_size)]
         return torch.cat([part[: s.stop - s.start] for part, s in zip(gathered, slices, strict=True)])
 
-    def all_gather_padded(self, rows: Tensor, most: int) -> Tensor:
-        """Rows of all ranks in rank order, [world size * most, ...]: `most` from each, zeros after those it has."""
+    def all_gather_padded(self, rows: Tensor, num_rows: int) -> Tensor:
+        """Rows of all ranks in rank order, [world size * num_rows, ...]: `num_rows` from each, zeros after those it has."""
         if self.world_size == 1:
             return rows
         padded = rows
-        if len(rows) < most:
-            padded = torch.cat((rows, rows.new_zeros(most - len(rows), *rows.shape[1:])))
-        gathered = rows.new_empty(self.world_size * most, *rows.shape[1:])
+        if len(rows) < num_rows:
+            padded = torch.cat((rows, rows.new_zeros(num_rows - len(rows), *rows.shape[1:])))
+        gathered = rows.new_empty(self.world_size * num_rows, *rows.shape[1:])
         with self._metered("all_gather", gathered):
             dist.all_gather_into_tensor(gathered, padded.contiguous())
         return gathered

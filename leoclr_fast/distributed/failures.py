@@ -43,7 +43,7 @@ def failures_explained(ranks: Ranks, step: Callable[[], int] | None = None) -> I
             raise
         if is_lost_connection(error):
             raise OtherRankError(f"{_cause(ranks, ranks.store, error, place)}; {_CONTINUES}") from error
-        with suppress(RuntimeError):  # without the store nobody can be told
+        with suppress(RuntimeError):  # without the store nobody can read it
             own = ranks.store.get(f"joined/{ranks.rank}").decode()
             ranks.store.compare_set(_FAILURE, "", f"rank {ranks.rank} on {own} failed{place}: {describe(error)}")
         raise

@@ -108,10 +108,10 @@ class KeySchedule:
             for pass_number, first_view in enumerate(range(0, self.num_keys, self._views_a_pass)):
                 views = range(first_view, first_view + self._views_a_pass)
                 # Steps of one micro-batch draw as they did before there were micro-batches.
-                turn, stream = step * layout.micro_batches + number, KEY_SHUFFLE_STREAM + pass_number
+                draw, stream = step * layout.micro_batches + number, KEY_SHUFFLE_STREAM + pass_number
                 if self.exchanges:
                     keys = self._numbers(views, part)
-                    keys = keys[permutation(seed, turn, len(keys), stream)]
+                    keys = keys[permutation(seed, draw, len(keys), stream)]
                     for rank, list_ in enumerate(encoded):
                         list_.append(keys[rank_slice(len(keys), rank, layout.world_size)])
                     continue
@@ -120,7 +120,7 @@ class KeySchedule:
                     keys = self._numbers(views, share)
                     if self._shuffles:
                         if len(keys) not in orders:
-                            orders[len(keys)] = permutation(seed, turn, len(keys), stream)
+                            orders[len(keys)] = permutation(seed, draw, len(keys), stream)
                         keys = keys[orders[len(keys)]]
                     list_.append(keys)
         return [np.concatenate(keys) for keys in encoded]
