@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ from rich.console import Console
 from dataset_tools.stop_signals import StoppedBySignalError, StopSignals
 from leoclr_fast.config import RunConfig
 from leoclr_fast.run.checkpoint import list_checkpoints
+from leoclr_fast.run.stepper import endless
 from leoclr_fast.run.telemetry import NonFiniteLossError
 from leoclr_fast.schedules import learning_rate
 from leoclr_fast.training.meters import Meters
 from leoclr_fast.training.out_of_memory import explained_out_of_memory
 from leoclr_fast.training.setup import Run, opened_run
 from leoclr_fast.training.summary import write_summary
-from pipelines.batch import CropBatch
-from pipelines.loader import Loader
 
 
 def pretrain(
@@ -52,7 +50,7 @@ def train(run: Run) -> dict[str, Any]:
         if state.step == 0 or (_knn_is_due(run) and _lacks_knn(run)):
             _evaluate(run)
         meters, stopping = Meters(run.config, run.step.metric_names, state, run.host, run.loader.device), False
-        batches = islice(_batches_from(run.loader, state.step), max(0, run.last_step - state.step))
+        batches = islice(endless(run.loader.batches, steps_per_epoch, state.step), max(0, run.last_step - state.step))
         for batch in meters.timed(batches):
             lr = learning_rate(result.optimizer.schedule, result.lr, state.step, steps_per_epoch, result.epochs)
             # ---- a single step ------------------------------------------------------------------------------
@@ -67,13 +65,6 @@ def train(run: Run) -> dict[str, Any]:
         if stopping:
             _save_and_stop(run, stop)
     return _finish(run, meters)
-
-
-def _batches_from(loader: Loader, step: int) -> Iterator[CropBatch]:
-    """The batches of all epochs to come, from the one that follows `step` finished steps."""
-    first_epoch, start_step = divmod(step, loader.steps_per_epoch)
-    for epoch in count(first_epoch):
-        yield from loader.batches(epoch, start_step if epoch == first_epoch else 0)
 
 
 def _between_steps(run: Run, meters: Meters, epoch: int, lr: float, *, stopping: bool) -> None:
