@@ -69,7 +69,7 @@ class Ranks:
         return torch.cat([part[: s.stop - s.start] for part, s in zip(gathered, slices, strict=True)])
 
     def all_gather_padded(self, rows: Tensor, num_rows: int) -> Tensor:
-        """Rows of all ranks in rank order, [world size * num_rows, ...]: from each so many, zeros after those it has."""
+        """Rows of all ranks in rank order, [world size * num_rows, ...]: so many of each, zeros after those it has."""
         if self.world_size == 1:
             return rows
         padded = rows
