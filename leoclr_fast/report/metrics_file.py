@@ -20,13 +20,14 @@ _METRIC_NAMES = ("positive_similarity", "negative_similarity")  # of logs that d
 _STEP_LINE = b'{"kind": "step"'  # as MetricsLog writes it
 _MAX_PARSED_STEPS = 150_000
 _BLOCK_BYTES = 1 << 24
+_NUMBERS = (int, float)
 
 Floats = npt.NDArray[np.float64]
 
 
 def number(value: Any) -> float:
     """A number out of a document, as a float; NaN where it is missing or no number."""
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if isinstance(value, _NUMBERS) else math.nan
 
 
 @dataclass(slots=True, kw_only=True)
@@ -161,9 +162,10 @@ class MetricsFile:
         while steps and steps[-1] >= step:  # a resumed run logs these steps again
             for values in self._columns.values():
                 values.pop()
+        del record["kind"]
         record["segment"] = len(self.starts) - 1
-        for name in record.keys() - self._columns.keys() - {"kind"}:
-            self._columns[name] = [math.nan] * len(steps)
+        if not record.keys() <= self._columns.keys():
+            self._columns |= {name: [math.nan] * len(steps) for name in record if name not in self._columns}
         for name, values in self._columns.items():
             values.append(number(record.get(name)))
 

@@ -29,7 +29,7 @@ class MethodFacts(NamedTuple):
 
 
 METHOD_FACTS = {"leoclr": MethodFacts("LeOCLR", 2), "mocov2": MethodFacts("MoCo-v2", 1)}
-"""By `--method.name`, for logs that do not say: ours first, and last the baseline that it is compared with."""
+"""By `--method.name`: ours first, and last the baseline that it is compared with."""
 _SILENT_AFTER_S = 600.0
 
 StateKind = Literal["finished", "paused", "stopped", "failed", "running", "killed", "unsure", "empty"]

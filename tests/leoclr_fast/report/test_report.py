@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import leoclr_fast.report.page
 import leoclr_fast.training.loop
 import leoclr_fast.training.run_log
 from benchmarks.reference_curves import reference_curves
+from dataset_tools.stop_signals import StoppedBySignalError
 from leoclr_fast.cli import run_command
 from leoclr_fast.recipes import get_recipe
 from leoclr_fast.report.page import page_of
@@ -121,40 +121,32 @@ def test_a_killed_run_has_a_report_that_says_so(
     assert "Killed in the middle" in capsys.readouterr().out
 
 
-@pytest.mark.timeout(300)
-def test_a_stopped_run_says_by_what(runs: ForkedRuns, tiny_data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start_run(runs, tiny_data, run, extra=("--epochs=200",))
-    process.wait_for_step(run, 3)
-    os.kill(process.process, signal.SIGTERM)
-    assert process.wait(60) == 130
-    page = (run / "report.html").read_text()
-    assert re.search(
-        r"Stopped after step \d+ of 600 .*: stopped by SIGTERM after step \d+; a checkpoint was saved", page
-    )
-    assert records(run, "end")[0]["status"] == "stopped"
+def test_a_crash_and_a_signal_tell_where_and_why(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, page = tmp_path / "run", tmp_path / "run" / "report.html"
 
+    def ended_by(error: Exception) -> str:
+        def broken(*_: object, **__: object) -> None:
+            raise error
 
-def test_a_crash_tells_where_and_why(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tmp_path / "run"
-
-    def broken(*_: object, **__: object) -> None:
-        raise NonFiniteLossError("the training became non-finite at step 5 <loss nan>")
+        with monkeypatch.context() as patched:
+            patched.setattr(leoclr_fast.training.loop, "_log_metrics", broken)
+            with pytest.raises(type(error)):
+                pretrain(tiny_config(), tiny_data, run)
+        return page.read_text()
 
     pretrain(tiny_config(), tiny_data, run, max_steps=3)
-    monkeypatch.setattr(leoclr_fast.training.loop, "_log_metrics", broken)
-    with pytest.raises(NonFiniteLossError):
-        pretrain(tiny_config(), tiny_data, run)
-    page = (run / "report.html").read_text()
-    assert "Failed after step 4 of 12" in page
-    assert "the training became non-finite at step 5 &lt;loss nan&gt;" in page
-    assert re.search(r"In _between_steps, leoclr_fast/training/loop.py line \d+\.", page)
-    monkeypatch.undo()
+    failed = ended_by(NonFiniteLossError("the training became non-finite at step 5 <loss nan>"))
+    assert "Failed after step 4 of 12" in failed
+    assert "the training became non-finite at step 5 &lt;loss nan&gt;" in failed
+    assert re.search(r"In _between_steps, leoclr_fast/training/loop.py line \d+\.", failed)
+    stopped = ended_by(StoppedBySignalError("stopped by SIGTERM after step 4"))
+    assert "Stopped after step 4 of 12 (epoch 1.333 of 4): stopped by SIGTERM after step 4." in stopped
     assert pretrain(tiny_config(), tiny_data, run)["complete"]
-    page = (run / "report.html").read_text()
-    assert "Finished after step 12 of 12" in page
-    assert "Started 3 times" in page
-    assert [record["status"] for record in records(run, "end")] == ["paused", "failed", "finished"]
+    assert "Finished after step 12 of 12" in page.read_text()
+    assert "Started 4 times" in page.read_text()
+    assert [record["status"] for record in records(run, "end")] == ["paused", "failed", "stopped", "finished"]
 
 
 def test_the_loader_alone_is_a_ceiling(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -328,18 +320,15 @@ def test_evaluations_are_kept_and_shown(capsys: pytest.CaptureFixture[str], tiny
 
 
 def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
+    """Every figure of the comparison, the curves and the tables is the one that the runs wrote."""
     summaries = {method: pretrain(tiny_config(method), tiny_data, tmp_path / method) for method in ("leoclr", "mocov2")}
     out = tmp_path / "both.html"
     document, _ = succeeded(capsys, "report", tmp_path / "leoclr", tmp_path / "mocov2", "--out", out)
     assert [run["images_per_s"] for run in document["runs"]] == [summaries[m]["images_per_s"] for m in summaries]
-    assert_figures_are_those_of(out.read_text(), tmp_path, summaries)
-
-
-def assert_figures_are_those_of(page: str, folder: Path, summaries: dict[str, dict[str, Any]]) -> None:
-    """Every figure of the comparison, the curves and the tables is the one that the runs wrote."""
+    page = out.read_text()
     data = plot_data(page)
     for style, (method, summary) in enumerate(summaries.items()):
-        run = folder / method
+        run = tmp_path / method
         steps, accuracies = records(run, "step"), records(run, "knn")
         curve = data["loss"]["curves"][style]
         assert curve["label"] == method
@@ -359,35 +348,6 @@ def assert_figures_are_those_of(page: str, folder: Path, summaries: dict[str, di
     assert '<th scope="row">result.views.image_size</th>' not in page  # the same in both: not listed
 
 
-@pytest.mark.long
-@pytest.mark.real_data
-@pytest.mark.timeout(300)
-def test_leoclr_beside_mocov2_on_real_jpegs(
-    real_data: Path,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two real runs on CIFAR-10's JPEGs, small and short; the figures of their report are their own."""
-    monkeypatch.setenv("LEOCLR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    data = real_data / "cifar10-jpeg.tar.xz"
-    flags = ["--device=cpu", "--epochs=2", "--batch-size=64", "--max-images=640", "--backbone.width-multiplier=0.125"]
-    flags += ["--monitor.knn-every-epochs=1", "--monitor.knn-k=20", "--method.queue-size=512"]
-    flags += ["--monitor.log-every-steps=2"]
-    summaries = {}
-    for method in ("leoclr", "mocov2"):
-        arguments = ["pretrain", f"{method}_cifar10", "--data", data, "--out", tmp_path / method, *flags]
-        summaries[method], _ = succeeded(capsys, *arguments)
-    out = tmp_path / "both.html"
-    succeeded(capsys, "report", tmp_path / "leoclr", tmp_path / "mocov2", "--out", out)
-    page = out.read_text()
-    assert_figures_are_those_of(page, tmp_path, summaries)
-    assert "on 640 images of" in page
-    assert page.count("data:image/jpeg;base64,") == 2
-    assert "Classes, of no use to pretraining: airplane, automobile" in page
-
-
 def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", [start(), step_record(10)])
     assert "not an HTML file" in refused(capsys, "report", run, "--out", tmp_path / "page.pdf")
@@ -395,6 +355,7 @@ def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "there is no such folder" in refused(capsys, "report", tmp_path / "nowhere")
     assert "neither config.yaml nor metrics.jsonl" in refused(capsys, "watch", tmp_path)
     assert "needs a run folder" in refused(capsys, "report")
+    assert "--every-s 0 is not allowed" in refused(capsys, "watch", run, "--every-s", 0)
     assert os.listdir(tmp_path) == ["run"]
 
 

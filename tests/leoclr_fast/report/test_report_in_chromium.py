@@ -231,7 +231,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.long
 @pytest.mark.parametrize("dark", [False, True])
-def test_contrast_in_both_schemes(page: Page, run: Path, tmp_path: Path, dark: bool) -> None:
+def test_contrast_in_both_schemes_and_on_paper(page: Page, run: Path, tmp_path: Path, dark: bool) -> None:
     """WCAG AA: 4.5 for text, 3 for lines."""
     opened(page, run / "report.html", dark=dark)
     colours = page.evaluate(
@@ -256,14 +256,9 @@ def test_contrast_in_both_schemes(page: Page, run: Path, tmp_path: Path, dark: b
         assert contrast(f"series-{number}", "paper") >= 3
     picture = np.asarray(Image.open(page.screenshot(tmp_path / "page.png")).convert("L"))
     assert (np.median(picture) < 60) == dark
-
-
-@pytest.mark.long
-def test_on_paper_it_is_light_and_without_controls(page: Page, run: Path) -> None:
-    opened(page, run / "report.html", dark=True, media="print")
+    opened(page, run / "report.html", dark=dark, media="print")  # light, and without controls
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
-    page.show_as()
 
 
 def test_two_runs_are_read_together(page: Page, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from leoclr_fast.config_file import differences
+from leoclr_fast.recipes import get_recipe
 from leoclr_fast.report.comparison import find_pairs, time_ratio
 from leoclr_fast.report.metrics_file import MetricsFile
 from leoclr_fast.report.page import page_of, write_report
@@ -34,23 +36,13 @@ def notes(path: Path) -> str:
     return "\n".join(run.notes())
 
 
-def test_a_folder_without_metrics(tmp_path: Path) -> None:
+def test_folders_without_metrics(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", [])
+    assert "No step is logged yet" in notes(run)
     RunFolder(run).metrics_file.unlink()
     assert "no metrics.jsonl" in notes(run)
     assert read_run(run).state.kind == "empty"
     assert "LeOCLR" in summary_sentence(read_run(run))
-
-
-def test_a_folder_with_an_empty_log(tmp_path: Path) -> None:
-    assert "No step is logged yet" in notes(written_run(tmp_path / "run", []))
-
-
-def test_what_is_no_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no such folder"):
-        read_run(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"neither config.yaml nor metrics.jsonl"):
-        read_run(tmp_path)
 
 
 def test_a_half_written_last_line_is_left_out_and_read_when_it_is_whole(tmp_path: Path) -> None:
@@ -68,26 +60,17 @@ def test_a_half_written_last_line_is_left_out_and_read_when_it_is_whole(tmp_path
     assert not metrics.update()
 
 
-def test_damaged_lines_are_counted(tmp_path: Path) -> None:
-    run = written_run(tmp_path / "run", SOME_STEPS, tail='{"kind": "step", "st\n[1]\n\x00\x00\n\n')
-    assert "3 lines of metrics.jsonl could not be read" in notes(run)
-    assert read_run(run).metrics.num_steps_kept == 10
-
-
-def test_nans_are_gaps_and_are_told(tmp_path: Path) -> None:
-    records = [*SOME_STEPS, step_record(110, loss=math.nan), step_record(120, loss=math.inf), step_record(130)]
-    run = written_run(tmp_path / "run", records)
-    assert "loss is missing or not finite in 2 records, first at step 110" in notes(run)
+def test_damaged_lines_are_counted_and_values_that_are_no_numbers_are_gaps(tmp_path: Path) -> None:
+    no_norm = {key: value for key, value in step_record(10).items() if key != "gradient_norm"}
+    damaged = '{"kind": "step", "st\n[1]\n\x00\x00\n\n{"kind": "knn", "top1": 3}\n{"kind": "step", "step": "x"}\n'
+    losses = [step_record(110, loss=math.nan), step_record(120, loss=math.inf), step_record(130, loss="high")]
+    run = written_run(tmp_path / "run", [no_norm, *SOME_STEPS[1:], *losses, step_record(140)], tail=damaged)
+    assert "5 lines of metrics.jsonl could not be read" in notes(run)
+    assert "loss is missing or not finite in 3 records, first at step 110" in notes(run)
+    assert "gradient_norm is missing or not finite in 1 record, first at step 10" in notes(run)
+    assert read_run(run).metrics.num_steps_kept == 14
     page = page_of([read_run(run)])
-    assert "NaN" not in page
-    assert "Infinity" not in page
-
-
-def test_missing_metrics_and_strange_values(tmp_path: Path) -> None:
-    records = [{key: value for key, value in record.items() if key != "gradient_norm"} for record in SOME_STEPS]
-    run = written_run(tmp_path / "run", [*records, step_record(110, loss="high"), {"kind": "knn", "top1": 3}])
-    assert "gradient_norm is missing or not finite in 10 records, first at step 10" in notes(run)
-    page = page_of([read_run(run)])
+    assert not re.search("NaN|Infinity", page)
     assert 'id="plot-loss"' in page
     assert 'id="plot-knn"' not in page
 
@@ -254,10 +237,6 @@ def test_twenty_runs_stay_below_two_megabytes(tmp_path: Path) -> None:
 
 
 def test_the_nearest_run_of_the_other_method_is_the_partner(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from leoclr_fast.recipes import get_recipe
-
     def run(name: str, recipe: str, seed: int, rate: float, top1: float) -> Path:
         config = get_recipe(recipe)
         config = replace(config, result=replace(config.result, seed=seed))
@@ -304,8 +283,6 @@ def test_the_interval_of_the_ratio_holds_how_unevenly_the_runs_went(tmp_path: Pa
 
 
 def test_two_recipes_and_measured_energy(tmp_path: Path) -> None:
-    from leoclr_fast.recipes import get_recipe
-
     demo = written_run(tmp_path / "one" / "run", SOME_STEPS, summary={"steps": 100, "energy_kwh": 0.125})
     other = written_run(tmp_path / "two" / "run", SOME_STEPS, config=get_recipe("leoclr_cifar10"))
     page = page_of([read_run(demo), read_run(other)])
@@ -315,9 +292,3 @@ def test_two_recipes_and_measured_energy(tmp_path: Path) -> None:
     assert "of different recipes" in page
     assert "result.batch_size" in page
     assert "kWh" not in page_of([read_run(other), read_run(other)])
-
-
-def test_watch_refuses_an_impossible_interval(tmp_path: Path) -> None:
-
-    with pytest.raises(ValueError, match="--every-s 0 is not allowed"):
-        watch(written_run(tmp_path / "run", SOME_STEPS), Console(), every_s=0)

@@ -19,9 +19,7 @@ from leoclr_fast.report.metrics_file import MetricsFile
 from leoclr_fast.report.run_record import read_run
 from leoclr_fast.report.watch import seconds_left, sparkline, watch
 from leoclr_fast.run.folder import RunFolder
-from tests.leoclr_fast.forked_runs import ForkedRuns
 from tests.leoclr_fast.test_cli import succeeded
-from tests.leoclr_fast.training.test_resume import start_run
 from tests.leoclr_fast.written_run import end, knn, start, step_record, written_run
 
 STEPS = [step_record(step) for step in range(10, 101, 10)]
@@ -140,14 +138,3 @@ def test_a_narrow_terminal_and_a_run_without_anything(tmp_path: Path) -> None:
     append(run, start(), *STEPS)
     assert watch(run, console, once=True)["step"] == 100
     assert max(map(len, shown(console).splitlines())) <= 30
-
-
-@pytest.mark.timeout(300)
-def test_a_real_run_is_watched_from_another_process(runs: ForkedRuns, tiny_data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start_run(runs, tiny_data, run)
-    process.wait_for_step(run, 2)
-    document = watch(run, terminal(), every_s=0.1)
-    assert process.wait() == 0
-    assert (document["state"], document["step"]) == ("finished", 24)
-    assert document["loss"] == RunFolder(run).read_metrics("step")[-1]["loss"]
