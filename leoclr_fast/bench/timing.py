@@ -32,7 +32,7 @@ def interleaved(
     start = time.perf_counter()
     for number in range(-warmup, rounds):
         if number >= LEAST_ROUNDS and time.perf_counter() - start > max_s:
-            say(f"stopped after {number} of {rounds} rounds: {max_s:g} s have gone")
+            say(f"stopped after {number} of {rounds} rounds: {max_s:.0f} s have gone")
             return
         first = number % max(1, len(names))
         for name in (*names[first:], *names[:first]):
