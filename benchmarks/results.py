@@ -42,6 +42,8 @@ class Results:
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.out.is_absolute():
+            self.hidden[str(self.out)] = self.out.name
         self.hidden[str(Path.home())] = "~"
         self.command = self.shown(shlex.join(["python", "-m", self.module, *sys.argv[1:]]))
         self.log = [f"$ {self.command}"]

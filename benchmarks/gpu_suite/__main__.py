@@ -44,7 +44,7 @@ class Suite:
         self.flags = flags
         given = [path for path in (flags.data, flags.photographs) if path is not None]
         hidden = {sys.prefix: "(python)", sys.base_prefix: "(python)", str(_CHECKOUT): "."}
-        hidden |= {str(path): path.name for path in [*given, *([flags.out] if flags.out.is_absolute() else [])]}
+        hidden |= {str(path): path.name for path in given}
         hidden[tempfile.gettempdir()] = "(temporary)"
         self.results = Results(module="benchmarks.gpu_suite", name=flags.name, out=flags.out, hidden=hidden)
         self.document: dict[str, Any] = {

@@ -17,7 +17,8 @@ def bench_page(
 ) -> str:
     """Everything that a benchmark prints. rounds: what the medians of the table are of."""
     head = [f"# {title}", "", f"{setting}.", "", *([f"`{command}`", ""] if command else [])]
-    body = [*(f"- {note}" for note in notes), "", f"Median [20 %, 80 %] of {rounds}", "", table]
+    listed = [f"- {note}" for note in notes]
+    body = [*listed, *([""] if listed else []), f"Median [20 %, 80 %] of {rounds}", "", table]
     return "\n".join([*head, *body, *(f"- {remark}" for remark in remarks)]).rstrip("\n") + "\n"
 
 

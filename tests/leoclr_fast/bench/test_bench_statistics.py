@@ -38,3 +38,5 @@ def test_a_page():
     page = bench_page("Title", "Setting", table, rounds="3 rounds.", command="type", notes=["n"], remarks=["r"])
     head = "# Title\n\nSetting.\n\n`type`\n\n- n\n\nMedian [20 %, 80 %] of 3 rounds.\n\n"
     assert page == f"{head}{table}\n- r\n"
+    bare = bench_page("Title", "Setting", table, rounds="3 rounds.")
+    assert bare == f"# Title\n\nSetting.\n\nMedian [20 %, 80 %] of 3 rounds.\n\n{table}"
