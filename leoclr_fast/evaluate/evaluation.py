@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from dataset_tools.sources import Split
 from leoclr_fast.config_file import differing_fields
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.evaluate.data import EvaluationLoaders
 from leoclr_fast.evaluate.protocols import EvaluationOptions, TrainingOptions
 from leoclr_fast.run.environment import environment
 from leoclr_fast.run.folder import RunFolder, write_json
@@ -24,7 +26,7 @@ from leoclr_fast.run.stepper import PausedError, Stepper
 from leoclr_fast.run.telemetry import ProgressDisplay
 from leoclr_fast.weights.pretrained import Pretrained
 from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.factory import shows_images
+from pipelines.factory import settle_loader, shows_images
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,17 @@ class Evaluation:
             save_every_s=self.options.checkpoint_every_s,
             pause_after=self.options.max_steps,
             steps_before=steps_before,
+        )
+
+    def loaders(self, train: Split, views: ViewConfig, batch_size: int, seed: int) -> EvaluationLoaders:
+        """The loaders of a training on `train` and of its tests. batch_size: over all ranks."""
+        return EvaluationLoaders(
+            views=views,
+            config=settle_loader(train, self.options.loader, self.device),
+            batch_size=batch_size,
+            seed=seed,
+            device=self.device,
+            ranks=self.ranks,
         )
 
     @contextmanager

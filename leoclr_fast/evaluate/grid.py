@@ -28,7 +28,6 @@ from leoclr_fast.run.folder import write_atomically, write_json
 from leoclr_fast.run.stepper import Stepper
 from leoclr_fast.run.telemetry import ProgressDisplay
 from pipelines.config import ViewConfig
-from pipelines.factory import settle_loader
 from pipelines.loader import Loader
 
 
@@ -133,14 +132,7 @@ class GridSearch:
     def _training(self, train: Split, test: Split) -> Iterator[_Training]:
         """Loaders over the images to learn from and to test on, and a display."""
         evaluation, first = self.evaluation, self.trials[0]
-        with EvaluationLoaders(
-            views=self.views,
-            config=settle_loader(train, evaluation.options.loader, evaluation.device),
-            batch_size=first.batch_size,
-            seed=first.seed,
-            device=evaluation.device,
-            ranks=evaluation.ranks,
-        ) as loaders:
+        with evaluation.loaders(train, self.views, first.batch_size, first.seed) as loaders:
             loader = loaders.random_crops(train, loaders.train_order(train))
             total_steps = self.steps or (self.epochs or 0) * loader.steps_per_epoch
             momentum = min(10 / loader.steps_per_epoch, 0.1) if self.adapted_batchnorm else 0.1

@@ -23,7 +23,7 @@ from dataset_tools.splits import hold_out
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.evaluate.accuracy import accuracy
-from leoclr_fast.evaluate.data import EvaluationLoaders, LabelledData, open_labelled_data
+from leoclr_fast.evaluate.data import LabelledData, open_labelled_data
 from leoclr_fast.evaluate.evaluation import (
     Evaluation,
     Result,
@@ -42,7 +42,6 @@ from leoclr_fast.run.telemetry import ProgressDisplay
 from leoclr_fast.weights.backbone_file import weights_sha256
 from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import ViewConfig
-from pipelines.factory import settle_loader
 from pipelines.order import TrainOrder
 
 Batches = Callable[[int, int], Iterable[Any]]
@@ -101,24 +100,12 @@ def _evaluate(
                 f"{labelled.path} has no class of two images or more, so none can be held out to choose from "
                 "--lr-grid; give one --lr"
             )
-    with (
-        EvaluationLoaders(
-            views=views,
-            config=settle_loader(train, options.loader, device),
-            batch_size=protocol.batch_size,
-            seed=protocol.seed,
-            device=device,
-            ranks=ranks,
-        ) as loaders,
-        evaluation.display(
-            console, protocol.epochs * loaders.train_order(train, keep_incomplete=True).steps_per_epoch
-        ) as display,
-    ):
+    with evaluation.loaders(train, views, protocol.batch_size, protocol.seed) as loaders:
+        order = loaders.train_order(train, keep_incomplete=True)
 
         def features_of(split: Split) -> tuple[Tensor, Tensor]:
             return extract_features(backbone, loaders.center_crops(split), options.precision, ranks, normalized=False)
 
-        order = loaders.train_order(train, keep_incomplete=True)
         batches: Batches
         encode: Encode
         if protocol.cached_features:
@@ -139,9 +126,11 @@ def _evaluate(
             device=device,
             dtype=dtype,
         )
-        display.say(_headline(evaluation, labelled.note, len(train), held_out, protocol))
-        stepper = evaluation.stepper("training", protocol.epochs * order.steps_per_epoch, order.steps_per_epoch)
-        losses = _train(classifiers, batches, encode, order, protocol, stepper, display)
+        total_steps = protocol.epochs * order.steps_per_epoch
+        with evaluation.display(console, total_steps) as display:
+            display.say(_headline(evaluation, labelled.note, len(train), held_out, protocol))
+            stepper = evaluation.stepper("training", total_steps, order.steps_per_epoch)
+            losses = _train(classifiers, batches, encode, order, protocol, stepper, display)
         grid = _grid(classifiers, losses, None if held_out is None else features_of(held_out))
         chosen = _choose(grid, protocol)
         features, labels = features_of(labelled.val)

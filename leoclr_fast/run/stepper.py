@@ -116,6 +116,7 @@ class Stepper:
                     stop.saving = stopped
                     self.save(state())
                 if stopped:
+                    self._ranks.barrier()  # torchrun ends all ranks once one has left: the first is to finish writing
                     raise StoppedBySignalError(
                         f"stopped by {stop.name or 'a signal to another rank'} after step {self.step} of "
                         f"{self.total_steps}; a checkpoint was saved, and the same command continues from there"

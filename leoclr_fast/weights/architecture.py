@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import get_args, get_type_hints
 
 import torch
@@ -17,33 +16,6 @@ _BACKBONE_NAME = re.compile(r"(conv1|bn1|layer[1-4])\.")
 _STAGE_CHANNELS = {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}
 _MAX_LISTED = 12
 ARCHITECTURES: tuple[str, ...] = get_args(get_type_hints(BackboneConfig)["arch"])
-
-
-@dataclass(slots=True)
-class _Account:
-    """What does not add up between the tensors of a file and those of a network: a line for each tensor."""
-
-    missing: list[str] = field(default_factory=list)
-    left_over: list[str] = field(default_factory=list)
-    other_shape: list[str] = field(default_factory=list)
-    other_kind: list[str] = field(default_factory=list)
-    """Integers where the network has fractions, or the other way round."""
-    not_finite: list[str] = field(default_factory=list)
-
-    @property
-    def num_misfits(self) -> int:
-        """Tensors that another network would fit better."""
-        return sum(len(lines) for lines in (self.missing, self.left_over, self.other_shape, self.other_kind))
-
-    def __str__(self) -> str:
-        parts = {
-            "missing": self.missing,
-            "left over": self.left_over,
-            "of another shape": self.other_shape,
-            "of another kind of number": self.other_kind,
-            "with NaN or infinite values": self.not_finite,
-        }
-        return "; ".join(f"{title}: {_listed(lines)}" for title, lines in parts.items() if lines)
 
 
 def recognised_backbone(tensors: Mapping[str, Tensor], origin: str, arch: str | None = None) -> BackboneConfig:
@@ -66,7 +38,7 @@ def recognised_backbone(tensors: Mapping[str, Tensor], origin: str, arch: str | 
         for name in ((arch,) if arch else ARCHITECTURES)
         for stem in ("imagenet", "small")
     ]
-    nearest = min(candidates, key=lambda config: _account(tensors, config).num_misfits)
+    nearest = min(candidates, key=lambda config: sum(map(len, _misfits(tensors, config).values())))
     require_exact(tensors, nearest, origin)
     return nearest
 
@@ -76,32 +48,40 @@ def require_exact(tensors: Mapping[str, Tensor], config: BackboneConfig, origin:
 
     Any float dtype is as good as another.
     """
-    account = _account(tensors, config)
-    if account.num_misfits or account.not_finite:
+    problems = _misfits(tensors, config)
+    if not any(problems.values()):  # values are looked at only where names and shapes agree
+        not_finite = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        problems = {"with NaN or infinite values": not_finite}
+    if any(problems.values()):
         stem = "" if config.stem == "imagenet" else " with the small stem"
         width = "" if config.width_multiplier == 1 else f" of width {config.width_multiplier:g}"
+        account = "; ".join(f"{title}: {_listed(lines)}" for title, lines in problems.items() if lines)
         raise ValueError(
             f"{origin} does not hold exactly a {config.arch}{stem}{width}: {account}. Nothing is loaded in part; "
             f"backbones known here are {', '.join(ARCHITECTURES)}, of any width, with the ImageNet or the small stem"
         )
 
 
-def _account(tensors: Mapping[str, Tensor], config: BackboneConfig) -> _Account:
-    """Values are looked at only where names and shapes agree."""
+def _misfits(tensors: Mapping[str, Tensor], config: BackboneConfig) -> dict[str, list[str]]:
+    """What is wrong → a line for each tensor that another network would fit better."""
     with torch.device("meta"):
         network = build_backbone(config).state_dict()
-    account = _Account(left_over=[f"{name} {list(tensors[name].shape)}" for name in sorted(tensors.keys() - network)])
+    left_over = [f"{name} {list(tensors[name].shape)}" for name in sorted(tensors.keys() - network)]
+    missing, other_shape, other_kind = [], [], []
     for name, wanted in network.items():
         there = tensors.get(name)
         if there is None:
-            account.missing.append(f"{name} {list(wanted.shape)}")
+            missing.append(f"{name} {list(wanted.shape)}")
         elif there.shape != wanted.shape:
-            account.other_shape.append(f"{name} {list(there.shape)} where {list(wanted.shape)} is needed")
+            other_shape.append(f"{name} {list(there.shape)} where {list(wanted.shape)} is needed")
         elif there.is_floating_point() != wanted.is_floating_point():
-            account.other_kind.append(name)
-    if not account.num_misfits:
-        account.not_finite = [name for name in network if not bool(tensors[name].isfinite().all())]
-    return account
+            other_kind.append(name)
+    return {
+        "missing": missing,
+        "left over": left_over,
+        "of another shape": other_shape,
+        "of another kind of number": other_kind,
+    }
 
 
 def _width_multiplier(tensors: Mapping[str, Tensor]) -> float:
@@ -113,7 +93,6 @@ def _width_multiplier(tensors: Mapping[str, Tensor]) -> float:
     return 1.0
 
 
-def _listed(lines: Iterable[str]) -> str:
-    every = list(lines)
-    more = f" and {len(every) - _MAX_LISTED} more" if len(every) > _MAX_LISTED else ""
-    return ", ".join(every[:_MAX_LISTED]) + more
+def _listed(lines: list[str]) -> str:
+    more = f" and {len(lines) - _MAX_LISTED} more" if len(lines) > _MAX_LISTED else ""
+    return ", ".join(lines[:_MAX_LISTED]) + more

@@ -7,21 +7,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from leoclr_fast.distributed.collectives import Ranks
 from tests.leoclr_fast.evaluated import evaluated, kept_results
 from tests.leoclr_fast.evaluation_rank_program import detection, fine_tuned, neighbours
 from tests.leoclr_fast.voc_files import write_voc
-
-LIMIT_S = 200
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -35,35 +31,22 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(tiny_data: Path, voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks computed."""
     out = tmp_path_factory.mktemp("ranks")
-    run_ranks(["-m", "tests.leoclr_fast.evaluation_rank_program", str(tiny_data), str(voc), str(out)], out, [0, 0])
+    on_two_ranks("tests.leoclr_fast.evaluation_rank_program", tiny_data, voc, out)
     return out
 
 
-def run_ranks(program: list[str], folder: Path, codes: list[int]) -> list[str]:
-    """Python's arguments on two ranks, as torchrun starts them, which must end with these codes; what each printed."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LIMIT_S))
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }  # fmt: skip
-    logs = [folder / f"rank-{rank}.log" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *program],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        ended = [process.wait(LIMIT_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert ended == codes, "\n".join(log.read_text() for log in logs)
-    return [log.read_text() for log in logs]
+def on_two_ranks(module: str, *arguments: object) -> str:
+    """What a module prints under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", module, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture
@@ -126,26 +109,10 @@ def test_a_detector_on_two_ranks_is_that_on_one(seen: Path, voc: Path, tmp_path:
     assert {"c4.conv1.weight", "rpn.head.bbox_pred.weight", "regions.box_predictor.bbox_pred.bias"} <= set(moved)
 
 
-def on_two_ranks(*arguments: object) -> dict[str, Any]:
-    """The JSON of a command under torchrun."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "leoclr_fast",
-    ]
-    done = subprocess.run(
-        [*torchrun, *map(str, arguments), "--device=cpu", "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+def evaluated_on_two_ranks(*arguments: object) -> dict[str, Any]:
+    """The JSON of a command."""
+    output = on_two_ranks("leoclr_fast", *arguments, "--device=cpu", "--json")
+    lines = [line for line in output.splitlines() if line.startswith("{")]
     assert len(lines) == 1, "another rank than the first has spoken"
     document: dict[str, Any] = json.loads(lines[0])
     return document
@@ -158,7 +125,7 @@ def test_linear_on_two_ranks_is_linear_on_one(
     """Every rank sees the features of all, an odd last batch too: the same classifier, up to float64's rounding."""
     arguments = ["linear", tiny_run, "--data", tiny_data, "--epochs=5", "--batch-size=13", "--precision=fp64"]
     arguments += ["--lr-grid", 0.1, 1]
-    two = on_two_ranks(*arguments, "--out", tmp_path / "two")
+    two = evaluated_on_two_ranks(*arguments, "--out", tmp_path / "two")
     assert two["world_size"] == 2
     one = evaluated(capsys, *arguments, "--out", tmp_path / "one")
     assert two["backbone_sha256_after"] == one["backbone_sha256_before"]
@@ -174,10 +141,10 @@ def test_fine_tuning_on_two_ranks(tiny_data: Path, tiny_run: Path) -> None:
     """
     arguments = ["finetune", tiny_run, "--data", tiny_data, "--percent", 100, "--epochs=3", "--batch-size=9"]
     arguments += ["--base-lr-grid", 0.1, 1]
-    (first,) = on_two_ranks(*arguments, "--out", tiny_run.parent / "first")["evaluations"]
-    (paused,) = on_two_ranks(*arguments, "--out", tiny_run.parent / "again", "--max-steps=18")["evaluations"]
+    (first,) = evaluated_on_two_ranks(*arguments, "--out", tiny_run.parent / "first")["evaluations"]
+    (paused,) = evaluated_on_two_ranks(*arguments, "--out", tiny_run.parent / "again", "--max-steps=18")["evaluations"]
     assert (paused["complete"], paused["step"], paused["training"]) == (False, 18, "trial-002")
-    (again,) = on_two_ranks(*arguments, "--out", tiny_run.parent / "again")["evaluations"]
+    (again,) = evaluated_on_two_ranks(*arguments, "--out", tiny_run.parent / "again")["evaluations"]
     assert again == first
     assert first["world_size"] == 2
     networks = [load_file(tiny_run.parent / name / "network.safetensors") for name in ("first", "again")]
