@@ -38,7 +38,7 @@ class LabelledData:
     """A sentence for the user where a part of train is held out, else ""."""
 
     def describe(self) -> dict[str, Any]:
-        """What a result says of its data."""
+        """The fields of a result about its data."""
         return {
             "data": str(self.path),
             "data_kind": self.kind,

@@ -95,7 +95,7 @@ def _found(search: GridSearch, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _subsets(train: Split, protocol: FineTuneProtocol) -> list[tuple[npt.NDArray[np.int64], dict[str, Any]]]:
-    """The images of each share, and how it was told."""
+    """The images of each share, and the settings that choose them."""
     if protocol.list is not None:
         indices = read_subset_list(protocol.list, train)
         return [(indices, {"percent": 100 * len(indices) / len(train), "list": protocol.list.name})]

@@ -1,4 +1,4 @@
-"""What the evaluators' commands are told: protocols, which change a result, and options. Nothing here needs torch.
+"""The settings of the evaluators: protocols, which change a result, and options. Nothing here needs torch.
 
 Each default of a protocol is a published value, or says that it is ours.
 """

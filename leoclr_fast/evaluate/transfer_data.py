@@ -95,7 +95,7 @@ class TransferData:
     """In what it is not what was published."""
 
     def describe(self) -> dict[str, Any]:
-        """What a result says of its data."""
+        """The fields of a result about its data."""
         return {
             "data": str(self.path),
             "classes": len(self.train.classes),

@@ -34,7 +34,7 @@ Batch = TypeVar("Batch")
 State = dict[str, Any]
 
 STOP_LAG_STEPS = 2
-"""Steps after which all ranks know that one of them was asked to stop: none of them waits for the device to say so."""
+"""Steps after which all ranks know that one of them was asked to stop: none of them waits for the device."""
 
 
 class PausedError(RuntimeError):
@@ -67,7 +67,7 @@ class Stepper:
         """folder: of the checkpoints, of which the newest `keep` stay.
 
         A checkpoint is due after every multiple of `save_every_steps`, once the last one is `save_every_s` old.
-        pause_after: the step after which `steps` raises PausedError; it counts, and says, the `steps_before` of other
+        pause_after: the step after which `steps` raises PausedError; it counts the `steps_before` of other
         trainings, too.
         """
         self.folder, self.total_steps = folder, total_steps
@@ -169,7 +169,7 @@ def endless(epoch_batches: Callable[[int, int], Iterable[Batch]], steps_per_epoc
 
 
 class _StopAgreement:
-    """Whether any rank was asked to stop, told to all of them at the same step, `STOP_LAG_STEPS` later."""
+    """Whether any rank was asked to stop; all of them learn it at the same step, `STOP_LAG_STEPS` later."""
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self._ranks, self._device = ranks, device

@@ -53,7 +53,7 @@ class Pretrained:
         return beside_file if self.run is None else self.run.path / "evaluations"
 
     def describe(self) -> dict[str, Any]:
-        """What a result says of its weights."""
+        """The fields of a result about its weights."""
         return {"weights": self.origin, "weights_sha256": self.sha256, "untrained": self.untrained}
 
 

@@ -1,4 +1,4 @@
-"""What `leoclr-fast detect` is told, and the published values. Nothing here needs torch.
+"""The settings of `leoclr-fast detect`, and the published values. Nothing here needs torch.
 
 From facebookresearch/moco's detection/configs (pascal_voc_R_50_C4_24k_moco, coco_R_50_C4_2x_moco), and where they are
 silent from detectron2's defaults.
