@@ -81,11 +81,12 @@ class EncodedBatches:
         unreadable: dict[int, str] = {}
         missing = np.arange(len(indices))
         while len(missing):
-            found = [self._substitutes.find(index, unreadable) for index in indices[missing].tolist()]
-            if None in found:  # so many are unreadable that the run ends
-                indices, heights, widths, images = indices[:0], heights[:0], widths[:0], []
-                break
-            indices[missing] = np.array(found, dtype=np.int64)
+            if self._substitutes.unreadable:
+                found = [self._substitutes.find(index, unreadable) for index in indices[missing].tolist()]
+                if None in found:  # so many are unreadable that the run ends
+                    indices, heights, widths, images = indices[:0], heights[:0], widths[:0], []
+                    break
+                indices[missing] = np.array(found, dtype=np.int64)
             encoded = self._reader.read(indices[missing])
             heights[missing], widths[missing], reasons = self._reader.sizes(indices[missing])
             failed = []
