@@ -12,6 +12,9 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
 
+_RETIRED = {"monitor.silence_limit_s", "monitor.hang_limit_s", "monitor.phase_limit_s"}
+"""Fields of earlier versions, which their runs still name: they are passed over."""
+
 
 def to_yaml(config: Any) -> str:
     """A (nested) dataclass as YAML, fields in their order."""
@@ -84,6 +87,7 @@ def _build(kind: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path or 'the document'} must be a mapping, not {value!r}")
         hints = get_type_hints(kind)
         names = [field.name for field in fields(kind)]
+        value = {key: item for key, item in value.items() if f"{path}{key}" not in _RETIRED}
         unknown = sorted(value.keys() - set(names))
         if unknown:
             raise ValueError(f"unknown field {path}{unknown[0]}; known here: {', '.join(names)}")

@@ -28,8 +28,8 @@ from pipelines.loader import DecodedBatch
 class NvjpegLoader(EncodedLoader):
     """Bytes in, crops out: one decode of each image, on the device, and one resize for each view.
 
-    ``config.workers`` threads read; one more thread decodes and cuts on a stream of its own. Raises ValueError for a
-    device that is not a GPU, RuntimeError if nvJPEG does not work there.
+    As many threads read as batches are ahead; one more thread decodes and cuts on a stream of its own. Raises
+    ValueError for a device that is not a GPU, RuntimeError if nvJPEG does not work there.
     """
 
     name = "nvjpeg"

@@ -207,9 +207,10 @@ def train_rank(
                 world_size=point.num_ranks,
                 timeout=limit,
             )
-        yield _train(point, rank, config, speed, device)
-        if point.num_ranks > 1:
+        timing = _train(point, rank, config, speed, device)
+        if point.num_ranks > 1:  # before the answer: all ranks of the point are here, and NCCL needs them all
             dist.destroy_process_group()
+        yield timing
         torch.compiler.reset()
         gc.collect()
         if device.type == "cuda":

@@ -7,6 +7,8 @@ whose collectives break, read it there; of one that says nothing they know by it
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -42,6 +44,8 @@ def failures_explained(ranks: Ranks, step: Callable[[], int] | None = None) -> I
         if ranks.store is None:
             raise
         if is_lost_connection(error):
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to all that are left: this is said first
             raise OtherRankError(f"{_cause(ranks, ranks.store, error, place)}; {_CONTINUES}") from error
         with suppress(RuntimeError):  # without the store nobody can read it
             own = ranks.store.get(f"joined/{ranks.rank}").decode()

@@ -24,6 +24,9 @@ JOIN_LIMIT_S = 300.0
 
 COLLECTIVE_TIMEOUT_S = 600.0
 """How long a rank waits in a collective for the others before it fails: torch's own default for NCCL."""
+EVALUATION_TIMEOUT_S = 1800.0
+"""The same in an evaluation, in which a rank may be the first to read or index its data."""
+_NCCL_MARGIN_S = 60.0
 _MAX_LISTED = 8
 
 
@@ -200,7 +203,8 @@ def process_group(
         store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
+        # NCCL's watchdog ends the process without a word: the hosts' own collectives, which name the rank, come first.
+        timeout=timedelta(seconds=timeout_s + (_NCCL_MARGIN_S if chosen.type == "cuda" else 0.0)),
     )
     ranks = Ranks(rank, world_size, store=store if world_size > 1 else None)
     try:

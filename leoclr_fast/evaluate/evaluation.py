@@ -167,8 +167,8 @@ def _enter(path: Path, settings: dict[str, Any], stack: ExitStack) -> dict[str, 
         there = sorted(file.name for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else []
         if there and not described.exists():
             raise ValueError(
-                f"{path} holds other files ({', '.join(there[:3])}…) and no evaluation; give --out a new or empty "
-                "folder"
+                f"{path} holds other files ({', '.join(there[:3])}…) and no evaluation of this version; give --out a "
+                "new or empty folder"
             )
         path.mkdir(parents=True, exist_ok=True)
         stack.enter_context(RunFolder(path).locked())

@@ -15,7 +15,7 @@ from dataset_tools.sources import Split
 from dataset_tools.subset_lists import percent_of, read_subset_list, subset_text, write_subset_list
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed.process_group import process_group
+from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.data import open_labelled_data, require_every_class
 from leoclr_fast.evaluate.evaluation import (
     Result,
@@ -45,7 +45,7 @@ def run(
     if options.out is not None and len(protocol.percent) > 1:
         raise ValueError(f"--out is for one share of the labels, but {len(protocol.percent)} are asked for")
     require_real_images(options.loader)
-    with process_group(options.device) as (ranks, device):
+    with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
         pretrained = load_pretrained(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images)
         views = evaluation_views(pretrained, protocol.crop_scale, options.image_size)

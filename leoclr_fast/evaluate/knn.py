@@ -19,7 +19,7 @@ from dataset_tools.splits import EvaluationSplits, choose_splits
 from dataset_tools.subsets import limited
 from leoclr_fast.config import MonitorConfig
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.process_group import process_group
+from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.data import EvaluationLoaders
 from leoclr_fast.evaluate.evaluation import Result, evaluation_views, require_real_images
 from leoclr_fast.evaluate.features import extract_features
@@ -170,7 +170,7 @@ def run(
     Raises ValueError for what the user can mend.
     """
     require_real_images(options.loader)
-    with process_group(options.device) as (ranks, device):
+    with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
         pretrained = load_pretrained(weights, untrained=options.untrained)
         monitor = pretrained.run.read_config().monitor if pretrained.run else MonitorConfig()
         k = monitor.knn_k if protocol.k is None else protocol.k

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dataset_tools.sources import Split
 from dataset_tools.splits import hold_out
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed.process_group import process_group
+from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.data import LabelledData, open_labelled_data
 from leoclr_fast.evaluate.evaluation import (
@@ -66,7 +66,7 @@ def run(
     Raises ValueError for what the user can mend, BackboneChangedError if the backbone did not stay as it was.
     """
     require_real_images(options.loader)
-    with process_group(options.device) as (ranks, device), ExitStack() as stack:
+    with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device), ExitStack() as stack:
         pretrained = load_pretrained(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images)
         views = evaluation_views(pretrained, protocol.crop_scale, options.image_size)

@@ -9,11 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from pipelines.config import LoaderConfig
 
 Metric = Literal["top1", "mean_per_class"]
+
+try:  # training and reports need no command line
+    import tyro
+
+    DatasetFlag = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
+except ModuleNotFoundError:
+    DatasetFlag = str  # type: ignore[misc]
 
 _SIMCLR_LR_GRID = (1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1)
 _SIMCLR_WEIGHT_DECAY_GRID = (0.0, 1e-6, 10**-5.5, 1e-5, 10**-4.5, 1e-4, 10**-3.5, 1e-3)
@@ -175,7 +180,7 @@ class TransferProtocol:
     The LeOCLR paper names the data sets alone. The validation split, a tenth of train, is ours.
     """
 
-    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
+    dataset: DatasetFlag
     """cifar10, cifar100, cars (Stanford Cars), pets (Oxford-IIIT Pets) or birdsnap."""
     steps: int = 20_000
     batch_size: int = 256

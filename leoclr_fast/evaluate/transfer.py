@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dataset_tools.subsets import limited
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed.process_group import process_group
+from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.evaluation import (
     Result,
     data_settings,
@@ -37,7 +37,7 @@ def run(
     Raises ValueError for what the user can mend.
     """
     require_real_images(options.loader)
-    with process_group(options.device) as (ranks, device):
+    with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
         transfer = open_transfer_data(protocol.dataset, data)
         published = TRANSFER_SETS[protocol.dataset]
         pretrained = load_pretrained(weights, untrained=options.untrained)

@@ -17,8 +17,10 @@ def changed_settings(run: RunRecord) -> dict[str, tuple[Any, Any]]:
     """Dotted name → (value of the recipe, value of the run), where they differ. Empty for an unknown recipe."""
     if run.recipe not in RECIPES:
         return {}
-    found, own = differences([as_plain(RECIPES[run.recipe]()), run.config]), flat(run.config)
-    return {name: (of_recipe, value) for name, (of_recipe, value) in found.items() if name in own}
+    recipe = as_plain(RECIPES[run.recipe]())
+    known = flat(recipe).keys() & flat(run.config).keys()  # an older run may name fields that are no more
+    found = differences([recipe, run.config])
+    return {name: (of_recipe, value) for name, (of_recipe, value) in found.items() if name in known}
 
 
 def reproducing_command(run: RunRecord) -> str | None:

@@ -309,8 +309,10 @@ def refresh(record: RunRecord) -> bool:
     lines = folder.evaluations_file.read_bytes().splitlines() if folder.evaluations_file.exists() else []
     for place, line in enumerate(lines, start=1):
         try:
-            record.evaluations.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+            entry["evaluator"]
+            record.evaluations.append(entry)
+        except (ValueError, KeyError, TypeError):
             problems.append(f"line {place} of {folder.evaluations_file} cannot be read")
     record.problems = problems
     record.is_being_written = was_locked or _is_locked(record.path)  # or it began while its log was read

@@ -59,12 +59,6 @@ class CheckpointWriter:
             self._thread = None
         self.raise_error()
 
-    def wait(self, limit_s: float) -> None:
-        """Wait for what is being written, from any thread, at most so many seconds."""
-        thread = self._thread
-        if thread is not None:
-            thread.join(limit_s)
-
     @property
     def is_writing(self) -> bool:
         """Whether a checkpoint is on its way to the disk."""

@@ -116,11 +116,15 @@ class Stepper:
                     stop.saving = stopped
                     self.save(state())
                 if stopped:
-                    self._ranks.barrier()  # torchrun ends all ranks once one has left: the first is to finish writing
-                    raise StoppedBySignalError(
-                        f"stopped by {stop.name or 'a signal to another rank'} after step {self.step} of "
-                        f"{self.total_steps}; a checkpoint was saved, and the same command continues from there"
-                    )
+                    break
+            else:  # of the last steps the answers are still on their way; their checkpoint is written
+                stopped = agreement.settle(stop.requested)
+            if stopped:
+                self._ranks.barrier()  # torchrun ends all ranks once one has left: the first is to finish writing
+                raise StoppedBySignalError(
+                    f"stopped by {stop.name or 'a signal to another rank'} after step {self.step} of "
+                    f"{self.total_steps}; a checkpoint was saved, and the same command continues from there"
+                )
         self.clock.stop()
         if self.step < self.total_steps:
             raise PausedError(self._steps_before + self.step, self.folder)
@@ -190,6 +194,16 @@ class _StopAgreement:
             self._sent.append((asked, None))
         if len(self._sent) <= STOP_LAG_STEPS:
             return False
+        return self._oldest()
+
+    def settle(self, requested: bool) -> bool:
+        """After the last step: the answers that are still on their way. requested: as in `exchange`, of a single rank.
+
+        The same on every rank.
+        """
+        return any(self._oldest() for _ in range(len(self._sent))) or (requested and self._ranks.world_size == 1)
+
+    def _oldest(self) -> bool:
         answer, arrived = self._sent.popleft()
         if arrived is not None:
             arrived.synchronize()

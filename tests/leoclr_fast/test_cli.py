@@ -113,6 +113,16 @@ def test_config_files_come_back_as_they_were(name: str) -> None:
     assert from_yaml(RunConfig, to_yaml(config), "here") == config
 
 
+def test_fields_that_are_no_more_are_passed_over() -> None:
+    """A run of an earlier version is read; a misspelt field is still an error."""
+    config = get_recipe("leoclr_demo")
+    old = to_yaml(config).replace("monitor:\n", "monitor:\n  silence_limit_s: 15.0\n  hang_limit_s: 30.0\n")
+    assert "hang_limit_s" in old
+    assert from_yaml(RunConfig, old, "here") == config
+    with pytest.raises(ValueError, match=r"unknown field monitor\.hang_limits_s"):
+        from_yaml(RunConfig, old.replace("hang_limit_s", "hang_limits_s"), "here")
+
+
 def test_recipes_hold_the_published_values() -> None:
     """The paper's setting, MoCo-v2's published values, and the values of MoCo's CIFAR demo."""
     paper = get_recipe("leoclr_imagenet_200ep").result

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.process_group import process_group
+from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImages, ImageDetections
 from leoclr_fast.evaluate.detection.coco import coco_average_precisions, read_coco, require_pycocotools
 from leoclr_fast.evaluate.detection.config import DetectionConfig, DetectionOptions, DetectionProtocol
@@ -40,7 +40,7 @@ def run(
     Raises ValueError, FileNotFoundError, NonFiniteLossError, OSError (a full disk).
     """
     config, name = protocol.config(), f"detect-{protocol.dataset}"
-    with process_group(options.device) as (ranks, device):
+    with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
         require_pycocotools()  # not only when the training is over
         pretrained = load_pretrained(weights)
         train, test = _read(data, config.train_sets, config), _read(data, (config.test_set,), config)

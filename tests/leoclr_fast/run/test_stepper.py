@@ -114,6 +114,22 @@ def test_all_ranks_stop_when_one_is_asked(tmp_path: Path) -> None:
     assert saved_steps(tmp_path) == []
 
 
+def test_a_signal_in_the_last_steps_is_not_lost(tmp_path: Path) -> None:
+    """Whether it comes to this rank in the last step, or to another one whose answer is still on its way."""
+
+    def terminated(step: int) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedBySignalError, match="stopped by SIGTERM after step 7 of 7"):
+        trained(steps_of(tmp_path / "alone"), terminated)
+    assert saved_steps(tmp_path / "alone")[-1] == 7
+    assert trained(steps_of(tmp_path / "alone")) == [0, 10, 20, 30, 40, 50, 60]
+    calls[:] = [-1, 0]  # so that the fourth call, which asks, is in the last step
+    with pytest.raises(StoppedBySignalError, match="a signal to another rank after step 2 of 2"):
+        trained(steps_of(tmp_path / "two", total_steps=2, ranks=SecondOfTwo(1, 2)))
+
+
 def test_endless_epochs_begin_in_the_middle() -> None:
     def epoch(number: int, start: int) -> list[tuple[int, int]]:
         return [(number, step) for step in range(start, 3)]
