@@ -66,6 +66,7 @@ def measured(out: Path, kind: str) -> list[dict[str, Any]]:
     return [{name: row[name] for name in MEASURED if name in row} for row in RunFolder(out).read_metrics(kind)]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_two_machines_train_as_two_ranks_of_one(nodes: tuple[Node, Node], tiny_data: Path, tmp_path: Path) -> None:
     """The sums of two ranks are the same over a cable as within a machine: not a bit differs."""

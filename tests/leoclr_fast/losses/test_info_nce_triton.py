@@ -23,7 +23,7 @@ from tests.triton_processes import assert_compiles_without_spills
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HALVES_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 

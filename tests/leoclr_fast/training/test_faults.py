@@ -235,7 +235,7 @@ def campaign(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     [
         Fault("kill a rank, restarted", num_ranks=2, rank=0, step=7),
         Fault("SIGUSR1 to a rank", num_ranks=2, rank=1, step=8),
-        Fault("freeze a rank for ever", num_ranks=2, rank=1, step=5),
+        pytest.param(Fault("freeze a rank for ever", num_ranks=2, rank=1, step=5), marks=pytest.mark.long),
         Fault("freeze a rank and go on", num_ranks=2, rank=0, step=5, frozen_s=5.0),
         Fault("full disk", num_ranks=2, rank=0, step=9),
     ],

@@ -19,7 +19,7 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize("recipe", ["leoclr_cifar10", "mocov2_cifar10"])
+@pytest.mark.parametrize("recipe", ["leoclr_cifar10", pytest.param("mocov2_cifar10", marks=pytest.mark.long)])
 def test_cifar10_learns(
     recipe: str,
     real_data: Path,

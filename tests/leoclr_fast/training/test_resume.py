@@ -97,6 +97,7 @@ def test_sigkill_at_five_random_steps_changes_nothing(runs: ForkedRuns, tiny_dat
     assert_identical(killed, whole)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_two_ranks_killed_in_the_middle_of_an_epoch(runs: ForkedRuns, tiny_data: Path, tmp_path: Path) -> None:
     """The same with gloo under torch's elastic agent, with shuffled batch-norm between the ranks."""
