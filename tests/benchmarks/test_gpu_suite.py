@@ -254,7 +254,7 @@ def test_what_hangs_costs_no_finished_test(tmp_path: Path):
     for file in files:
         file.write_text(GPU_TESTS[file.name])
     kept: list[Answer] = []
-    answer = run_groups([[file] for file in files], limit_s=20, say=lambda _: None, keep=kept.append)
+    answer = run_groups([[file] for file in files], limit_s=45, say=lambda _: None, keep=kept.append)
     assert {file["file"]: file["status"] for file in answer.result["files"]} == {
         "test_quick.py": "finished", "test_slow.py": "stopped", "test_later.py": "not reached",
     }  # fmt: skip
