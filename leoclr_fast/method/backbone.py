@@ -34,7 +34,7 @@ class NarrowShortcut(nn.Conv2d):
 
     With fewer input channels than the vectors of the CPU have lanes (8 with AVX2, 16 with AVX-512), the backward pass
     of oneDNN's channels-last strided 1 x 1 convolution writes over other memory: it crashes, hangs or goes on
-    (oneDNN issue 6035; torch 2.11 to 2.15). A whole contiguous network would be slower.
+    (oneDNN issue 6035; torch 2.12 to 2.15). A whole contiguous network would be slower.
     """
 
     def forward(self, images: Tensor) -> Tensor:
