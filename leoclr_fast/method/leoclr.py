@@ -11,4 +11,5 @@ class LeOCLR(MomentumContrast):
 
     title = "LeOCLR"
     views = LEOCLR_VIEWS
+    baseline = "mocov2"
     num_forwards = 5

@@ -52,6 +52,8 @@ class Method(nn.Module, ABC):
     """As people write it."""
     views: ClassVar[ViewRecipe]
     """What a loader cuts out of every image, [V]."""
+    baseline: ClassVar[str] = ""
+    """The name of the method that pages compare it with, where both have runs."""
     metric_names: ClassVar[tuple[str, ...]] = ()
     """What is logged beside the loss and the norm of its gradient."""
     num_forwards: ClassVar[int]

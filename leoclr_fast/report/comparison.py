@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from leoclr_fast.config_file import differences
 from leoclr_fast.report.metrics_file import Floats
-from leoclr_fast.report.run_record import METHOD_FACTS, RunRecord
+from leoclr_fast.report.run_record import RunRecord
 
 _MIN_WINDOWS, _MAX_WINDOWS = 5, 400
 _RESAMPLES = 2000
@@ -47,15 +48,15 @@ class Pair:
     """Settings and circumstances, other than the method, in which the two differ: a fair comparison has none."""
 
 
-def compared_methods(methods: list[str]) -> tuple[str, str] | None:
-    """Which two of these are compared, the baseline last: the first and the last of METHOD_FACTS; None without both."""
-    first, *_, baseline = METHOD_FACTS
-    return (first, baseline) if first in methods and baseline in methods else None
+def compared_methods(runs: Sequence[RunRecord]) -> tuple[str, str] | None:
+    """The first method whose baseline has a run too, and that baseline; None if there is no such pair."""
+    methods = {run.method: run.method_facts.baseline for run in runs}
+    return next(((method, baseline) for method, baseline in methods.items() if baseline in methods), None)
 
 
 def find_pairs(runs: list[RunRecord]) -> list[Pair]:
-    """Each run of our method beside its nearest one of the baseline; empty if there is only one method."""
-    compared = compared_methods([run.method for run in runs])
+    """Each run of a method beside the nearest one of its baseline; empty if there is no such pair of methods."""
+    compared = compared_methods(runs)
     if compared is None:
         return []
     pairs = []

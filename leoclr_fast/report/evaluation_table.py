@@ -18,7 +18,7 @@ from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.recipes import RECIPES, get_recipe
 from leoclr_fast.report.comparison import compared_methods
 from leoclr_fast.report.metrics_file import number
-from leoclr_fast.report.run_record import METHOD_FACTS, RunRecord, read_run
+from leoclr_fast.report.run_record import RunRecord, read_run
 
 METRICS = {
     "top1": "top-1",
@@ -266,13 +266,14 @@ def _mean_over_seeds(several: list[_Evaluation]) -> _Evaluation:
 
 
 def _groups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Runs that differ in nothing that changes the result but the seed; our method's first, else as they were given."""
+    """Runs that differ in nothing that changes the result but the seed; baselines last, else as they were given."""
+    baselines = {run.method_facts.baseline for run in runs}
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         result = {key: value for key, value in run.setting("result", {}).items() if key != "seed"}
         images = run.data.get("fingerprint"), run.synthetic
         groups.setdefault(json.dumps([result, images], sort_keys=True, default=str), []).append(run)
-    return sorted(groups.values(), key=lambda group: group[0].method != next(iter(METHOD_FACTS)))
+    return sorted(groups.values(), key=lambda group: group[0].method in baselines)
 
 
 def _column(group: list[RunRecord], groups: list[list[RunRecord]], notes: list[str]) -> Column:
@@ -308,7 +309,7 @@ def _cell(found: list[tuple[RunRecord, _Evaluation]], metric: str) -> Cell:
 def _both_methods(groups: list[list[RunRecord]]) -> tuple[int, int] | None:
     """The places of our method's and the baseline's column, if there is one of each."""
     methods = [group[0].method for group in groups]
-    compared = compared_methods(methods)
+    compared = compared_methods([group[0] for group in groups])
     if compared is None or any(methods.count(name) > 1 for name in compared):
         return None
     return methods.index(compared[0]), methods.index(compared[1])

@@ -21,15 +21,15 @@ from leoclr_fast.run.folder import LOCK_NAME, RunFolder
 
 
 class MethodFacts(NamedTuple):
-    """What pages say of a method without importing its networks."""
+    """The class attributes of a method that pages show, as its run logged them."""
 
     title: str
     num_keys: int
     """Positives of a query."""
+    baseline: str
+    """The name of the method that it is compared with, or ""."""
 
 
-METHOD_FACTS = {"leoclr": MethodFacts("LeOCLR", 2), "mocov2": MethodFacts("MoCo-v2", 1)}
-"""By `--method.name`: ours first, and last the baseline that it is compared with."""
 _SILENT_AFTER_S = 600.0
 
 StateKind = Literal["finished", "paused", "stopped", "failed", "running", "killed", "unsure", "empty"]
@@ -94,11 +94,19 @@ class RunRecord:
         """The name of the method, as the configuration has it."""
         return str(self.setting("result.method.name", "unknown method"))
 
-    @property
+    @cached_property
     def method_facts(self) -> MethodFacts:
-        """Of a method that others have added, its title as the run was started."""
-        title = self.metrics.starts[-1].get("method", self.method) if self.metrics.starts else self.method
-        return METHOD_FACTS.get(self.method, MethodFacts(str(title), 1))
+        """A run of before, or one that never started, did not log them: then its class has them, if there is one."""
+        start = self.metrics.starts[-1] if self.metrics.starts else {}
+        if "num_keys" not in start:
+            from leoclr_fast.method.methods import METHODS  # imports torch
+
+            found = METHODS.get(self.method)
+            if found is not None:
+                return MethodFacts(found.title, len(found.views) - 1, found.baseline)
+        return MethodFacts(
+            str(start.get("method", self.method)), int(start.get("num_keys", 1)), str(start.get("baseline", ""))
+        )
 
     @property
     def synthetic(self) -> bool:

@@ -66,6 +66,8 @@ class RunLog:
             "start",
             step=self._training.step,
             method=self._training.method.title,
+            num_keys=len(self._training.method.views) - 1,
+            baseline=self._training.method.baseline,
             metrics=self._training.method.metric_names,
             format=FORMAT,
             steps_per_epoch=steps_per_epoch,

@@ -62,7 +62,8 @@ def test_conversion(environment: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_watch_report_and_compare(environment: dict[str, str], tmp_path: Path) -> None:
-    run = written_run(tmp_path / "run", [start(), step_record(10), step_record(20), end(20, "paused")])
+    facts = {"method": "LeOCLR", "num_keys": 2, "baseline": "mocov2"}
+    run = written_run(tmp_path / "run", [start(**facts), step_record(10), step_record(20), end(20, "paused")])
     printed, _ = leoclr_fast(environment, "watch", run, "--once", "--json")
     document = json.loads(printed.splitlines()[-1])
     assert (document["state"], document["step"]) == ("paused", 20)
