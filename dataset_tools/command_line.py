@@ -12,15 +12,18 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import TextIOWrapper
 from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
 
+from dataset_tools.limits import require_allowed
+from dataset_tools.starting import started_program
 from dataset_tools.stop_signals import StoppedBySignalError
+from dataset_tools.terminal import PlainConsole, forgiving_streams, printable
 
 PACKAGES = ("leoclr_fast", "pipelines", "dataset_tools")
+MAX_ERROR_CHARACTERS = 4000
 
 
 class Command(Protocol):
@@ -54,39 +57,54 @@ def run_command_line(parse: Parse, arguments: Sequence[str] | None = None) -> in
     Returns the exit code: 0 done, 1 failed, 2 misused, 130 stopped by a signal, or the `exit_code` of an error.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
-    console = Console(soft_wrap=True)
-    debug = "--debug" in given
-    _set_up_logging(console)
-    try:
-        command = parse(given)
-        if command is None:
-            return 0
-        document = command.run(console)
-        if command.json and document:
-            print(json.dumps(document), flush=True)
-        return 1 if document and document.get("ok") is False else 0
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug:
-            raise
-        print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
-        return 130 if isinstance(error, StoppedBySignalError) else int(getattr(error, "exit_code", 1))
+    with forgiving_streams() as output_error:
+        console = PlainConsole()
+        _set_up_logging(console)
+        try:
+            command = parse(given)
+            started_program()
+            if command is None:
+                return 0
+            document = command.run(console)
+            if command.json and document:
+                print(as_json(document), flush=True)
+                if error := output_error():
+                    raise OSError(error.errno, f"the result cannot be written to stdout: {error.strerror}")
+            return 1 if document and document.get("ok") is False else 0
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else 2
+        except BaseException as error:
+            if _is_interrupt(error):
+                print("interrupted", file=sys.stderr)
+                return 130
+            if "--debug" in given or not isinstance(error, Exception):
+                raise
+            print(f"error: {printable(_describe(error))}", file=sys.stderr, flush=True)
+            return 130 if isinstance(error, StoppedBySignalError) else int(getattr(error, "exit_code", 1))
+
+
+def as_json(document: Any) -> str:
+    """One line of JSON, which knows neither NaN nor infinities: null stands for them."""
+    return json.dumps(json.loads(json.dumps(document), parse_constant=lambda _: None))
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is at the bottom of it: a package that it meets in an import may call it an ImportError."""
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, ImportError) and _is_interrupt(error.__cause__ or error.__context__)
+    )
 
 
 Parsed = TypeVar("Parsed")
 
 
 def parse_flags(kind: type[Parsed], arguments: list[str], prog: str, **options: Any) -> Parsed:
-    """A command out of its flags. Exits with code 2 for a wrong flag."""
+    """A command out of its flags. Exits with code 2 for a wrong flag; raises ValueError for a number out of limits."""
     import tyro  # here, so that training needs none
 
-    return tyro.cli(kind, args=arguments, prog=prog, **options)
+    command = tyro.cli(kind, args=arguments, prog=prog, **options)
+    require_allowed(command)
+    return command
 
 
 def unknown(kind: str, name: str, known: Mapping[str, Any]) -> str:
@@ -114,14 +132,13 @@ def say(console: Console, text: str) -> None:
 
 def _set_up_logging(console: Console) -> None:
     """Notes and warnings as plain lines, above the live display on a terminal; other ranks than the first only warn."""
-    logging.raiseExceptions = False  # a reader that went away (`| head`) is no news
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     else:
         handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Plain("%(message)s"))
     for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.handlers = [handler]
@@ -129,9 +146,19 @@ def _set_up_logging(console: Console) -> None:
         logger.propagate = False
 
 
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _describe(error: Exception) -> str:
-    if isinstance(error, ValueError | RuntimeError):
-        return str(error)
-    if isinstance(error, OSError):
-        return str(error) if error.strerror is None or error.filename else error.strerror
-    return f"{type(error).__name__}: {error} (a fault of ours; --debug shows where)"
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None and not error.filename:
+        text = error.strerror
+    if len(text) > MAX_ERROR_CHARACTERS:
+        text = f"{text[:MAX_ERROR_CHARACTERS]}… (and {len(text) - MAX_ERROR_CHARACTERS:,} characters more)"
+    if isinstance(error, ValueError | RuntimeError | OSError) and not isinstance(error, RecursionError):
+        return text
+    if isinstance(error, MemoryError):
+        return f"the memory does not suffice: {text or 'no more could be had'}"
+    return f"{type(error).__name__}: {text} (a fault of ours; --debug shows where)"

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1 as a wish that a long loop grants between two of its steps."""
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1 as a wish that a long loop grants between two of its steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""A terminal's Ctrl-C; what schedulers and torchrun send; what SLURM sends early if it is asked to."""
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""A terminal's Ctrl-C; what schedulers and torchrun send; what a terminal sends that is closed; what SLURM sends early
+if it is asked to. One that is ignored, as SIGHUP under nohup, stays so."""
 
 _AT_ONCE_AFTER_S = 0.5
 
@@ -56,7 +57,8 @@ def stop_signals(enabled: bool, *, repeats_insist: bool = True) -> Iterator[Stop
     if not enabled or threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    previous = {number: signal.signal(number, stop.receive) for number in HANDLED}
+    heard = [number for number in HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, stop.receive) for number in heard}
     try:
         yield stop
     finally:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import faulthandler
-
-from leoclr_fast.cli import main as command_line
-
 
 def main() -> None:
     """The command line."""
-    faulthandler.enable()  # a crash in native code says where
+    from dataset_tools.starting import start_program
+
+    start_program()
+    from leoclr_fast.cli import main as command_line
+
     command_line()
 
 

@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from msgspec import Meta
+
+from dataset_tools.limits import (
+    Count,
+    CountOrZero,
+    Epochs,
+    Momentum,
+    Positive,
+    Seconds,
+    Seed,
+    Share,
+    Temperature,
+    WeightDecay,
+    require_allowed,
+)
 from pipelines.config import LoaderConfig, ViewConfig
 
 LR_REFERENCE_BATCH_SIZE = 256
@@ -21,12 +36,11 @@ class BackboneConfig:
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
     stem: Literal["imagenet", "small"] = "imagenet"
     """imagenet: 7x7 stride 2 and max-pooling. small: 3x3 stride 1 and no pooling, for images of 32 to 96 pixels."""
-    width_multiplier: float = 1.0
+    width_multiplier: Annotated[float, Meta(gt=0, le=8)] = 1.0
     """Multiplies the number of channels of every layer."""
 
     def __post_init__(self) -> None:
-        if not self.width_multiplier > 0:
-            raise ValueError(f"width multiplier {self.width_multiplier} is not allowed: give a positive number")
+        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +49,13 @@ class MethodConfig:
 
     name: MethodName = "leoclr"
     """leoclr or mocov2: a name in `leoclr_fast.method.methods`."""
-    projection_dim: int = 128
+    projection_dim: Annotated[int, Meta(ge=1, le=2**16)] = 128
     """Output of the two-layer projection head."""
-    queue_size: int = 65_536
+    queue_size: Annotated[int, Meta(ge=1, le=2**26)] = 65_536
     """Negative keys."""
-    key_momentum: float = 0.999
+    key_momentum: Share = 0.999
     """Momentum of the key encoder's moving average."""
-    temperature: float = 0.2
+    temperature: Temperature = 0.2
     loss_reduction: Literal["sum", "mean"] = "sum"
     """Over the positives of a query. sum is eq. 2 of the paper, and doubles LeOCLR's gradient against MoCo-v2's at
     the same learning rate; mean does not. With one positive (MoCo-v2) there is no difference."""
@@ -52,7 +66,7 @@ class MethodConfig:
     """Batch-norm of the key encoder. shuffle: over images shuffled between ranks (on one rank the same as split).
     split: over seeded random groups within a rank. sync: over the global batch. ema: averaged running statistics
     (EMAN, CVPR 2021). plain: over each rank's batch."""
-    key_batchnorm_group: int = 32
+    key_batchnorm_group: Count = 32
     """split: least number of images in a group; MoCo-v2 had 32 on each of 8 GPUs."""
     query_batchnorm: Literal["plain", "sync"] = "plain"
     """Batch-norm of the query encoder. plain: over each rank's images, as DistributedDataParallel leaves it. sync: over
@@ -62,16 +76,7 @@ class MethodConfig:
     batch statistics over all of them."""
 
     def __post_init__(self) -> None:
-        if self.queue_size < 1:
-            raise ValueError(f"queue size {self.queue_size} is not allowed: give at least one batch")
-        if not 0 <= self.key_momentum <= 1:
-            raise ValueError(f"key momentum {self.key_momentum} is not allowed: give a number from 0 to 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature {self.temperature} is not allowed: give a positive number")
-        if self.projection_dim < 1:
-            raise ValueError(f"projection dim {self.projection_dim} is not allowed: give at least 1")
-        if self.key_batchnorm_group < 1:
-            raise ValueError(f"key batchnorm group {self.key_batchnorm_group} is not allowed: give at least 1 image")
+        require_allowed(self)
 
     @property
     def depends_on_ranks(self) -> bool:
@@ -83,20 +88,15 @@ class MethodConfig:
 class OptimizerConfig:
     """SGD."""
 
-    base_lr: float = 0.03
+    base_lr: Positive = 0.03
     """Learning rate for a global batch of 256; the run's `lr` is base_lr * batch_size / 256."""
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    momentum: Momentum = 0.9
+    weight_decay: WeightDecay = 1e-4
     """On every parameter, as MoCo-v2."""
     schedule: LearningRateSchedule = "cosine_per_epoch"
 
     def __post_init__(self) -> None:
-        if not self.base_lr > 0:
-            raise ValueError(f"base_lr {self.base_lr} is not allowed: give a positive number")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum {self.momentum} is not allowed: give a number from 0 to below 1")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight decay {self.weight_decay} is not allowed: give 0 or more")
+        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,19 +105,19 @@ class ResultConfig:
     its own batch-norm, unless both encoders synchronise it), learn the same thing.
     """
 
-    epochs: int = 200
-    batch_size: int = 256
+    epochs: Epochs = 200
+    batch_size: Annotated[int, Meta(ge=1, le=2**31 - 1)] = 256
     """Images per step over all ranks: the global batch."""
-    micro_batches: int = 1
+    micro_batches: Count = 1
     """Parts of the global batch that a step works through one after the other (gradient accumulation), so that less
     memory is needed. Every key of the step is made first, from one moving average; the queue, the moving average, the
     optimizer and the schedule move once a step, and the negatives are the same for all parts. Batch-norm and the
     shuffle of the keys see one part at a time, and the query's running statistics move with each: that changes the
     result. Each part is shared by all ranks, so that it holds the same images for any number of ranks."""
-    seed: int = 0
-    max_images: int | None = None
+    seed: Seed = 0
+    max_images: Count | None = None
     """Pretrain on at most this many images, a class-balanced choice; all if not given."""
-    holdout_seed: int = 0
+    holdout_seed: Seed = 0
     """Draws the images held out for kNN where the data has no val or test split."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -125,19 +125,12 @@ class ResultConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"{self.epochs} epochs are not allowed: give --epochs of at least 1")
-        if self.batch_size < 1:
-            raise ValueError(f"batch size {self.batch_size} is not allowed: give a global --batch-size of at least 1")
-        if not 1 <= self.micro_batches <= self.batch_size:
+        require_allowed(self)
+        if self.micro_batches > self.batch_size:
             raise ValueError(
                 f"{self.micro_batches} micro-batches are not allowed for a batch of {self.batch_size}: give "
                 f"--micro-batches from 1 to {self.batch_size}"
             )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed} is not allowed: give a number from 0 to 2**63 - 1")
-        if self.max_images is not None and self.max_images < 1:
-            raise ValueError(f"--max-images {self.max_images} is not allowed: give at least 1")
 
     @property
     def lr(self) -> float:
@@ -173,25 +166,25 @@ class SpeedConfig:
 class MonitorConfig:
     """What is watched and kept on the way; the weights do not depend on it."""
 
-    knn_every_epochs: int = 10
+    knn_every_epochs: CountOrZero = 10
     """Evaluate kNN before the first epoch, after every so many, and at the end; 0 only before and at the end."""
-    knn_k: int = 200
+    knn_k: Count = 200
     """Neighbours that vote (MoCo's CIFAR demo: 200)."""
-    knn_temperature: float = 0.1
+    knn_temperature: Temperature = 0.1
     """Weight of a neighbour: exp(cosine similarity / temperature)."""
-    log_every_steps: int = 10
+    log_every_steps: Count = 10
     """Steps between two looks at the metrics; the log holds the mean over them."""
-    checkpoint_every_epochs: int = 1
+    checkpoint_every_epochs: Count = 1
     """A checkpoint is also written at the end."""
-    checkpoint_every_steps: int | None = None
+    checkpoint_every_steps: Count | None = None
     """Further checkpoints within an epoch."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """The newest so many are kept."""
     keep_best: bool = True
     """The checkpoint with the best kNN top-1 is kept, too; `best.json` in the run folder names it."""
-    join_limit_s: float = 300.0
+    join_limit_s: Seconds = 300.0
     """How long ranks wait for each other at the start."""
-    collective_timeout_s: float = 600.0
+    collective_timeout_s: Seconds = 600.0
     """How long ranks wait for one of them that does not answer before the run ends. A slow rank is no dead one: one
     that has died ends the run at once."""
     tensorboard: bool = False
@@ -200,18 +193,7 @@ class MonitorConfig:
     """Also send the metrics to Weights & Biases."""
 
     def __post_init__(self) -> None:
-        for name in ("knn_k", "log_every_steps", "checkpoint_every_epochs", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give at least 1")
-        for name in ("join_limit_s", "collective_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give a positive number of seconds")
-        if self.knn_every_epochs < 0:
-            raise ValueError(f"knn_every_epochs {self.knn_every_epochs} is not allowed: give 0 or more")
-        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
-            raise ValueError(f"checkpoint_every_steps {self.checkpoint_every_steps} is not allowed: give at least 1")
-        if not self.knn_temperature > 0:
-            raise ValueError(f"knn_temperature {self.knn_temperature} is not allowed: give a positive number")
+        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

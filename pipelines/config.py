@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
+
+from dataset_tools.limits import Positive, Seconds, Share, require_allowed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -12,58 +17,45 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class ViewConfig:
     """How a view is cropped, augmented and normalised. The defaults are MoCo-v2's."""
 
-    image_size: int = 224
+    image_size: Annotated[int, Meta(ge=1, le=4096)] = 224
     """Side of a view, pixels."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Range of a random crop's share of the image area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of a random crop's width / height."""
-    jitter_probability: float = 0.8
+    jitter_probability: Share = 0.8
     """Probability that brightness, contrast, saturation and hue are jittered, in random order."""
-    brightness: float = 0.4
+    brightness: Share = 0.4
     """The brightness factor is drawn from 1 - brightness to 1 + brightness."""
-    contrast: float = 0.4
+    contrast: Share = 0.4
     """The contrast factor is drawn from 1 - contrast to 1 + contrast."""
-    saturation: float = 0.4
+    saturation: Share = 0.4
     """The saturation factor is drawn from 1 - saturation to 1 + saturation."""
-    hue: float = 0.1
+    hue: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
     """The hue shift is drawn from -hue to +hue, in turns of the colour circle."""
-    grayscale_probability: float = 0.2
+    grayscale_probability: Share = 0.2
     """Probability that a view loses its colour."""
-    blur_probability: float = 0.5
+    blur_probability: Share = 0.5
     """Probability of a Gaussian blur. The recipes for 32-pixel images set 0."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation, pixels of the view."""
-    flip_probability: float = 0.5
+    flip_probability: Share = 0.5
     """Probability of a left-right flip."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from each channel, values in [0, 1]."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
     """Each channel is divided by it."""
-    center_crop_fraction: float = 0.875
+    center_crop_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.875
     """Evaluation: side of the central square over the image's shorter side (224 / 256 = 0.875)."""
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image size {self.image_size} is not allowed: give at least 1 pixel")
+        require_allowed(self)
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop scale {self.crop_scale} is not allowed: give 0 < lowest <= highest <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop ratio {self.crop_ratio} is not allowed: give 0 < lowest <= highest")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"blur sigma {self.blur_sigma} is not allowed: give 0 < lowest <= highest")
-        for name in ("jitter_probability", "grayscale_probability", "blur_probability", "flip_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give a probability from 0 to 1")
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give a jitter from 0 to 1")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue {self.hue} is not allowed: give a jitter from 0 to 0.5 turns")
-        if not 0 < self.center_crop_fraction <= 1:
-            raise ValueError(f"center crop fraction {self.center_crop_fraction} is not allowed: give 0 < fraction <= 1")
-        if min(self.std) <= 0:
-            raise ValueError(f"std {self.std} is not allowed: give three positive numbers")
 
     @property
     def blur_kernel_size(self) -> int:
@@ -77,25 +69,18 @@ class LoaderConfig:
 
     name: str = "auto"
     """auto, resident, dali, nvjpeg, ffcv, torchvision, synthetic, or one added to `pipelines.factory.LOADERS`."""
-    workers: int | None = None
+    workers: Annotated[int, Meta(ge=0, le=4096)] | None = None
     """Worker threads (resident, dali, nvjpeg, ffcv) or processes (torchvision); by default the machine's cores, shared
     by its ranks."""
-    prefetch_batches: int = 2
+    prefetch_batches: Annotated[int, Meta(ge=1, le=1024)] = 2
     """Batches that each worker process prepares ahead (torchvision); that are decoded ahead, beside as many that are
     read ahead (ffcv, nvjpeg, dali)."""
-    resident_limit_gib: float = 8.0
+    resident_limit_gib: Annotated[float, Meta(ge=0)] = 8.0
     """auto: data sets that decode to at most this much stay resident on the device."""
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: Share = 0.65
     """dali on a GPU: the share of the JPEGs that its hardware decoder is given, where it has one."""
-    stall_timeout_s: float = 300.0
+    stall_timeout_s: Seconds = 300.0
     """An error when no batch has come for so long. (Errors, and dead processes, are noticed at once.)"""
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"{self.workers} loader workers are not allowed: give 0 or more")
-        if self.prefetch_batches < 1:
-            raise ValueError(f"prefetch of {self.prefetch_batches} batches is not allowed: give at least 1")
-        if not 0 <= self.hw_decoder_load <= 1:
-            raise ValueError(f"a hardware decoder load of {self.hw_decoder_load} is not allowed: give a share, 0 to 1")
-        if not self.stall_timeout_s > 0:
-            raise ValueError(f"a stall timeout of {self.stall_timeout_s} s is not allowed: give more than 0")
+        require_allowed(self)

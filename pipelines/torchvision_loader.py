@@ -125,5 +125,5 @@ def _stay_out_of_signals(_worker: int) -> None:
     save first; a worker that dies would break that. SIGTERM to a worker alone still ends it.
     """
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

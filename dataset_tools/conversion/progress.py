@@ -66,7 +66,7 @@ class BarProgress(Progress):
 
     def __init__(self, console: Console) -> None:
         columns = (
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             TextColumn("{task.completed:,.0f} of {task.total:,.0f}", table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),

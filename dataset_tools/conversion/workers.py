@@ -274,7 +274,11 @@ def _allow_descriptors(wanted: int) -> None:
 
 def _serve(work: Work[Any, Any], connection: Connection, descriptors: tuple[int, ...], parent: int) -> None:
     """A worker does this until its parent is gone."""
-    for stop_signal in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent decides
+    for stop_signal in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # they may reach the whole group; the parent decides
         signal.signal(stop_signal, signal.SIG_IGN)
     for descriptor in descriptors:
         os.close(descriptor)

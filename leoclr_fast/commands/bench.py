@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -159,5 +160,8 @@ class BenchLoader(_Bench):
         self._show(console, loader_markdown(document, command))
         if folder is not None:
             write_json(folder.loader_bench_file, document)
-            say(console, f"kept in {folder.loader_bench_file}; leoclr-fast report {folder.path} shows it")
+            say(
+                console,
+                f"kept in {folder.loader_bench_file}; leoclr-fast report {shlex.quote(str(folder.path))} shows it",
+            )
         return document

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import shlex
 import tempfile
 import time
 from dataclasses import dataclass
@@ -129,7 +130,8 @@ def data_folder(path: str) -> Result:
         return failed(f"{place} cannot be read ({error.strerror})", f"Ask for the right to read it: `ls -ld {place}`.")
     result = Result(f"{data}: {kind} on {mount}, {readable}")
     if mount.is_network and data.is_dir() and _is_tree(data):
-        remedy = f"Convert them once, to a local disk: `leoclr-fast convert {data} DEST --format webdataset`."
+        command = f"leoclr-fast convert {shlex.quote(str(data))} DEST --format webdataset"
+        remedy = f"Convert them once, to a local disk: `{command}`."
         result.warn("many small files over a network are slow to open", remedy)
     return result
 

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from dataset_tools.sources import Split
+from dataset_tools.terminal import PlainConsole
 from leoclr_fast.config_file import differing_fields
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.data import EvaluationLoaders
@@ -97,7 +98,7 @@ class Evaluation:
         self, console: Console | None, total_steps: int, line_every_s: float = _LINE_EVERY_S
     ) -> Iterator[ProgressDisplay]:
         """The progress of a training, shown by the first rank."""
-        display = ProgressDisplay(console or Console(), total_steps, self.ranks.is_main, line_every_s)
+        display = ProgressDisplay(console or PlainConsole(), total_steps, self.ranks.is_main, line_every_s)
         try:
             yield display
         finally:

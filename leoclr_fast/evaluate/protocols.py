@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from msgspec import Meta
+
+from dataset_tools.limits import Count, Epochs, Momentum, Positive, Seed, Temperature, WeightDecay, require_allowed
 from pipelines.config import LoaderConfig
 
 Metric = Literal["top1", "mean_per_class"]
@@ -30,9 +33,9 @@ class EvaluationOptions:
 
     untrained: bool = False
     """Of a run, the weights that it began with: what pretraining is measured against."""
-    image_size: int | None = None
+    image_size: Annotated[int, Meta(ge=1, le=4096)] | None = None
     """Side of an image, pixels; the pretraining's if not given."""
-    max_images: int | None = None
+    max_images: Count | None = None
     """At most this many images to learn from, and to test on: for trying out."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
@@ -40,6 +43,9 @@ class EvaluationOptions:
     """Of the network: bf16 and fp16 by autocast."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Changes only the speed."""
+
+    def __post_init__(self) -> None:
+        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,26 +55,25 @@ class TrainingOptions(EvaluationOptions):
     out: Path | None = None
     """Where it works, and continues after a kill; by default a folder that the settings determine, in RUN/evaluations
     or, of a file, in WEIGHTS.evaluations beside it."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Pause when so many steps are done in all, without a result; the same command without it continues."""
-    checkpoint_every_s: float = 60.0
+    checkpoint_every_s: Annotated[float, Meta(ge=0)] = 60.0
     """A checkpoint at the end of an epoch, once the last one is so many seconds old."""
-
-    def __post_init__(self) -> None:
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"--max-steps {self.max_steps} is not allowed: give at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnnProtocol:
     """Weighted kNN of frozen features, as Wu et al. (CVPR 2018)."""
 
-    k: int | None = None
+    k: Count | None = None
     """Neighbours that vote; the run's own if not given."""
-    temperature: float | None = None
+    temperature: Temperature | None = None
     """Weight of a neighbour: exp(cosine similarity / temperature); the run's own if not given."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images per forward pass."""
+
+    def __post_init__(self) -> None:
+        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,37 +82,31 @@ class LinearProtocol:
     crop and flip, centre crop on val, the last epoch's classifier. The LeOCLR paper fixes 100 epochs, crop and flip.
     """
 
-    epochs: int = 100
-    batch_size: int = 256
+    epochs: Epochs = 100
+    batch_size: Count = 256
     """Images per step over all ranks; an epoch's last batch may be smaller."""
-    lr: float = 30.0
+    lr: Positive = 30.0
     """At the start; not scaled with the batch size."""
-    lr_grid: tuple[float, ...] = ()
+    lr_grid: tuple[Positive, ...] = ()
     """Instead of --lr: a classifier for each of these, all trained on the same features in the same pass. The one that
     does best on images held out of train is reported; val has no say."""
-    momentum: float = 0.9
-    weight_decay: float = 0.0
+    momentum: Momentum = 0.9
+    weight_decay: WeightDecay = 0.0
     milestones: tuple[int, ...] | None = None
     """Epochs before which the learning rate falls to a tenth; by default at 60 % and 80 % of the epochs."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of a random crop's share of the image area (torchvision's default, as there)."""
-    holdout_images: int = 10_000
+    holdout_images: Count = 10_000
     """With --lr-grid: so many images of train, but at most a tenth of it, choose the learning rate and train nothing
     (ours; BYOL's choice on ImageNet is about as large)."""
-    seed: int = 0
+    seed: Seed = 0
     cached_features: bool = False
     """A quick estimate, not the protocol: one pass over the centre crops of train, and no augmentation."""
 
     def __post_init__(self) -> None:
-        _require_positive("--epochs", self.epochs)
-        _require_positive("--batch-size", self.batch_size)
-        for lr in (self.lr, *self.lr_grid):
-            _require_positive("a learning rate of", lr)
+        require_allowed(self)
         if len(set(self.lr_grid)) != len(self.lr_grid):
             raise ValueError(f"--lr-grid {' '.join(f'{lr:g}' for lr in self.lr_grid)} has a value twice")
-        if self.holdout_images < 1:
-            raise ValueError(f"--holdout-images {self.holdout_images} is not allowed: give at least 1")
-        _require_sgd(self.momentum, self.weight_decay)
 
     @property
     def lrs(self) -> tuple[float, ...]:
@@ -137,33 +136,28 @@ class FineTuneProtocol:
     """Shares of train, one after the other: 1, or 1 2 5 10 20 50 100. Nested and class-balanced."""
     list: Path | None = None
     """Instead of --percent: a published list of the images to learn from, or one that `subset` wrote."""
-    subset_seed: int = 0
+    subset_seed: Seed = 0
     """Which images --percent takes; as --seed of `subset`."""
-    epochs: int | None = None
+    epochs: Epochs | None = None
     """By default 60 for less than 10 % of the labels, else 30 (for other shares than 1 % and 10 % that is ours)."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images per step over all ranks; an epoch's incomplete last batch is left out. (SimCLR: 4,096.)"""
-    base_lr: float = 0.05
+    base_lr: Positive = 0.05
     """For a batch of 256; the learning rate is base_lr * batch_size / 256, at the start."""
-    base_lr_grid: tuple[float, ...] = ()
+    base_lr_grid: tuple[Positive, ...] = ()
     """Instead of --base-lr: the best of these on a tenth of the labelled images; then all of them are learned from."""
-    momentum: float = 0.9
-    weight_decay: float = 0.0
+    momentum: Momentum = 0.9
+    weight_decay: WeightDecay = 0.0
     """Not on batch-norm."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of a random crop's share of the image area."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order, the crops and the classifier's first weights; of the labels with --percent, see --subset-seed."""
 
     def __post_init__(self) -> None:
         if bool(self.percent) == (self.list is not None):
             raise ValueError("give either --percent P … or --list FILE")
-        if self.epochs is not None:
-            _require_positive("--epochs", self.epochs)
-        _require_positive("--batch-size", self.batch_size)
-        for lr in (self.base_lr, *self.base_lr_grid):
-            _require_positive("a learning rate of", lr)
-        _require_sgd(self.momentum, self.weight_decay)
+        require_allowed(self)
 
     def num_epochs(self, percent: float) -> int:
         """Epochs for a share of the labels."""
@@ -182,40 +176,21 @@ class TransferProtocol:
 
     dataset: DatasetFlag
     """cifar10, cifar100, cars (Stanford Cars), pets (Oxford-IIIT Pets) or birdsnap."""
-    steps: int = 20_000
-    batch_size: int = 256
+    steps: Count = 20_000
+    batch_size: Count = 256
     """Images per step over all ranks; an epoch's incomplete last batch is left out."""
-    lr_grid: tuple[float, ...] = _SIMCLR_LR_GRID
+    lr_grid: tuple[Positive, ...] = _SIMCLR_LR_GRID
     """Learning rates at the start; not scaled with the batch size."""
-    weight_decay_grid: tuple[float, ...] = _SIMCLR_WEIGHT_DECAY_GRID
+    weight_decay_grid: tuple[WeightDecay, ...] = _SIMCLR_WEIGHT_DECAY_GRID
     """Each is divided by the learning rate, as there. Not on batch-norm."""
-    momentum: float = 0.9
+    momentum: Momentum = 0.9
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of a random crop's share of the image area."""
-    holdout_fraction: float = 0.1
+    holdout_fraction: Annotated[float, Meta(gt=0, le=0.5)] = 0.1
     """Share of train that the grid is tried on."""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        _require_positive("--steps", self.steps)
-        _require_positive("--batch-size", self.batch_size)
+        require_allowed(self)
         if not self.lr_grid or not self.weight_decay_grid:
             raise ValueError("an empty grid is not allowed: give --lr-grid and --weight-decay-grid at least one value")
-        for lr in self.lr_grid:
-            _require_positive("a learning rate of", lr)
-        for weight_decay in self.weight_decay_grid:
-            _require_sgd(self.momentum, weight_decay)
-        if not 0 < self.holdout_fraction <= 0.5:
-            raise ValueError(f"--holdout-fraction {self.holdout_fraction:g} is not allowed: give 0 < fraction <= 0.5")
-
-
-def _require_positive(what: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{what} {value:g} is not allowed: give a positive number")
-
-
-def _require_sgd(momentum: float, weight_decay: float) -> None:
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum {momentum:g} is not allowed: give a number from 0 to below 1")
-    if weight_decay < 0:
-        raise ValueError(f"weight decay {weight_decay:g} is not allowed: give 0 or more")

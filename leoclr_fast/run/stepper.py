@@ -101,7 +101,7 @@ class Stepper:
 
         batches_from: the batches that follow so many finished steps. state: what a checkpoint holds; it is called on
         every rank, and may use collectives.
-        Raises PausedError, or StoppedBySignalError on SIGINT, SIGTERM or SIGUSR1 to any rank, after a checkpoint;
+        Raises PausedError, or StoppedBySignalError on a signal of `HANDLED` to any rank, after a checkpoint;
         OSError if that cannot be written.
         """
         self.clock = TrainingClock(self.step)

@@ -243,10 +243,10 @@ class ProgressDisplay:
         self._total = total_steps
         self._enabled = enabled
         self._bar = Progress(
-            TextColumn("[bold]step"),
+            TextColumn("step", style="bold"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),

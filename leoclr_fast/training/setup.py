@@ -15,6 +15,7 @@ from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.stop_signals import StopSignals, stop_signals
 from dataset_tools.subsets import limited
+from dataset_tools.terminal import PlainConsole
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields
 from leoclr_fast.distributed.collectives import Ranks
@@ -126,7 +127,7 @@ def opened_run(
             writer.continue_from(state.step)
             enter(writer.finished())
 
-        display = ProgressDisplay(console or Console(), total_steps, enabled=ranks.is_main)
+        display = ProgressDisplay(console or PlainConsole(), total_steps, enabled=ranks.is_main)
         stack.callback(display.close)
         headline = _headline(config, len(split), order.steps_per_epoch, device, ranks)
         for line in (splits.note, headline, *(gpu_warnings or [])):

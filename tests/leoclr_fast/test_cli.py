@@ -148,7 +148,7 @@ def test_recipes_hold_the_published_values() -> None:
         ("recipe: x\nresult: {epocs: 3}", "unknown field result.epocs"),
         ("recipe: x\nresult: {epochs: many}", "result.epochs must be int, not 'many'"),
         ("recipe: x\nresult: {method: {enqueue: some}}", "result.method.enqueue must be one of first, all"),
-        ("recipe: x\nresult: {epochs: 0}", "0 epochs are not allowed"),
+        ("recipe: x\nresult: {epochs: 0}", "epochs 0 is not allowed"),
         ("recipe: x\nresult: 3", "result. must be a mapping"),
         ("a: [", "cannot be read as a RunConfig"),
     ],

@@ -51,27 +51,22 @@ def test_blur_kernels_of_all_sizes() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 0}, "image size 0 is not allowed: give at least 1 pixel"),
+        ({"image_size": 0}, "image size 0 is not allowed: give at least 1 and at most 4096"),
         ({"crop_scale": (0.0, 1.0)}, r"crop scale \(0.0, 1.0\) is not allowed: give 0 < lowest <= highest <= 1"),
         ({"crop_scale": (0.5, 0.2)}, "crop scale"),
         ({"crop_scale": (0.5, 1.1)}, "crop scale"),
         ({"crop_scale": (math.nan, 1.0)}, "crop scale"),
         ({"crop_ratio": (0.0, 1.0)}, r"crop ratio \(0.0, 1.0\) is not allowed: give 0 < lowest <= highest"),
         ({"crop_ratio": (2.0, 1.0)}, "crop ratio"),
-        ({"blur_sigma": (0.0, 1.0)}, r"blur sigma \(0.0, 1.0\) is not allowed: give 0 < lowest <= highest"),
-        ({"blur_sigma": (2.0, 0.1)}, "blur sigma"),
-        ({"jitter_probability": 1.5}, "jitter_probability 1.5 is not allowed: give a probability from 0 to 1"),
-        ({"grayscale_probability": -0.1}, "grayscale_probability -0.1"),
-        ({"blur_probability": math.nan}, "blur_probability nan"),
-        ({"flip_probability": 2}, "flip_probability 2"),
-        ({"brightness": 1.1}, "brightness 1.1 is not allowed: give a jitter from 0 to 1"),
-        ({"contrast": -0.4}, "contrast -0.4"),
-        ({"saturation": 3}, "saturation 3"),
-        ({"hue": 0.6}, "hue 0.6 is not allowed: give a jitter from 0 to 0.5 turns"),
-        ({"hue": -0.1}, "hue -0.1"),
-        ({"center_crop_fraction": 0.0}, "center crop fraction 0.0 is not allowed: give 0 < fraction <= 1"),
-        ({"center_crop_fraction": 1.01}, "center crop fraction 1.01"),
-        ({"std": (0.2, 0.0, 0.2)}, r"std \(0.2, 0.0, 0.2\) is not allowed: give three positive numbers"),
+        ({"blur_sigma": (2.0, 0.1)}, r"blur sigma \(2.0, 0.1\) is not allowed: give 0 < lowest <= highest"),
+        *(
+            ({f"{name}_probability": 1.5}, f"{name} probability 1.5")
+            for name in ("jitter", "grayscale", "blur", "flip")
+        ),
+        *(({name: -0.1}, f"{name} -0.1 is not") for name in ("brightness", "contrast", "saturation", "hue")),
+        ({"hue": 0.6}, "hue 0.6 is not allowed: give at least 0 and at most 0.5"),
+        ({"center_crop_fraction": 0.0}, "center crop fraction 0.0 is not allowed: give more than 0 and at most 1"),
+        ({"std": (0.2, 0.0, 0.2)}, "std 0.0 is not allowed: give more than 0"),
     ],
 )
 def test_bad_views(changes: dict[str, object], message: str) -> None:
@@ -91,18 +86,6 @@ def test_bad_views(changes: dict[str, object], message: str) -> None:
 )
 def test_the_ends_of_the_ranges_are_allowed(changes: dict[str, object]) -> None:
     ViewConfig(**changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"workers": -1}, "-1 loader workers are not allowed: give 0 or more"),
-        ({"prefetch_batches": 0}, "prefetch of 0 batches is not allowed: give at least 1"),
-    ],
-)
-def test_bad_loaders(changes: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LoaderConfig(**changes)
 
 
 def test_frozen() -> None:

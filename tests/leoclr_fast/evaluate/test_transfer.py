@@ -206,4 +206,4 @@ def test_other_data_is_refused(
     (tmp_path / "birds" / "images").mkdir(parents=True)
     (tmp_path / "birds" / "images.txt").write_text("url\tmd5\tpath\tspecies_id\n")
     assert "it lacks species.txt, test_images.txt" in message("birdsnap", tmp_path / "birds")
-    assert "--holdout-fraction 0 is not allowed" in message("pets", pets, "--holdout-fraction", 0)
+    assert "holdout fraction 0.0 is not allowed" in message("pets", pets, "--holdout-fraction", 0)

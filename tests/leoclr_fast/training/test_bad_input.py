@@ -95,8 +95,8 @@ def test_fewer_images_than_a_batch(capsys: pytest.CaptureFixture[str], tiny_data
     [
         ("--batch-size=0", "batch size 0 is not allowed"),
         ("--batch-size=-4", "batch size -4 is not allowed"),
-        ("--epochs=0", "0 epochs are not allowed"),
-        ("--max-images=0", "--max-images 0 is not allowed"),
+        ("--epochs=0", "epochs 0 is not allowed"),
+        ("--max-images=0", "max images 0 is not allowed"),
         ("--max-steps=0", "--max-steps 0 is not allowed"),
         ("--method.queue-size=11", "a queue of 11 keys is smaller than the 12 keys of one step"),
         ("--device=tpu", "tpu"),
