@@ -24,6 +24,7 @@ from pipelines.config import LoaderConfig, ViewConfig
 
 LR_REFERENCE_BATCH_SIZE = 256
 
+Precision = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 InfoNCEImpl = Literal["auto", "eager", "compiled", "triton"]
 MethodName = str  # a name in leoclr_fast.method.methods, where others may register theirs
 LearningRateSchedule = Literal["cosine_per_epoch", "cosine_per_step", "constant"]
@@ -146,8 +147,9 @@ class SpeedConfig:
 
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    """Of the encoders: bf16 and fp16 by autocast with float32 weights; fp64 throughout, as a truth to compare with."""
+    precision: Precision = "auto"
+    """Of the encoders: bf16 and fp16 by autocast with float32 weights; fp64 throughout, as a truth to compare with.
+    auto: that of the run which is continued; else bf16 on a GPU that computes it, fp16 on another, fp32 on a CPU."""
     channels_last: bool = True
     """Memory format of the encoders."""
     compile: Literal["auto", "on", "off"] = "auto"

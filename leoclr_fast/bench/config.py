@@ -101,8 +101,8 @@ class AugmentBenchConfig:
     """Images."""
     image_size: int = 224
     """Side of a view, pixels."""
-    precision: Literal["fp32", "fp16", "bf16"] = "bf16"
-    """Of the views that come out."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of the views that come out; auto is what a training takes there."""
     rounds: int = 15
     """Timed calls of each implementation, after two that are not counted."""
     device: str = "auto"

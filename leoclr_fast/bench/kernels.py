@@ -21,6 +21,7 @@ from leoclr_fast.bench.timing import captured, interleaved_ms, peak_extra_mib
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.losses.info_nce import InfoNCEImpl, info_nce
 from leoclr_fast.machine.compiling import what_compiling_lacks
+from leoclr_fast.machine.precision import settled
 from leoclr_fast.method.methods import method_class
 from leoclr_fast.run.environment import environment
 from pipelines.augment import AugmentParameters, augment, draw_augmentation
@@ -108,7 +109,9 @@ def bench_augment(config: AugmentBenchConfig) -> dict[str, Any]:
     images_per_s and error (largest difference from float64 on some of the views, in units of the standard deviation).
     Raises ValueError for a device that is not there.
     """
-    device, dtype = bench_device(config.device), _DTYPES[config.precision]
+    device = bench_device(config.device)
+    config = settled(config, device)
+    dtype = _DTYPES[config.precision]
     views, view_config = method_class(config.method).views, ViewConfig(image_size=config.image_size)
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch_size, len(views), config.image_size, config.image_size, 3)  # as loaders hand them out

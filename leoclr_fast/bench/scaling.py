@@ -30,6 +30,7 @@ from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.communication_meter import CommunicationMeter
 from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.machine.gpu_state import gpu_state
+from leoclr_fast.machine.precision import settled
 from leoclr_fast.method.methods import method_class
 from leoclr_fast.run.environment import environment
 from leoclr_fast.training.state import TrainingState
@@ -77,6 +78,7 @@ def bench_scaling(
     """
     start = time.perf_counter()
     device = bench_device(speed.device)
+    speed = settled(speed, device)
     if device.type == "cuda" and max(config.ranks) > torch.cuda.device_count():
         raise ValueError(
             f"--ranks {max(config.ranks)} needs as many GPUs, and this machine has {torch.cuda.device_count()}; give "

@@ -18,7 +18,7 @@ from leoclr_fast.config import MethodName, SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.batch_layout import BatchLayout
 from leoclr_fast.machine.gpu_state import gpu_state
-from leoclr_fast.machine.precision import encoder_precision, view_dtype
+from leoclr_fast.machine.precision import encoder_precision, settled, view_dtype
 from leoclr_fast.method.flops import mfu, peak_flops_per_s
 from leoclr_fast.method.methods import METHODS, method_class
 from leoclr_fast.method.momentum_contrast import MomentumContrast
@@ -42,6 +42,7 @@ def bench_step(
     Raises ValueError for a setting that cannot be.
     """
     device = bench_device(speed.device)
+    speed = settled(speed, device)
     state = gpu_state(device)
     methods = config.methods or tuple(METHODS)
     result = setting.result(methods[0])

@@ -34,6 +34,7 @@ from leoclr_fast.config import SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.machine.energy import EnergyMeter
 from leoclr_fast.machine.gpu_state import gpu_state
+from leoclr_fast.machine.precision import settled
 from leoclr_fast.method.flops import mfu, peak_flops_per_s
 from leoclr_fast.method.methods import METHODS, method_class
 from leoclr_fast.run.bottleneck import find_bottleneck
@@ -68,6 +69,7 @@ def bench_train_time(
     """
     start = time.perf_counter()
     device = bench_device(speed.device)
+    speed = settled(speed, device)
     methods = {name: method_class(name) for name in config.methods or METHODS}
     results = {name: setting.result(name) for name in methods}
     result = next(iter(results.values()))

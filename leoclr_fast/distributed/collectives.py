@@ -91,9 +91,13 @@ class Ranks:
 
     def main_says(self, answer: bool, device: torch.device) -> bool:
         """The first rank's answer, on every rank."""
+        return self.any_says(answer and self.is_main, device)
+
+    def any_says(self, answer: bool, device: torch.device) -> bool:
+        """Whether the answer of at least one rank is yes, on every rank."""
         if self.world_size == 1:
             return answer
-        flag = torch.tensor([float(answer and self.is_main)], device=device)
+        flag = torch.tensor([float(answer)], device=device)
         dist.all_reduce(flag)
         return bool(flag.item())
 

@@ -27,6 +27,7 @@ from leoclr_fast.evaluate.evaluation import (
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters
 from leoclr_fast.evaluate.grid import GridSearch
 from leoclr_fast.evaluate.protocols import FineTuneProtocol, TrainingOptions
+from leoclr_fast.machine.precision import settled
 from leoclr_fast.weights.pretrained import load_pretrained
 
 _HOLDOUT_FRACTION = 0.1
@@ -46,6 +47,7 @@ def run(
         raise ValueError(f"--out is for one share of the labels, but {len(protocol.percent)} are asked for")
     require_real_images(options.loader)
     with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
+        options = settled(options, device)
         pretrained = load_pretrained(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images)
         views = evaluation_views(pretrained, protocol.crop_scale, options.image_size)

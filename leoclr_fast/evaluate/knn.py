@@ -24,7 +24,7 @@ from leoclr_fast.evaluate.data import EvaluationLoaders
 from leoclr_fast.evaluate.evaluation import Result, evaluation_views, require_real_images
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.protocols import EvaluationOptions, KnnProtocol
-from leoclr_fast.machine.precision import encoder_dtype
+from leoclr_fast.machine.precision import encoder_dtype, settled
 from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.loader import Loader
@@ -171,6 +171,7 @@ def run(
     """
     require_real_images(options.loader)
     with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
+        options = settled(options, device)
         pretrained = load_pretrained(weights, untrained=options.untrained)
         monitor = pretrained.run.read_config().monitor if pretrained.run else MonitorConfig()
         k = monitor.knn_k if protocol.k is None else protocol.k

@@ -35,7 +35,7 @@ from leoclr_fast.evaluate.evaluation import (
 from leoclr_fast.evaluate.features import encode_batch, extract_features
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
 from leoclr_fast.evaluate.protocols import LinearProtocol, TrainingOptions
-from leoclr_fast.machine.precision import encoder_dtype
+from leoclr_fast.machine.precision import encoder_dtype, settled
 from leoclr_fast.run.folder import write_atomically
 from leoclr_fast.run.stepper import Stepper, endless
 from leoclr_fast.run.telemetry import ProgressDisplay
@@ -67,6 +67,7 @@ def run(
     """
     require_real_images(options.loader)
     with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device), ExitStack() as stack:
+        options = settled(options, device)
         pretrained = load_pretrained(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images)
         views = evaluation_views(pretrained, protocol.crop_scale, options.image_size)

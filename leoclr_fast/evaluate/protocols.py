@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from dataset_tools.limits import Count, Epochs, Momentum, Positive, Seed, Temperature, WeightDecay, require_allowed
+from leoclr_fast.config import Precision
 from pipelines.config import LoaderConfig
 
 Metric = Literal["top1", "mean_per_class"]
@@ -39,8 +40,9 @@ class EvaluationOptions:
     """At most this many images to learn from, and to test on: for trying out."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    """Of the network: bf16 and fp16 by autocast."""
+    precision: Precision = "auto"
+    """Of the network: bf16 and fp16 by autocast. auto: bf16 on a GPU that computes it, fp16 on another, fp32 on a
+    CPU."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Changes only the speed."""
 

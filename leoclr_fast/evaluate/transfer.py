@@ -22,6 +22,7 @@ from leoclr_fast.evaluate.fine_tuning import Hyperparameters
 from leoclr_fast.evaluate.grid import GridSearch
 from leoclr_fast.evaluate.protocols import TrainingOptions, TransferProtocol
 from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS, open_transfer_data
+from leoclr_fast.machine.precision import settled
 from leoclr_fast.weights.pretrained import load_pretrained
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def run(
     """
     require_real_images(options.loader)
     with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
+        options = settled(options, device)
         transfer = open_transfer_data(protocol.dataset, data)
         published = TRANSFER_SETS[protocol.dataset]
         pretrained = load_pretrained(weights, untrained=options.untrained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 _NUM_WARM_UP_RUNS = 3
+
+
+class CaptureError(RuntimeError):
+    """A function runs, but not while a graph is recorded of it."""
 
 
 class StaticFunction:
@@ -25,6 +30,7 @@ class StaticFunction:
 
         state: every tensor that the function changes. It is run a few times, so that everything lazy is set up and
         every choice of kernel is made, and leaves no trace in them.
+        Raises CaptureError, from what failed, if the function has run before and only the capture failed.
         """
         device = state[0].device
         self._function = function
@@ -43,8 +49,14 @@ class StaticFunction:
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Threads of a loader may allocate memory meanwhile, hence thread_local.
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._output = function(self._inputs)
+        try:
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._output = function(self._inputs)
+        except RuntimeError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold tensors of the graph's memory
+            # The end of a capture has failed, too, which says less.
+            reason = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            raise CaptureError(str(reason)) from reason
 
     def takes(self, inputs: Sequence[Tensor]) -> bool:
         """Whether these inputs have the shapes and dtypes that it was made for."""

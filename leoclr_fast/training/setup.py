@@ -16,7 +16,7 @@ from dataset_tools.splits import choose_splits
 from dataset_tools.stop_signals import StopSignals, stop_signals
 from dataset_tools.subsets import limited
 from dataset_tools.terminal import PlainConsole
-from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, RunConfig
+from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, Precision, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.communication_meter import CommunicationMeter
@@ -26,6 +26,7 @@ from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.distributed.same_start import require_same_everywhere
 from leoclr_fast.evaluate.knn import KnnEvaluation, knn_evaluation
 from leoclr_fast.machine.gpu_state import gpu_state
+from leoclr_fast.machine.precision import automatic_precision, settled
 from leoclr_fast.run.checkpoint import list_checkpoints, read_checkpoint, read_newest_checkpoint, state_of, step_of
 from leoclr_fast.run.checkpoint_writer import CheckpointWriter
 from leoclr_fast.run.folder import RunFolder
@@ -99,9 +100,10 @@ def opened_run(
         total_steps = result.epochs * order.steps_per_epoch
         last_step = total_steps if max_steps is None else min(total_steps, max_steps)
 
+        folder = RunFolder(out)
+        config, precision = _with_precision(config, device, folder, resume, host)
         state = TrainingState.fresh(config, ranks, device, source.fingerprint)
         step = TrainingStep(state, config, device)
-        folder = RunFolder(out)
 
         def open_folder() -> None:
             folder.create()
@@ -129,7 +131,7 @@ def opened_run(
 
         display = ProgressDisplay(console or PlainConsole(), total_steps, enabled=ranks.is_main)
         stack.callback(display.close)
-        headline = _headline(config, len(split), order.steps_per_epoch, device, ranks)
+        headline = _headline(config, len(split), order.steps_per_epoch, device, ranks, precision, step.means)
         for line in (splits.note, headline, *(gpu_warnings or [])):
             if line:
                 display.say(line)
@@ -169,6 +171,30 @@ def opened_run(
             last_step=last_step,
             stop=stop,
         )
+
+
+def _with_precision(
+    config: RunConfig, device: torch.device, folder: RunFolder, resume: str, host: HostGroup
+) -> tuple[RunConfig, str]:
+    """The configuration with what `--precision auto` means here, the same on all ranks; and how the headline says it.
+
+    A run that is continued keeps its own. Raises ValueError if the device has none such, or ranks would differ.
+    """
+    given = config.speed.precision
+
+    def of_the_run() -> Precision:
+        return folder.read_config().speed.precision if resume != "never" and folder.exists() else "auto"
+
+    chosen, why = given, ""
+    if given == "auto":
+        chosen, why = host.from_main(of_the_run), "auto: as the run began"
+        if chosen == "auto":
+            chosen, why = automatic_precision(device)
+    everywhere = host.gathered(chosen)
+    if len(set(everywhere)) > 1:
+        raise ValueError(f"the ranks' GPUs differ: --precision auto would be {', '.join(everywhere)}; give --precision")
+    speed = host.together(lambda: settled(replace(config.speed, precision=chosen), device))
+    return replace(config, speed=speed), f"{chosen} ({why})" if why else chosen
 
 
 def _resume(state: TrainingState, config: RunConfig, folder: RunFolder, resume: str, host: HostGroup) -> None:
@@ -221,13 +247,21 @@ def _checkpoint_to_resume(config: RunConfig, folder: RunFolder, resume: str) -> 
     return read_newest_checkpoint(folder.checkpoints)
 
 
-def _headline(config: RunConfig, num_images: int, steps_per_epoch: int, device: torch.device, ranks: Ranks) -> str:
+def _headline(
+    config: RunConfig,
+    num_images: int,
+    steps_per_epoch: int,
+    device: torch.device,
+    ranks: Ranks,
+    precision: str,
+    means: str,
+) -> str:
     result = config.result
     ranks_text = f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
     return (
         f"{config.recipe}: {result.method.name}, {result.backbone.arch}, {num_images:,} images of "
         f"{result.views.image_size} px, {result.epochs} epochs of {steps_per_epoch} steps, batch {result.batch_size}, "
-        f"{device}{ranks_text}, {config.speed.precision}\n"
+        f"{', '.join(filter(None, (f'{device}{ranks_text}', precision, means)))}\n"
         f"learning rate {result.lr:g} = base_lr {result.optimizer.base_lr:g} * batch {result.batch_size} / "
         f"{LR_REFERENCE_BATCH_SIZE}; loss reduction {result.method.loss_reduction}, key batch-norm "
         f"{result.method.key_batchnorm}"

@@ -6,6 +6,7 @@ Legend: B images of this rank, V views, S side of a view.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from leoclr_fast.distributed.batch_layout import BatchLayout
 from leoclr_fast.distributed.gradient_compression import wire_dtype
 from leoclr_fast.machine.precision import encoder_precision, require_precision, view_dtype
 from leoclr_fast.training.acceleration import captures_step, compiles_encoders
-from leoclr_fast.training.cuda_graph import StaticFunction
+from leoclr_fast.training.cuda_graph import CaptureError, StaticFunction
 from leoclr_fast.training.state import TrainingState
 from pipelines.augment import AugmentParameters, augment_crops, draw_augmentation
 from pipelines.batch import CropBatch
@@ -61,6 +62,8 @@ class TrainingStep:
             torch.backends.cudnn.benchmark = True  # sizes stay the same for a whole run
         self._compiled: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         if compiles_encoders(config.speed, device):
+            # What cannot be compiled of the backward pass shows in the forward pass, where it can be done without.
+            torch._functorch.config.force_non_lazy_backward_lowering = True
             self._compiled = {encoder: torch.compile(encoder, dynamic=False) for encoder in method.compiled_encoders()}
         self._runs_compiled = False
         self._is_static = captures_step(config.speed, device, ranks) if static is None else static
@@ -138,11 +141,22 @@ class TrainingStep:
 
     def encode(self, encoder: nn.Module) -> Callable[[Tensor], Tensor]:
         """The encoder, compiled where this batch allows it, in the precision of the run."""
-        forward = self._compiled.get(encoder, encoder) if self._runs_compiled else encoder
 
         def encoded(images: Tensor) -> Tensor:
             with encoder_precision(self._speed.precision, self.device):
-                return forward(images)
+                if not self._runs_compiled or encoder not in self._compiled:
+                    return encoder(images)
+                try:
+                    return self._compiled[encoder](images)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    if self._speed.compile != "auto":
+                        raise
+                    log.warning("the step runs without torch.compile, slower, since it failed here: %s", error)
+                # No other rank knows, and none needs to: the compiled encoders have no collectives.
+                self._compiled.clear()
+                return encoder(images)
 
         return encoded
 
@@ -152,6 +166,16 @@ class TrainingStep:
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self.device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+    @property
+    def means(self) -> str:
+        """What makes the step faster on this device, and what more can be asked for; "" on a CPU that has nothing."""
+        if self.device.type != "cuda":
+            return "compiled" if self._compiled else ""
+        graph = "captured as a CUDA graph" if self._is_static else "no CUDA graph"
+        if not self._is_static and self._speed.cuda_graph == "auto" and self.training.method.ranks.world_size > 1:
+            graph = "no CUDA graph (none was ever tried with several ranks; --cuda-graph on does)"
+        return f"{'compiled' if self._compiled else 'not compiled'}, {graph}"
 
     # ---- plans and graphs -----------------------------------------------------------------------------------
 
@@ -181,19 +205,29 @@ class TrainingStep:
         self.training.forget_unfinished_step()
 
     def _captured(self, inputs: Sequence[Tensor]) -> StaticFunction | None:
-        """The step as a static function; None where that fails and `auto` allows to go without."""
+        """The step as a static function; None where the capture fails, on any rank, and `auto` allows to go without."""
+        ranks, static, failure = self.training.method.ranks, None, None
         try:
-            return StaticFunction(partial(self._step, plan=self._common), inputs, self.training.tensors())
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self.forget_captured()
-            if self._compiled and self._speed.compile == "auto":
-                log.warning("the step runs without torch.compile, slower, since it failed here: %s", error)
-                self._compiled = {}
-                return self._captured(inputs)
-            if self._speed.cuda_graph != "auto":
+            static = StaticFunction(partial(self._step, plan=self._common), inputs, self.training.tensors())
+        except CaptureError as error:
+            failure = error.__cause__ or error
+        except torch.OutOfMemoryError as error:  # the eager step needs less
+            if ranks.world_size > 1:
                 raise
-            log.warning("the step is not captured as a CUDA graph, and slower, since that failed here: %s", error)
-            self._is_static = False
-            return None
+            traceback.clear_frames(error.__traceback__)
+            failure = error
+        # Nothing that is captured has run, so that all ranks are still before the same collective.
+        if not ranks.any_says(failure is not None, self.device):
+            return static
+        static = None
+        self.forget_captured()
+        if failure is None:
+            failure = RuntimeError("another rank could not capture it")
+        if self._speed.cuda_graph != "auto":
+            raise failure
+        reason = str(failure).partition("\n")[0]
+        log.warning("the step is not captured as a CUDA graph, and slower, since that failed here: %s", reason)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._is_static = False
+        return None

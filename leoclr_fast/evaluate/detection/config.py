@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from leoclr_fast.config import Precision
+
 DatasetName = Literal["voc", "coco"]
 
 _PUBLISHED: dict[DatasetName, dict[str, Any]] = {
@@ -140,8 +142,9 @@ class DetectionOptions:
     WEIGHTS.evaluations/detect-DATASET beside it."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    """Of backbone and heads; proposals and losses are computed in float32 or wider."""
+    precision: Precision = "auto"
+    """Of backbone and heads; proposals and losses are computed in float32 or wider. auto: bf16 on a GPU that computes
+    it, fp16 on another, fp32 on a CPU."""
     workers: int = 8
     """Threads that read images, on each rank."""
     checkpoint_every: int = 1000

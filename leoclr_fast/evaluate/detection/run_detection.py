@@ -24,7 +24,7 @@ from leoclr_fast.evaluate.detection.train_detector import DetectorTraining, buil
 from leoclr_fast.evaluate.detection.voc import COCO_THRESHOLDS, read_voc, voc_average_precisions
 from leoclr_fast.evaluate.evaluation import Evaluation, Result, open_evaluation
 from leoclr_fast.evaluate.protocols import TrainingOptions
-from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
+from leoclr_fast.machine.precision import encoder_dtype, encoder_precision, settled
 from leoclr_fast.weights.pretrained import load_pretrained
 
 
@@ -41,6 +41,7 @@ def run(
     """
     config, name = protocol.config(), f"detect-{protocol.dataset}"
     with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
+        options = settled(options, device)
         require_pycocotools()  # not only when the training is over
         pretrained = load_pretrained(weights)
         train, test = _read(data, config.train_sets, config), _read(data, (config.test_set,), config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import leoclr_fast.run.checkpoint
 import leoclr_fast.training.loop
@@ -399,6 +401,21 @@ def test_half_precision_trains_and_an_fp32_run_may_continue_in_it(
     losses = [record["loss"] for record in RunFolder(tmp_path / "single").read_metrics("step")]
     assert len(losses) == 3
     assert all(0 < loss < 20 for loss in losses)
+
+
+def test_a_run_keeps_the_precision_that_it_began_with(tiny_data: Path, tmp_path: Path) -> None:
+    automatic, said = tiny_config(speed__precision="auto"), io.StringIO()
+    console = Console(file=said, width=400)
+    pretrain(automatic, tiny_data, tmp_path / "new", max_steps=1, console=console)
+    assert RunFolder(tmp_path / "new").read_config().speed.precision == "fp32"
+    pretrain(tiny_config(speed__precision="bf16"), tiny_data, tmp_path / "old", max_steps=1)
+    pretrain(automatic, tiny_data, tmp_path / "old", max_steps=2, console=console)
+    assert RunFolder(tmp_path / "old").read_config().speed.precision == "bf16"
+    headlines = [line for line in said.getvalue().splitlines() if line.startswith("tiny: ")]
+    assert [line.partition("batch 12, ")[2] for line in headlines] == [
+        "cpu, fp32 (auto on a CPU)",
+        "cpu, bf16 (auto: as the run began)",
+    ]
 
 
 def test_precision_of_float64_differs_from_float32_only_by_rounding(tiny_data: Path, tmp_path: Path) -> None:

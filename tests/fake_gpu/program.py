@@ -1,0 +1,271 @@
+"""What the tests run on the fake GPU: `python -m tests.fake_gpu.program CASE…` prints a line of JSON for each case.
+
+Ranks are forked, so that one start of Python and torch serves all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from leoclr_fast.config import RunConfig
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.process_group import process_group
+from leoclr_fast.run.telemetry import StepMetrics
+from leoclr_fast.training.state import TrainingState
+from leoclr_fast.training.step import TrainingStep
+from pipelines.batch import CropBatch
+from tests.fake_gpu.gpu import counted, free_memory
+from tests.leoclr_fast.conftest import tiny_config
+from tests.leoclr_fast.held_port import held_port
+from tests.leoclr_fast.rank_program import noise_batches
+from tests.leoclr_fast.training.test_training_step import crop_batches, first_images
+
+GPU, ALONE = torch.device("cuda", 0), Ranks()
+NUM_COUNTED = 2
+
+
+class Warnings(logging.Handler):
+    """What was warned of within `told`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def told() -> Any:
+    handler = Warnings()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield handler.lines
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def gpu_config(method: str = "leoclr", precision: str = "bf16", graph: str = "auto", **changes: Any) -> RunConfig:
+    defaults = {"speed__compile": "off", "result__method__key_batchnorm": "split"}
+    return tiny_config(
+        method, speed__device="cuda", speed__precision=precision, speed__cuda_graph=graph, **{**defaults, **changes}
+    )
+
+
+def trained(
+    config: RunConfig, batches: list[CropBatch] | None = None, ranks: Ranks = ALONE, *, static: bool | None = None
+) -> dict[str, Any]:
+    """What happens in a step, metrics included, after the first two."""
+    batches = crop_batches(config, 2 + NUM_COUNTED, GPU) if batches is None else batches
+    device = batches[0].crops.device
+    step = TrainingStep(TrainingState.fresh(config, ranks, device), config, device, static=static)
+    metrics = StepMetrics(ranks, 0, step.metric_names, loss_is_scaled=config.speed.precision == "fp16")
+    with counted() as at_first:
+        for batch in batches[:2]:
+            metrics.add(step(batch, 0.01))
+    with counted() as happened:
+        for batch in batches[2:]:
+            metrics.add(step(batch, 0.01))
+    a_step = {name: value / len(batches[2:]) for name, value in happened.items() if name != "graph_nodes"}
+    nodes = {"graph_nodes": happened["graph_nodes"], "illegal_before": at_first["illegal_calls"]}
+    return {**a_step, **nodes, "means": step.means}
+
+
+def captured(method: str, precision: str, *changes: str) -> dict[str, Any]:
+    return trained(gpu_config(method, precision, **_parsed(changes)))
+
+
+def eager(method: str, precision: str, *changes: str) -> dict[str, Any]:
+    return trained(gpu_config(method, precision, "off", **_parsed(changes)))
+
+
+def other_sizes() -> dict[str, Any]:
+    """A batch of another size runs eagerly between captured ones."""
+    config = gpu_config()
+    batches = crop_batches(config, 4, GPU)
+    return trained(config, [first_images(batch, 7 + 5 * (n % 2)) for n, batch in enumerate(batches)])
+
+
+def memory_for_no_graph() -> dict[str, Any]:
+    """The memory that a capture needs is not there."""
+    real = torch.cuda.graph.__enter__, torch.cuda.graph.__exit__
+    limits: list[Any] = []
+
+    def enter(graph: torch.cuda.graph) -> None:
+        real[0](graph)
+        limits.append(free_memory(0))
+        limits[-1].__enter__()
+
+    def leave(graph: torch.cuda.graph, *error: Any) -> None:
+        limits[-1].__exit__(None, None, None)
+        real[1](graph, *error)
+
+    torch.cuda.graph.__enter__, torch.cuda.graph.__exit__ = enter, leave
+    try:
+        with told() as lines:
+            happened = trained(gpu_config())
+        try:
+            trained(gpu_config(graph="on"))
+        except torch.OutOfMemoryError as error:
+            return {**happened, "warnings": lines, "asked_for": str(error)}
+        raise AssertionError("the capture that was asked for did not fail")
+    finally:
+        torch.cuda.graph.__enter__, torch.cuda.graph.__exit__ = real
+
+
+def capture_that_is_refused() -> dict[str, Any]:
+    """Something in the step reads a value of the device, which no capture allows."""
+    config = gpu_config()
+    step = TrainingStep(TrainingState.fresh(config, Ranks(), GPU), config, GPU)
+    method = step.training.method
+    enqueue = method.enqueue
+
+    def reads(keys: Any) -> None:
+        keys[0].sum().item()
+        enqueue(keys)
+
+    method.enqueue = reads  # type: ignore[method-assign]
+    with told() as lines:
+        for batch in crop_batches(config, 2, GPU):
+            step(batch, 0.01)
+    return {"warnings": lines, "means": step.means}
+
+
+# ---- what must not go unseen ----------------------------------------------------------------------------------------
+
+
+def control(name: str) -> dict[str, Any]:
+    """One thing that no step may do, without a capture."""
+    values = torch.ones(3, device=GPU)
+    actions: dict[str, Callable[[], object]] = {
+        "nothing": lambda: values + 1,
+        "item": values[0].item,
+        "nonzero": values.nonzero,
+        "pageable": lambda: torch.ones(3).to(GPU, non_blocking=True),
+        "to_pageable": lambda: torch.empty(3).copy_(values, non_blocking=True),
+        "pinned": lambda: torch.ones(3).pin_memory().to(GPU, non_blocking=True),
+        "event": torch.cuda.current_stream().record_event().synchronize,
+    }
+    torch.ones(3).pin_memory()
+    with counted() as happened:
+        actions[name]()
+    return happened
+
+
+def control_in_capture(name: str) -> dict[str, Any]:
+    """The same in a capture, which CUDA then refuses."""
+    values, other = torch.ones(3, device=GPU), torch.cuda.Stream()
+    outside = other.record_event()
+
+    def unjoined() -> None:
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            values.add_(1)
+
+    def joined() -> None:
+        unjoined()
+        torch.cuda.current_stream().wait_stream(other)
+
+    actions: dict[str, Callable[[], object]] = {
+        "nothing": lambda: values + 1,
+        "joined": joined,
+        "item": values[0].item,
+        "nonzero": values.nonzero,
+        "event_from_outside": lambda: torch.cuda.current_stream().wait_event(outside),
+        "unjoined": unjoined,
+        "synchronize": torch.cuda.synchronize,
+    }
+    refused = ""
+    with counted() as happened:
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+                actions[name]()
+        except RuntimeError as error:
+            refused = str(error).splitlines()[0]
+    return {**happened, "refused": refused}
+
+
+# ---- two ranks ------------------------------------------------------------------------------------------------------
+
+
+def two_ranks(graph: str, key_batchnorm: str, query_batchnorm: str, failing: str = "") -> list[dict[str, Any]]:
+    """Two ranks' steps. failing: the rank whose capture fails, if any."""
+    results = []
+    with held_port() as port:
+        for rank in range(2):
+            reader, writer = os.pipe()
+            if (process := os.fork()) == 0:
+                os.close(reader)
+                result = _one_of_two(rank, port, graph, key_batchnorm, query_batchnorm, failing)
+                os.write(writer, json.dumps(result).encode())
+                os._exit(0)
+            os.close(writer)
+            results.append((process, os.fdopen(reader)))
+        return [json.loads(pipe.read()) for _, pipe in results if pipe]
+
+
+def _one_of_two(rank: int, port: int, graph: str, key_batchnorm: str, query_batchnorm: str, failing: str) -> Any:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    changes = {"result__method__query_batchnorm": query_batchnorm, "result__method__key_batchnorm": key_batchnorm}
+    config = gpu_config("leoclr", "bf16", graph, **changes)
+    with process_group("cuda") as (ranks, device):
+        _agree_over_a_store(port)
+        if failing == str(rank):
+            torch.cuda.graph.__enter__ = _refuse  # type: ignore[method-assign]
+        batches = [replace(b, crops=b.crops.to(device)) for b in noise_batches(config, ranks, 2 + NUM_COUNTED)]
+        with told() as lines:
+            happened = trained(config, batches, ranks, static=True if failing else None)
+        return {**happened, "warnings": lines}
+
+
+def _refuse(_: object) -> None:
+    raise RuntimeError("this rank cannot capture")
+
+
+def _agree_over_a_store(port: int) -> None:
+    """What the ranks tell each other while nothing is captured: NCCL's stand-in passes nothing on."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+
+    def any_says(ranks: Ranks, answer: bool, _: torch.device) -> bool:
+        store.set(f"answer {ranks.rank}", str(int(answer)))
+        store.wait(["answer 0", "answer 1"], timedelta(seconds=60))
+        return any(store.get(f"answer {rank}") == b"1" for rank in range(2))
+
+    Ranks.any_says = any_says  # type: ignore[method-assign]
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+
+def _parsed(changes: tuple[str, ...]) -> dict[str, Any]:
+    return {name: json.loads(value) for name, _, value in (change.partition("=") for change in changes)}
+
+
+CASES: tuple[Callable[..., Any], ...] = (
+    two_ranks, captured, eager, other_sizes, memory_for_no_graph, capture_that_is_refused, control, control_in_capture,
+)  # fmt: skip
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    cases = {case.__name__: case for case in CASES}
+    for argument in sys.argv[1:]:
+        name, *arguments = argument.split()
+        print(f"{argument}\t{json.dumps(cases[name](*arguments))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

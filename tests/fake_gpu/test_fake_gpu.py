@@ -1,0 +1,120 @@
+"""Training steps on a GPU that computes nothing and allows what CUDA allows: no step waits, or breaks a capture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.fake_gpu.build import environment, what_it_lacks
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(what_it_lacks() is not None, reason=f"the fake GPU cannot be built: {what_it_lacks()}"),
+]
+
+STEPS = [f"captured {method} {precision}" for method in ("leoclr", "mocov2") for precision in ("fp32", "bf16", "fp16")]
+RANKS = ["two_ranks on shuffle plain", "two_ranks auto shuffle plain 0"]
+CONTROLS = {  # what is done -> synchronisations, pageable copies
+    "nothing": (0, 0), "pinned": (0, 0), "item": (1, 0), "nonzero": (1, 0), "event": (1, 0), "pageable": (0, 1),
+    "to_pageable": (0, 1),
+}  # fmt: skip
+CAPTURES = {  # what is done in a capture -> illegal calls
+    "nothing": 0, "joined": 0, "item": 1, "nonzero": 1, "event_from_outside": 1, "unjoined": 1, "synchronize": 1,
+}  # fmt: skip
+LONG = [
+    *(f"captured {method} {precision} result__method__key_batchnorm={batchnorm!r}".replace("'", '"')
+      for method in ("leoclr", "mocov2") for precision in ("fp32", "bf16", "fp16")
+      for batchnorm in ("plain", "ema", "sync", "shuffle")),
+    *(f"captured leoclr bf16 {change}" for change in (
+        "result__micro_batches=3", 'result__method__enqueue="all"', 'result__method__key_passes="joint"',
+        'speed__loss_impl="eager"', "speed__channels_last=false", "result__optimizer__momentum=0.0",
+        'result__backbone__stem="imagenet"', "result__views__image_size=33")),
+    "captured leoclr fp16 result__micro_batches=5",
+    *(f"eager {method} {precision}" for method in ("leoclr", "mocov2") for precision in ("fp32", "fp16", "fp64")),
+]  # fmt: skip
+LONG_RANKS = ["two_ranks on sync sync", "two_ranks on ema plain", "two_ranks off shuffle sync"]
+
+
+def ran(*cases: str) -> dict[str, Any]:
+    """What `tests.fake_gpu.program` says of each case."""
+    command = [sys.executable, "-m", "tests.fake_gpu.program", *cases]
+    done = subprocess.run(command, env=environment(devices=2), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {case: json.loads(result) for case, _, result in (line.partition("\t") for line in done.stdout.splitlines())}
+
+
+def assert_free(happened: Mapping[str, Any], *, replayed: bool) -> None:
+    """Neither wait nor pageable copy nor illegal call in a step, which is one launch of a graph if it is replayed."""
+    waits = ("synchronisations", "pageable_copies", "illegal_calls", "illegal_before")
+    assert {name: happened[name] for name in waits} == dict.fromkeys(waits, 0)
+    assert happened["graph_launches"] == replayed
+    assert (happened["launches"] <= 3) == replayed
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    controls = [f"control {name}" for name in CONTROLS] + [f"control_in_capture {name}" for name in CAPTURES]
+    others = ["eager leoclr bf16", "other_sizes", "memory_for_no_graph", "capture_that_is_refused"]
+    return ran(*RANKS, *STEPS, *others, *controls)
+
+
+def test_no_step_waits(seen: Mapping[str, Any]) -> None:
+    for case in STEPS:
+        assert_free(seen[case], replayed=True)
+        assert 300 < seen[case]["graph_nodes"] < 1000, case
+        assert seen[case]["means"] == "not compiled, captured as a CUDA graph"
+    assert_free(seen["eager leoclr bf16"], replayed=False)
+    of_two = seen["other_sizes"]
+    assert of_two["graph_launches"] == 0.5
+    assert of_two["synchronisations"] == of_two["illegal_calls"] == of_two["pageable_copies"] == 0
+
+
+def test_a_step_goes_on_where_its_capture_fails(seen: Mapping[str, Any]) -> None:
+    failed = "the step is not captured as a CUDA graph, and slower, since that failed here: "
+    short = seen["memory_for_no_graph"]
+    assert_free(short, replayed=False)
+    assert short["asked_for"].startswith("CUDA out of memory")
+    (warning,) = short["warnings"]
+    assert warning.startswith(f"{failed}CUDA out of memory")
+    (warning,) = seen["capture_that_is_refused"]["warnings"]
+    assert warning == f"{failed}CUDA error: operation not permitted when stream is capturing"
+    for rank, reason in enumerate(("this rank cannot capture", "another rank could not capture it")):
+        ours = seen["two_ranks auto shuffle plain 0"][rank]
+        assert_free(ours, replayed=False)
+        assert ours["warnings"] == [failed + reason]
+
+
+def test_two_ranks(seen: Mapping[str, Any]) -> None:
+    """The exchange of crops stands before the graph."""
+    for happened in seen["two_ranks on shuffle plain"]:
+        assert_free(happened | {"launches": 0}, replayed=True)
+        assert happened["launches"] < 20
+    (automatic, _) = seen["two_ranks auto shuffle plain 0"]
+    assert automatic["means"].endswith("no CUDA graph (none was ever tried with several ranks; --cuda-graph on does)")
+
+
+def test_what_is_forbidden_is_seen(seen: Mapping[str, Any]) -> None:
+    for name, expected in CONTROLS.items():
+        happened = seen[f"control {name}"]
+        assert (happened["synchronisations"], happened["pageable_copies"]) == expected, name
+    for name, illegal in CAPTURES.items():
+        happened = seen[f"control_in_capture {name}"]
+        assert happened["illegal_calls"] == illegal, name
+        assert bool(happened["refused"]) == bool(illegal), name
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_every_mode() -> None:
+    for case, happened in ran(*LONG_RANKS, *LONG).items():
+        replayed = not case.startswith(("eager", "two_ranks off"))
+        if case in LONG:
+            assert_free(happened, replayed=replayed)
+            continue
+        for of_rank in happened:  # the exchange of crops is no part of the graph
+            assert_free(of_rank | {"launches": 0 if replayed else of_rank["launches"]}, replayed=replayed)
