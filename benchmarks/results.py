@@ -5,7 +5,6 @@ do: call commands as a user types them, or let functions do the same task in tur
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dataset_tools.files import write_file
 from dataset_tools.versions import installed_version
 from leoclr_fast.bench.page import bench_page, markdown_table, spread
 from leoclr_fast.bench.processes import OwnProcess
@@ -64,9 +64,7 @@ class Results:
         """Each file at once: a reader, or a machine that is taken away, never sees half of it."""
         text = json.dumps({"command": self.command, **document}, indent=1)
         for suffix, content in (("json", text + "\n"), ("md", page), ("log", "\n".join(self.log) + "\n")):
-            temporary = self.out / f".{self.name}.{suffix}.tmp"
-            temporary.write_text(self.shown(content))
-            os.replace(temporary, self.out / f"{self.name}.{suffix}")
+            write_file(self.out / f"{self.name}.{suffix}", self.shown(content))
 
     def type_command(self, *arguments: str) -> dict[str, Any]:
         """One `leoclr-fast` command and what it returned as JSON; its output goes to the log.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import secrets
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -53,17 +56,32 @@ def write_pieces(descriptor: int, pieces: Sequence[memoryview | bytes]) -> None:
 
 
 @contextmanager
-def written(path: Path, *, suffix: str = ".partial") -> Iterator[BinaryIO]:
-    """A file to write, which appears at `path` whole and synced to the disk, or not at all.
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which appears at `path` whole and synced to the disk, or not at all. `name` is its path so far.
 
-    Until then its name has that `suffix`.
+    It is written under a fresh name in the same folder, which it alone may make, and then takes the place of what is at
+    `path`; a symbolic link there is replaced, not followed. Several processes may do this at once: the last one wins.
+    Raises OSError, also where `path` is a device or a pipe, such as /dev/null.
     """
-    partial = path.with_name(path.name + suffix)
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is {_kind(path.stat().st_mode)}, which no file can replace")
+    fresh = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(fresh, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Writes a whole file (text as UTF-8) as `written` does."""
+    with written(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -71,6 +89,54 @@ def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     with written(path) as file:
         named: dict[str, Any] = dict(arrays)
         np.savez(file, **named)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_own(path: Path, mode: str, buffering: int = -1) -> IO[Any]:
+    """Opens a file of a fixed name as `open` does, but never through a symbolic link.
+
+    A mode with "w" makes a new file in the place of what is there. Raises OSError, also for what is no regular file.
+    """
+    if "w" in mode:
+        path.unlink(missing_ok=True)
+        mode = mode.replace("w", "x")
+    return _open_regular(path, mode, buffering, os.O_NOFOLLOW)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file to read. Raises OSError, also for what is no regular file: a pipe would be waited for forever."""
+    return _open_regular(path, "rb", -1, 0)
+
+
+def _open_regular(path: Path, mode: str, buffering: int, more_flags: int) -> IO[Any]:
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK | more_flags, 0o666)
+
+    try:
+        file = open(path, mode, buffering, opener=opener)  # noqa: SIM115
+    except OSError as error:
+        if path.is_symlink() and error.errno == errno.ELOOP:
+            raise OSError(f"{path} is a symbolic link, and files of this name are not written through one") from error
+        if error.errno == errno.ENXIO:  # of a socket, or a pipe
+            raise OSError(f"{path} is {_kind(path.stat().st_mode)}, and not a file") from error
+        raise
+    if not stat.S_ISREG(found := os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is {_kind(found)}, and not a file")
+    return file
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}
+    return next((kind for test, kind in kinds.items() if test(mode)), "a device")
 
 
 class ByteFile:

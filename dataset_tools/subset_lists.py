@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.files import written
+from dataset_tools.files import write_file
 from dataset_tools.sources.split import Split
 from dataset_tools.subsets import rank_by
 
@@ -41,8 +41,7 @@ def write_subset_list(path: Path, split: Split, indices: NDArray[np.int64]) -> d
     `sha256`.
     """
     text = subset_text(split, indices)
-    with written(path) as file:
-        file.write(text)
+    write_file(path, text)
     per_class = np.bincount(split.labels[indices][split.labels[indices] >= 0], minlength=len(split.classes))
     return {
         "out": str(path),

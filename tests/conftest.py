@@ -1,4 +1,4 @@
-"""What all tests share: the folder of real data."""
+"""What all tests share: the folder of real data, and how many inputs hypothesis draws."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("quick", max_examples=40, derandomize=True, deadline=None, database=None)
+settings.register_profile("long", max_examples=100_000, derandomize=True, deadline=None, database=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("long" if config.option.markexpr == "long" else "quick")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests with drawn inputs belong to both: a few inputs each time, many in `make test-long`."""
+    if config.option.markexpr == "long":
+        for item in items:
+            if item.get_closest_marker("hypothesis"):
+                item.add_marker("long")
 
 
 @pytest.fixture(scope="session")

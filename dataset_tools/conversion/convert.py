@@ -21,6 +21,7 @@ from dataset_tools.conversion.progress import Progress
 from dataset_tools.conversion.split_conversion import Positions, SplitConversion, TransformedImages, complete_split
 from dataset_tools.conversion.staging import Staging, remove_leftover, settled_destination, staged, staging_folder
 from dataset_tools.conversion.workers import WorkerPool, settled_workers
+from dataset_tools.files import open_own
 from dataset_tools.formats.beton import decode_bytes
 from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest
 from dataset_tools.formats.records import ROW
@@ -195,7 +196,7 @@ class _Conversion:
                 f"the unfinished conversion cannot be continued: {path} is missing or shorter than the journal says. "
                 f"Delete {self.staging.folder} to start anew."
             )
-        file = open(path, "r+b" if known else "w+b")  # noqa: SIM115
+        file = open_own(path, "r+b" if known else "w+b")
         file.truncate(known)
         file.seek(known)
         return file

@@ -19,6 +19,7 @@ from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.split_conversion import complete_split
 from dataset_tools.conversion.staging import settled_destination, staged
 from dataset_tools.conversion.workers import settled_workers
+from dataset_tools.files import write_file
 from dataset_tools.formats.formats import FORMATS
 from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest, is_converted
 from dataset_tools.formats.output_format import PartOfSplit
@@ -144,12 +145,12 @@ def _merge_split(
 
 
 def _merge_quarantine(splits: dict[str, list[_Part]], path: Path) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        for name, parts in splits.items():
-            for part in parts:
-                for line in (part.folder / QUARANTINE_NAME).read_text(encoding="utf-8").splitlines(keepends=True):
-                    if json.loads(line)["split"] == name:
-                        file.write(line)
+    lines = []
+    for name, parts in splits.items():
+        for part in parts:
+            all_lines = (part.folder / QUARANTINE_NAME).read_text(encoding="utf-8").splitlines(keepends=True)
+            lines += [line for line in all_lines if json.loads(line)["split"] == name]
+    write_file(path, "".join(lines))
 
 
 def _check_files(parts: list[_Part], num_workers: int, stop: StopSignals) -> None:

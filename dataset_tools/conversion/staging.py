@@ -13,9 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dataset_tools.files import take_lock, written
+from dataset_tools.files import open_own, sync_folder, take_lock, write_file
 
 JOURNAL_NAME = "journal.json"
+_BEFORE_JOURNAL = r"lock|\.journal\.json\.[0-9a-f]+\.tmp"
+"""What a process leaves that dies before it has a journal."""
 
 
 class Staging:
@@ -41,9 +43,7 @@ class Staging:
         """Make `state` what a later process continues from; the files it speaks of must be synced before."""
         body = json.dumps({"plan": self.plan, "state": self.state})
         checksum = hashlib.sha256(body.encode()).hexdigest()
-        with written(self.folder / JOURNAL_NAME, suffix=".new") as file:
-            file.write(f"{checksum}\n{body}\n".encode())
-        sync_folder(self.folder)
+        write_file(self.folder / JOURNAL_NAME, f"{checksum}\n{body}\n")
         self.has_progress = True
 
     def check_room(self, needed_bytes: int, what: str) -> None:
@@ -61,6 +61,8 @@ class Staging:
         Raises ValueError if one is missing.
         """
         whole = self.folder / "whole"
+        if whole.is_symlink():
+            raise FileExistsError(f"{whole} is a symbolic link, which no conversion made. Delete it")
         whole.mkdir(exist_ok=True)
         for path, name in [(self.find(name), name) for name in names]:
             os.replace(path, whole / final_name(name))
@@ -163,9 +165,13 @@ def _remove(folder: Path) -> None:
 
 def _refuse_foreign(folder: Path) -> None:
     """Raises FileExistsError if there is a DEST.partial that no conversion made: it is deleted at the end."""
-    if not folder.exists() or (folder / JOURNAL_NAME).exists():
+    if not folder.is_symlink() and (not folder.exists() or (folder / JOURNAL_NAME).exists()):
         return
-    if not folder.is_dir() or {entry.name for entry in os.scandir(folder)} - {"lock", JOURNAL_NAME + ".new"}:
+    if (
+        folder.is_symlink()
+        or not folder.is_dir()
+        or not all(re.fullmatch(_BEFORE_JOURNAL, entry.name) for entry in os.scandir(folder))
+    ):
         raise FileExistsError(
             f"{folder} is needed for the work, but there is something that no conversion made. Give another "
             "destination, or move it away."
@@ -185,24 +191,16 @@ def _in_words(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[int]:
     """Holds the lock of a staging folder, and removes the folder at the end if it is empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        file = open_own(folder / "lock", "a+b")
     except OSError as error:
-        raise OSError(error.errno, f"cannot write to {folder.parent}: {error.strerror}") from error
-    try:
+        raise OSError(error.errno, f"cannot write to {folder.parent}: {error.strerror or error}") from error
+    with file:
+        lock = file.fileno()
         try:
             take_lock(lock)
         except BlockingIOError as error:
@@ -219,8 +217,6 @@ def _alone(folder: Path) -> Iterator[int]:
                 if not any(entry.name != "lock" for entry in os.scandir(folder)):
                     (folder / "lock").unlink()
                     folder.rmdir()
-    finally:
-        os.close(lock)
 
 
 def _difference(theirs: Any, ours: Any, name: str = "") -> str:

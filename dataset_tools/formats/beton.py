@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.files import read_at, write_at
+from dataset_tools.files import open_own, read_at, write_at
 from dataset_tools.formats.output_format import OutputFormat, PartOfSplit, ReadBytes, SampleWriter
 from dataset_tools.formats.records import RAW, SampleRecords
 from dataset_tools.formats.row_file import RowFile
@@ -160,7 +160,7 @@ class BetonWriter(SampleWriter):
         Raises ValueError if the file does not hold what `state` says.
         """
         self.path, self.num_reserved, self.page_bytes = path, num_reserved, page_bytes
-        self._file = open(path, "r+b" if state else "w+b", buffering=0)  # noqa: SIM115
+        self._file = open_own(path, "r+b" if state else "w+b", buffering=0)
         self._end = int(state["end"]) if state else data_start(num_reserved, page_bytes)
         if state and os.fstat(self._file.fileno()).st_size < self._end:
             raise ValueError(f"{path} is shorter than the journal says")

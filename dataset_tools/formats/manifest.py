@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset_tools.files import written
+from dataset_tools.files import write_file
 from dataset_tools.formats.formats import FORMATS
 from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 
@@ -44,8 +44,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Writes manifest.json, synced to the disk."""
-        with written(folder / MANIFEST_NAME) as file:
-            file.write(_text(asdict(self)).encode())
+        write_file(folder / MANIFEST_NAME, _text(asdict(self)))
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

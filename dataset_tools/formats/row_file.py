@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.files import read_at, write_at, written
+from dataset_tools.files import open_own, read_at, write_at, written
 from dataset_tools.formats.records import BLOCK_ROWS, ROW, TYPE_NAMES
 from dataset_tools.packed_names import PackedNames
 
@@ -28,7 +28,7 @@ class RowFile:
         Raises FileNotFoundError, or ValueError if it holds fewer.
         """
         self.path, self._count = path, count
-        self._file = open(path, "r+b" if count else "w+b", buffering=0)  # noqa: SIM115
+        self._file = open_own(path, "r+b" if count else "w+b", buffering=0)
         if os.fstat(self._file.fileno()).st_size < count * ROW.itemsize:
             self._file.close()
             raise ValueError(f"{path} is shorter than the journal says")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.files import ByteFile, write_pieces, written
+from dataset_tools.files import ByteFile, open_own, open_regular, write_file, write_pieces
 from dataset_tools.formats.output_format import OutputFormat, PartOfSplit, ReadBytes, SampleWriter
 from dataset_tools.formats.records import EXTENSIONS, PNG, SampleRecords
 from dataset_tools.formats.row_file import RowFile
@@ -26,6 +26,7 @@ from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 
 BLOCK = tarfile.BLOCKSIZE
 END_BYTES = 2 * BLOCK
+COPY_BYTES = 16 << 20
 MAX_MEMBER_BYTES = 8**11 - 1
 _EMPTY = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 _NAME_BYTES, _SIZE_AT, _CHECKSUM_AT = 100, 124, 148
@@ -81,7 +82,10 @@ class TarShards(OutputFormat):
                     check()
                     source = known[Path(old).with_suffix(suffix).name]
                     target = (folder / shard_name(split, shard)).with_suffix(suffix)
-                    shutil.copyfile(part.folder / source.name, target)
+                    with open_regular(part.folder / source.name) as old_file, open_own(target, "wb") as file:
+                        shutil.copyfileobj(old_file, file, COPY_BYTES)
+                        file.flush()
+                        os.fsync(file.fileno())
                     files[target] = source
                 shard += 1
         return files
@@ -126,7 +130,7 @@ class ShardWriter(SampleWriter):
             if self._path(number).stat().st_size != size:
                 raise ValueError(f"{self._path(number)} has another size than the journal says")
         path = self._path(self._shard)
-        self._file = open(path, "r+b" if state else "w+b", buffering=0)  # noqa: SIM115
+        self._file = open_own(path, "r+b" if state else "w+b", buffering=0)
         if os.fstat(self._file.fileno()).st_size < self._end:
             raise ValueError(f"{path} is shorter than the journal says")
         os.ftruncate(self._file.fileno(), self._end)
@@ -159,8 +163,7 @@ class ShardWriter(SampleWriter):
         for number, text in _index_files(rows.blocks()):
             path = self._path(number)
             index = path.with_suffix(".idx")
-            with written(index) as file:
-                file.write(text.encode())
+            write_file(index, text)
             files += [path, index]
         return files
 
@@ -190,7 +193,7 @@ class ShardWriter(SampleWriter):
         self._file.close()
         self._sizes.append(self._end + END_BYTES)
         self._end = 0
-        self._file = open(self._path(self._shard), "w+b", buffering=0)  # noqa: SIM115
+        self._file = open_own(self._path(self._shard), "w+b", buffering=0)
 
 
 def index_line(row: np.void) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 from zipfile import BadZipFile
 
+from dataset_tools.files import open_own
 from dataset_tools.sources.tar_index import DamagedArchiveError, TarIndex
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def alone(entry: Path) -> Iterator[None]:
     """Holds the lock of a cache entry."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(entry.with_name(entry.name + ".lock"), "wb")  # noqa: SIM115
+        lock = open_own(entry.with_name(entry.name + ".lock"), "a+b")
     except OSError as error:
         raise OSError(
             error.errno,
@@ -135,7 +136,7 @@ def _unpack(archive: Path, magic: bytes, target: Path) -> None:
 
 def write_chunks(chunks: Iterable[bytes], target: Path, purpose: str) -> None:
     """Writes `chunks`, one after the other. Raises OSError if less than SPARE_BYTES would be left."""
-    with open(target, "wb") as output:
+    with open_own(target, "w+b") as output:
         for chunk in chunks:
             check_room(target.parent, len(chunk), purpose, written_bytes=output.tell())
             output.write(chunk)

@@ -182,7 +182,6 @@ def test_what_a_killed_process_left_is_overwritten(write_tar, cache_folder: Path
     cache_folder.mkdir()
     key = spool.cache_entry([packed], ".tar").name
     (cache_folder / f"{key}.partial").write_bytes(b"half")
-    (cache_folder / f"{key}.npz.partial").write_bytes(b"half")
     assert len(open_source(packed).splits["train"]) == 6
     assert not list(cache_folder.glob("*.partial"))
 

@@ -94,7 +94,7 @@ def test_an_unfinished_conversion_continues(unfinished: Path, source: Path, whol
                 file.write(b"what was written after the journal" * 1000)
     with open(unfinished / "quarantine.jsonl", "ab") as file:
         file.write(b'{"half a li')
-    (unfinished / "journal.json.new").write_text("half a journal")
+    (unfinished / ".journal.json.0123456789abcdef.tmp").write_text("half a journal")
     convert(source, unfinished.with_name("made"), options(format), workers=2)
     assert contents(unfinished.with_name("made")) == contents(whole[format])
     assert not unfinished.exists()

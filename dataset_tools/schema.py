@@ -1,0 +1,131 @@
+"""Files that we wrote and read back: decoded by their types (msgspec), or one error that says where they are wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+
+from dataset_tools.files import open_regular
+
+T = TypeVar("T")
+
+MAX_BYTES = 1 << 26
+_STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")
+_MAX_ENTRIES = 1000
+"""Of a mapping, in which the wrong one is looked for."""
+
+
+class FileContentError(ValueError):
+    """A file that is not what its type says; the message names the file, the field, what stands there, what may."""
+
+
+def read_json(path: Path, kind: type[T], *, max_bytes: int = MAX_BYTES) -> T:
+    """The JSON file `path` as a `kind`: a dataclass, or any other type that msgspec knows.
+
+    Raises FileNotFoundError, OSError where it cannot be read or is no regular file, FileContentError for its content.
+    """
+    return decode_json(read_bounded(path, max_bytes), kind, str(path))
+
+
+def read_bounded(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """A whole file. Raises OSError as `read_json` does, FileContentError if it has more bytes than it may."""
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise FileContentError(f"{path} is too large: at most {max_bytes:,} bytes are read")
+    return content
+
+
+def decode_json(content: bytes | str, kind: type[T], where: str) -> T:
+    """JSON as a `kind`. `where`: what errors call it. Raises FileContentError.
+
+    Python's own decoder reads it, since msgspec's refuses names that are not valid UTF-8 (surrogateescape).
+    """
+    try:
+        value = json.loads(content, parse_constant=_refuse)
+    except UnicodeDecodeError as error:
+        raise FileContentError(f"{where} is no UTF-8: {error.reason} at byte {error.start:,}") from error
+    except json.JSONDecodeError as error:
+        raise FileContentError(f"{where} is no JSON: {error}") from error
+    except RecursionError as error:
+        raise FileContentError(f"{where} is nested too deeply") from error
+    except ValueError as error:
+        raise FileContentError(f"{where} is no JSON: {str(error).partition(':')[0]}") from error
+    return convert(value, kind, where)
+
+
+def convert(value: Any, kind: type[T], where: str) -> T:
+    """A decoded value (of JSON or YAML) as a `kind`. `where`: what errors call it. Raises FileContentError."""
+    try:
+        return msgspec.convert(value, kind)
+    except RecursionError as error:
+        raise FileContentError(f"{where} is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise FileContentError(f"{where} holds a text that is not valid UTF-8 where none may be") from error
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `$")
+        steps = [name or index for name, index in _STEP.findall(path.removesuffix("`"))]
+        field, standing = _find(value, kind, str(error), steps)
+        shown = "" if problem.startswith("Object missing") else f" is {_SHORT.repr(standing)}"
+        raise FileContentError(f"{where}: {field or 'all of it'}{shown}: {_shorten(problem)}") from error
+
+
+class _Short(reprlib.Repr):
+    """Names what is long or nested by a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring = 2, 80
+        self.maxdict = self.maxlist = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 1000 else f"a number of {x.bit_length():,} bits"
+
+
+_SHORT = _Short()
+
+
+def _find(root: Any, kind: type[Any], message: str, steps: list[str]) -> tuple[str, Any]:
+    """The name of the field that `steps` lead to, and what stands there. For `...`, any key: the one that is wrong."""
+    value, names = root, list[str]()
+    for step in steps:
+        if step != "...":
+            key: Any = int(step) if isinstance(value, list | tuple) else step
+        else:
+            key = _wrong_key(root, kind, message, value)
+            if key is None:
+                return ".".join([*names, "…"]), value
+        names.append(_shorten(str(key)))
+        value = value[key]
+    return ".".join(names), value
+
+
+def _wrong_key(root: Any, kind: type[Any], message: str, mapping: dict[str, Any]) -> str | None:
+    """The key of the entry that alone brings the same message about."""
+    entries = dict(mapping)
+    try:
+        for key in list(entries)[:_MAX_ENTRIES]:
+            mapping.clear()
+            mapping[key] = entries[key]
+            try:
+                msgspec.convert(root, kind)
+            except msgspec.ValidationError as error:
+                if str(error) == message:
+                    return key
+    finally:
+        mapping.clear()
+        mapping.update(entries)
+    return None
+
+
+def _shorten(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
