@@ -111,7 +111,7 @@ def open_own(path: Path, mode: str, buffering: int = -1) -> IO[Any]:
     return _open_regular(path, mode, buffering, os.O_NOFOLLOW)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> IO[bytes]:
     """Opens a file to read. Raises OSError, also for what is no regular file: a pipe would be waited for forever."""
     return _open_regular(path, "rb", -1, 0)
 

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import PIL
@@ -135,7 +135,7 @@ class _Conversion:
     progress: Progress
     stop: StopSignals
     journal_every_s: float
-    _quarantine: BinaryIO = None  # type: ignore[assignment]
+    _quarantine: IO[bytes] = None  # type: ignore[assignment]
 
     def convert_splits(self, splits: list[Split]) -> int:
         """Converts what is not converted yet. Returns how many images it looked at."""
@@ -188,7 +188,7 @@ class _Conversion:
         self.staging.publish([*names, QUARANTINE_NAME, MANIFEST_NAME])
         return manifest
 
-    def _open_quarantine(self) -> BinaryIO:
+    def _open_quarantine(self) -> IO[bytes]:
         """quarantine.jsonl, cut back to what the journal knows."""
         path, known = self.staging.folder / QUARANTINE_NAME, self.staging.state.setdefault("quarantine_bytes", 0)
         if known and (not path.exists() or path.stat().st_size < known):
