@@ -38,6 +38,7 @@ COMMANDS = {
     "linear": f"{_HERE}.linear:Linear",
     "finetune": f"{_HERE}.finetune:Finetune",
     "transfer": f"{_HERE}.transfer:Transfer",
+    "study": f"{_HERE}.study:Study",
     "compare": f"{_HERE}.compare:Compare",
     "detect": f"{_HERE}.detect:Detect",
     "export": f"{_HERE}.export:Export",
@@ -88,6 +89,10 @@ def parse_command(arguments: list[str]) -> Command | None:
         from leoclr_fast.commands.pretrain import parse_pretrain
 
         return parse_pretrain(rest)
+    if name == "study":
+        from leoclr_fast.commands.study import parse_study
+
+        return parse_study(rest)
     module, _, class_name = COMMANDS[name].partition(":")
     kind: type[Any] = getattr(import_module(module), class_name)
     command: Command = parse_flags(kind, rest, f"leoclr-fast {name}")

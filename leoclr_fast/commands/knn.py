@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dataset_tools.command_line import say
 from leoclr_fast.commands.evaluation_flags import EvaluationFlags, Flattened
-from leoclr_fast.evaluate.protocols import EvaluationOptions, KnnProtocol
+from leoclr_fast.evaluate.protocols import KnnOptions, KnnProtocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Knn(EvaluationFlags):
     data: Path
     """As in pretrain: the bank is train, the queries are val, else test, else a held-out part of train."""
     protocol: Annotated[KnnProtocol, Flattened] = field(default_factory=KnnProtocol)
-    options: Annotated[EvaluationOptions, Flattened] = field(default_factory=EvaluationOptions)
+    options: Annotated[KnnOptions, Flattened] = field(default_factory=KnnOptions)
 
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.evaluate import knn

@@ -20,7 +20,7 @@ from dataset_tools.terminal import PlainConsole
 from leoclr_fast.config_file import differing_fields
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.data import EvaluationLoaders
-from leoclr_fast.evaluate.protocols import EvaluationOptions, TrainingOptions
+from leoclr_fast.evaluate.protocols import EvaluationOptions, KnnOptions, TrainingOptions
 from leoclr_fast.run.environment import environment
 from leoclr_fast.run.folder import RunFolder, write_json
 from leoclr_fast.run.stepper import PausedError, Stepper
@@ -60,7 +60,7 @@ class Evaluation:
     pretrained: Pretrained
     ranks: Ranks
     device: torch.device
-    options: TrainingOptions
+    options: TrainingOptions | KnnOptions
     _done_with: list[Path] = field(default_factory=list, init=False)
 
     def stepper(self, training: str, total_steps: int, save_every_steps: int, *, steps_before: int = 0) -> Stepper:
@@ -69,6 +69,7 @@ class Evaluation:
         training: a name for its checkpoints, which go when the evaluation has its result; "" for the folder itself,
         where they stay.
         """
+        assert isinstance(self.options, TrainingOptions)
         if training:
             self._done_with.append(self.path / training)
         return Stepper(
@@ -137,7 +138,7 @@ def open_evaluation(
     pretrained: Pretrained,
     ranks: Ranks,
     device: torch.device,
-    options: TrainingOptions,
+    options: TrainingOptions | KnnOptions,
 ) -> Iterator[Evaluation]:
     """The evaluation with these settings (plain JSON), its folder held against a second process.
 

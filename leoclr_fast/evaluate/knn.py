@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,9 +22,9 @@ from leoclr_fast.config import MonitorConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.data import EvaluationLoaders
-from leoclr_fast.evaluate.evaluation import Result, evaluation_views, require_real_images
+from leoclr_fast.evaluate.evaluation import Result, evaluation_views, open_evaluation, require_real_images
 from leoclr_fast.evaluate.features import extract_features
-from leoclr_fast.evaluate.protocols import EvaluationOptions, KnnProtocol
+from leoclr_fast.evaluate.protocols import KnnOptions, KnnProtocol
 from leoclr_fast.machine.precision import encoder_dtype, settled
 from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import LoaderConfig, ViewConfig
@@ -161,7 +162,7 @@ def knn_evaluation(
 
 
 def run(
-    weights: Path, data: Path, protocol: KnnProtocol, options: EvaluationOptions, *, console: Console | None = None
+    weights: Path, data: Path, protocol: KnnProtocol, options: KnnOptions, *, console: Console | None = None
 ) -> Result:
     """kNN of a run's final weights, else of its newest checkpoint, or of a file of weights.
 
@@ -180,42 +181,49 @@ def run(
         source = open_source(data)
         splits = choose_splits(source, holdout_seed=pretrained.holdout_seed)
         views = evaluation_views(pretrained, image_size=options.image_size)
-        with knn_evaluation(
-            splits,
-            views=views,
-            loader=options.loader,
-            batch_size=protocol.batch_size,
-            k=k,
-            temperature=temperature,
-            precision=options.precision,
-            device=device,
-            ranks=ranks,
-            max_images=options.max_images,
-        ) as evaluation:
-            found = None if evaluation is None else evaluation.run(backbone.to(memory_format=torch.channels_last))
-            if not ranks.is_main:
-                return Result("knn", {})
-            if evaluation is None or found is None:
-                nothing = {"top1": None, "top5": None, "k": k, "temperature": temperature, "note": splits.note}
-                return Result("knn", nothing)
-            values = {
-                **asdict(found),
-                **pretrained.describe(),
-                "bank_images": len(evaluation.bank.split),
-                "query_images": len(evaluation.queries.split),
-                "note": splits.note,
-                "data": str(data),
-                "data_kind": source.kind,
-                "settings": {
-                    "k": k,
-                    "temperature": temperature,
-                    "image_size": views.image_size,
-                    "center_crop_fraction": views.center_crop_fraction,
-                    "precision": options.precision,
-                    "data_fingerprint": source.fingerprint,
-                    "max_images": options.max_images,
-                },
-            }
-            if pretrained.run is not None:
-                pretrained.run.add_evaluation("knn", values)
-            return Result("knn", values)
+        settings = {
+            "k": k,
+            "temperature": temperature,
+            "image_size": views.image_size,
+            "center_crop_fraction": views.center_crop_fraction,
+            "precision": options.precision,
+            "data_fingerprint": source.fingerprint,
+            "max_images": options.max_images,
+        }
+
+        def compute() -> dict[str, Any]:
+            with knn_evaluation(
+                splits,
+                views=views,
+                loader=options.loader,
+                batch_size=protocol.batch_size,
+                k=k,
+                temperature=temperature,
+                precision=options.precision,
+                device=device,
+                ranks=ranks,
+                max_images=options.max_images,
+            ) as evaluation:
+                assert evaluation is not None
+                return {
+                    **asdict(evaluation.run(backbone.to(memory_format=torch.channels_last))),
+                    **pretrained.describe(),
+                    "bank_images": len(evaluation.bank.split),
+                    "query_images": len(evaluation.queries.split),
+                    "note": splits.note,
+                    "data": str(data),
+                    "data_kind": source.kind,
+                }
+
+        if splits.queries is None:
+            nothing = {"top1": None, "top5": None, "k": k, "temperature": temperature, "note": splits.note}
+            return Result("knn", nothing if ranks.is_main else {})
+        if options.out is not None:
+            with open_evaluation("knn", settings, pretrained, ranks, device, options) as evaluation:
+                return evaluation.result(compute)
+        values = compute() | {"settings": settings}
+        if not ranks.is_main:
+            return Result("knn", {})
+        if pretrained.run is not None:
+            pretrained.run.add_evaluation("knn", values)
+        return Result("knn", values)

@@ -51,6 +51,14 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KnnOptions(EvaluationOptions):
+    """The same of kNN."""
+
+    out: Path | None = None
+    """A folder for its result, where the same command finds it again; otherwise RUN/evaluations.jsonl alone has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOptions(EvaluationOptions):
     """The same of an evaluation that trains something, and can be resumed."""
 
