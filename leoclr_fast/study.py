@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dataset_tools.files import take_lock
 from dataset_tools.stop_signals import StopSignals, stop_signals
-from leoclr_fast.report.evaluation_table import evaluation_table
+from leoclr_fast.report.evaluation_table import EvaluationTable, evaluation_table
 from leoclr_fast.report.page import write_report
 from leoclr_fast.run.folder import RunFolder, write_atomically, write_json
 from leoclr_fast.study_plans import StudyPlan
 
 EVALUATORS = ("knn", "linear", "finetune", "transfer", "detect")
 LAUNCHER = (sys.executable, "-m", "leoclr_fast")
+_CONTINUES = "; the same study continues with what is not done"
 _POLL_S = 0.2
 _LOOK_AGAIN_S = 5.0
 
@@ -73,38 +73,39 @@ def study_runs(plan: StudyPlan, data: Path, out: Path) -> list[StudyRun]:
     return [_study_run(plan, variant, seed, data, out) for seed in plan.seeds for variant in plan.variants]
 
 
-def run_study(
-    plan: StudyPlan, data: Path, out: Path, *, launcher: Sequence[str] = LAUNCHER, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Make what is not done of the plan, then `report.html`, `table.md` and `study.json` in `out`.
+def make_runs(
+    runs: Sequence[StudyRun], *, launcher: Sequence[str] = LAUNCHER, say: Callable[[str], None]
+) -> list[Step]:
+    """Run every step that is not done, and return those that were run here.
 
     launcher: what starts a command: the words before `pretrain …`.
-    Returns the table, and what was made here. Raises RuntimeError if a command failed, StoppedBySignalError after a
-    signal, which the command at work has obeyed.
+    Raises RuntimeError if a command failed, StoppedBySignalError after a signal, which the command at work has obeyed.
     """
-    runs = study_runs(plan, data, out)
     total = sum(len(run.steps) for run in runs)
-    done = total - sum(len(run.steps_left()) for run in runs)
-    say(f"study of {len(runs)} runs, {total} steps, {done} of them done before, in {out}")
-    made: list[str] = []
+    say(f"a study of {len(runs)} runs: {total} steps, {_num_done(runs)} of them done before")
+    made: list[Step] = []
     with stop_signals(True, repeats_insist=False) as stop:
         while runs_left := [run for run in runs if run.steps_left()]:
-            progress = len(made)
+            made_before = len(made)
             for run in runs_left:
                 with _held(run) as lock:
                     for step in run.steps_left() if lock is not None else ():
                         say(f"[{_num_done(runs) + 1}/{total}] {step}")
                         _execute(step, launcher, lock, stop)
-                        made.append(str(step))
-            if len(made) == progress:
+                        made.append(step)
+            if len(made) == made_before:
                 _wait_for_others(runs, stop, say)
-        table = evaluation_table([run.path for run in runs])
-        report = write_report([run.path for run in runs], out / "report.html")
+    return made
+
+
+def write_results(runs: Sequence[StudyRun], out: Path) -> tuple[EvaluationTable, Path]:
+    """The table of all results, also as `table.md` and `study.json`, and the page `report.html`, in `out`."""
+    paths = [run.path for run in runs]
+    table, page = evaluation_table(paths), out / "report.html"
+    write_report(paths, page)
     write_atomically(out / "table.md", (table.as_markdown() + "\n").encode())
-    document = {"report": report["out"], "table": table.as_document(), "made": made}
-    write_json(out / "study.json", document)
-    say(table.as_markdown())
-    return document
+    write_json(out / "study.json", table.as_document())
+    return table, page
 
 
 def _study_run(plan: StudyPlan, variant: str, seed: int, data: Path, out: Path) -> StudyRun:
@@ -153,6 +154,7 @@ def _held(run: StudyRun) -> Iterator[int | None]:
 def _execute(step: Step, launcher: Sequence[str], lock: int | None, stop: StopSignals) -> None:
     """Run a step to its end; a signal is passed on to it, and its end waited for."""
     assert lock is not None
+    stop.raise_if_requested(_CONTINUES)
     process = subprocess.Popen([*launcher, *step.words], start_new_session=True, pass_fds=[lock])
     passed_on = False
     try:
@@ -164,7 +166,7 @@ def _execute(step: Step, launcher: Sequence[str], lock: int | None, stop: StopSi
         process.send_signal(signal.SIGINT)
         process.wait()
         raise
-    stop.raise_if_requested("; the same study continues with what is not done")
+    stop.raise_if_requested(_CONTINUES)
     if code != 0:
         raise RuntimeError(
             f"this step of the study ended with exit code {code}: {step}; mend it, and type the same study again"
@@ -186,5 +188,5 @@ def _wait_for_others(runs: Sequence[StudyRun], stop: StopSignals, say: Callable[
     say(f"waiting for another process that is at {names}")
     until = time.monotonic() + _LOOK_AGAIN_S
     while time.monotonic() < until:
-        stop.raise_if_requested("; the same study continues with what is not done")
+        stop.raise_if_requested(_CONTINUES)
         time.sleep(_POLL_S)

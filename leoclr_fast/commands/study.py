@@ -31,24 +31,27 @@ class Study(CommonFlags):
     plan: Annotated[StudyPlan, tyro.conf.arg(name="")]
 
     def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.study import LAUNCHER, run_study, study_runs
+        from dataset_tools.demo_data import write_demo_data
+        from leoclr_fast.study import LAUNCHER, make_runs, study_runs, write_results
 
         data = self.data
         if data is None:
             if self.plan_name != demo_study_name():
                 raise ValueError(f"{self.plan_name} needs images: give --data PATH")
             data = self.out / "data"
+        runs = study_runs(self.plan, data, self.out)
         if self.print:
-            lines = [str(run) for run in study_runs(self.plan, data, self.out)]
-            for line in lines:
-                say(console, line)
-            return {"commands": lines}
+            for run in runs:
+                say(console, str(run))
+            return {"commands": [str(run) for run in runs]}
         if self.data is None:
-            from dataset_tools.demo_data import write_demo_data
-
             write_demo_data(data)
         launcher = LAUNCHER if self.launcher is None else shlex.split(self.launcher)
-        return run_study(self.plan, data, self.out, launcher=launcher, say=lambda line: say(console, line))
+        made = make_runs(runs, launcher=launcher, say=lambda line: say(console, line))
+        table, page = write_results(runs, self.out)
+        say(console, table.as_markdown())
+        say(console, f"report: {page}")
+        return {"table": table.as_document(), "report": str(page), "made": [str(step) for step in made]}
 
 
 def demo_study_name() -> str:
