@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset_tools.files import take_lock
+from dataset_tools.files import open_own, take_lock, write_file
 from dataset_tools.stop_signals import StopSignals, stop_signals
 from leoclr_fast.report.evaluation_table import EvaluationTable, evaluation_table
 from leoclr_fast.report.page import write_report
-from leoclr_fast.run.folder import RunFolder, write_atomically, write_json
+from leoclr_fast.run.folder import RunFolder, write_json
 from leoclr_fast.study_plans import StudyPlan
 
 EVALUATORS = ("knn", "linear", "finetune", "transfer", "detect")
@@ -103,7 +103,7 @@ def write_results(runs: Sequence[StudyRun], out: Path) -> tuple[EvaluationTable,
     paths = [run.path for run in runs]
     table, page = evaluation_table(paths), out / "report.html"
     write_report(paths, page)
-    write_atomically(out / "table.md", (table.as_markdown() + "\n").encode())
+    write_file(out / "table.md", table.as_markdown() + "\n")
     write_json(out / "study.json", table.as_document())
     return table, page
 
@@ -142,7 +142,7 @@ def _held(run: StudyRun) -> Iterator[int | None]:
     The command at work inherits it: it counts as at work until it ends, even if its study was killed.
     """
     run.path.parent.mkdir(parents=True, exist_ok=True)
-    with open(run.path.with_name(f".{run.path.name}.lock"), "w") as lock:
+    with open_own(run.path.with_name(f".{run.path.name}.lock"), "a") as lock:
         try:
             take_lock(lock, wait_s=0.0)
         except BlockingIOError:

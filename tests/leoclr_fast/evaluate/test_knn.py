@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
+from leoclr_fast.evaluate import knn
 from leoclr_fast.evaluate.knn import knn_accuracy, knn_scores
+from leoclr_fast.evaluate.protocols import KnnOptions, KnnProtocol
 from leoclr_fast.schedules import learning_rate
 
 
@@ -94,3 +97,16 @@ def test_other_schedules() -> None:
     assert learning_rate("cosine_per_step", 0.03, 0, 10, 20) == 0.03
     assert learning_rate("cosine_per_step", 0.03, 100, 10, 20) == pytest.approx(0.015)
     assert learning_rate("cosine_per_step", 0.03, 150, 10, 20) == pytest.approx(0.015 * (1 + math.cos(0.75 * math.pi)))
+
+
+def test_a_result_with_a_folder_is_found_again(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command takes it from there; other settings are refused."""
+    protocol, options = KnnProtocol(k=3, temperature=0.1), KnnOptions(device="cpu", out=tmp_path / "knn")
+    first = knn.run(tiny_run, tiny_data, protocol, options).values
+    assert first["k"] == 3
+    monkeypatch.setattr(knn, "knn_evaluation", None)
+    assert knn.run(tiny_run, tiny_data, protocol, options).values == first
+    with pytest.raises(ValueError, match="holds another evaluation: k: 3 there, 4 here"):
+        knn.run(tiny_run, tiny_data, KnnProtocol(k=4, temperature=0.1), options)
