@@ -10,7 +10,6 @@ import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -111,9 +110,15 @@ def open_own(path: Path, mode: str, buffering: int = -1) -> IO[Any]:
     return _open_regular(path, mode, buffering, os.O_NOFOLLOW)
 
 
-def open_regular(path: Path) -> IO[bytes]:
-    """Opens a file to read. Raises OSError, also for what is no regular file: a pipe would be waited for forever."""
-    return _open_regular(path, "rb", -1, 0)
+def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> IO[bytes]:
+    """Opens a file to read. Raises OSError, NoRegularFileError for what is none: a pipe would be waited for forever."""
+    return _open_regular(Path(path), "rb", buffering, 0)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """All bytes of a regular file. Raises as `open_regular` does."""
+    with open_regular(path, buffering=0) as file:
+        return file.read()
 
 
 def _open_regular(path: Path, mode: str, buffering: int, more_flags: int) -> IO[Any]:
@@ -123,20 +128,27 @@ def _open_regular(path: Path, mode: str, buffering: int, more_flags: int) -> IO[
     try:
         file = open(path, mode, buffering, opener=opener)  # noqa: SIM115
     except OSError as error:
-        if path.is_symlink() and error.errno == errno.ELOOP:
+        if more_flags and path.is_symlink() and error.errno == errno.ELOOP:
             raise OSError(f"{path} is a symbolic link, and files of this name are not written through one") from error
         if error.errno == errno.ENXIO:  # of a socket, or a pipe
-            raise OSError(f"{path} is {_kind(path.stat().st_mode)}, and not a file") from error
+            raise NoRegularFileError(errno.EINVAL, f"{path} is {_kind(path.stat().st_mode)}, and not a file") from error
+        if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
+            what = f"{path}: {error.strerror} (a link that leads nowhere)"
+            raise NoRegularFileError(error.errno, what) from error
         raise
     if not stat.S_ISREG(found := os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(f"{path} is {_kind(found)}, and not a file")
+        raise NoRegularFileError(errno.EINVAL, f"{path} is {_kind(found)}, and not a file")
     return file
 
 
 def _kind(mode: int) -> str:
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}
     return next((kind for test, kind in kinds.items() if test(mode)), "a device")
+
+
+class NoRegularFileError(OSError):
+    """Where a file should be is a named pipe, a socket, a device, or a link that leads nowhere."""
 
 
 class ByteFile:
@@ -147,7 +159,7 @@ class ByteFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: FileIO | None = None
+        self._file: IO[bytes] | None = None
 
     def read(self, offset: int, size: int, sample: str) -> bytes:
         """`size` bytes from `offset` on. Raises OSError, naming `sample`, if the file is gone or cut."""
@@ -176,9 +188,9 @@ class ByteFile:
             file = self._opened()
             os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
-    def _opened(self) -> FileIO:
+    def _opened(self) -> IO[bytes]:
         """The open file; who reads keeps it alive, since two threads may open it at the same moment."""
-        file = self._file or FileIO(self.path)
+        file = self._file or open_regular(self.path, buffering=0)
         self._file = file
         return file
 

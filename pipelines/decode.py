@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dataset_tools import images
 from dataset_tools.sources import Split
 
 _MAX_BAD_FRACTION = 0.01
@@ -23,18 +23,18 @@ class UnreadableImageError(Exception):
 def decode_rgb(split: Split, index: int) -> Image.Image:
     """Image ``index`` of a split in RGB, without EXIF rotation. Raises `UnreadableImageError` with the reason."""
     with _reasons():
-        return _open(split.read(index)).convert("RGB")
+        return images.decode_rgb(split.read(index))
 
 
 def decode_bytes(encoded: bytes) -> Image.Image:
     """An image's bytes in RGB; otherwise as `decode_rgb`."""
     with _reasons():
-        return _open(encoded).convert("RGB")
+        return images.decode_rgb(encoded)
 
 
 def image_size(split: Split, index: int) -> tuple[int, int]:
     """(height, width) of an image, pixels, from its header alone. Raises `UnreadableImageError`."""
-    with _reasons(), _open(split.read(index)) as image:
+    with _reasons(), images.open_image(split.read(index)) as image:
         return image.height, image.width
 
 
@@ -89,10 +89,6 @@ class Substitutes:
             except UnreadableImageError as error:
                 self.unreadable[found] = str(error)
         return None
-
-
-def _open(encoded: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(encoded))
 
 
 @contextmanager

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.transform import UnusableImageError, transform
+from dataset_tools.files import NoRegularFileError
 from dataset_tools.formats.output_format import OutputFormat, SampleWriter
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, ROW
 from dataset_tools.formats.row_file import NamesOf, RowFile
 from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
-from dataset_tools.sources.image_folder import DanglingLinkError
 from dataset_tools.sources.split import Split
 from dataset_tools.stop_signals import StopSignals
 from dataset_tools.subsets import shuffled_order
@@ -160,10 +160,10 @@ class SplitConversion:
 
 
 def _read(split: Split, index: int) -> bytes:
-    """Raises UnusableImageError for a link that leads nowhere, OSError for anything else that cannot be read."""
+    """Raises UnusableImageError where there is no regular file, OSError for anything else that cannot be read."""
     try:
         return split.read(index)
-    except DanglingLinkError as error:
+    except NoRegularFileError as error:
         raise UnusableImageError(str(error.strerror)) from error
     except OSError as error:
         raise OSError(

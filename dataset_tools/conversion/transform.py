@@ -1,16 +1,13 @@
 """One image on its way to disk: its bytes are passed through, it is re-encoded, or it cannot be used.
 
 The truth is what torchvision's ImageFolder hands out: `PIL.Image.open(file).convert("RGB")`. So EXIF orientation is not
-applied (and DALI must be told `adjust_orientation=False`; FFCV never does), palettes and 16 bits become RGB as Pillow
-does it, alpha is dropped.
+applied (and DALI must be told `adjust_orientation=False`; FFCV never does), palettes become RGB, alpha is dropped. Only
+16 bits are another matter (`images.rgb`).
 """
 
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image
@@ -18,9 +15,8 @@ from PIL import Image
 from dataset_tools.conversion.jpeg import START, DamagedJpegError, read_jpeg_header
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.formats.records import JPG, PASSED_THROUGH, PNG, RAW, REENCODED
+from dataset_tools.images import UnusableImageError, check_pixels, decode_rgb, load_image, rgb, unusable_unless_done
 
-MAX_PIXELS = 178_956_970
-"""An image of more is taken for a decompression bomb: Pillow's own limit, at which ImageFolder fails, too."""
 MAX_JPEG_SIDE = 65_500
 """libjpeg's limit, pixels."""
 LOSSLESS_FORMATS = ("PNG", "BMP", "PPM", "TIFF")
@@ -29,10 +25,6 @@ JPEG_EXTENSIONS = (".jpg", ".jpeg")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG = (b"\x08\x00", b"\x08\x02")
 """The bytes of a PNG's header that say 8 bits, gray or RGB."""
-
-
-class UnusableImageError(Exception):
-    """The image goes to quarantine; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +51,7 @@ def transform(data: bytes, name: str, options: ConvertOptions) -> StoredImage:
     is_named_jpeg = name.lower().endswith(JPEG_EXTENSIONS)
     if options.mode != "reencode" and not is_named_jpeg and (passed := _pass_png(data, options)):
         return passed
-    image = _decode(data)
+    image = load_image(data)
     file_format = image.format or "?"
     lossless = file_format in LOSSLESS_FORMATS and not is_named_jpeg
     if options.mode == "passthrough" and not (lossless and options.output.lossless == RAW):
@@ -77,10 +69,10 @@ def decode(data: bytes, encoding: int, width: int, height: int) -> Image.Image:
         if len(data) != 3 * width * height:
             raise UnusableImageError(f"{len(data)} bytes are no {width} x {height} raw pixels")
         return Image.frombytes("RGB", (width, height), data)
-    image = _decode(data)
+    image = decode_rgb(data)
     if image.size != (width, height):
         raise UnusableImageError(f"it is {image.width} x {image.height} pixels, and not {width} x {height}")
-    return image.convert("RGB")
+    return image
 
 
 def _transform_jpeg(data: bytes, options: ConvertOptions) -> StoredImage:
@@ -90,7 +82,7 @@ def _transform_jpeg(data: bytes, options: ConvertOptions) -> StoredImage:
         # What libjpeg puts up with (padding between markers, say) is mended; what it does not is the user's to see.
         return _reencode_unless_forbidden(data, options, "irregular markers", str(damage))
     width, height, largest_side = header.width, header.height, options.output.largest_side
-    _check_pixels(width, height)
+    check_pixels(width, height)
     reason = header.obstacle
     if not reason and options.target_size(width, height) != (width, height):
         reason = "larger than the limit"
@@ -114,7 +106,7 @@ def _pass_png(data: bytes, options: ConvertOptions) -> StoredImage | None:
         return None
     if options.target_size(width, height) != (width, height):
         return None
-    _check_pixels(width, height)
+    check_pixels(width, height)
     return _passed_through(data, width, height, PNG, options)
 
 
@@ -125,7 +117,7 @@ def _passed_through(data: bytes, width: int, height: int, encoding: int, options
 
 
 def _reencode_unless_forbidden(data: bytes, options: ConvertOptions, reason: str, details: str) -> StoredImage:
-    image = _decode(data)
+    image = load_image(data)
     if options.mode == "passthrough":
         raise UnusableImageError(f"it would have to be re-encoded ({details}); --mode passthrough does not")
     return _reencode(image, options, reason)
@@ -141,16 +133,15 @@ def _reencode(image: Image.Image, options: ConvertOptions, reason: str) -> Store
 
 def _encoded(image: Image.Image, file_format: str, **given: int) -> bytes:
     encoded = io.BytesIO()
-    with _unusable_unless_done("it cannot be encoded: "):
+    with unusable_unless_done("it cannot be encoded: "):
         image.save(encoded, file_format, **given)
     return encoded.getvalue()
 
 
 def _fitted(image: Image.Image, options: ConvertOptions) -> Image.Image:
     """Converts an image to RGB, within the limits (Lanczos), without the metadata of the file."""
-    with _unusable_unless_done():
-        if image.mode != "RGB":
-            image = image.convert("RGB")
+    image = rgb(image)
+    with unusable_unless_done():
         size = options.target_size(image.width, image.height)
         if size != image.size:
             image = image.resize(size, Image.Resampling.LANCZOS)
@@ -160,32 +151,3 @@ def _fitted(image: Image.Image, options: ConvertOptions) -> Image.Image:
         what = f"{options.output.title}'s {largest_side:,}"
         raise UnusableImageError(f"a side of {max(image.size):,} pixels is more than {what}")
     return image
-
-
-def _decode(data: bytes) -> Image.Image:
-    """The decoded image, as Pillow loads it."""
-    with _unusable_unless_done():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
-            image = Image.open(io.BytesIO(data))
-        _check_pixels(image.width, image.height)
-        image.load()
-    return image
-
-
-@contextmanager
-def _unusable_unless_done(what: str = "") -> Iterator[None]:
-    """Turns nearly anything, which Pillow raises for damaged bytes, into an UnusableImageError."""
-    try:
-        yield
-    except (UnusableImageError, MemoryError):
-        raise
-    except Image.UnidentifiedImageError as error:  # Pillow's own message names an address, another one in every run
-        raise UnusableImageError(f"{what}it is no image that Pillow knows") from error
-    except Exception as error:
-        raise UnusableImageError(f"{what}{str(error) or type(error).__name__}") from error
-
-
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise UnusableImageError(f"{width:,} x {height:,} pixels are taken for a decompression bomb")

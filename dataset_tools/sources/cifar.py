@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset_tools.array_pickles import load_array_pickle
 from dataset_tools.sources.raw_pixels import (
     PixelSplit,
     RecordSplit,
@@ -63,7 +62,7 @@ def open_cifar(folder: Path) -> ImageSource | None:
     if variant.label_bytes:
         stored_classes = read_class_names(names_file)
     else:
-        stored_classes = list(map(str, load_pickle(names_file).get(variant.class_names_key, ())))
+        stored_classes = list(map(str, load_array_pickle(names_file).get(variant.class_names_key, ())))
     splits: dict[str, Split] = {}
     for split, files in (("train", variant.train), ("test", (variant.test,))):
         paths = [folder / file for file in files]
@@ -103,7 +102,7 @@ class PickledSplit(PixelSplit):
 
 def _read_batch(path: Path, label_key: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """uint8 [N, 3072] and int64 [N]. Raises ValueError if the pickle holds anything else."""
-    batch = load_pickle(path)
+    batch = load_array_pickle(path)
     data, labels = batch.get("data"), batch.get(label_key)
     if (
         not isinstance(data, np.ndarray)
@@ -114,34 +113,3 @@ def _read_batch(path: Path, label_key: str) -> tuple[NDArray[np.uint8], NDArray[
     ):
         raise ValueError(f"{path} is damaged: expected 'data', uint8 [N, {PIXEL_BYTES}], and {label_key!r}, N integers")
     return data, np.array(labels, dtype=np.int64)
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Builds Python's own containers and numpy arrays, and refuses to import anything else."""
-
-    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): codecs.encode,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which CIFAR does not need; nothing was run")
-        return self.ALLOWED[module, name]
-
-
-def load_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary that a CIFAR pickle holds. Raises ValueError if it is damaged or asks for other code."""
-    try:
-        with open(path, "rb") as file:
-            content = ArrayUnpickler(file, encoding="latin1").load()
-    except OSError:
-        raise
-    except Exception as error:  # what a damaged pickle raises is not documented
-        raise ValueError(f"{path} is no CIFAR pickle: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no CIFAR pickle: it holds a {type(content).__name__}, not a dictionary")
-    return content

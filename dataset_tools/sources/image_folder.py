@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset_tools.files import read_file
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.layout import is_hidden, is_image, lay_out
 from dataset_tools.sources.split import ImageSource, Split
 
 logger = logging.getLogger(__name__)
-
-
-class DanglingLinkError(FileNotFoundError):
-    """The image is a link that leads nowhere."""
 
 
 @dataclass(eq=False, repr=False)
@@ -36,18 +31,11 @@ class FolderSplit(Split):
 
     def read(self, index: int) -> bytes:
         name = self.names[index]
-        path = os.path.join(self.root, name)
         try:
-            # Without waiting: a named pipe would never begin.
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    return b""  # no image, whatever it is
-                return file.read()
+            return read_file(os.path.join(self.root, name))
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):
-                reason = f"cannot read sample {name!r} of {self.root}: {error.strerror} (a link that leads nowhere)"
-                raise DanglingLinkError(error.errno, reason) from error
-            raise OSError(error.errno, f"cannot read sample {name!r} of {self.root}: {error.strerror}") from error
+            reason = f"cannot read sample {name!r} of {self.root}: {error.strerror or error}"
+            raise type(error)(error.errno, reason) from error
 
 
 def open_image_folder(root: Path) -> ImageSource:

@@ -28,10 +28,11 @@ _PACKAGES = {
 
 def pillow() -> Result:
     """Encodes and decodes a JPEG, by libjpeg-turbo."""
-    from PIL import Image, __version__, features
+    from PIL import __version__, features
 
-    with Image.open(io.BytesIO(draw_jpeg(0))) as image:
-        pixel = image.convert("RGB").getpixel((24, 20))
+    from dataset_tools.images import decode_rgb
+
+    pixel = decode_rgb(draw_jpeg(0)).getpixel((24, 20))
     assert isinstance(pixel, tuple)
     found = f"Pillow {__version__}, libjpeg {features.version_codec('jpg')}"
     if max(abs(got - drawn) for got, drawn in zip(pixel, (96, 100, 44), strict=True)) > 12:
@@ -91,6 +92,7 @@ def _load(name: str, folder: Path, device: Any) -> tuple[Any, Any]:
     import torch
     from PIL import Image
 
+    from dataset_tools.images import decode_rgb
     from dataset_tools.sources import open_source
     from pipelines.config import LoaderConfig, ViewConfig
     from pipelines.factory import make_loader
@@ -102,8 +104,7 @@ def _load(name: str, folder: Path, device: Any) -> tuple[Any, Any]:
         file = folder / "images" / "train" / f"class{number}" / f"{number}.jpg"
         file.parent.mkdir(parents=True)
         file.write_bytes(draw_jpeg(number))
-        with Image.open(file) as image:
-            truths.append(np.asarray(image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)))
+        truths.append(np.asarray(decode_rgb(file).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)))
     data = folder / "images"
     if name == "ffcv":
         from dataset_tools.conversion.convert import convert

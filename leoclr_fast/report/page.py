@@ -11,8 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
+from dataset_tools.images import decode_rgb
 from leoclr_fast.config_file import differences, flat
 from leoclr_fast.recipes import RECIPES
 from leoclr_fast.report.comparison import differing_environment, find_pairs, speed_range
@@ -165,12 +164,11 @@ def _contact_sheet(run: RunRecord) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        with Image.open(path) as image:
-            image.thumbnail((1400, 1400))
-            picture = image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        picture = decode_rgb(path)
+    except (OSError, ValueError) as error:
         run.problems.append(f"{path} cannot be read: {error}")
         return None
+    picture.thumbnail((1400, 1400))
     for quality in (85, 70, 50, 30):
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=quality)

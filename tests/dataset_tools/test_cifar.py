@@ -135,7 +135,7 @@ def test_a_hostile_pickle_is_not_run(tmp_path: Path, name: str, protocol: int, m
     folder, trace = write_pickles_10(tmp_path / "data"), tmp_path / "executed"
     monkeypatch.setenv("HOSTILE", str(trace))
     (folder / name).write_bytes(pickle.dumps({"data": Hostile()}, protocol=protocol))
-    with pytest.raises(ValueError, match=rf"{name} is no CIFAR pickle: it asks for \w+.mkdir.* nothing was run"):
+    with pytest.raises(ValueError, match=rf"{name} is no pickle of arrays: it asks for \w+.mkdir.* nothing was run"):
         open_source(folder)
     assert not trace.exists()
 
@@ -151,8 +151,8 @@ def test_only_what_arrays_need_is_imported(tmp_path: Path, target: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no CIFAR pickle"),
-        (pickle.dumps({"data": TEST_10[0], "labels": TEST_10[1]}, protocol=2)[:-2000], "is no CIFAR pickle"),
+        (b"", "is no pickle of arrays"),
+        (pickle.dumps({"data": TEST_10[0], "labels": TEST_10[1]}, protocol=2)[:-2000], "is no pickle of arrays"),
         (pickle.dumps([1, 2]), "holds a list, not a dictionary"),
         (pickle.dumps({"labels": [1]}), "is damaged: expected 'data', uint8"),
         (pickle.dumps({"data": TEST_10[0], "labels": [1]}), "is damaged: expected 'data', uint8"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset_tools.files import open_own, open_regular, write_file, written
+from dataset_tools.files import NoRegularFileError, open_own, open_regular, read_file, write_file, written
 
 
 def test_a_file_is_replaced_at_once_or_left_as_it_was(tmp_path: Path) -> None:
@@ -59,10 +59,14 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, mode: str) -> None:
 def test_what_is_no_file_is_neither_read_nor_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
+    for name, target in (("dangling", "nowhere"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(NoRegularFileError, match="a link that leads nowhere"):
+            read_file(tmp_path / name)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(tmp_path / "socket"))
     for name, kind in (("fifo", "a named pipe"), ("socket", "a socket"), ("/dev/null", "a device")):
-        with pytest.raises(OSError, match=f"{name} is {kind}, and not a file"):
+        with pytest.raises(NoRegularFileError, match=f"{name} is {kind}, and not a file"):
             open_regular(tmp_path / name)
         with pytest.raises(OSError, match=f"{name} is {kind}, which no file can replace"):
             write_file(tmp_path / name, "")

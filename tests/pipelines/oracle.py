@@ -44,11 +44,19 @@ def open_by_name(
     return make_loader(split, views, view_config, settings, order, seed=SEED, device=torch.device(device))
 
 
+def plain_image(data: bytes) -> Image.Image:
+    """In RGB, of 16 bits the upper 8."""
+    image = Image.open(io.BytesIO(data))
+    if image.mode == "I;16":
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def plain_batch(
     split: Split, indices: np.ndarray, epoch: int, views: ViewRecipe = LEOCLR_VIEWS
 ) -> dict[str, np.ndarray]:
     """A batch made in the plainest way: image by image, view by view, with Pillow."""
-    images = [Image.open(io.BytesIO(split.read(int(index)))).convert("RGB") for index in indices]
+    images = [plain_image(split.read(int(index))) for index in indices]
     heights, widths = (np.array([getattr(image, side) for image in images]) for side in ("height", "width"))
     boxes = draw_boxes(views, ViewConfig(image_size=16), heights, widths, SEED, epoch, indices)
     crops = np.zeros((len(images), len(views), 16, 16, 3), dtype=np.uint8)

@@ -11,9 +11,10 @@ from itertools import count, islice
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from dataset_tools.images import UnusableImageError, open_image, rgb, unusable_unless_done
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage
 from pipelines.counter_rng import ORDER_STREAM, permutation
 
@@ -124,9 +125,9 @@ def _pixels(request: ImageRequest, max_side: int) -> npt.NDArray[np.uint8]:
     """uint8 [height, width, 3]."""
     annotated = request.image
     try:
-        with Image.open(annotated.path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        with unusable_unless_done():
+            image = rgb(ImageOps.exif_transpose(open_image(annotated.path)))
+    except (OSError, UnusableImageError) as error:
         raise ValueError(f"the image {annotated.path} cannot be read: {error}") from error
     if image.size != (annotated.width, annotated.height):
         raise ValueError(

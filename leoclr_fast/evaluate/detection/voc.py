@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from dataset_tools.images import open_image
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, AnnotatedImages, ImageDetections, annotated_image
 
 Floats = npt.NDArray[np.float64]
@@ -67,8 +67,7 @@ def _read_image(year: Path, name: str) -> AnnotatedImage:
             difficult.append(item.findtext("difficult", "0").strip() == "1")
         size = root.find("size")
         if size is None:
-            with Image.open(path) as image:
-                width, height = image.size
+            width, height = open_image(path).size
         else:
             width, height = int(_text(size, "width")), int(_text(size, "height"))
     except (ElementTree.ParseError, ValueError) as error:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dataset_tools.array_pickles import load_array_pickle
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.weights.formats.export_format import ExportFormat
@@ -89,11 +90,9 @@ def read_detectron2(path: Path, names: list[str]) -> dict[str, Tensor]:
 
     Raises ValueError if it is another file, or if one of `names` is missing or a tensor left over.
     """
-    try:
-        document = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
-        model = dict(document["model"])
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is no detectron2 file of arrays: {error}") from error
+    model = load_array_pickle(path).get("model")
+    if not isinstance(model, dict):
+        raise ValueError(f"{path} is no detectron2 file: it has no dictionary 'model'")
     tensors = {}
     for name in names:
         if detectron2_name(name) not in model:
@@ -113,12 +112,3 @@ class _ArrayPickler(pickle.Pickler):
             array = np.ascontiguousarray(value).reshape(value.shape)
             return np.ndarray, (array.shape, array.dtype), (1, array.shape, array.dtype, False, array.tobytes())
         return NotImplemented
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Knows arrays and dtypes, and refuses every other name, so that nothing can be executed."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")

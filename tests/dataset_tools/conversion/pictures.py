@@ -35,8 +35,11 @@ def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
 
 
 def truth(data: bytes) -> np.ndarray:
-    """What torchvision's ImageFolder hands out: uint8 [H, W, 3]."""
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    """What torchvision's ImageFolder hands out, uint8 [H, W, 3]; of 16 bits the upper 8, where that hands out white."""
+    image = Image.open(io.BytesIO(data))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
 
 
 def pixels(image: StoredImage) -> np.ndarray:

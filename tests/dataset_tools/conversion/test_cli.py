@@ -168,7 +168,10 @@ class TestConvert:
         message = refused(capsys, "convert", tmp_path / "nowhere", tmp_path / "new", "--format", "ffcv")
         assert message.startswith(f"error: there is nothing at {tmp_path / 'nowhere'}")
         message = refused(capsys, "convert", source, tmp_path / "new", "--format", "ffcv", "--strict", "--workers", 1)
-        assert "train/class0/00.jpg cannot be used: it is no image that Pillow knows. --strict stops here" in message
+        assert (
+            "train/class0/00.jpg cannot be used: it is no image of a format that is read. --strict stops here"
+            in message
+        )
         for flags, words in (
             (("--quality", 0), "--quality 0 is not allowed"),
             (("--part", "5/4"), "--part 5/4 is not allowed"),

@@ -17,9 +17,10 @@ from PIL import Image
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.conversion.transform import MAX_PIXELS, StoredImage, UnusableImageError, transform
+from dataset_tools.conversion.transform import StoredImage, UnusableImageError, transform
 from dataset_tools.conversion.verify import verify
 from dataset_tools.formats.records import JPG, PASSED_THROUGH, PNG, RAW, REENCODED
+from dataset_tools.images import MAX_PIXELS
 from dataset_tools.sources.converted import open_converted
 from tests.dataset_tools.conversion.pictures import (
     GOOD_JPEG,
@@ -78,19 +79,19 @@ LOSSY = {
 }
 REJECTED = {
     "zero bytes": (b"", "it is empty"),
-    "text": (b"<html>404 Not Found</html>", "it is no image that Pillow knows"),
-    "start of image only": (b"\xff\xd8", "it is no image that Pillow knows"),
+    "text": (b"<html>404 Not Found</html>", "it is no image of a format that is read"),
+    "start of image only": (b"\xff\xd8", "it is no image of a format that is read"),
     "half a JPEG": (GOOD_JPEG[: len(GOOD_JPEG) // 2], "Truncated File Read"),
     "JPEG cut in its scan": (GOOD_JPEG[:-40], "image file is truncated"),
     "JPEG without its end": (GOOD_JPEG[:-2], "image file is truncated"),
-    "zeros before a JPEG": (bytes(1) + GOOD_JPEG, "it is no image that Pillow knows"),
-    "12 bits": (with_frame(GOOD_JPEG, marker=0xC1, precision=12), "it is no image that Pillow knows"),
+    "zeros before a JPEG": (bytes(1) + GOOD_JPEG, "it is no image of a format that is read"),
+    "12 bits": (with_frame(GOOD_JPEG, marker=0xC1, precision=12), "it is no image of a format that is read"),
     "lossless JPEG": (with_frame(GOOD_JPEG, marker=0xC3), "broken data stream"),
-    "JPEG of no height": (with_frame(GOOD_JPEG, size=(40, 0)), "it is no image that Pillow knows"),
+    "JPEG of no height": (with_frame(GOOD_JPEG, size=(40, 0)), "it is no image of a format that is read"),
     "JPEG bomb": (with_frame(GOOD_JPEG, size=(20_000, 20_000)), "decompression bomb"),
     "half a PNG": (encoded(noise(40, 30), "PNG")[:2000], "truncated"),
-    "PNG of no width": (black_png(0, 30), "it is no image that Pillow knows"),
-    "PNG of no height": (black_png(40, 0), "it is no image that Pillow knows"),
+    "PNG of no width": (black_png(0, 30), "it is no image of a format that is read"),
+    "PNG of no height": (black_png(40, 0), "it is no image of a format that is read"),
     "PNG of 2^31 pixels a row": (black_png(1 << 31, 1, with_pixels=False), "decompression bomb"),
     "PNG bomb, header only": (black_png(20_000, 20_000, with_pixels=False), "decompression bomb"),
 }

@@ -1,0 +1,158 @@
+"""Pickles of which nothing is believed: strings, numbers, arrays of numbers, and dictionaries and lists of these.
+
+`pickle.Unpickler` with a list of allowed names is not enough: what these do with their arguments is the file's to say
+(`numpy.dtype.__setstate__` takes flags that make an array of bytes an array of pointers). So nothing of numpy is
+called; stand-ins note what a file says, and arrays are made of it afterwards.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_tools.files import read_file
+
+_REFUSED = (
+    "BYTEARRAY8",
+    "NEXT_BUFFER",
+    "READONLY_BUFFER",
+    "PERSID",
+    "BINPERSID",
+    "EXT1",
+    "EXT2",
+    "EXT4",
+    "INST",
+    "OBJ",
+)
+"""Opcodes that no such pickle needs; the first one reserves as much memory as it names."""
+
+
+def load_array_pickle(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """The dictionary in a pickle. Arrays (of booleans, integers or floating point) are read-only.
+
+    Protocols 0 to 4; text of Python 2 is read as Latin-1. Raises ValueError if the file is damaged, holds or asks for
+    anything else; nothing is run, and memory stays within a few times the size of the file. Raises OSError if it cannot
+    be read.
+    """
+    data = read_file(path)
+    try:
+        content = _Unpickler(data).load()
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dictionary")
+        _place_arrays(content)
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged pickle raises is not documented
+        raise ValueError(f"{path} is no pickle of arrays: {str(error) or type(error).__name__}") from error
+    return content
+
+
+class _StandIn:
+    """Also for what a pickle may set on an object or a class: nothing."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it sets what no array has")
+
+
+class _Dtype(_StandIn):
+    """What a pickle says of a `numpy.dtype`."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
+        text = str(code.dtype.str if isinstance(code, _Dtype) else code)[:8]
+        self.dtype: np.dtype[Any] = np.dtype(text)
+        if self.dtype.kind not in "biuf":
+            raise ValueError(f"it holds an array of {text!r}, which are no numbers")
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(">" if state[1] == ">" else "<")
+
+
+class _Array(_StandIn):
+    """What a pickle says of a `numpy.ndarray`."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, *_: Any) -> None:
+        self.array: NDArray[Any] = np.zeros(0, dtype=np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, is_fortran, content = state
+        if not isinstance(content, bytes) or not isinstance(kind, _Dtype):
+            raise ValueError("it holds an array that is not numbers in bytes")
+        flat = np.frombuffer(content, dtype=kind.dtype) if content else np.zeros(0, dtype=kind.dtype)
+        self.array = flat.reshape(shape, order="F" if is_fortran is True else "C")
+
+
+class _Unpickler(pickle._Unpickler):
+    """In Python, whose memo holds what was put there, and not as many places as the largest number in the file."""
+
+    dispatch = {  # noqa: RUF012 (Python's own)
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code not in {getattr(pickle, name)[0] for name in _REFUSED}
+    }
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="latin1")
+        left = len(data)
+
+        def latin1(text: Any) -> bytes:
+            nonlocal left
+            left -= len(text)  # each text of a file is encoded once: no file makes more bytes than it has
+            if left < 0:
+                raise ValueError("it holds more bytes than it has")
+            return bytes(text.encode("latin1"))
+
+        class Latin1(_StandIn):
+            def __new__(cls, text: Any = "", encoding: Any = "latin1") -> Any:
+                return latin1(text)
+
+        class Array(_Array):
+            __slots__ = ()
+
+            def __setstate__(self, state: Any) -> None:
+                *rest, content = state
+                super().__setstate__((*rest, latin1(content) if isinstance(content, str) else content))
+
+        class Reconstruct(_StandIn):
+            def __new__(cls, *_: Any) -> Any:
+                return Array()
+
+        self._known = {
+            ("numpy.core.multiarray", "_reconstruct"): Reconstruct,
+            ("numpy._core.multiarray", "_reconstruct"): Reconstruct,
+            ("numpy", "ndarray"): Array,
+            ("numpy", "dtype"): _Dtype,
+            ("_codecs", "encode"): Latin1,
+            ("__builtin__", "bytes"): Latin1,  # of nothing, in old protocols
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._known:
+            raise ValueError(f"it asks for {module}.{name}, which no array needs; nothing was run")
+        return self._known[module, name]
+
+
+def _place_arrays(root: dict[Any, Any]) -> None:
+    """Puts arrays in the places of their stand-ins, in dictionaries and lists at any depth."""
+    todo: list[Any] = [root]
+    seen: set[int] = set()
+    while todo:
+        each = todo.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        for key, value in list(each.items() if isinstance(each, dict) else enumerate(each)):
+            if isinstance(value, _Array):
+                each[key] = value.array
+            elif isinstance(value, dict | list):
+                todo.append(value)
