@@ -28,8 +28,8 @@ def assert_passes_in_the_interpreter(tests: Path, marked: str, at_least: int, na
     assert "skipped" not in done.stdout
 
 
-def assert_compiles_without_spills(sizes: str, kernels: set[str], cache: Path) -> None:
-    """Compile these kernels, and no others, for an A100, an H100 and a B200.
+def assert_compiles_and_fits(sizes: str, kernels: set[str], cache: Path) -> None:
+    """Compile these kernels, and no others, for an A100, an H100 and a B200: none spills, a block of each fits.
 
     sizes: which of `leoclr_fast.losses.ahead_of_time`. cache: Triton's, an empty folder.
     """
@@ -42,3 +42,7 @@ def assert_compiles_without_spills(sizes: str, kernels: set[str], cache: Path) -
     assert {(row["kernel"], row["target"]) for row in rows} == expected
     assert [row for row in rows if row["spilled_bytes"]] == []
     assert all(16 <= row["registers"] <= 255 for row in rows)
+    largest = {"sm_80": 163, "sm_90": 227, "sm_100": 227}  # KiB of a block
+    assert [
+        row for row in rows if row["shared_bytes"] > 1024 * largest[row["target"]] or row["blocks_per_sm"] < 1
+    ] == []

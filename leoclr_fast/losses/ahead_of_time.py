@@ -1,8 +1,8 @@
 """Compiles our Triton kernels for GPUs that are not here: ``python -m leoclr_fast.losses.ahead_of_time``.
 
 What is compiled is what would be launched, with the same tiles and the same knowledge of alignment. Prints one JSON
-document: for each kernel and target, the registers of a thread, the bytes it spills to memory, and the shared memory of
-a program. TRITON_INTERPRET must not be set.
+document: for each kernel and target, the registers of a thread, the bytes it spills to memory, the shared memory of a
+block, and how many blocks a multiprocessor runs at once. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ from pipelines.kernels import KernelLaunch
 
 TARGETS = (80, 90, 100)
 """Compute capabilities: A100; H100 and H200; B200."""
+_SHARED_KIB = {80: 164, 90: 228, 100: 228}
+"""Shared memory of a multiprocessor; each block of it takes 1 KiB more than it asks for (CUDA Programming Guide)."""
+_REGISTERS, _THREADS, _BLOCKS, _REGISTERS_AT_ONCE = 65_536, 2_048, 32, 256
+"""Of a multiprocessor; and the registers that a warp is given at once."""
 
 _TYPE_NAMES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8",
@@ -42,7 +46,8 @@ _TYPE_NAMES = {
 def compile_launch(launch: KernelLaunch, target: int) -> dict[str, Any]:
     """Compile for compute capability ``target`` / 10; its tensors may be on the meta device.
 
-    Returns kernel, target, registers (of a thread), spilled_bytes (of a thread), shared_bytes (of a program).
+    Returns kernel, target, registers (of a thread), spilled_bytes (of a thread), shared_bytes (of a block),
+    blocks_per_sm (that a multiprocessor runs at once, 0 if not even one fits).
     """
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
@@ -69,7 +74,14 @@ def compile_launch(launch: KernelLaunch, target: int) -> dict[str, Any]:
         "registers": usage["REG"],
         "spilled_bytes": usage["STACK"] + usage["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
+        "blocks_per_sm": _blocks_per_sm(usage["REG"], compiled.metadata.num_warps, compiled.metadata.shared, target),
     }
+
+
+def _blocks_per_sm(registers: int, num_warps: int, shared_bytes: int, target: int) -> int:
+    of_a_warp = -(-32 * registers // _REGISTERS_AT_ONCE) * _REGISTERS_AT_ONCE
+    by_shared_memory = _SHARED_KIB[target] * 1024 // (shared_bytes + 1024)
+    return min(_REGISTERS // (of_a_warp * num_warps), by_shared_memory, _THREADS // (32 * num_warps), _BLOCKS)
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -103,13 +115,14 @@ def info_nce_odd() -> Iterator[tuple[str, KernelLaunch]]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield from _info_nce(dtype, 3, 507, 33, 1)
         yield from _info_nce(dtype, 70, 4096, 300, 3)
+        yield from _info_nce(dtype, 4096, 65536, 128, 2)
 
 
 def augment() -> Iterator[tuple[str, KernelLaunch]]:
     """The augmentation of LeOCLR's three views at 224 pixels; each kernel once, though launched for one part of the
     views after another.
     """
-    yield from _augment(torch.bfloat16, 224, 96)
+    yield from _augment(torch.bfloat16, 224, 256)
 
 
 def augment_odd() -> Iterator[tuple[str, KernelLaunch]]:
@@ -117,6 +130,7 @@ def augment_odd() -> Iterator[tuple[str, KernelLaunch]]:
     for dtype in (torch.float32, torch.float16):
         yield from _augment(dtype, 224, 96)
         yield from _augment(dtype, 33, 5)
+    yield from _augment(torch.bfloat16, 224, 4096)
     yield from _augment(torch.bfloat16, 32, 64, blur_probability=0.0)
     yield from _augment(torch.float32, 3, 1)
 
@@ -137,6 +151,7 @@ def crop_resize() -> Iterator[tuple[str, KernelLaunch]]:
 
 def crop_resize_odd() -> Iterator[tuple[str, KernelLaunch]]:
     """The resize of images in planes, to a side that no tile fits, and to CIFAR's."""
+    yield from _crop_resize(224, 3 * 4096, planar=False)
     for size, planar in ((224, True), (33, False), (33, True), (32, False)):
         yield from _crop_resize(size, 5, planar=planar)
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from leoclr_fast.config import BackboneConfig
+from leoclr_fast.method.max_pool import MaxPool
 
 _ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -59,6 +60,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
         for stage, (width, depth) in enumerate(zip(channels, layers, strict=True), start=1):
             stride = 1 if stage == 1 else 2
             setattr(network, f"layer{stage}", network._make_layer(block, width, depth, stride=stride))
+    network.maxpool = MaxPool()
     if config.stem == "small":
         network.conv1 = nn.Conv2d(3, channels[0], kernel_size=3, stride=1, padding=1, bias=False)
         network.maxpool = nn.Identity()

@@ -54,8 +54,9 @@ def environment(*, memory_bytes: int | None = None, devices: int = 1) -> dict[st
 
 
 def _build(work: Path) -> None:
-    include = _package("triton") / "backends/nvidia/include"
-    compiler = ["g++", "-O1", "-fPIC", "-std=c++17", "-w", f"-I{include}", "-c"]
+    of_torch = sorted((_package("torch").parent / "nvidia").glob("*/include"))  # of its version, and not complete
+    headers = [f"-I{folder}" for folder in (*of_torch, _package("triton") / "backends/nvidia/include")]
+    compiler = ["g++", "-O1", "-fPIC", "-std=c++17", "-w", *headers, "-c"]
     for name in SOURCES[1:]:
         subprocess.run([*compiler, HERE / name, "-o", work / f"{name}.o"], check=True)
     objects = [work / f"{name}.o" for name in SOURCES[1:]]

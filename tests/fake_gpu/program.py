@@ -246,6 +246,14 @@ def _agree_over_a_store(port: int) -> None:
     Ranks.any_says = any_says  # type: ignore[method-assign]
 
 
+def generated(what: str, *arguments: str) -> dict[str, Any]:
+    """What inductor writes; see `generated_code`."""
+    from tests.fake_gpu import generated_code
+
+    found: dict[str, Any] = getattr(generated_code, what)(*arguments)
+    return found
+
+
 # ---- the program ----------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +263,7 @@ def _parsed(changes: tuple[str, ...]) -> dict[str, Any]:
 
 CASES: tuple[Callable[..., Any], ...] = (
     two_ranks, captured, eager, other_sizes, memory_for_no_graph, capture_that_is_refused, control, control_in_capture,
+    generated,
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ CONTROLS = {  # what is done -> synchronisations, pageable copies
 CAPTURES = {  # what is done in a capture -> illegal calls
     "nothing": 0, "joined": 0, "item": 1, "nonzero": 1, "event_from_outside": 1, "unjoined": 1, "synchronize": 1,
 }  # fmt: skip
+STEM = "generated of_the_stem bf16"
 LONG = [
     *(f"captured {method} {precision} result__method__key_batchnorm={batchnorm!r}".replace("'", '"')
       for method in ("leoclr", "mocov2") for precision in ("fp32", "bf16", "fp16")
@@ -45,7 +47,8 @@ def ran(*cases: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.fake_gpu.program", *cases]
     done = subprocess.run(command, env=environment(devices=2), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return {case: json.loads(result) for case, _, result in (line.partition("\t") for line in done.stdout.splitlines())}
+    lines = (line.partition("\t") for line in done.stdout.splitlines() if "\t" in line)
+    return {case: json.loads(result) for case, _, result in lines}
 
 
 def assert_free(happened: Mapping[str, Any], *, replayed: bool) -> None:
@@ -60,7 +63,7 @@ def assert_free(happened: Mapping[str, Any], *, replayed: bool) -> None:
 def seen() -> dict[str, Any]:
     controls = [f"control {name}" for name in CONTROLS] + [f"control_in_capture {name}" for name in CAPTURES]
     others = ["eager leoclr bf16", "other_sizes", "memory_for_no_graph", "capture_that_is_refused"]
-    return ran(*RANKS, *STEPS, *others, *controls)
+    return ran(*RANKS, *STEPS, *others, *controls, STEM)
 
 
 def test_no_step_waits(seen: Mapping[str, Any]) -> None:
@@ -106,6 +109,31 @@ def test_what_is_forbidden_is_seen(seen: Mapping[str, Any]) -> None:
         happened = seen[f"control_in_capture {name}"]
         assert happened["illegal_calls"] == illegal, name
         assert bool(happened["refused"]) == bool(illegal), name
+
+
+def assert_fast_code(found: Mapping[str, Any], most_gb: float) -> None:
+    """No atomic addition, which is slow and repeats nothing bit for bit; activations in NHWC and half precision."""
+    assert found["atomics"] == found["nchw"] == found["float32"] == []
+    assert 0.5 * most_gb < found["gb"] < most_gb
+
+
+def test_code_of_the_stem(seen: Mapping[str, Any]) -> None:
+    assert_fast_code(seen[STEM], most_gb=3.4)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_code_of_a_step() -> None:
+    """64 images through a ResNet of one bottleneck in each stage; torch's own max-pooling is what the guard would see
+    (torch 2.12 to 2.15; before, it makes the same code as ours)."""
+    ours, half, torchs = "of_a_step bf16 1111", "of_a_step fp16 1111", "of_the_stem bf16 torchs"
+    found = ran(*(f"generated {case}" for case in (ours, half, torchs)))
+    assert_fast_code(found[f"generated {ours}"], most_gb=8.3)
+    assert_fast_code(found[f"generated {half}"], most_gb=8.3)
+    seen = found[f"generated {torchs}"]
+    has_the_fault = (2, 12) <= tuple(map(int, version("torch").split(".")[:2])) <= (2, 15)
+    for fault in ("atomics", "nchw", "float32"):
+        assert bool(seen[fault]) == has_the_fault, fault
 
 
 @pytest.mark.long

@@ -35,7 +35,7 @@ from pipelines.decode import decode_rgb
 from pipelines.kernels import Impl
 from tests.pipelines.pictures import picture
 from tests.tolerances import CROP_RESIZE, Tolerance
-from tests.triton_processes import assert_compiles_without_spills, assert_passes_in_the_interpreter
+from tests.triton_processes import assert_compiles_and_fits, assert_passes_in_the_interpreter
 
 BILINEAR = Image.Resampling.BILINEAR
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -283,9 +283,9 @@ class TestTritonElsewhere:
         assert_passes_in_the_interpreter(Path(__file__), marked, at_least, names)
 
     @pytest.mark.parametrize("sizes", ["crop_resize", pytest.param("crop_resize_odd", marks=pytest.mark.long)])
-    def test_it_compiles_ahead_of_time_without_spills(self, sizes: str, tmp_path: Path) -> None:
+    def test_it_compiles_ahead_of_time_and_fits(self, sizes: str, tmp_path: Path) -> None:
         kernels = {"crop_resize_weights", "crop_resize_rows", "crop_resize_columns"}
-        assert_compiles_without_spills(sizes, kernels, tmp_path)
+        assert_compiles_and_fits(sizes, kernels, tmp_path)
 
     def test_a_cpu_without_the_interpreter(self) -> None:
         boxes = np.array([[0, 0, 4, 4]], dtype=np.int32)

@@ -22,7 +22,7 @@ from leoclr_fast.method.methods import build_method
 TINY = BenchSetting(
     recipe="leoclr_demo", batch_size=9, queue_size=64, image_size=16, width_multiplier=0.0625, key_batchnorm="shuffle"
 )
-CPU = SpeedConfig(device="cpu", compile="off")
+CPU = SpeedConfig(device="cpu", precision="fp32", compile="off")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from pipelines.config import LoaderConfig
 from pipelines.views import LEOCLR_VIEWS, MOCOV2_VIEWS
 
 TINY = BenchSetting(recipe="leoclr_demo", batch_size=8, queue_size=32, image_size=16, width_multiplier=0.0625)
-CPU, DEVICE = SpeedConfig(device="cpu"), torch.device("cpu")
+CPU, DEVICE = SpeedConfig(device="cpu", precision="fp32"), torch.device("cpu")
 SHORT = RoundsConfig(rounds=2, steps=2, lead_steps=1, warmup_steps=1)
 METHODS = ["leoclr", "mocov2", "published MoCo-v2 loop", "lightly MoCo-v2"]
 

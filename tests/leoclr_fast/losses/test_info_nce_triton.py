@@ -19,7 +19,7 @@ from torch import Tensor
 from leoclr_fast.losses.info_nce import info_nce
 from tests.leoclr_fast.losses.test_info_nce import cross_entropies, unit_vectors
 from tests.tolerances import INFO_NCE_TRITON
-from tests.triton_processes import assert_compiles_without_spills
+from tests.triton_processes import assert_compiles_and_fits
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 
@@ -158,5 +158,5 @@ def test_a_cpu_without_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("sizes", ["info_nce", pytest.param("info_nce_odd", marks=pytest.mark.long)])
-def test_it_compiles_ahead_of_time_without_spills(sizes: str, tmp_path: Path) -> None:
-    assert_compiles_without_spills(sizes, {"share_of_the_queue", "all_shares"}, tmp_path)
+def test_it_compiles_ahead_of_time_and_fits(sizes: str, tmp_path: Path) -> None:
+    assert_compiles_and_fits(sizes, {"share_of_the_queue", "all_shares"}, tmp_path)
