@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,31 +32,23 @@ _DECODERS = ("dali", "nvjpeg")
 """Those that decode on a GPU."""
 
 
+def run_parity(config: SuiteConfig, say: Say) -> Answer:
+    """Parity of every loader that can run here, on a GPU of those that decode there."""
+    data, _, result, note = _data(config)
+    result["parity"], result["did_not_run"] = _parity(config, data, say)
+    result["too_far_off"] = sum(not row["ok"] for row in result["parity"])
+    return Answer(result=result, markdown=note + _parity_markdown(result["parity"], result["did_not_run"]))
+
+
 def run(config: SuiteConfig, say: Say) -> Answer:
-    """Parity of every loader that can run here, on a GPU of those that decode there; then LeOCLR and MoCo-v2 on
-    synthetic and on real images, which the loader decodes in every epoch.
+    """LeOCLR and MoCo-v2 on synthetic and on real images, which the loader decodes in every epoch.
 
     Few images are copied until an epoch is long; they are read from the system's memory, so no disk is measured.
     """
-    start = time.perf_counter()
-    data = config.photographs or config.data
-    if data is None:
-        raise UnavailableError("no data: give --photographs, or --data, with JPEGs")
-    split = choose_splits(open_source(data)).pretrain
-    result: dict[str, Any] = {"data": data.name, **_described(split)}
-    note = (
-        f"{data.name}: {result['images']:,} images, {result['jpeg_fraction']:.0%} of them JPEGs, the shorter side "
-        f"{result['median_shorter_side']} pixels, for views of {config.result.views.image_size}.\n"
-    )
-    result["parity"], result["did_not_run"] = _parity(config, data, say)
-    result["too_far_off"] = sum(not row["ok"] for row in result["parity"])
-    note += _parity_markdown(result["parity"], result["did_not_run"])
-    config.keep(Answer(result=dict(result), markdown=note))
-
+    data, split, result, note = _data(config)
     with at_least(data, split, (4 if config.tiny else 64) * config.result.batch_size) as images:
-        left_s = max(1.0, config.soft_limit_s - (time.perf_counter() - start))
         speed = replace(config.speed(), loader=LoaderConfig(resident_limit_gib=0.0))
-        rounds = replace(rounds_of(config, rounds=6), max_s=left_s)
+        rounds = rounds_of(config, rounds=6)
         document = bench_train_time(TrainTimeConfig(), rounds, config.setting, speed, images, say)
     result["train_time"] = document
     result["loader"] = next(row["loader"] for row in document["rows"] if row["data"] == "real")
@@ -68,6 +59,24 @@ def run(config: SuiteConfig, say: Say) -> Answer:
         f"\nStep time with real images, loader {result['loader']}, over that with synthetic ones: {costs}.\n\n{page}"
     )
     return Answer(result=result, markdown=note)
+
+
+def _data(config: SuiteConfig) -> tuple[Path, Split, dict[str, Any], str]:
+    """The images, those to train on, and what they are: images, and of some of them jpeg_fraction and
+    median_shorter_side (pixels)."""
+    data = config.photographs or config.data
+    if data is None:
+        raise UnavailableError("no data: give --photographs, or --data, with JPEGs")
+    split = choose_splits(open_source(data)).pretrain
+    sample = np.unique(np.linspace(0, len(split) - 1, _SAMPLES).astype(int)).tolist()
+    jpegs = sum(split.read(index)[:2] == _JPEG_BEGIN for index in sample) / len(sample)
+    side = int(median(min(image_size(split, index)) for index in sample))
+    note = (
+        f"{data.name}: {len(split):,} images, {jpegs:.0%} of them JPEGs, the shorter side {side} pixels, for views of "
+        f"{config.result.views.image_size}.\n"
+    )
+    found = {"data": data.name, "images": len(split), "jpeg_fraction": jpegs, "median_shorter_side": side}
+    return data, split, found, note
 
 
 @contextmanager
@@ -84,16 +93,6 @@ def at_least(data: Path, split: Split, num_images: int) -> Iterator[Path]:
             for copy in range(1, math.ceil(num_images / len(split))):
                 os.link(first, folder / f"{copy}-{first.name.removeprefix('0-')}")
         yield folder
-
-
-def _described(split: Split) -> dict[str, Any]:
-    """images, and of some of them: jpeg_fraction and median_shorter_side (pixels)."""
-    sample = np.unique(np.linspace(0, len(split) - 1, _SAMPLES).astype(int)).tolist()
-    return {
-        "images": len(split),
-        "jpeg_fraction": sum(split.read(index)[:2] == _JPEG_BEGIN for index in sample) / len(sample),
-        "median_shorter_side": int(median(min(image_size(split, index)) for index in sample)),
-    }
 
 
 def _parity(config: SuiteConfig, data: Path, say: Say) -> tuple[list[dict[str, Any]], dict[str, str]]:

@@ -30,7 +30,9 @@ NUM_STEPS = 50  # of 12 images: a queue of 40 wraps around fifteen times
 LOSS = 0
 
 
-def cuda_config(precision: str, *, graph: str, compiled: str = "off", method: str = "leoclr") -> RunConfig:
+def cuda_config(
+    precision: str, *, graph: str, compiled: str = "off", method: str = "leoclr", queue_size: int = 40
+) -> RunConfig:
     return tiny_config(
         method,
         speed__device="cuda",
@@ -39,6 +41,7 @@ def cuda_config(precision: str, *, graph: str, compiled: str = "off", method: st
         speed__compile=compiled,
         result__optimizer__base_lr=0.1,
         result__method__key_batchnorm="split",
+        result__method__queue_size=queue_size,
     )
 
 
@@ -167,7 +170,7 @@ def test_compiled_and_captured_steps_follow_the_eager_ones(precision: str) -> No
 
 def test_a_batch_that_does_not_fit_learns_what_would() -> None:
     device = torch.cuda.current_device()
-    config = cuda_config("fp32", graph="on")
+    config = cuda_config("fp32", graph="on", queue_size=128)  # of 64 images a probe
     step, _ = made(config)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
