@@ -24,6 +24,18 @@ from pipelines.config import LoaderConfig, ViewConfig
 
 LR_REFERENCE_BATCH_SIZE = 256
 
+Architecture = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 InfoNCEImpl = Literal["auto", "eager", "compiled", "triton"]
 MethodName = str  # a name in leoclr_fast.method.methods, where others may register theirs
@@ -34,7 +46,8 @@ LearningRateSchedule = Literal["cosine_per_epoch", "cosine_per_step", "constant"
 class BackboneConfig:
     """The network that is pretrained."""
 
-    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
+    arch: Architecture = "resnet50"
+    """By its name in torchvision."""
     stem: Literal["imagenet", "small"] = "imagenet"
     """imagenet: 7x7 stride 2 and max-pooling. small: 3x3 stride 1 and no pooling, for images of 32 to 96 pixels."""
     width_multiplier: Annotated[float, Meta(gt=0, le=8)] = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from leoclr_fast.config import MethodName, ResultConfig
+from leoclr_fast.config import Architecture, MethodName, ResultConfig
 from leoclr_fast.recipes import get_recipe
 
 LEAST_ROUNDS = 2
@@ -30,7 +30,7 @@ class BenchSetting:
 
     recipe: str = "leoclr_imagenet_200ep"
     """Where everything comes from but the method; the default is the paper's setting."""
-    arch: Literal["resnet18", "resnet34", "resnet50"] | None = None
+    arch: Architecture | None = None
     stem: Literal["imagenet", "small"] | None = None
     width_multiplier: float | None = None
     image_size: int | None = None

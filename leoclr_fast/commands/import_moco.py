@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from dataset_tools.command_line import CommonFlags, say
+from leoclr_fast.config import Architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class ImportMoco(CommonFlags):
     """A checkpoint of facebookresearch/moco: a dict with a state_dict, tensors named module.encoder_q.…"""
     out: Path
     """The new .safetensors file."""
-    arch: Literal["resnet18", "resnet34", "resnet50"] | None = None
+    arch: Architecture | None = None
     """Refuse any other architecture; recognised from the shapes if not given."""
 
     def run(self, console: Console) -> dict[str, Any]:

@@ -7,14 +7,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from leoclr_fast.config import BackboneConfig
+from leoclr_fast.config import Architecture, BackboneConfig
 from leoclr_fast.method.max_pool import MaxPool
 
-_ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+_Block = type[BasicBlock | Bottleneck]
+ARCHITECTURES: dict[Architecture, tuple[_Block, tuple[int, int, int, int], dict[str, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), {}),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), {}),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), {}),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), {}),
+    "resnet152": (Bottleneck, (3, 8, 36, 3), {}),
+    "resnext50_32x4d": (Bottleneck, (3, 4, 6, 3), {"groups": 32, "width_per_group": 4}),
+    "resnext101_32x8d": (Bottleneck, (3, 4, 23, 3), {"groups": 32, "width_per_group": 8}),
+    "resnext101_64x4d": (Bottleneck, (3, 4, 23, 3), {"groups": 64, "width_per_group": 4}),
+    "wide_resnet50_2": (Bottleneck, (3, 4, 6, 3), {"width_per_group": 128}),
+    "wide_resnet101_2": (Bottleneck, (3, 4, 23, 3), {"width_per_group": 128}),
 }
+"""Name -> block, number of blocks in each stage, and what torchvision's ResNet takes besides."""
 _STAGE_CHANNELS = (64, 128, 256, 512)
 _SAFE_CHANNELS = 16
 
@@ -51,8 +60,8 @@ def build_backbone(config: BackboneConfig) -> Backbone:
 
     At width 1 with the ImageNet stem, tensors have the names and shapes of torchvision's model of the same name.
     """
-    block, layers = _ARCHITECTURES[config.arch]
-    network = Backbone(block, list(layers))
+    block, layers, groups = ARCHITECTURES[config.arch]
+    network = Backbone(block, list(layers), **groups)
     channels = [max(1, round(width * config.width_multiplier)) for width in _STAGE_CHANNELS]
     if config.width_multiplier != 1:
         network.inplanes = channels[0]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torchvision.models.resnet import Bottleneck
 
-from leoclr_fast.config import BackboneConfig
-from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.config import Architecture, BackboneConfig
+from leoclr_fast.method.backbone import ARCHITECTURES, build_backbone
 
 _BACKBONE_NAME = re.compile(r"(conv1|bn1|layer[1-4])\.")
 _STAGE_CHANNELS = {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}
 _MAX_LISTED = 12
-ARCHITECTURES: tuple[str, ...] = get_args(get_type_hints(BackboneConfig)["arch"])
 
 
 def recognised_backbone(tensors: Mapping[str, Tensor], origin: str, arch: str | None = None) -> BackboneConfig:
@@ -32,10 +31,11 @@ def recognised_backbone(tensors: Mapping[str, Tensor], origin: str, arch: str | 
             f"{origin} holds no backbone: it has {len(tensors)} tensors ({names}…), none of them of a ResNet's stem or "
             "stages. A projection head alone cannot be evaluated or exported; give the whole encoder's weights"
         )
+    names = [name for name in ARCHITECTURES if name == arch] or _of_this_depth(tensors) or list(ARCHITECTURES)
     candidates = [
-        BackboneConfig(arch=name, stem=stem, width_multiplier=width)  # type: ignore[arg-type]
+        BackboneConfig(arch=name, stem=stem, width_multiplier=width)
         for width in sorted({1.0, _width_multiplier(tensors)})
-        for name in ((arch,) if arch else ARCHITECTURES)
+        for name in names
         for stem in ("imagenet", "small")
     ]
     nearest = min(candidates, key=lambda config: sum(map(len, _misfits(tensors, config).values())))
@@ -82,6 +82,17 @@ def _misfits(tensors: Mapping[str, Tensor], config: BackboneConfig) -> dict[str,
         "of another shape": other_shape,
         "of another kind of number": other_kind,
     }
+
+
+def _of_this_depth(tensors: Mapping[str, Tensor]) -> list[Architecture]:
+    """The architectures with as many blocks in each stage, of the same kind."""
+    blocks = {match[0] for match in map(re.compile(r"layer\d\.\d+").match, tensors) if match}
+    depths = tuple(sum(name.startswith(stage) for name in blocks) for stage in _STAGE_CHANNELS)
+    return [
+        name
+        for name, (block, layers, _) in ARCHITECTURES.items()
+        if layers == depths and (block is Bottleneck) == ("layer1.0.conv3.weight" in tensors)
+    ]
 
 
 def _width_multiplier(tensors: Mapping[str, Tensor]) -> float:

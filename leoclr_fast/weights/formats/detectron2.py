@@ -59,10 +59,13 @@ class Detectron2Format(ExportFormat):
         views, config = pretrained.description.views, pretrained.description.backbone
         mean = ", ".join(f"{_PIXELS * value:.3f}" for value in views.mean)
         std = ", ".join(f"{_PIXELS * value:.3f}" for value in views.std)
-        basic_blocks = "" if config.arch == "resnet50" else "\n    RES2_OUT_CHANNELS: 64"
+        depth, network = re.findall(r"\d+", config.arch)[0], pretrained.backbone
+        blocks = "\n    RES2_OUT_CHANNELS: 64" if int(depth) < 50 else ""
+        if (network.groups, network.base_width) != (1, 64):
+            blocks += f"\n    NUM_GROUPS: {network.groups}\n    WIDTH_PER_GROUP: {network.base_width}"
         return (
             f"MODEL:\n  WEIGHTS: {file_name}\n  PIXEL_MEAN: [{mean}]\n  PIXEL_STD: [{std}]\n  RESNETS:\n"
-            f"    DEPTH: {config.arch.removeprefix('resnet')}\n    STRIDE_IN_1X1: False{basic_blocks}\n"
+            f"    DEPTH: {depth}\n    STRIDE_IN_1X1: False{blocks}\n"
             "INPUT:\n  FORMAT: RGB"
         )
 

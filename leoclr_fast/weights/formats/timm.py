@@ -12,7 +12,7 @@ from leoclr_fast.weights.pretrained import Pretrained
 
 
 class TimmFormat(ExportFormat):
-    """Of timm's resnet18, resnet34 and resnet50 with num_classes=0: tensors have the same names as torchvision's."""
+    """Of timm's model of the same name with num_classes=0: tensors have the same names as torchvision's."""
 
     name = "timm"
     ending = ".safetensors"

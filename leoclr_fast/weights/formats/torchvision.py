@@ -15,7 +15,7 @@ from leoclr_fast.weights.pretrained import Pretrained
 
 
 class TorchvisionFormat(ExportFormat):
-    """Of torchvision.models.resnet18, resnet34 and resnet50, without the classifier."""
+    """Of torchvision's model of the same name, without the classifier."""
 
     name = "torchvision"
     ending = ".pth"

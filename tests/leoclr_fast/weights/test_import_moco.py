@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.method.backbone import Encoder
@@ -54,8 +55,8 @@ def test_the_architecture_may_be_told(tmp_path: Path) -> None:
     assert read_moco_checkpoint(checkpoint, "resnet18").config == narrow
     with pytest.raises(ValueError, match=r"exactly a resnet34 of width 0\.125: missing: layer1\.2\.conv1\.weight"):
         read_moco_checkpoint(checkpoint, "resnet34")
-    with pytest.raises(ValueError, match="there is no architecture 'resnet101'; allowed: resnet18, resnet34, resnet50"):
-        read_moco_checkpoint(checkpoint, "resnet101")
+    with pytest.raises(ValueError, match="there is no architecture 'resnet200'; allowed: resnet18, resnet34, resnet50"):
+        read_moco_checkpoint(checkpoint, "resnet200")
 
 
 @pytest.mark.parametrize("config", [
@@ -133,8 +134,14 @@ def test_what_does_not_add_up_is_named(tmp_path: Path, harm: Callable[[dict[str,
 @pytest.mark.parametrize(
     ("network", "expected"),
     [
-        (lambda: models.resnet101(num_classes=16), "exactly a resnet50: left over: layer3.10.bn1.bias [256]"),
-        (lambda: models.wide_resnet50_2(num_classes=16), "does not hold exactly a resnet50"),
+        (
+            lambda: ResNet(Bottleneck, [3, 4, 7, 3], num_classes=16),
+            "exactly a resnet50: left over: layer3.6.bn1.bias [256]",
+        ),
+        (
+            lambda: ResNet(Bottleneck, [3, 4, 6, 3], num_classes=16, width_per_group=96),
+            "exactly a resnet50: of another shape",
+        ),
         (lambda: models.mobilenet_v3_small(num_classes=16), "holds no backbone"),
     ],
 )
