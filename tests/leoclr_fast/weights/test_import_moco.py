@@ -140,7 +140,7 @@ def test_what_does_not_add_up_is_named(tmp_path: Path, harm: Callable[[dict[str,
         ),
         (
             lambda: ResNet(Bottleneck, [3, 4, 6, 3], num_classes=16, width_per_group=96),
-            "exactly a resnet50: of another shape",
+            "of another shape: conv1.weight [64, 3, 7, 7] where [96, 3, 7, 7]",
         ),
         (lambda: models.mobilenet_v3_small(num_classes=16), "holds no backbone"),
     ],
