@@ -31,11 +31,11 @@ def recognised_backbone(tensors: Mapping[str, Tensor], origin: str, arch: str | 
             f"{origin} holds no backbone: it has {len(tensors)} tensors ({names}…), none of them of a ResNet's stem or "
             "stages. A projection head alone cannot be evaluated or exported; give the whole encoder's weights"
         )
-    names = [name for name in ARCHITECTURES if name == arch] or _of_this_depth(tensors) or list(ARCHITECTURES)
+    possible = [name for name in ARCHITECTURES if name == arch] or _of_this_depth(tensors) or list(ARCHITECTURES)
     candidates = [
         BackboneConfig(arch=name, stem=stem, width_multiplier=width)
         for width in sorted({1.0, _width_multiplier(tensors)})
-        for name in names
+        for name in possible
         for stem in ("imagenet", "small")
     ]
     nearest = min(candidates, key=lambda config: sum(map(len, _misfits(tensors, config).values())))
