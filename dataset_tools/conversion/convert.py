@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,20 +19,28 @@ from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.progress import Progress
 from dataset_tools.conversion.split_conversion import Positions, SplitConversion, TransformedImages, complete_split
-from dataset_tools.conversion.staging import Staging, remove_leftover, settled_destination, staged, staging_folder
+from dataset_tools.conversion.staging import (
+    Finished,
+    Staging,
+    final_name,
+    remove_leftover,
+    settled_destination,
+    staged,
+    staging_folder,
+)
 from dataset_tools.conversion.workers import WorkerPool, settled_workers
 from dataset_tools.files import open_own
 from dataset_tools.formats.beton import decode_bytes
-from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest
+from dataset_tools.formats.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest, read_quarantine
 from dataset_tools.formats.records import ROW
-from dataset_tools.formats.split_manifest import SplitManifest
+from dataset_tools.formats.row_file import RowFile
+from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 from dataset_tools.sources import ImageSource, Split, open_source
 from dataset_tools.stop_signals import StoppedBySignalError, StopSignals, stop_signals
 from dataset_tools.versions import installed_version
 
 logger = logging.getLogger(__name__)
 
-QUARANTINE_NAME = "quarantine.jsonl"
 JOURNAL_EVERY_S = 5.0
 SPACE_SAMPLES = 32
 
@@ -136,15 +144,15 @@ class _Conversion:
     stop: StopSignals
     journal_every_s: float
     _quarantine: IO[bytes] = None  # type: ignore[assignment]
+    _finished_before: set[str] = field(default_factory=set)
+    """The splits that another process finished."""
 
     def convert_splits(self, splits: list[Split]) -> int:
         """Converts what is not converted yet. Returns how many images it looked at."""
-        states = self.staging.state.setdefault("splits", {})
-        unfinished = [
-            SplitConversion(split, self.options, self.staging.folder, states.setdefault(split.name, {}))
-            for split in splits
-            if "finished" not in states.get(split.name, {})
-        ]
+        states = self.staging.state.splits
+        conversions = [SplitConversion(split, self.options, self.staging.folder, states) for split in splits]
+        unfinished = [conversion for conversion in conversions if not conversion.state.finished]
+        self._finished_before = states.keys() - {conversion.split.name for conversion in unfinished}
         if not unfinished:  # quarantine.jsonl may be in its last place already
             return 0
         images = sum(conversion.num_left for conversion in unfinished)
@@ -159,44 +167,79 @@ class _Conversion:
         return images
 
     def publish(self, splits: list[Split], source: ImageSource) -> Manifest:
-        """The manifest, and DEST."""
-        states = {split.name: self.staging.state["splits"][split.name]["finished"] for split in splits}
-        finished = {name: entry for name, entry in states.items() if entry["manifest"]}
+        """The manifest, and DEST. Raises ValueError for a split without a usable image, or files that have changed."""
         quarantine = self.staging.find(QUARANTINE_NAME)
-        if not finished:
-            lines = quarantine.read_text(encoding="utf-8").splitlines()
-            raise ValueError(
-                f"none of the {len(lines):,} images can be used; for example {json.loads(lines[0])['name']}: "
-                f"{json.loads(lines[0])['reason']}. {quarantine} lists them all"
-            )
+        manifests, working = dict[str, SplitManifest](), [QUARANTINE_NAME]
+        for split in splits:
+            finished = self.staging.state.splits[split.name].finished
+            assert finished
+            if finished.manifest is None:
+                lines = read_quarantine(quarantine.read_bytes())
+                entry = next(entry for entry in lines if entry.split == split.name)
+                raise ValueError(
+                    f"none of the {len(split):,} images of {split.name} can be used; for example {entry.name}: "
+                    f"{entry.reason}. {quarantine} lists them all; other splits can be converted by --split"
+                )
+            manifests[split.name] = finished.manifest
+            working += finished.working_files
         manifest = Manifest(
             format=self.options.format,
             classes=source.classes,
-            splits={name: SplitManifest.from_json(entry["manifest"]) for name, entry in finished.items()},
+            splits=manifests,
             quarantine=hash_files([(quarantine, None)], 1, self.stop)[0],
             part=self.options.part_numbers,
             **self.staging.plan,
         )
+        anew = f"Delete {self.staging.folder} to start anew."
+        if [final_name(name) for name in working] != [file.name for file in manifest.all_files]:
+            raise ValueError(f"the journal names files that are not those of this conversion. {anew}")
+        paths = [self.staging.find(name) for name in working]
+        before = {file for name in self._finished_before for file in manifests[name].all_files}
+        to_hash = {
+            path: file.block_bytes for path, file in zip(paths, manifest.all_files, strict=True) if file in before
+        }
+        hashed = dict(zip(to_hash, hash_files([*to_hash.items()], self.num_workers, self.stop), strict=True))
+        for name in self._finished_before:
+            if not self._is_of_rows(name, manifests[name], dict(zip(manifest.all_files, paths, strict=True))):
+                raise ValueError(f"the journal says of {name} what its files do not. {anew}")
+        for path, file in zip(paths, manifest.all_files, strict=True):
+            if hashed.get(path, replace(file, bytes=path.stat().st_size)) != file:
+                raise ValueError(f"{path} is not what it was when it was finished. {anew}")
         manifest.save(self.staging.folder)
-        names = [name for entry in finished.values() for name in entry["working_files"]]
-        for path, file in zip(map(self.staging.find, [QUARANTINE_NAME, *names]), manifest.all_files, strict=True):
-            if path.stat().st_size != file.bytes:
-                raise ValueError(
-                    f"{path} has {path.stat().st_size:,} bytes and not {file.bytes:,}, as when it was finished. "
-                    f"Delete {self.staging.folder} to start anew."
-                )
-        self.staging.publish([*names, QUARANTINE_NAME, MANIFEST_NAME])
+        self.staging.publish([*working, MANIFEST_NAME])
         return manifest
+
+    def _is_of_rows(self, name: str, manifest: SplitManifest, paths: dict[FileEntry, Path]) -> bool:
+        """Whether a split that another process finished has the rows that its manifest sums up."""
+        state = self.staging.state.splits[name]
+        with closing(RowFile(self.staging.folder / f"{name}.rows", state.rows)) as rows:
+            summed = SplitManifest.of(
+                rows,
+                positions=state.rows + state.counts.quarantined,
+                reasons=dict(sorted(state.reasons.items())),
+                quarantined=state.counts.quarantined,
+                page_bytes=self.options.output.settled_page_bytes([paths[file] for file in manifest.files]),
+                records=manifest.records,
+                files=manifest.files,
+            )
+            return summed == manifest and rows.sha256() == state.rows_sha256
 
     def _open_quarantine(self) -> IO[bytes]:
         """quarantine.jsonl, cut back to what the journal knows."""
-        path, known = self.staging.folder / QUARANTINE_NAME, self.staging.state.setdefault("quarantine_bytes", 0)
-        if known and (not path.exists() or path.stat().st_size < known):
+        path, known = self.staging.folder / QUARANTINE_NAME, self.staging.state.quarantine_bytes
+        try:
+            file = open_own(path, "r+b" if known else "w+b")
+            content = file.read(known)
+            if len(content) < known:
+                raise ValueError(f"{path} is shorter than the journal says")
+            found = Counter(entry.split for entry in read_quarantine(content))
+            counted = {name: state.counts.quarantined for name, state in self.staging.state.splits.items()}
+            if found != Counter(counted):
+                raise ValueError(f"{path} lists other images than the journal counts")
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"the unfinished conversion cannot be continued: {path} is missing or shorter than the journal says. "
-                f"Delete {self.staging.folder} to start anew."
-            )
-        file = open_own(path, "r+b" if known else "w+b")
+                f"the unfinished conversion cannot be continued: {error}. Delete {self.staging.folder} to start anew."
+            ) from error
         file.truncate(known)
         file.seek(known)
         return file
@@ -226,7 +269,7 @@ class _Conversion:
                 if done is not None:
                     self._quarantine.write(conversion.quarantine_lines(done.result))
                     conversion.add(done.task, done.result, done.payload)
-                    self.progress.update(conversion.state["done"] - conversion.start, conversion.state["counts"])
+                    self.progress.update(conversion.state.done - conversion.start, asdict(conversion.state.counts))
                     if self.strict and done.result.rejected:
                         position, reason = done.result.rejected[0]
                         raise ValueError(
@@ -248,8 +291,7 @@ class _Conversion:
         """Everything of a split but its place in DEST; may be done again after a death in its midst."""
         split, state, rows = conversion.split, conversion.state, conversion.rows
         if not len(rows):
-            logger.warning("%s is left out: none of its %d images can be used", split.name, conversion.num_positions)
-            state["finished"] = {"manifest": None, "working_files": []}
+            state.finished = Finished(None, [])
             self.staging.save()
             return
         self.progress.say(f"{split.name}: completing the files")
@@ -265,17 +307,17 @@ class _Conversion:
             num_workers=self.num_workers,
             stop=self.stop,
             positions=conversion.num_positions,
-            reasons=dict(sorted(state["reasons"].items())),
-            quarantined=state["counts"]["quarantined"],
+            reasons=dict(sorted(state.reasons.items())),
+            quarantined=state.counts.quarantined,
         )
-        state["finished"] = {"manifest": asdict(manifest), "working_files": working_files}
+        state.finished = Finished(manifest, working_files)
         self.staging.save()
 
     def _save(self, conversion: SplitConversion) -> None:
         conversion.checkpoint()
         self._quarantine.flush()
         os.fsync(self._quarantine.fileno())
-        self.staging.state["quarantine_bytes"] = self._quarantine.tell()
+        self.staging.state.quarantine_bytes = self._quarantine.tell()
         self.staging.save()
 
     def _pool(self, conversion: SplitConversion) -> WorkerPool[Positions, TransformedImages]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import os
 import time
 from collections import Counter
@@ -14,14 +14,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dataset_tools.conversion.convert import QUARANTINE_NAME, summarize
+import numpy as np
+
+from dataset_tools.conversion.convert import summarize
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.split_conversion import complete_split
-from dataset_tools.conversion.staging import settled_destination, staged
+from dataset_tools.conversion.staging import remove_leftover, settled_destination, staged, staging_folder
 from dataset_tools.conversion.workers import settled_workers
 from dataset_tools.files import write_file
 from dataset_tools.formats.formats import FORMATS
-from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest, is_converted
+from dataset_tools.formats.manifest import (
+    MANIFEST_NAME,
+    QUARANTINE_NAME,
+    Manifest,
+    is_converted,
+    read_quarantine,
+    records_name,
+)
 from dataset_tools.formats.output_format import PartOfSplit
 from dataset_tools.formats.records import SampleRecords
 from dataset_tools.formats.row_file import RowFile
@@ -29,6 +38,8 @@ from dataset_tools.formats.split_manifest import SplitManifest
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.split import split_rank
 from dataset_tools.stop_signals import StopSignals, stop_signals
+
+logger = logging.getLogger(__name__)
 
 AGAIN = "give the same command again"
 
@@ -55,10 +66,31 @@ def merge(
     opened = [_Part(Path(part).expanduser(), Manifest.load(Path(part).expanduser())) for part in parts]
     splits = _splits(opened)
     target = settled_destination(destination)
-    if is_converted(target):
-        raise FileExistsError(f"{target} is a converted data set already; the last folder of merge is the one to make")
+    for part in opened:
+        own = part.folder.resolve()
+        for folder in (target, staging_folder(target)):
+            if folder.is_relative_to(own) or own.is_relative_to(folder):
+                raise FileExistsError(f"merge would write into {folder}, and the part {own} is there. Give another")
     manifests = [part.manifest for part in opened]
-    plan = {"merge": sorted(hashlib.sha256(repr(manifest).encode()).hexdigest() for manifest in manifests)}
+    plan: dict[str, Any] = {
+        "merge": sorted(hashlib.sha256(repr(manifest).encode()).hexdigest() for manifest in manifests)
+    }
+    facts: dict[str, Any] = {
+        "format": manifests[0].format,
+        "classes": manifests[0].classes,
+        "source": _common([each.source for each in manifests]),
+        "options": _common([each.options | {"part": None} for each in manifests]),
+        "versions": _common([each.versions for each in manifests]),
+    }
+    if is_converted(target):
+        whole = Manifest.load(target)
+        if not _is_made_of(target, whole, splits, facts):
+            raise FileExistsError(
+                f"{target} is a converted data set already; the last folder of merge is the one to make"
+            )
+        remove_leftover(target, plan)
+        logger.info("%s is whole already: nothing to do", target)
+        return summarize(target, whole, images=0, seconds=time.monotonic() - began)
     with staged(target, plan, then=AGAIN) as staging, stop_signals(enabled=True) as stop:
         num_bytes = sum(file.bytes for manifest in manifests for file in manifest.all_files)
         staging.check_room(num_bytes, "the parts have")
@@ -70,12 +102,8 @@ def merge(
         quarantine = staging.folder / QUARANTINE_NAME
         _merge_quarantine(splits, quarantine)
         manifest = Manifest(
-            format=manifests[0].format,
-            classes=manifests[0].classes,
             splits=merged,
-            source=_common([each.source for each in manifests]),
-            options=_common([each.options | {"part": None} for each in manifests]),
-            versions=_common([each.versions for each in manifests]),
+            **facts,
             quarantine=hash_files([(quarantine, None)], 1, stop)[0],
         )
         manifest.save(staging.folder)
@@ -117,16 +145,34 @@ def _splits(parts: list[_Part]) -> dict[str, list[_Part]]:
     return splits
 
 
+def _is_made_of(target: Path, whole: Manifest, splits: dict[str, list[_Part]], facts: dict[str, Any]) -> bool:
+    """Whether `target` is what an earlier merge of the same parts made: the same samples, in whole files."""
+    if whole.splits.keys() != splits.keys() or any(getattr(whole, name) != value for name, value in facts.items()):
+        return False
+    for file in whole.all_files:
+        if not (target / file.name).is_file() or (target / file.name).stat().st_size != file.bytes:
+            raise ValueError(f"{target} was whole, but its {file.name} is missing or cut. Delete it to start anew.")
+    for name, parts in splits.items():
+        ours = SampleRecords.open(target / records_name(name))
+        theirs = [SampleRecords.open(part.folder / records_name(name)) for part in parts]
+        for column in ("source_index", "position", "label", "hash"):
+            if not np.array_equal(ours[column], np.concatenate([records[column] for records in theirs])):
+                return False
+    return True
+
+
 def _merge_split(
     name: str, parts: list[_Part], folder: Path, num_workers: int, stop: StopSignals
 ) -> tuple[SplitManifest, list[str]]:
     """The manifest of a joined split, and the names of its files in `folder`."""
     output = FORMATS[parts[0].manifest.format]
     given = [
-        PartOfSplit(part.folder, entry, SampleRecords.open(part.folder / entry.records.name))
+        PartOfSplit(part.folder, part.manifest.splits[name], SampleRecords.open(part.folder / records_name(name)))
         for part in parts
-        for entry in (part.manifest.splits[name],)
     ]
+    for part in given:
+        sizes = [file.bytes for file in part.manifest.files if file.name in part.manifest.image_files]
+        part.records.check(sizes, len(parts[0].manifest.classes))
     with closing(RowFile(folder / f"{name}.rows")) as rows:
         files = output.merge(folder, name, given, rows, partial(stop.raise_if_requested, f"; {AGAIN}"))
         names = PackedNames(each for part in given for each in part.records.names())
@@ -148,9 +194,10 @@ def _merge_quarantine(splits: dict[str, list[_Part]], path: Path) -> None:
     lines = []
     for name, parts in splits.items():
         for part in parts:
-            all_lines = (part.folder / QUARANTINE_NAME).read_text(encoding="utf-8").splitlines(keepends=True)
-            lines += [line for line in all_lines if json.loads(line)["split"] == name]
-    write_file(path, "".join(lines))
+            content = (part.folder / QUARANTINE_NAME).read_bytes()
+            listed = zip(read_quarantine(content), content.splitlines(keepends=True), strict=True)
+            lines += [line for entry, line in listed if entry.split == name]
+    write_file(path, b"".join(lines))
 
 
 def _check_files(parts: list[_Part], num_workers: int, stop: StopSignals) -> None:

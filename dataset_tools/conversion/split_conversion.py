@@ -17,18 +17,21 @@ from numpy.typing import NDArray
 
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.conversion.staging import Counts, SplitState
 from dataset_tools.conversion.transform import UnusableImageError, transform
 from dataset_tools.files import NoRegularFileError
+from dataset_tools.formats.manifest import records_name
 from dataset_tools.formats.output_format import OutputFormat, SampleWriter
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, ROW
 from dataset_tools.formats.row_file import NamesOf, RowFile
-from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
-from dataset_tools.sources.split import Split
+from dataset_tools.formats.split_manifest import FileEntry, SplitManifest, check_split_name
+from dataset_tools.sources.split import RottenImageError, Split
 from dataset_tools.stop_signals import StopSignals
 from dataset_tools.subsets import shuffled_order
 
 Positions: TypeAlias = tuple[int, int]
 """A task: positions [start, stop) of the order of the whole split."""
+NO_ROWS = hashlib.sha256().hexdigest()
 CHUNK_IMAGES, CHUNK_BYTES = 32, 1 << 26
 """A task has at most so many images, and fewer if these would be larger than so many bytes."""
 
@@ -52,47 +55,65 @@ class SplitConversion:
     rows: RowFile
     """One row for each sample that was written. Both exist while the conversion is `opened`."""
 
-    def __init__(self, split: Split, options: ConvertOptions, folder: Path, state: dict[str, Any]) -> None:
-        """`state`: {} at the very beginning, else what `checkpoint` left."""
-        self.split, self.options, self.folder, self.state = split, options, folder, state
+    def __init__(self, split: Split, options: ConvertOptions, folder: Path, states: dict[str, SplitState]) -> None:
+        """`states`: of the splits, as `checkpoint` left them. Raises ValueError for the name of a split."""
+        check_split_name(split.name)
+        self.split, self.options, self.folder = split, options, folder
         shuffled = options.settled_order == "shuffled"
         self.order = shuffled_order(len(split), options.seed) if shuffled else None
         number, count = options.part_numbers or (1, 1)
         self.start, self.stop = len(split) * (number - 1) // count, len(split) * number // count
         self.num_positions = self.stop - self.start
-        state.setdefault("done", self.start)
-        state.setdefault("rows", 0)
-        state.setdefault("counts", {"passed_through": 0, "reencoded": 0, "quarantined": 0, "bytes": 0})
-        state.setdefault("reasons", {})
+        self.state = states.setdefault(split.name, SplitState(self.start, 0, NO_ROWS, Counts(), {}))
         self._task_images = CHUNK_IMAGES
 
     @property
     def num_left(self) -> int:
-        return self.stop - int(self.state["done"])
+        return self.stop - self.state.done
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Opens the files, cut back to what the journal knows. Raises ValueError if they do not fit it."""
         try:
-            self.rows = RowFile(self.folder / f"{self.split.name}.rows", self.state["rows"])
+            self.rows = RowFile(self.folder / f"{self.split.name}.rows", self.state.rows)
+            if self.state.rows:
+                self._check_rows()
             self.writer = self.options.output.writer(
                 self.folder,
                 self.split.name,
                 num_reserved=self.num_positions,
                 page_bytes=self.options.page_bytes,
                 shard_bytes=self.options.shard_bytes,
-                state=self.state.get("writer"),
+                rows=self.rows,
             )
-        except (FileNotFoundError, ValueError) as error:
+            if self.state.rows and self.writer.sync() != self.state.writer:
+                raise ValueError("its files end elsewhere than the journal says")
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"the unfinished conversion cannot be continued: {error}. Delete {self.folder} to start anew."
             ) from error
         with closing(self.rows), closing(self.writer):
             yield
 
+    def _check_rows(self) -> None:
+        """Raises ValueError if what the journal says of the rows is not so."""
+        state, found = self.state, Counts(quarantined=self.state.counts.quarantined)
+        for block, _ in self.rows.blocks():
+            found.passed_through += int((block["handling"] == PASSED_THROUGH).sum())
+            found.bytes += int(block["num_bytes"].sum())
+        found.reencoded = state.rows - found.passed_through
+        if (
+            self.rows.sha256() != state.rows_sha256
+            or found != state.counts
+            or sum(state.reasons.values()) != found.reencoded
+            or state.done != self.start + state.rows + found.quarantined
+            or state.done > self.stop
+        ):
+            raise ValueError(f"{self.rows.path} is not what the journal says")
+
     def tasks(self) -> Iterator[Positions]:
         """The positions that are left to do, in order."""
-        for start in range(self.state["done"], self.stop, self._task_images):
+        for start in range(self.state.done, self.stop, self._task_images):
             yield start, min(start + self._task_images, self.stop)
 
     def limit_task_bytes(self, image_bytes: int) -> None:
@@ -124,22 +145,22 @@ class SplitConversion:
 
     def add(self, positions: Positions, images: TransformedImages, payload: memoryview) -> None:
         """Write what became of `positions`, which follow those before."""
-        assert positions[0] == self.state["done"]
-        rows, counts = images.rows.copy(), self.state["counts"]
+        assert positions[0] == self.state.done
+        rows, counts = images.rows.copy(), self.state.counts
         self.writer.write(rows, lambda offset, size: payload[offset : offset + size])
         self.rows.append(rows)
         passed = int((rows["handling"] == PASSED_THROUGH).sum())
-        counts["passed_through"] += passed
-        counts["reencoded"] += len(rows) - passed
-        counts["quarantined"] += len(images.rejected)
-        counts["bytes"] += len(payload)
-        self.state["reasons"] = dict(Counter(self.state["reasons"]) + images.reasons)
-        self.state["rows"] = len(self.rows)
-        self.state["done"] = positions[1]
+        counts.passed_through += passed
+        counts.reencoded += len(rows) - passed
+        counts.quarantined += len(images.rejected)
+        counts.bytes += len(payload)
+        self.state.reasons = dict(Counter(self.state.reasons) + images.reasons)
+        self.state.done = positions[1]
 
     def checkpoint(self) -> None:
         """Bring everything to the disk and `state` up to date."""
-        self.state["writer"] = self.writer.sync()
+        self.state.rows, self.state.rows_sha256 = len(self.rows), self.rows.sha256()
+        self.state.writer = self.writer.sync()
         self.rows.sync()
 
     def quarantine_lines(self, images: TransformedImages) -> bytes:
@@ -162,9 +183,11 @@ class SplitConversion:
 def _read(split: Split, index: int) -> bytes:
     """Raises UnusableImageError where there is no regular file, OSError for anything else that cannot be read."""
     try:
-        return split.read(index)
+        return split.read_checked(index)
     except NoRegularFileError as error:
         raise UnusableImageError(str(error.strerror)) from error
+    except RottenImageError as error:
+        raise UnusableImageError(str(error)) from error
     except OSError as error:
         raise OSError(
             error.errno or errno.EIO,
@@ -189,7 +212,7 @@ def complete_split(
     `files`: of images, in order, each with the entry of one that holds the same bytes, where that is known. `counted`:
     what of the manifest the rows do not tell.
     """
-    records = rows.path.with_name(f"{name}.records.safetensors")
+    records = rows.path.with_name(records_name(name))
     rows.write_records(records, names_of)
     unknown = [(records, None), *((path, output.hash_block_bytes) for path, known in files.items() if not known)]
     hashed = dict(zip([path for path, _ in unknown], hash_files(unknown, num_workers, stop), strict=True))

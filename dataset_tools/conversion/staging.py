@@ -10,14 +10,67 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from dataset_tools.files import open_own, sync_folder, take_lock, write_file
+from dataset_tools.formats.split_manifest import Count, SplitManifest
+from dataset_tools.schema import decode_json, read_bounded
 
 JOURNAL_NAME = "journal.json"
 _BEFORE_JOURNAL = r"lock|\.journal\.json\.[0-9a-f]+\.tmp"
 """What a process leaves that dies before it has a journal."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of the images of a split that were looked at."""
+
+    passed_through: Count = 0
+    reencoded: Count = 0
+    quarantined: Count = 0
+    bytes: Count = 0
+
+
+@dataclass(slots=True)
+class Finished:
+    """A split all of whose files are complete, or none of whose images can be used (None)."""
+
+    manifest: SplitManifest | None
+    working_files: list[str]
+
+
+@dataclass(slots=True)
+class SplitState:
+    """How far a split is."""
+
+    done: Count
+    """Positions of the order before this one are done."""
+    rows: Count
+    rows_sha256: str
+    """As `RowFile.sha256` says it."""
+    counts: Counts
+    reasons: dict[str, Count]
+    """Why images were re-encoded → how many."""
+    writer: dict[str, Any] | None = None
+    """Where the files end."""
+    finished: Finished | None = None
+
+
+@dataclass(slots=True)
+class State:
+    """How far a conversion is."""
+
+    splits: dict[str, SplitState] = field(default_factory=dict)
+    quarantine_bytes: Count = 0
+
+
+class _Journal(Struct):
+    plan: dict[str, Any]
+    state: State
 
 
 class Staging:
@@ -28,8 +81,9 @@ class Staging:
 
     def __init__(self, destination: Path, folder: Path, plan: dict[str, Any], lock: int) -> None:
         self.destination, self.folder, self.plan, self.lock = destination, folder, plan, lock
-        self.state: dict[str, Any] = self._read()
-        self.continued = bool(self.state)
+        found = self._read()
+        self.state = found or State()
+        self.continued = found is not None
         """Whether there is something that an earlier process did."""
         if not self.continued:
             try:
@@ -41,7 +95,7 @@ class Staging:
 
     def save(self) -> None:
         """Make `state` what a later process continues from; the files it speaks of must be synced before."""
-        body = json.dumps({"plan": self.plan, "state": self.state})
+        body = json.dumps({"plan": self.plan, "state": asdict(self.state)})
         checksum = hashlib.sha256(body.encode()).hexdigest()
         write_file(self.folder / JOURNAL_NAME, f"{checksum}\n{body}\n")
         self.has_progress = True
@@ -78,25 +132,24 @@ class Staging:
                 return path
         raise ValueError(f"{self.folder / name} is missing. Delete {self.folder} to start anew.")
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> State | None:
         path = self.folder / JOURNAL_NAME
-        if not path.exists():
-            return {}
+        if not os.path.lexists(path):
+            return None
         remedy = f"Delete {self.folder} to start anew."
         try:
-            checksum, body = path.read_text(encoding="utf-8").split("\n")[:2]
-            if hashlib.sha256(body.encode()).hexdigest() != checksum:
+            checksum, body = [*read_bounded(path).split(b"\n"), b""][:2]
+            if hashlib.sha256(body).hexdigest().encode() != checksum:
                 raise ValueError("its checksum is wrong")
-            content = json.loads(body)
-            plan, state = content["plan"], content["state"]
-        except (ValueError, KeyError, TypeError) as error:
+            journal = decode_json(body, _Journal, "it")
+        except (ValueError, OSError) as error:
             raise ValueError(f"the journal {path} is damaged ({error}). {remedy}") from error
-        if plan != json.loads(json.dumps(self.plan)):
+        if journal.plan != json.loads(json.dumps(self.plan)):
             raise ValueError(
-                f"{self.folder} holds an unfinished conversion of another kind: {_difference(plan, self.plan)}. "
-                f"Give the same source and options to continue it. {remedy}"
+                f"{self.folder} holds an unfinished conversion of another kind: "
+                f"{_difference(journal.plan, self.plan)}. Give the same source and options to continue it. {remedy}"
             )
-        return dict(state)
+        return journal.state
 
 
 @contextmanager

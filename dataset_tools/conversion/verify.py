@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,9 @@ from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.progress import Progress
 from dataset_tools.conversion.transform import UnusableImageError, decode
 from dataset_tools.conversion.workers import WorkerPool, settled_workers
-from dataset_tools.files import ByteFile
+from dataset_tools.files import ByteFile, open_regular
 from dataset_tools.formats.formats import FORMATS
-from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest
+from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest, read_quarantine
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, SampleRecords
 from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 from dataset_tools.sources import Split, open_source
@@ -107,6 +106,7 @@ class _Verification:
         output = FORMATS[self.manifest.format]
         try:
             split = ConvertedSplit(name, self.folder / entry.records.name, files, self.manifest.classes, output)
+            split.check(entry)
         except ValueError as error:
             yield str(error)
             return
@@ -190,7 +190,7 @@ class _Verification:
             yield f"its label is {int(row['label'])}, in the source {int(original.labels[source_index])}"
         if row["handling"] == PASSED_THROUGH:
             try:
-                if original.read(source_index) != data:
+                if original.read_checked(source_index) != data:
                     yield "its bytes are not those of the source"
             except OSError as error:
                 yield f"the source cannot be read: {error}"
@@ -209,7 +209,8 @@ class _Verification:
         """The indices of a split's images that are in quarantine."""
         path = self.folder / self.manifest.quarantine.name
         try:
-            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            return np.array([entry["index"] for entry in entries if entry["split"] == name], dtype=np.int64)
-        except (OSError, ValueError, KeyError, TypeError):  # reported as a damaged file
+            with open_regular(path) as file:
+                entries = read_quarantine(file.read())
+            return np.array([entry.index for entry in entries if entry.split == name], dtype=np.int64)
+        except (OSError, ValueError):  # reported as a damaged file
             return np.zeros(0, dtype=np.int64)

@@ -63,6 +63,7 @@ class Beton(OutputFormat):
     """One .beton for each split."""
 
     title = "FFCV"
+    extension = ".beton"
     lossless = RAW
     default_order = "source"
     default_max_side = DEFAULT_MAX_SIDE
@@ -75,10 +76,10 @@ class Beton(OutputFormat):
         return page_bytes_for(3 * max_side * max_side) if max_side else UNLIMITED_PAGE_BYTES
 
     def writer(
-        self, folder: Path, split: str, *, num_reserved: int, page_bytes: int | None, state: Any, **_: Any
+        self, folder: Path, split: str, *, num_reserved: int, page_bytes: int | None, rows: RowFile, **_: Any
     ) -> BetonWriter:
         assert page_bytes is not None
-        return BetonWriter(folder / f"{split}.beton", num_reserved=num_reserved, page_bytes=page_bytes, state=state)
+        return BetonWriter(folder / f"{split}.beton", num_reserved=num_reserved, page_bytes=page_bytes, rows=rows)
 
     def settled_page_bytes(self, files: Sequence[Path]) -> int:
         return int(read_beton_head(files[0])["page_size"])
@@ -154,15 +155,17 @@ def place(sizes: NDArray[np.int64], end: int, page_bytes: int) -> tuple[NDArray[
 class BetonWriter(SampleWriter):
     """Writes one .beton. A sample larger than a page makes `finish` lay the file out anew, with larger pages."""
 
-    def __init__(self, path: Path, *, num_reserved: int, page_bytes: int, state: dict[str, Any] | None = None) -> None:
-        """`num_reserved`: how many samples there will be at most. `state`: what `sync` returned, to continue.
+    def __init__(self, path: Path, *, num_reserved: int, page_bytes: int, rows: RowFile | None = None) -> None:
+        """`num_reserved`: how many samples there will be at most. `rows`: those that are there already.
 
-        Raises ValueError if the file does not hold what `state` says.
+        Raises ValueError if the file does not hold them.
         """
         self.path, self.num_reserved, self.page_bytes = path, num_reserved, page_bytes
-        self._file = open_own(path, "r+b" if state else "w+b", buffering=0)
-        self._end = int(state["end"]) if state else data_start(num_reserved, page_bytes)
-        if state and os.fstat(self._file.fileno()).st_size < self._end:
+        self._file = open_own(path, "r+b" if rows else "w+b", buffering=0)
+        self._end = data_start(num_reserved, page_bytes)
+        for block, _ in rows.blocks() if rows else ():
+            _, self._end = place(block["num_bytes"], self._end, page_bytes)
+        if rows and os.fstat(self._file.fileno()).st_size < self._end:
             raise ValueError(f"{path} is shorter than the journal says")
         os.ftruncate(self._file.fileno(), self._end)
 

@@ -31,7 +31,7 @@ class SampleWriter(ABC):
 
     @abstractmethod
     def sync(self) -> dict[str, Any]:
-        """Bring everything to the disk; what is returned (JSON) makes a new writer continue from here."""
+        """Bring everything to the disk. Returns where the files end now (JSON), which follows from the samples."""
 
     @abstractmethod
     def finish(self, rows: RowFile) -> list[Path]:
@@ -59,6 +59,8 @@ class OutputFormat(ABC):
 
     title: ClassVar[str]
     """Its name in a sentence."""
+    extension: ClassVar[str]
+    """Of its image files, with the dot."""
     lossless: ClassVar[int]
     """How what is no JPEG is stored without loss: RAW or PNG of formats.records."""
     default_order: ClassVar[str]
@@ -76,6 +78,10 @@ class OutputFormat(ABC):
     decodes_into_buffers: ClassVar[bool] = False
     """Whether its stock decoders allocate as much for every image as for the largest."""
 
+    def file_names(self, split: str, num_files: int) -> list[str]:
+        """What the files of a finished split are called, in order, where it has `num_files`."""
+        return [f"{split}{self.extension}"]
+
     def page_bytes(self, max_side: int | None) -> int | None:
         """The page size for images of up to `max_side` pixels, uncompressed; None: the format has no pages."""
         return None
@@ -89,11 +95,11 @@ class OutputFormat(ABC):
         num_reserved: int,
         page_bytes: int | None,
         shard_bytes: int,
-        state: dict[str, Any] | None,
+        rows: RowFile,
     ) -> SampleWriter:
-        """Begins the files of a split of at most `num_reserved` samples, or continues from what `sync` returned.
+        """Begins the files of a split of at most `num_reserved` samples, or continues behind those that `rows` has.
 
-        Raises ValueError or FileNotFoundError if the files do not hold what `state` says.
+        Raises ValueError or OSError if the files do not hold these.
         """
 
     def settled_page_bytes(self, files: Sequence[Path]) -> int | None:

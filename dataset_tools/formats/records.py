@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
+from dataset_tools.files import open_regular
 from dataset_tools.packed_names import PackedNames
+from dataset_tools.schema import decode_json
 
 HASH_BYTES = 16
 """A sample is known by the first half of its SHA-256."""
@@ -42,6 +45,9 @@ PASSED_THROUGH, REENCODED = 0, 1
 """Values of `handling`."""
 
 BLOCK_ROWS = 1 << 16
+MAX_HEADER_BYTES = 1 << 20
+MAX_SIDE, MAX_PIXELS = (1 << 16) - 1, 178_956_970
+"""Of a sample. The second is Pillow's limit, beyond which an image is taken for a decompression bomb."""
 TYPE_NAMES = {"<i8": "I64", "<i4": "I32", "|u1": "U8"}
 """numpy's names of the types of columns → those of a safetensors file."""
 _TYPES = {name: np.dtype(code) for code, name in TYPE_NAMES.items()}
@@ -72,6 +78,34 @@ class SampleRecords:
         except ValueError as error:
             raise ValueError(f"the record file {self.path} is damaged: its name {error}") from error
 
+    def check(self, file_bytes: Sequence[int], num_classes: int) -> None:
+        """Looks at every row, once: loaders read and allocate what a row says.
+
+        `file_bytes`: the sizes of the image files. Raises ValueError, which names the first row that cannot be.
+        """
+        for rows, start in self.blocks():
+            sizes = np.array([*file_bytes, 0], dtype=np.int64)[np.clip(rows["shard"], -1, len(file_bytes))]
+            width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
+            right = {
+                "shard": (rows["shard"] >= 0) & (rows["shard"] < len(file_bytes)),
+                "num_bytes": (rows["num_bytes"] > 0) & (rows["num_bytes"] <= sizes),
+                "offset": (rows["offset"] >= 0) & (rows["offset"] <= sizes - rows["num_bytes"]),
+                "width": (width > 0) & (width <= MAX_SIDE),
+                "height": (height > 0) & (height <= MAX_SIDE) & (width * height <= MAX_PIXELS),
+                "label": (rows["label"] >= -1) & (rows["label"] < num_classes),
+                "encoding": rows["encoding"] <= PNG,
+                "handling": rows["handling"] <= REENCODED,
+                "position": rows["position"] >= 0,
+                "source_index": rows["source_index"] >= 0,
+            }
+            right["num_bytes"] &= (rows["encoding"] != RAW) | (rows["num_bytes"] == 3 * width * height)
+            for column, each in right.items():
+                if not each.all():
+                    index = int(np.argmin(each))
+                    raise ValueError(
+                        f"{self.path} is damaged: sample {start + index} has the {column} {rows[column][index]}"
+                    )
+
     def rows(self, start: int = 0, stop: int | None = None) -> NDArray[np.void]:
         """Samples [start, stop) as rows, in memory."""
         chosen = {name: self.columns[name][start:stop] for name in ROW.names or ()}
@@ -89,30 +123,35 @@ class SampleRecords:
     def open(cls, path: Path) -> SampleRecords:
         """Raises FileNotFoundError, or ValueError if the file is cut short or damaged."""
         size = path.stat().st_size
-        with open(path, "rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            try:
-                if not 2 <= header_bytes <= size - 8:
+        try:
+            with open_regular(path) as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                if not 2 <= header_bytes <= min(size - 8, MAX_HEADER_BYTES):
                     raise ValueError("its header does not fit in it")
-                layout = json.loads(file.read(header_bytes))
-                layout.pop("__metadata__", None)
-                columns = {
-                    name: _mapped(path, size, 8 + header_bytes, entry["dtype"], entry["shape"], entry["data_offsets"])
-                    for name, entry in layout.items()
-                }
-                _check(columns)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"the record file {path} is damaged: {error}") from error
+                layout = decode_json(file.read(header_bytes), dict[str, _Column], "its header")
+            columns = {name: column.mapped(path, size, 8 + header_bytes) for name, column in layout.items()}
+            _check(columns)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"the record file {path} is damaged: {error}") from error
         return cls(path, columns)
 
 
-def _mapped(path: Path, size: int, base: int, type_name: str, shape: list[int], extent: list[int]) -> NDArray[Any]:
-    dtype, (begin, stop) = _TYPES[type_name], extent
-    if dtype.itemsize * int(np.prod(shape)) != stop - begin or begin < 0 or base + stop > size:
-        raise ValueError("a column does not fit in it")
-    if begin == stop:
-        return np.empty(shape, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=base + begin, shape=tuple(shape))
+class _Column(Struct):
+    """Of the header of a safetensors file."""
+
+    dtype: str
+    shape: Annotated[list[Annotated[int, Meta(ge=0, le=1 << 40)]], Meta(max_length=2)]
+    data_offsets: tuple[int, int]
+
+    def mapped(self, path: Path, size: int, base: int) -> NDArray[Any]:
+        if self.dtype not in _TYPES:
+            raise ValueError(f"a column is of type {self.dtype[:20]!r}, not one of {', '.join(_TYPES)}")
+        dtype, (begin, stop) = _TYPES[self.dtype], self.data_offsets
+        if dtype.itemsize * math.prod(self.shape) != stop - begin or begin < 0 or base + stop > size:
+            raise ValueError("a column does not fit in it")
+        if begin == stop:
+            return np.empty(self.shape, dtype=dtype)
+        return np.memmap(path, dtype=dtype, mode="r", offset=base + begin, shape=tuple(self.shape))
 
 
 def _check(columns: dict[str, NDArray[Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -33,6 +34,9 @@ class RowFile:
             self._file.close()
             raise ValueError(f"{path} is shorter than the journal says")
         os.ftruncate(self._file.fileno(), count * ROW.itemsize)
+        self._digest = hashlib.sha256()
+        for block, _ in self.blocks():
+            self._add_to_digest(block)
 
     def __len__(self) -> int:
         return self._count
@@ -40,6 +44,15 @@ class RowFile:
     def append(self, rows: NDArray[np.void]) -> None:
         self.replace(self._count, rows)
         self._count += len(rows)
+        self._add_to_digest(rows.copy())
+
+    def sha256(self) -> str:
+        """Of all that was appended but the offsets, which follow from the sizes and may be replaced."""
+        return self._digest.hexdigest()
+
+    def _add_to_digest(self, rows: NDArray[np.void]) -> None:
+        rows["offset"] = 0
+        self._digest.update(rows.tobytes())
 
     def replace(self, start: int, rows: NDArray[np.void]) -> None:
         """Write `rows` over those from number `start` on."""

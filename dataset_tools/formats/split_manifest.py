@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from dataset_tools.formats.records import EXTENSIONS, REENCODED
 from dataset_tools.formats.row_file import RowFile
+
+Count = Annotated[int, Meta(ge=0, le=1 << 60)]
+Side = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+
+
+def check_split_name(name: str) -> None:
+    """Raises ValueError for the name of a split that could not be the beginning of the names of its files."""
+    if not name.isprintable() or "/" in name or name in ("", ".", "..") or len(name.encode()) > 200:
+        raise ValueError(f"a split is called {name[:200]!r}: its name must be printable, without /, and a file's name")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,43 +26,43 @@ class FileEntry:
     """A file of the data set."""
 
     name: str
-    bytes: int
-    sha256: str
+    bytes: Count
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
     """Hexadecimal, as `sha256sum` prints it. Of a .beton it is that of its blocks' SHA-256 (32 bytes each, one behind
     the other), so that all cores can compute it.
     """
-    block_bytes: int | None = None
+    block_bytes: Annotated[int, Meta(ge=1 << 16, le=1 << 40)] | None = None
     """How long a block is, all but the last; None: `sha256` is that of the file itself."""
-
-    def __post_init__(self) -> None:
-        if Path(self.name).name != self.name or self.name in ("", ".."):
-            raise ValueError(f"{self.name!r} is no name of a file of this folder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitManifest:
     """One split of a converted data set."""
 
-    samples: int
-    positions: int
+    samples: Annotated[int, Meta(ge=1, le=1 << 60)]
+    positions: Count
     """Images of the source that were to be converted: `samples` and those in quarantine."""
-    passed_through: int
-    reencoded: int
-    reasons: dict[str, int]
+    passed_through: Count
+    reencoded: Count
+    reasons: dict[str, Count]
     """Why images were re-encoded → how many."""
-    quarantined: int
-    encodings: dict[str, int]
+    quarantined: Count
+    encodings: dict[str, Count]
     """How images are stored (jpg, raw, png) → how many."""
-    max_width: int
-    max_height: int
-    max_bytes: int
-    total_bytes: int
+    max_width: Side
+    max_height: Side
+    max_bytes: Count
+    total_bytes: Count
     """Of the encoded images."""
-    page_bytes: int | None
+    page_bytes: Annotated[int, Meta(ge=1 << 12, le=1 << 31)] | None
     """FFCV's page size."""
     records: FileEntry
     files: tuple[FileEntry, ...]
     """The images: one .beton, or the tars in order, each followed by its .idx."""
+
+    def __post_init__(self) -> None:
+        if self.samples != self.passed_through + self.reencoded or self.positions != self.samples + self.quarantined:
+            raise ValueError("its counts contradict each other")
 
     @classmethod
     def of(cls, rows: RowFile, **given: Any) -> SplitManifest:
@@ -77,11 +87,9 @@ class SplitManifest:
             **given,
         )
 
-    @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> SplitManifest:
-        """The inverse of `asdict`. Raises ValueError, KeyError or TypeError."""
-        files = tuple(FileEntry(**file) for file in entry["files"])
-        return cls(**entry | {"files": files, "records": FileEntry(**entry["records"])})
+    @property
+    def all_files(self) -> tuple[FileEntry, ...]:
+        return self.records, *self.files
 
     @property
     def image_files(self) -> tuple[str, ...]:

@@ -42,13 +42,19 @@ class TarShards(OutputFormat):
     """Numbered tars for each split, with the .idx files of DALI."""
 
     title = "WebDataset"
+    extension = ".tar"
     lossless = PNG
     default_order = "shuffled"
     sample_overhead_bytes = 2400  # row, record, name, tar headers and padding, line of the index
     has_shards = True
 
-    def writer(self, folder: Path, split: str, *, shard_bytes: int, state: Any, **_: Any) -> ShardWriter:
-        return ShardWriter(folder, split, shard_bytes=shard_bytes, state=state)
+    def writer(self, folder: Path, split: str, *, shard_bytes: int, rows: RowFile, **_: Any) -> ShardWriter:
+        return ShardWriter(folder, split, shard_bytes=shard_bytes, rows=rows)
+
+    def file_names(self, split: str, num_files: int) -> list[str]:
+        """Each tar is followed by its index."""
+        tars = [Path(shard_name(split, number)) for number in range(max(1, (num_files + 1) // 2))]
+        return [path.with_suffix(suffix).name for path in tars for suffix in (".tar", ".idx")]
 
     def problems(self, folder: Path, manifest: SplitManifest, records: SampleRecords) -> Iterator[str]:
         for shard, expected in _index_files(records.blocks()):
@@ -117,20 +123,31 @@ def sample_members(row: np.void) -> tuple[str, str | None, bytes]:
     return image, f"{position:09}.cls", str(label).encode()
 
 
+def _end_of(row: np.void) -> int:
+    """Where a sample ends in its tar."""
+    _, label_name, text = sample_members(row)
+    image_bytes = int(row["num_bytes"])
+    label_bytes = BLOCK + len(text) + -len(text) % BLOCK if label_name else 0
+    return int(row["offset"]) + image_bytes + -image_bytes % BLOCK + label_bytes
+
+
 class ShardWriter(SampleWriter):
     """Writes SPLIT-000000.tar, SPLIT-000001.tar … into a folder, each of at most `shard_bytes` (but of one sample)."""
 
-    def __init__(self, folder: Path, split: str, *, shard_bytes: int, state: dict[str, Any] | None = None) -> None:
-        """`state`: what `sync` returned, to continue. Raises FileNotFoundError or ValueError if the tars do not hold
-        what it says.
-        """
+    def __init__(self, folder: Path, split: str, *, shard_bytes: int, rows: RowFile | None = None) -> None:
+        """`rows`: the samples that are there already. Raises OSError or ValueError if the tars do not hold them."""
         self.folder, self.split, self.shard_bytes = folder, split, shard_bytes
-        self._sizes, self._end = (list(state["sizes"]), int(state["end"])) if state else ([], 0)
+        ends = [0]
+        for block, _ in rows.blocks() if rows else ():
+            for row in block[np.flatnonzero(np.append(np.diff(block["shard"]), 1))]:  # the last ones of their tars
+                ends[int(row["shard"]) :] = [_end_of(row)]
+        *sizes, self._end = ends
+        self._sizes = [end + END_BYTES for end in sizes]
         for number, size in enumerate(self._sizes):
             if self._path(number).stat().st_size != size:
                 raise ValueError(f"{self._path(number)} has another size than the journal says")
         path = self._path(self._shard)
-        self._file = open_own(path, "r+b" if state else "w+b", buffering=0)
+        self._file = open_own(path, "r+b" if rows else "w+b", buffering=0)
         if os.fstat(self._file.fileno()).st_size < self._end:
             raise ValueError(f"{path} is shorter than the journal says")
         os.ftruncate(self._file.fileno(), self._end)

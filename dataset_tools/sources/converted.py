@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from io import BytesIO
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from dataset_tools.files import ByteFile
 from dataset_tools.formats.formats import FORMATS
 from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.output_format import OutputFormat
-from dataset_tools.formats.records import RAW, SampleRecords
+from dataset_tools.formats.records import HASH_BYTES, RAW, SampleRecords
+from dataset_tools.formats.split_manifest import SplitManifest
 from dataset_tools.packed_names import PackedNames
-from dataset_tools.sources.split import ImageSource, Split, split_rank
+from dataset_tools.sources.split import ImageSource, RottenImageError, Split, split_rank
 
 
 class ConvertedSplit(Split):
@@ -29,9 +31,23 @@ class ConvertedSplit(Split):
         self.names: PackedNames = self.records.names()
         self.labels = np.array(self.records["label"], dtype=np.int64)
 
+    def check(self, entry: SplitManifest) -> None:
+        """Raises ValueError if the records are not those of a split like this, or have a row that cannot be."""
+        if len(self) != entry.samples:
+            raise ValueError(f"{self.records.path} knows {len(self)} samples, the manifest {entry.samples}")
+        self.records.check([file.bytes for file in entry.files if file.name in entry.image_files], len(self.classes))
+
     def read(self, index: int) -> bytes:
         """Raw pixels come as a PNG."""
+        return self._encoded(index, self.read_stored(index))
+
+    def read_checked(self, index: int) -> bytes:
         data = self.read_stored(index)
+        if hashlib.sha256(data).digest()[:HASH_BYTES] != self.records["hash"][index].tobytes():
+            raise RottenImageError(f"its bytes in {self.records.path.parent} are not those that were written")
+        return self._encoded(index, data)
+
+    def _encoded(self, index: int, data: bytes) -> bytes:
         if self.records["encoding"][index] != RAW:
             return data
         size = int(self.records["width"][index]), int(self.records["height"][index])
@@ -71,10 +87,6 @@ def open_converted(folder: Path) -> ImageSource:
                 )
         files = tuple(ByteFile(folder / file) for file in entry.image_files)
         split = ConvertedSplit(name, folder / entry.records.name, files, manifest.classes, output)
-        records, labels, shards = split.records, split.labels, split.records["shard"]
-        if len(records) != entry.samples or len(records) == 0:
-            raise ValueError(f"{records.path} knows {len(records)} samples, the manifest {entry.samples}")
-        if labels.min() < -1 or labels.max() >= len(manifest.classes) or shards.min() < 0 or shards.max() >= len(files):
-            raise ValueError(f"{records.path} is damaged: it has labels or file numbers that do not exist")
+        split.check(entry)
         splits[name] = split
     return ImageSource(path=folder, kind=output.title, splits=splits, classes=manifest.classes)

@@ -24,6 +24,10 @@ def split_rank(name: str) -> tuple[int, str]:
     return (SPLIT_ORDER.index(name) if name in SPLIT_ORDER else len(SPLIT_ORDER)), name
 
 
+class RottenImageError(OSError):
+    """An image whose bytes are not those that were once written."""
+
+
 class Split(ABC):
     """N encoded images with labels and names, in a fixed order.
 
@@ -39,6 +43,10 @@ class Split(ABC):
     @abstractmethod
     def read(self, index: int) -> bytes:
         """The encoded image (JPEG, PNG …). Raises OSError, naming the sample, if it is gone or cut short."""
+
+    def read_checked(self, index: int) -> bytes:
+        """As `read`; where the source knows what the bytes were, raises RottenImageError if they are others now."""
+        return self.read(index)
 
     def packed_names(self) -> PackedNames:
         """The names, in little memory."""
@@ -66,6 +74,9 @@ class SubsetSplit(Split):
 
     def read(self, index: int) -> bytes:
         return self.parent.read(int(self.indices[index]))
+
+    def read_checked(self, index: int) -> bytes:
+        return self.parent.read_checked(int(self.indices[index]))
 
     def subset(self, indices: ArrayLike) -> Split:
         return SubsetSplit(self.parent, self.indices[checked_indices(indices, len(self))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -10,7 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dataset_tools.cli import main
@@ -72,7 +76,7 @@ def unfinished(source: Path, format: str, tmp_path: Path, monkeypatch: pytest.Mo
 
         def stopping(self: Any, *given: Any) -> None:
             add(self, *given)
-            if self.split.name == "val" and self.state["done"] >= 32:
+            if self.split.name == "val" and self.state.done >= 32:
                 raise StoppedBySignalError("for the test")
 
         patch.setattr(split_conversion.SplitConversion, "add", stopping)
@@ -80,7 +84,7 @@ def unfinished(source: Path, format: str, tmp_path: Path, monkeypatch: pytest.Mo
             convert(source, tmp_path / "made", options(format), workers=1, journal_every_s=0)
     folder = tmp_path / "made.partial"
     state = journal_state(folder)
-    assert "finished" in state["splits"]["train"]
+    assert state["splits"]["train"]["finished"]
     assert 0 < state["splits"]["val"]["done"] < 60
     assert state["quarantine_bytes"] > 0
     return folder
@@ -152,6 +156,33 @@ def test_a_damaged_journal(unfinished: Path, source: Path, format: str, damage: 
     assert contents(unfinished).keys() - {"lock"} == before.keys() - {"lock"}
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis.given(case=st.data())
+def test_a_tampered_journal_is_refused(unfinished: Path, source: Path, format: str, case: st.DataObject) -> None:
+    """Its checksum is made anew, as whoever tampers with it would; what is accepted would be converted further."""
+    path = unfinished / "journal.json"
+    before = path.read_text()
+    content = json.loads(before.split("\n")[1])
+    place: Any = content["state"]
+    step: Any = None
+    while isinstance(place, dict | list) and place and (step is None or case.draw(st.booleans())):
+        step = case.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+        holder, place = place, place[step]
+    values = [-5, -1, 0, 1, 10**9, 2**62, 10**20, 1.5, True, None, "x", "../victim", [], {}, [1], ["../victim"]]
+    holder[step] = case.draw(st.sampled_from([value for value in values if value != place or value is True]))
+    body = json.dumps(content)
+    path.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dataset_tools.conversion.convert._Conversion._transform", _accepted)
+        with pytest.raises(ValueError, match="to start anew"):
+            convert(source, unfinished.with_name("made"), options(format), workers=1)
+    path.write_text(before)
+
+
+def _accepted(*_: Any) -> None:
+    raise AssertionError("the journal was accepted")
+
+
 @pytest.mark.parametrize("how", ["missing", "shorter"])
 def test_a_file_that_the_journal_knows(unfinished: Path, source: Path, format: str, how: str, whole: Any) -> None:
     """Each of them, of the finished split and of the other: nothing is published without it."""
@@ -169,7 +200,7 @@ def test_a_file_that_the_journal_knows(unfinished: Path, source: Path, format: s
         else:
             os.truncate(path, path.stat().st_size // 2 if "val" not in name or ".tar" not in name else 512)
         with pytest.raises(
-            ValueError, match=f"(missing|shorter|bytes and not|another size|No such file).*Delete {unfinished}"
+            ValueError, match=f"(missing|shorter|is not what it was|another size|No such file).*Delete {unfinished}"
         ):
             convert(source, unfinished.with_name("made"), options(format), workers=1)
         assert not unfinished.with_name("made").exists()
@@ -398,7 +429,7 @@ def test_records_that_cannot_be(data: Path, column: str, value: int) -> None:
     begin = header + json.loads(content[8:header])[column]["data_offsets"][0]
     content[begin + 40 : begin + 44] = value.to_bytes(4, "little", signed=True)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path} is damaged: it has labels or file numbers that do not exist"):
+    with pytest.raises(ValueError, match=f"{path} is damaged: sample 10 has the {column} {value}"):
         open_converted(data)
     assert any(problem.startswith(path.name) for problem in problems(data))
 

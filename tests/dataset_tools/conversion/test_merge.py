@@ -245,9 +245,25 @@ class TestRefused:
         path.unlink()
         refused(given, rf"files of the parts are missing: .*damaged/{file}")
 
-    def test_one_of_the_parts_as_destination(self, made: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", ["part1", "part1/inside", "", "part1 by a link", "like a part"])
+    def test_a_destination_that_would_harm_a_part(self, made: Path, tmp_path: Path, name: str) -> None:
         given = [Path(shutil.copytree(part, tmp_path / part.name)) for part in parts(made / "ffcv")]
+        (tmp_path / "part1 by a link").symlink_to(given[0])
+        if name == "like a part":
+            given[0] = given[0].rename(tmp_path / "like a part.partial")
         before = folder_bytes(given[0])
-        with pytest.raises(FileExistsError, match="part1 is a converted data set already"):
-            merge(given, given[0], workers=1)
+        with pytest.raises(FileExistsError, match=r"merge would write into .*, and the part .* is there"):
+            merge(given, tmp_path / name, workers=1)
         assert folder_bytes(given[0]) == before
+
+    def test_the_same_again_has_nothing_to_do_and_others_are_refused(self, made: Path, tmp_path: Path) -> None:
+        given = parts(made / "ffcv")
+        merge(given, tmp_path / "joined", workers=1)
+        before = folder_bytes(tmp_path / "joined")
+        assert merge(given, tmp_path / "joined", workers=1)["images_per_s"] is None
+        with pytest.raises(FileExistsError, match="joined is a converted data set already"):
+            merge(parts(made / "webdataset"), tmp_path / "joined", workers=1)
+        assert folder_bytes(tmp_path / "joined") == before
+        (tmp_path / "joined" / "train.beton").write_bytes(b"cut")
+        with pytest.raises(ValueError, match=r"joined was whole, but its train\.beton is missing or cut"):
+            merge(given, tmp_path / "joined", workers=1)

@@ -25,9 +25,9 @@ from tests.dataset_tools.made_up import folder_bytes, write_tar
 
 
 class RowOfImagesWriter(SampleWriter):
-    def __init__(self, path: Path, state: dict[str, Any] | None) -> None:
-        self.file = open(path, "r+b" if state else "w+b")  # noqa: SIM115
-        self.file.seek(state["end"] if state else 0)
+    def __init__(self, path: Path, rows: RowFile | None) -> None:
+        self.file = open(path, "r+b" if rows else "w+b")  # noqa: SIM115
+        self.file.seek(sum(int(block["num_bytes"].sum()) for block, _ in rows.blocks()) if rows else 0)
         self.file.truncate()
 
     def write(self, rows: np.ndarray, read: ReadBytes) -> None:
@@ -52,10 +52,10 @@ class RowOfImagesWriter(SampleWriter):
 class RowOfImages(OutputFormat):
     """The images of a split, one behind the other."""
 
-    title, lossless, default_order, sample_overhead_bytes = "row of images", PNG, "source", 100
+    title, extension, lossless, default_order, sample_overhead_bytes = "row of images", ".row", PNG, "source", 100
 
-    def writer(self, folder: Path, split: str, *, state: Any, **_: Any) -> RowOfImagesWriter:
-        return RowOfImagesWriter(folder / f"{split}.row", state)
+    def writer(self, folder: Path, split: str, *, rows: RowFile | None, **_: Any) -> RowOfImagesWriter:
+        return RowOfImagesWriter(folder / f"{split}.row", rows)
 
     def problems(self, folder: Path, manifest: SplitManifest, records: SampleRecords) -> Iterator[str]:
         if (folder / manifest.image_files[0]).stat().st_size != manifest.total_bytes:
@@ -64,7 +64,7 @@ class RowOfImages(OutputFormat):
     def merge(
         self, folder: Path, split: str, parts: Sequence[PartOfSplit], rows: RowFile, check: Callable[[], None]
     ) -> dict[Path, FileEntry | None]:
-        writer = self.writer(folder, split, state=None)
+        writer = self.writer(folder, split, rows=None)
         for part in parts:
             data = (part.folder / part.manifest.image_files[0]).read_bytes()
             for block, _ in part.records.blocks():

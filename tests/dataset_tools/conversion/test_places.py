@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,16 +114,15 @@ def test_a_named_pipe_does_not_hang(source: Path, tmp_path: Path) -> None:
     assert (summary["samples"], summary["quarantined"]) == (12, 1)
 
 
-def test_a_split_without_a_usable_image_does_not_stop_the_others(
-    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_split_without_a_usable_image_is_no_success(source: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "tree/train").mkdir(parents=True, exist_ok=True)
         (source / name).rename(tmp_path / "tree/train" / name)
     (tmp_path / "tree/val/a").mkdir(parents=True)
     (tmp_path / "tree/val/a/junk.jpg").write_bytes(b"junk")
-    summary = convert(tmp_path / "tree", tmp_path / "made", FFCV)
-    assert list(summary["splits"]) == ["train"]
-    assert list(open_source(tmp_path / "made").splits) == ["train"]
-    lines = (tmp_path / "made" / "quarantine.jsonl").read_text().splitlines()
-    assert [json.loads(line)["name"] for line in lines] == ["val/a/junk.jpg"]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"none of the 1 images of val can be used; .* val/a/junk.jpg: "):
+            convert(tmp_path / "tree", tmp_path / "made", FFCV)
+    assert not (tmp_path / "made").exists()
+    convert(tmp_path / "tree", tmp_path / "train only", replace(FFCV, split="train"))
+    assert list(open_source(tmp_path / "train only").splits) == ["train"]

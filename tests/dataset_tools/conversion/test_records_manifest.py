@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.convert import convert, summarize
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.formats.manifest import Manifest, is_converted
-from dataset_tools.formats.records import BLOCK_ROWS, ROW, SampleRecords
+from dataset_tools.formats.records import BLOCK_ROWS, RAW, ROW, SampleRecords
 from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 from dataset_tools.packed_names import PackedNames
@@ -111,8 +115,40 @@ class TestRecords:
         assert records.names() == names
 
 
+@given(data=st.data())
+def test_a_row_that_cannot_be_is_named(data: st.DataObject) -> None:
+    """Whatever else stands in it would be read, allocated or shown as another image."""
+    good = np.zeros(3, dtype=ROW)
+    good["offset"], good["num_bytes"], good["width"], good["height"], good["shard"] = (0, 10, 4090), 6, 1, 2, (0, 0, 1)
+    good["encoding"], good["label"] = RAW, (-1, 0, 4)
+    records = SampleRecords(Path("made"), {name: good[name].copy() for name in ROW.names})
+    records.check([4000, 4096], num_classes=5)
+    column = data.draw(st.sampled_from([name for name in ROW.names if name != "hash"]))
+    index, limits = data.draw(st.integers(0, 2)), np.iinfo(ROW[column])
+    value = data.draw(st.integers(int(limits.min), int(limits.max)) | st.integers(-2 if limits.min else 0, 5))
+    records.columns[column][index] = value
+    sizes, row = (4000, 4096), records.rows()[index]
+    possible = {
+        "offset": 0 <= value <= sizes[row["shard"] % 2] - 6,
+        "num_bytes": value == 6,
+        "width": value == 1,
+        "height": value == 2,
+        "label": -1 <= value < 5,
+        "shard": value == good["shard"][index] or (value == 1 and index < 2),
+        "encoding": value <= 2,
+        "handling": value <= 1,
+        "position": value >= 0,
+        "source_index": value >= 0,
+    }
+    if possible[column]:
+        records.check(sizes, num_classes=5)
+    else:
+        with pytest.raises(ValueError, match=f"made is damaged: sample {index} has the "):
+            records.check(sizes, num_classes=5)
+
+
 def entry(name: str = "train.beton") -> FileEntry:
-    return FileEntry(name=name, bytes=5, sha256="0" * 64)
+    return FileEntry(name=name, bytes=500, sha256="0" * 64)
 
 
 def manifest(**changes: Any) -> Manifest:
@@ -130,7 +166,7 @@ def manifest(**changes: Any) -> Manifest:
         total_bytes=2000,
         page_bytes=2 << 20,
         records=entry("train.records.safetensors"),
-        files=(entry(), replace(entry("train.idx"))),
+        files=(entry(),),
     )
     return replace(
         Manifest(
@@ -152,7 +188,7 @@ def content_of(folder: Path) -> dict[str, Any]:
 
 def write_content(folder: Path, content: dict[str, Any]) -> None:
     """With the right checksum, as an attacker would."""
-    content.pop("checksum")
+    content.pop("checksum", None)
     checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(content | {"checksum": checksum}, indent=1) + "\n")
 
@@ -215,24 +251,60 @@ class TestManifest:
         with pytest.raises(ValueError, match=message):
             Manifest.load(tmp_path)
 
-    @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b.tar", "", ".", "..", "a/"])
-    def test_names_outside_the_folder_are_refused(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(ValueError, match="is no name of a file of this folder"):
-            FileEntry(name=name, bytes=0, sha256="")
+    @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b.beton", "", "..", "val.beton", "\0"])
+    def test_files_have_the_names_that_follow_from_their_splits(self, tmp_path: Path, name: str) -> None:
         manifest().save(tmp_path)
         content = content_of(tmp_path)
         content["splits"]["train"]["files"][0]["name"] = name
         write_content(tmp_path, content)
-        with pytest.raises(ValueError, match=r"manifest.json cannot be used: .* is no name of a file of this folder"):
+        message = f"{name!r} is the name of a file that is to be called 'train.beton'"
+        with pytest.raises(ValueError, match=r"manifest.json cannot be used: in it.*" + re.escape(message)):
             Manifest.load(tmp_path)
 
-    def test_an_unknown_format_and_no_splits_are_refused(self, tmp_path: Path) -> None:
-        manifest(format="tfrecord").save(tmp_path)
-        with pytest.raises(ValueError, match="cannot be used: format 'tfrecord', 1 splits"):
+    @pytest.mark.parametrize("name", ["../victim/train", "/tmp/train", "", ".", "..", "a\x1b[31m", "a\n", "ä" * 101])
+    def test_the_name_of_a_split_becomes_no_path(self, tmp_path: Path, name: str) -> None:
+        manifest().save(tmp_path)
+        content = content_of(tmp_path)
+        content["splits"] = {name: content["splits"]["train"]}
+        write_content(tmp_path, content)
+        with pytest.raises(ValueError, match=r"a split is called .*its name must be printable, without /"):
             Manifest.load(tmp_path)
-        manifest(splits={}).save(tmp_path)
-        with pytest.raises(ValueError, match="cannot be used: format 'ffcv', 0 splits"):
-            Manifest.load(tmp_path)
+
+    @given(data=st.data())
+    def test_whatever_stands_in_a_field_is_refused_or_harmless(self, data: st.DataObject) -> None:
+        content = json.loads(json.dumps(asdict(manifest())))
+        place, steps = content, []
+        while isinstance(place, dict | list) and place and not (steps and data.draw(st.booleans())):
+            holder, step = (
+                place,
+                data.draw(st.sampled_from([*(place if isinstance(place, dict) else range(len(place)))])),
+            )
+            steps.append(step)
+            place = place[step]
+        holder[step] = data.draw(
+            st.sampled_from(
+                [-1, 0, 1, 2**31, 2**63, 10**400, 1.5, True, None, "x", "../x", [], {}, [1], ["a"], {"a": {}}]
+            )
+        )
+        with TemporaryDirectory() as folder:
+            write_content(Path(folder), content)
+            try:
+                loaded = Manifest.load(Path(folder))
+            except ValueError as error:
+                assert "manifest.json cannot be used" in str(error)  # noqa: PT017
+            else:
+                assert [file.name for file in loaded.all_files] == [
+                    "quarantine.jsonl",
+                    "train.records.safetensors",
+                    "train.beton",
+                ]
+                summarize(Path(folder), loaded, images=0, seconds=0.0)
+
+    def test_an_unknown_format_and_no_splits_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="format 'tfrecord', 1 splits"):
+            manifest(format="tfrecord")
+        with pytest.raises(ValueError, match="format 'ffcv', 0 splits"):
+            manifest(splits={})
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"version": 1}', '{"version": 1, "splits": []}'])
     def test_what_is_no_manifest_is_refused(self, tmp_path: Path, text: str) -> None:
