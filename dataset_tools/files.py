@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import secrets
 import stat
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +25,7 @@ LOCK_WAIT_S = 2.0
 """A process that was just killed, a worker that it had just forked, or a reader that looks whether the lock is held may
 hold it for a moment."""
 _PAUSE_S = 0.05
+_WANTED_FILES = 1 << 14
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
@@ -151,15 +155,51 @@ class NoRegularFileError(OSError):
     """Where a file should be is a named pipe, a socket, a device, or a link that leads nowhere."""
 
 
+_NAMES = "EMFILE ENFILE ENOMEM EIO ESTALE ENOSPC EDQUOT ENODEV ENOTCONN ETIMEDOUT EHOSTDOWN EREMOTEIO"
+MACHINE_ERRORS = frozenset(getattr(errno, name) for name in _NAMES.split(" "))
+
+
+def raise_if_of_machine(error: OSError) -> None:
+    """Raises an error again that is no fault of the file it happened at: no room, no memory, a disk that fails."""
+    if error.errno in MACHINE_ERRORS:
+        raise error
+
+
+def allow_open_files(wanted: int) -> int:
+    """How many files this process may open, after the soft limit was raised to `wanted` as far as the hard one lets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else soft
+
+
+class _Descriptor:
+    """A file to read, open for as long as somebody has this object."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 class ByteFile:
     """A file read by position (`os.pread`), so that threads and forked processes can share the descriptor.
 
-    Opened at the first read in each process; pickling carries the path only.
+    Opened at the first read in each process; pickling carries the path only. At most a quarter of the files that a
+    process may open are open at a time, however many shards there are: the one that was opened first is let go.
     """
+
+    _opened: ClassVar[deque[ByteFile]] = deque()
+    _lock = threading.Lock()
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: IO[bytes] | None = None
+
+        self._file: _Descriptor | None = None
 
     def read(self, offset: int, size: int, sample: str) -> bytes:
         """`size` bytes from `offset` on. Raises OSError, naming `sample`, if the file is gone or cut."""
@@ -171,11 +211,11 @@ class ByteFile:
         """Fills `target` with the bytes from `offset` on. Raises OSError as `read` does."""
         done = 0
         try:
-            file = self._opened()
-            while done < len(target) and (more := os.preadv(file.fileno(), [target[done:]], offset + done)):
+            file = self._file or self._open()  # who reads keeps it alive: another thread may let it go meanwhile
+            while done < len(target) and (more := os.preadv(file.number, [target[done:]], offset + done)):
                 done += more
         except OSError as error:
-            raise OSError(error.errno, f"cannot read sample {sample!r} of {self.path}: {error}") from error
+            raise OSError(error.errno, f"cannot read sample {sample!r} of {self.path}: {error.strerror}") from error
         if done != len(target):
             raise OSError(
                 f"cannot read sample {sample!r}: {self.path} holds {done} of its {len(target)} bytes at offset "
@@ -185,8 +225,8 @@ class ByteFile:
     def will_need(self, offset: int, size: int) -> None:
         """A hint: the system may fetch these bytes from the disk."""
         with suppress(OSError):
-            file = self._opened()
-            os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+            file = self._file or self._open()
+            os.posix_fadvise(file.number, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _opened(self) -> IO[bytes]:
         """The open file; who reads keeps it alive, since two threads may open it at the same moment."""
@@ -194,12 +234,31 @@ class ByteFile:
         self._file = file
         return file
 
+    def close(self) -> None:
+        """Lets the file go; the next read opens it again."""
+        self._file = None
+
+    def _open(self) -> _Descriptor:
+        with ByteFile._lock:
+            while len(ByteFile._opened) >= max(8, allow_open_files(_WANTED_FILES) // 4):
+                ByteFile._opened.popleft().close()
+            try:
+                file = _Descriptor(self.path)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not ByteFile._opened:
+                    raise
+                while ByteFile._opened:
+                    ByteFile._opened.popleft().close()
+                file = _Descriptor(self.path)
+            self._file = file
+            ByteFile._opened.append(self)
+            return file
+
     def __reduce__(self) -> tuple[type[ByteFile], tuple[Path]]:
         return ByteFile, (self.path,)
 
-    def __del__(self) -> None:
-        if self._file is not None:
-            self._file.close()
+
+os.register_at_fork(after_in_child=lambda: setattr(ByteFile, "_lock", threading.Lock()))  # another thread may hold it
 
 
 def take_lock(file: int | IO[str], wait_s: float = LOCK_WAIT_S) -> None:

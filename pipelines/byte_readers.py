@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.files import ByteFile
+from dataset_tools.files import ByteFile, raise_if_of_machine
 from dataset_tools.formats.records import RAW
 from dataset_tools.sources import Split
 from dataset_tools.sources.converted import ConvertedSplit
@@ -108,6 +108,7 @@ class SplitReader(ByteReader):
             try:
                 pieces.append(self.split.read(index))
             except OSError as error:
+                raise_if_of_machine(error)
                 pieces.append(b"")
                 unreadable[row] = str(error)
         offsets = np.concatenate(([0], np.cumsum([len(piece) for piece in pieces]))).astype(np.int64)
@@ -144,6 +145,7 @@ class ExtentReader(ByteReader):
             try:
                 self._files[shards[row]].read_into(int(offsets[row]), piece, self.split.names[indices[row]])
             except OSError as error:
+                raise_if_of_machine(error)
                 unreadable[row] = str(error)
         return EncodedImages(buffer, ends, unreadable, self._is_raw[indices])
 

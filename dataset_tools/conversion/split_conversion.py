@@ -19,7 +19,7 @@ from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.staging import Counts, SplitState
 from dataset_tools.conversion.transform import UnusableImageError, transform
-from dataset_tools.files import NoRegularFileError
+from dataset_tools.files import NoRegularFileError, raise_if_of_machine
 from dataset_tools.formats.manifest import records_name
 from dataset_tools.formats.output_format import OutputFormat, SampleWriter
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, ROW
@@ -189,6 +189,7 @@ def _read(split: Split, index: int) -> bytes:
     except RottenImageError as error:
         raise UnusableImageError(str(error)) from error
     except OSError as error:
+        raise_if_of_machine(error)
         raise OSError(
             error.errno or errno.EIO,
             f"{error.strerror or error}. A source must not change while it is converted: nothing was left out. When it "

@@ -18,7 +18,7 @@ from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.progress import Progress
 from dataset_tools.conversion.transform import UnusableImageError, decode
 from dataset_tools.conversion.workers import WorkerPool, settled_workers
-from dataset_tools.files import ByteFile, open_regular
+from dataset_tools.files import ByteFile, open_regular, raise_if_of_machine
 from dataset_tools.formats.formats import FORMATS
 from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest, read_quarantine
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, SampleRecords
@@ -166,6 +166,7 @@ class _Verification:
         try:
             data = split.read_stored(index)
         except OSError as error:
+            raise_if_of_machine(error)
             yield str(error)
             return
         if hashlib.sha256(data).digest()[:HASH_BYTES] != row["hash"].tobytes():
@@ -174,6 +175,7 @@ class _Verification:
         try:
             yield from split.output.sample_problems(split.files[int(row["shard"])], row)
         except OSError as error:
+            raise_if_of_machine(error)
             yield str(error)
         if self.deep:
             try:
@@ -193,6 +195,7 @@ class _Verification:
                 if original.read_checked(source_index) != data:
                     yield "its bytes are not those of the source"
             except OSError as error:
+                raise_if_of_machine(error)
                 yield f"the source cannot be read: {error}"
 
     def _coverage_problems(self, name: str, records: SampleRecords, original: Split) -> Iterator[str]:

@@ -12,7 +12,6 @@ import errno
 import logging
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import struct
@@ -27,7 +26,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
-from dataset_tools.files import write_pieces
+from dataset_tools.files import allow_open_files, write_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +226,7 @@ class WorkerPool(Generic[T, R]):
             )
 
     def _start(self) -> _Worker[T, R]:
-        _allow_descriptors(DESCRIPTORS_FOR_OTHERS + DESCRIPTORS_PER_WORKER * self._num_workers)
+        allow_open_files(DESCRIPTORS_FOR_OTHERS + DESCRIPTORS_PER_WORKER * self._num_workers)
         ours, theirs = self._context.Pipe()
         with socket.socket(fileno=os.dup(ours.fileno())) as end:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", ANSWER_S, 0))
@@ -262,14 +261,6 @@ def _read(descriptor: int, num_bytes: int) -> memoryview:
             raise EOFError
         done += more
     return payload
-
-
-def _allow_descriptors(wanted: int) -> None:
-    """Raise the soft limit of open files where it is lower: a machine may have hundreds of cores."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _serve(work: Work[Any, Any], connection: Connection, descriptors: tuple[int, ...], parent: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataset_tools.files import ByteFile
+from dataset_tools.files import ByteFile, raise_if_of_machine
 from dataset_tools.packed_names import PackedNames
 
 SPLIT_ORDER = ("train", "val", "test", "unlabeled")
@@ -132,7 +132,8 @@ class ImageSource:
             for index in np.linspace(0, len(split) - 1, min(per_split, len(split))).astype(int).tolist():
                 try:
                     content = split.read(index)
-                except OSError:
+                except OSError as error:
+                    raise_if_of_machine(error)
                     content = b""
                 digest.update(f"{index} {len(content)}\n".encode())
                 digest.update(content)
