@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, ClassVar
+from weakref import ReferenceType, ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,11 +179,12 @@ class _Descriptor:
     """A file to read, open for as long as somebody has this object."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._file = open_regular(path, buffering=0)
+        self.number = self._file.fileno()
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
-            os.close(self.number)
+            self._file.close()
 
 
 class ByteFile:
@@ -192,13 +194,11 @@ class ByteFile:
     process may open are open at a time, however many shards there are: the one that was opened first is let go.
     """
 
-    _opened: ClassVar[deque[ByteFile]] = deque()
+    _open_files: ClassVar[deque[ReferenceType[ByteFile]]] = deque()
     _lock = threading.Lock()
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: IO[bytes] | None = None
-
         self._file: _Descriptor | None = None
 
     def read(self, offset: int, size: int, sample: str) -> bytes:
@@ -228,31 +228,29 @@ class ByteFile:
             file = self._file or self._open()
             os.posix_fadvise(file.number, offset, size, os.POSIX_FADV_WILLNEED)
 
-    def _opened(self) -> IO[bytes]:
-        """The open file; who reads keeps it alive, since two threads may open it at the same moment."""
-        file = self._file or open_regular(self.path, buffering=0)
-        self._file = file
-        return file
-
     def close(self) -> None:
         """Lets the file go; the next read opens it again."""
         self._file = None
 
     def _open(self) -> _Descriptor:
         with ByteFile._lock:
-            while len(ByteFile._opened) >= max(8, allow_open_files(_WANTED_FILES) // 4):
-                ByteFile._opened.popleft().close()
+            while len(ByteFile._open_files) >= max(8, allow_open_files(_WANTED_FILES) // 4):
+                ByteFile._let_go_first()
             try:
-                file = _Descriptor(self.path)
+                file = self._file = self._file or _Descriptor(self.path)
             except OSError as error:
-                if error.errno != errno.EMFILE or not ByteFile._opened:
+                if error.errno != errno.EMFILE:
                     raise
-                while ByteFile._opened:
-                    ByteFile._opened.popleft().close()
-                file = _Descriptor(self.path)
-            self._file = file
-            ByteFile._opened.append(self)
+                while ByteFile._open_files:  # others have taken more than three quarters
+                    ByteFile._let_go_first()
+                file = self._file = _Descriptor(self.path)
+            ByteFile._open_files.append(ref(self))
             return file
+
+    @staticmethod
+    def _let_go_first() -> None:
+        if (first := ByteFile._open_files.popleft()()) is not None:
+            first.close()
 
     def __reduce__(self) -> tuple[type[ByteFile], tuple[Path]]:
         return ByteFile, (self.path,)

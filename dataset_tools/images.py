@@ -15,16 +15,14 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, features
 
+from dataset_tools.conversion.jpeg import MAX_SCANS, SCAN
 from dataset_tools.files import read_file
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
 """Pillow's names of what is opened (and AVIF, where this Pillow has it), whatever a file is called."""
 MAX_PIXELS = 178_956_970
 """An image of more is taken for a decompression bomb: Pillow's own limit, at which ImageFolder fails, too."""
-MAX_SCANS = 100
-"""A JPEG of more takes minutes to decode; progressive ones have about 10."""
 _OPENED = (*FORMATS, *(["AVIF"] if features.check("avif") else []))
-_SCAN = b"\xff\xda"
 _BITS_PER_SAMPLE = 258
 """The tag of a TIFF."""
 
@@ -41,7 +39,7 @@ def open_image(source: bytes | os.PathLike[str]) -> Image.Image:
     """
     data = source if isinstance(source, bytes) else read_file(source)
     with unusable_unless_done():
-        if data[:2] == b"\xff\xd8" and (scans := data.count(_SCAN)) > MAX_SCANS:
+        if data[:2] == b"\xff\xd8" and (scans := data.count(SCAN)) > MAX_SCANS:
             raise UnusableImageError(f"it is a JPEG of {scans:,} scans, which would take minutes to decode")
         image = Image.open(io.BytesIO(data), formats=_OPENED)  # noqa: TID251 (here)
         check_pixels(image.width, image.height)

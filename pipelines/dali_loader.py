@@ -137,14 +137,10 @@ class DaliLoader(EncodedLoader):
         rows, size = np.arange(len(batch)), self.view_config.image_size
         return cut_views(packed, rows, batch.boxes, size, num_threads=self.num_threads)
 
-    def decodes(self, batch: EncodedBatch, row: int) -> bool:
-        probe = self._built_pipeline(batch_size=1, prefetch=1, num_threads=1)
-        try:
-            self._feed_pipeline(probe, [batch.images[row]], batch.boxes[row : row + 1])
-            probe.share_outputs()
-        except RuntimeError:
-            return False
-        return True
+    def try_to_decode(self, batch: EncodedBatch, rows: list[int]) -> None:
+        probe = self._built_pipeline(batch_size=len(rows), prefetch=1, num_threads=self.num_threads)
+        self._feed_pipeline(probe, [batch.images[row] for row in rows], batch.boxes[rows])
+        probe.share_outputs()
 
     def _feed_again(self) -> None:
         """A pipeline that has failed is not valid any more: everything in flight goes through another one."""

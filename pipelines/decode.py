@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dataset_tools import images
+from dataset_tools.files import raise_if_of_machine
 from dataset_tools.sources import Split
 
 _MAX_BAD_FRACTION = 0.01
@@ -98,5 +99,7 @@ def _reasons() -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
+        if isinstance(error, OSError):
+            raise_if_of_machine(error)
         # Damaged bytes make PIL raise nearly anything, from OSError to a TypeError out of a TIFF's tags.
         raise UnreadableImageError(str(error) or type(error).__name__) from error

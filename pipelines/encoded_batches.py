@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from dataset_tools.conversion.jpeg import END, MAX_SCANS, SCAN, START, DamagedJpegError, JpegHeader, read_jpeg_header
+from dataset_tools.formats.records import MAX_PIXELS
 from dataset_tools.sources import Split
 from pipelines.byte_readers import Indices, open_bytes
 from pipelines.config import ViewConfig
@@ -23,8 +25,6 @@ Bytes = npt.NDArray[np.uint8]
 
 _MAX_LOGGED = 10
 _MANY_REFUSED = 4
-_JPEG_BEGIN, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
-_PNG_SIGNATURE, _PNG_BIT_DEPTH_AT = b"\x89PNG\r\n\x1a\n", 24
 
 
 @dataclass(slots=True)
@@ -49,9 +49,8 @@ class EncodedBatch:
 class EncodedBatches:
     """Any batch of any epoch; may be used by several threads at once.
 
-    An image that cannot be read is replaced by the next one that can. Plain JPEGs and PNGs are handed out as they are;
-    everything that another decoder than Pillow might see differently (cut JPEGs, 16-bit PNGs, other formats) is
-    decoded by Pillow.
+    An image that cannot be read is replaced by the next one that can. Plain JPEGs are handed out as they are; what
+    another decoder than Pillow might see differently (cut JPEGs, other formats) is decoded by Pillow.
     """
 
     def __init__(
@@ -151,13 +150,20 @@ class EncodedBatches:
 
 
 def begins_as_jpeg(image: Bytes) -> bool:
-    """Whether it is a JPEG, perhaps one that is cut short."""
-    return image[:2].tobytes() == _JPEG_BEGIN
+    """Whether it is a JPEG, perhaps one that is cut short, of no more scans than are decoded."""
+    return image[:2].tobytes() == START and image.tobytes().count(SCAN) <= MAX_SCANS
 
 
-def is_plain(image: Bytes) -> bool:
-    """Whether any decoder sees in it what Pillow sees: a JPEG that is not cut short, or a PNG of at most 8 bits."""
-    if begins_as_jpeg(image):
-        return image[-2:].tobytes() == _JPEG_END
-    head = image[: _PNG_BIT_DEPTH_AT + 1].tobytes()
-    return head.startswith(_PNG_SIGNATURE) and head[-1] <= 8
+def plain_header(image: Bytes) -> JpegHeader | None:
+    """The header of a JPEG in which any decoder sees what Pillow sees: whole, of a common kind, its markers in order.
+
+    All else goes to Pillow, since decoders on GPUs throw or crash at what libjpeg puts up with.
+    """
+    if image[:2].tobytes() != START or image[-2:].tobytes() != END:
+        return None
+    try:
+        header = read_jpeg_header(image.tobytes())
+    except DamagedJpegError:
+        return None
+    is_plain = not header.obstacle and not header.is_padded and header.width * header.height <= MAX_PIXELS
+    return header if is_plain else None

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from pipelines.decode import UnreadableImageError, decode_rgb
-from pipelines.encoded_batches import Bytes, EncodedBatch, EncodedBatches, is_plain
+from pipelines.decode import UnreadableImageError, decode_bytes
+from pipelines.encoded_batches import Bytes, EncodedBatch, EncodedBatches, plain_header
 from pipelines.loader import DecodedBatch, Loader
 from pipelines.threads import WorkerThreads, available_cores
 
 T = TypeVar("T")
+
+_OF_DEVICE = re.compile(
+    r"CUDA (runtime |driver )?(API )?error|cudaError|CUDA_ERROR_|out of memory|bad_alloc|annot allocate"
+)
 
 
 class EncodedLoader(Loader):
@@ -44,14 +50,14 @@ class EncodedLoader(Loader):
     def decode_next(self, current: Pass) -> DecodedBatch:
         """The next batch of a pass, of those that `next_read` hands out. By the decoding thread."""
 
-    def decodes(self, batch: EncodedBatch, row: int) -> bool:
-        """Whether the decoder can decode this image by itself: for `find_fault`. By the decoding thread."""
+    def try_to_decode(self, batch: EncodedBatch, rows: list[int]) -> None:
+        """Raises RuntimeError if the decoder cannot decode some of these images: for `find_fault`."""
         raise NotImplementedError
 
     @staticmethod
     def is_plain(image: Bytes) -> bool:
         """Whether the decoder sees in an encoded image, uint8 [num_bytes], what Pillow sees. Else Pillow decodes it."""
-        return is_plain(image)
+        return plain_header(image) is not None
 
     @property
     def num_for_pillow(self) -> int:
@@ -138,32 +144,52 @@ class EncodedLoader(Loader):
 
     def readable_by_pillow(self, batch: EncodedBatch, rows: list[int]) -> list[int]:
         """Indices of those of some images that Pillow reads; the others are replaced from now on."""
-        readable = []
-        for index in batch.indices[rows].tolist():
+
+        def reads(row: int) -> bool:
             try:
-                decode_rgb(self.split, index)
-                readable.append(index)
+                decode_bytes(batch.images[row].tobytes())
             except UnreadableImageError as reason:
-                self._batches.mark_unreadable(index, str(reason))
-        return readable
+                self._batches.mark_unreadable(int(batch.indices[row]), str(reason))
+                return False
+            return True
+
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            return batch.indices[rows][list(pool.map(reads, rows))].tolist()
 
     def find_fault(self, batch: EncodedBatch, error: RuntimeError) -> None:
         """Find the images that made the decoder fail, so that the batch can be prepared again without them.
 
         What Pillow cannot read either is replaced from now on; what it can, and the decoder not, is decoded by Pillow
-        from now on. Raises RuntimeError if there is no such image, or if it is all of them.
+        from now on. Raises RuntimeError if there is no such image, or if it is all of them; and the error itself where
+        it is of the device or its memory, which is the fault of no image.
         """
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise error
+        if _OF_DEVICE.search(str(error)):
+            raise RuntimeError(f"{self.decoder} failed at step {batch.step} of epoch {batch.epoch}: {error}") from error
         self._doing = f"finding out which image of step {batch.step} {self.decoder} cannot decode"
         rows = [row for row, image in enumerate(batch.images) if image.ndim == 1]
         if len(self.readable_by_pillow(batch, rows)) < len(rows):
             return
-        refused = [int(batch.indices[row]) for row in rows if not self.decodes(batch, row)]
+        refused = [int(batch.indices[row]) for row in self._refused(batch, rows)]
         self._batches.mark_for_pillow(refused, len(rows), self.decoder, error)
         if not refused:
             raise RuntimeError(
                 f"{self.decoder} failed at step {batch.step} of epoch {batch.epoch}, though it can decode each of the "
                 f"images: {error}"
             ) from error
+
+    def _refused(self, batch: EncodedBatch, rows: list[int]) -> list[int]:
+        """Those of some images that the decoder cannot decode, found by halves."""
+        try:
+            self.try_to_decode(batch, rows)
+        except RuntimeError as error:
+            if _OF_DEVICE.search(str(error)):
+                raise
+            middle = len(rows) // 2
+            halves = (rows[:middle], rows[middle:])
+            return rows if len(rows) == 1 else [row for half in halves for row in self._refused(batch, half)]
+        return []
 
 
 class Pass:

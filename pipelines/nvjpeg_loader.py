@@ -17,10 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from dataset_tools.conversion.jpeg import DamagedJpegError, read_jpeg_header
 from dataset_tools.sources import Split
 from pipelines.crop_resize import PackedImages, cut_views
-from pipelines.encoded_batches import Bytes, EncodedBatch, is_plain
+from pipelines.encoded_batches import Bytes, EncodedBatch, plain_header
 from pipelines.encoded_loader import EncodedLoader, Pass
 from pipelines.loader import DecodedBatch
 
@@ -62,13 +61,8 @@ class NvjpegLoader(EncodedLoader):
     @staticmethod
     def is_plain(image: Bytes) -> bool:
         """Whether it is a whole JPEG in which nvJPEG sees what Pillow sees: baseline or progressive YCbCr."""
-        if not is_plain(image):
-            return False
-        try:
-            header = read_jpeg_header(image.tobytes())
-        except DamagedJpegError:
-            return False
-        return len(header.component_ids) == 3 and not header.obstacle
+        header = plain_header(image)
+        return header is not None and len(header.component_ids) == 3
 
     def decode_next(self, current: Pass) -> DecodedBatch:
         batch = self.next_read(current)
@@ -81,21 +75,13 @@ class NvjpegLoader(EncodedLoader):
                     return DecodedBatch(crops, batch.indices, batch.boxes, batch.unreadable, is_done)
             batch = self._batches.prepare(batch.epoch, batch.step)
 
-    def decodes(self, batch: EncodedBatch, row: int) -> bool:
-        try:
-            self._decode_jpegs([batch.images[row]])
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            return False
-        return True
+    def try_to_decode(self, batch: EncodedBatch, rows: list[int]) -> None:
+        self._decode_jpegs([batch.images[row] for row in rows])
 
     def _images(self, batch: EncodedBatch) -> list[Tensor] | None:
         """B images on the device, uint8 [3, H, W]; None if the batch has to be prepared again."""
         try:
             decoded = iter(self._decode_jpegs([image for image in batch.images if image.ndim == 1]))
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             self.find_fault(batch, error)
             return None

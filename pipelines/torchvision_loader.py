@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Generator, Iterator
 from typing import Any, ClassVar
@@ -37,7 +38,7 @@ class TorchvisionLoader(Loader):
         super().__init__(*args, **kwargs)
         workers = available_cores() if self.config.workers is None else self.config.workers
         self._sampler = _StepSampler(self.order)
-        self._loader: DataLoader[_CountedBatch] = DataLoader(
+        self._loader: DataLoader[_CountedBatch | OSError] = DataLoader(
             _CropDataset(self.split, self.views, self.view_config, self.seed),
             batch_sampler=self._sampler,
             num_workers=workers,
@@ -54,11 +55,23 @@ class TorchvisionLoader(Loader):
         """Raises RuntimeError soon after a worker has died, and when none has answered for ``stall_timeout_s``."""
         self._sampler.position = (epoch, start_step)
         try:
-            for batch, num_decodes in self._loader:
+            for loaded in self._loader:
+                if isinstance(loaded, OSError):
+                    raise loaded
+                batch, num_decodes = loaded
                 self._num_decodes += num_decodes
                 yield batch
         except (ConnectionError, EOFError, FileNotFoundError) as error:  # it had a batch in hand
             raise RuntimeError(f"a worker process of the torchvision loader has died ({error!r})") from error
+        except RuntimeError as error:  # torch's own: a worker was killed, or none has answered
+            message = str(error).strip().splitlines()[0]
+            if not message.startswith("DataLoader"):
+                raise
+            free_mib = shutil.disk_usage("/dev/shm").free / 2**20 if os.path.isdir("/dev/shm") else 0.0
+            raise RuntimeError(
+                f"{message}. Workers hand images over in /dev/shm, which has {free_mib:,.0f} MiB free: if that is too "
+                "small (docker run --shm-size), or something empties it, they die or are waited for"
+            ) from error
 
     def close(self) -> None:
         super().close()
@@ -81,14 +94,20 @@ class _StepSampler(Sampler[list[tuple[int, int]]]):
             yield [(epoch, int(index)) for index in self.order.indices(epoch, step)]
 
 
-class _CropDataset(Dataset[_CountedBatch]):
+class _CropDataset(Dataset[_CountedBatch | OSError]):
     def __init__(self, split: Split, views: ViewRecipe, view_config: ViewConfig, seed: int) -> None:
         self.views = views
         self.view_config = view_config
         self.seed = seed
         self.substitutes = Substitutes(split)
 
-    def __getitems__(self, samples: list[tuple[int, int]]) -> _CountedBatch:
+    def __getitems__(self, samples: list[tuple[int, int]]) -> _CountedBatch | OSError:
+        try:
+            return self._batch(samples)
+        except OSError as error:  # of the machine; raised here, it would reach the user in a worker's traceback
+            return error
+
+    def _batch(self, samples: list[tuple[int, int]]) -> _CountedBatch:
         epoch = samples[0][0] if samples else 0
         unreadable: dict[int, str] = {}
         num_known = len(self.substitutes.unreadable)

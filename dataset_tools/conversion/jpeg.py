@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
-START, END = b"\xff\xd8", b"\xff\xd9"
+START, END, SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
+MAX_SCANS = 100
+"""A JPEG of more takes minutes to decode; progressive ones have about 10."""
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
 _NOT_A_FRAME = {0xC4, 0xC8, 0xCC}
 """DHT, JPG and DAC, between the start-of-frame markers C0 … CF."""
@@ -27,6 +29,8 @@ class JpegHeader:
     """Bits a component."""
     component_ids: bytes
     """One byte a component."""
+    is_padded: bool = False
+    """Whether fill bytes, or markers without a segment, lie between its segments."""
     adobe_transform: int | None = None
     """Of an Adobe APP14 marker: 0 none (RGB, CMYK), 1 YCbCr, 2 YCCK."""
 
@@ -57,6 +61,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
         raise DamagedJpegError("it does not begin with a start of image")
     frame: JpegHeader | None = None
     transform: int | None = None
+    is_padded = False
     position, size = 2, len(data)
     while True:
         if position + 2 > size:
@@ -66,6 +71,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
         marker = data[position + 1]
         if marker == 0xFF or marker in _STANDALONE:
             position += 1 if marker == 0xFF else 2  # the first is a fill byte
+            is_padded = True
             continue
         if marker == 0xD9 or position + 4 > size:
             raise DamagedJpegError("it ends before its scan")
@@ -86,6 +92,8 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
         raise DamagedJpegError("it has no frame header before its scan")
     if frame.width < 1 or frame.height < 1:
         raise DamagedJpegError(f"its header says {frame.width} x {frame.height} pixels")
+    if (scans := data.count(SCAN, position)) >= MAX_SCANS:
+        raise DamagedJpegError(f"its {scans:,} scans would take minutes to decode")
     if data.rfind(END, position) < 0:
         raise DamagedJpegError("it is truncated: there is no end of image")
-    return replace(frame, adobe_transform=transform)
+    return replace(frame, adobe_transform=transform, is_padded=is_padded)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeAlias
 
 from msgspec import Meta, Struct
 
-from dataset_tools.files import write_file
+from dataset_tools.files import raise_if_of_machine, write_file
 from dataset_tools.formats.formats import FORMATS
 from dataset_tools.formats.records import ROW
 from dataset_tools.formats.split_manifest import Count, FileEntry, SplitManifest, check_split_name
@@ -94,6 +94,8 @@ class Manifest:
                 raise ValueError("it was changed after it was written: its checksum is wrong")
             return convert(content, cls, "in it")
         except (ValueError, OSError, RecursionError) as error:
+            if isinstance(error, OSError):
+                raise_if_of_machine(error)
             raise FileContentError(f"{path} cannot be used: {str(error) or 'it is nested too deeply'}") from error
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from dataset_tools.files import open_regular
+from dataset_tools.files import open_regular, raise_if_of_machine
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.schema import decode_json
 
@@ -132,6 +132,8 @@ class SampleRecords:
             columns = {name: column.mapped(path, size, 8 + header_bytes) for name, column in layout.items()}
             _check(columns)
         except (ValueError, OSError) as error:
+            if isinstance(error, OSError):
+                raise_if_of_machine(error)
             raise ValueError(f"the record file {path} is damaged: {error}") from error
         return cls(path, columns)
 

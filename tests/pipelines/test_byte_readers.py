@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import resource
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +17,10 @@ from PIL import Image
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.files import ByteFile
 from dataset_tools.sources import Split, open_source
 from pipelines.byte_readers import ExtentReader, SplitReader, open_bytes
+from pipelines.decode import decode_rgb
 
 KINDS = ["folder", "tar", "ffcv", "webdataset"]
 
@@ -107,7 +111,7 @@ def test_an_image_that_is_gone_or_no_image(split: Split, damage: Callable[..., N
         heights, widths, unreadable = reader.sizes(indices)
         assert (heights[1:].tolist(), widths[1:].tolist()) == ([1, 1], [1, 1])
         assert sorted(unreadable) == [1, 2]
-        assert "cannot identify image file" in unreadable[2]
+        assert "it is no image of a format that is read" in unreadable[2]
 
 
 def test_the_reason_is_there_before_other_threads_look_for_it(split: Split, damage: Callable[..., None]) -> None:
@@ -139,3 +143,39 @@ def test_raw_pixels_come_as_they_are(tmp_path: Path) -> None:
         assert np.array_equal(images[row].reshape(7, 5, 3), pixels[index])
     heights, widths, _ = reader.sizes(np.array([0]))
     assert (heights.tolist(), widths.tolist()) == ([7], [5])
+
+
+def test_more_shards_than_a_process_may_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are let go for others, and threads that read meanwhile are not cut."""
+    for number in range(40):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 100)
+    files = [ByteFile(tmp_path / str(number)) for number in range(40)]
+    limits, before = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("dataset_tools.files._WANTED_FILES", 0)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 12, limits[1]))
+        with ThreadPoolExecutor(4) as pool:
+            read = list(pool.map(lambda turn: files[turn % 40].read(50, 50, "x"), range(400)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert read == [bytes([turn % 40]) * 50 for turn in range(400)]
+    files.clear()
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ENOSPC])
+def test_the_fault_of_the_machine_is_no_unreadable_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.jpg").write_bytes(b"not looked at")
+    split = open_source(tmp_path).splits["train"]
+
+    def failing(*_: object, **__: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(type(split), "read", failing)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        open_bytes(split).read(np.array([0]))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        decode_rgb(split, 0)
