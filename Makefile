@@ -42,7 +42,7 @@ demo: setup
 	$(call timed,demo) $(bin)/leoclr-fast demo $(DEMO_ARGS)
 
 test: lint
-	$(call timed,tests) OMP_WAIT_POLICY=PASSIVE $(bin)/python -m pytest -m "not long" --numprocesses=$(TEST_JOBS) --dist=loadfile --durations=15 $(TEST_ARGS)
+	$(call timed,tests) OMP_WAIT_POLICY=PASSIVE $(bin)/python -m pytest -m "not long" --numprocesses=$(TEST_JOBS) --dist=loadfile --no-loadscope-reorder --durations=15 $(TEST_ARGS)
 
 test-long: setup
 	$(call timed,long tests) $(bin)/python -m pytest -m long --durations=15 $(TEST_ARGS)

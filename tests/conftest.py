@@ -16,9 +16,21 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("long" if config.option.markexpr == "long" else "quick")
 
 
+_SLOWEST_FILES = (
+    *("test_faults", "test_fake_gpu", "test_augment", "test_kill", "test_crop_resize", "test_resume"),
+    *("test_many_ranks", "test_gpu_suite", "test_report", "test_info_nce_triton", "test_bench_loader"),
+    *("test_real_data", "test_bench_scaling"),
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests with drawn inputs belong to both: a few inputs each time, many in `make test-long`."""
+    """Files that take long begin first, so that none is left for one worker alone at the end.
+
+    Tests with drawn inputs belong to both: a few inputs each time, many in `make test-long`.
+    """
+    places = {name: place for place, name in enumerate(_SLOWEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     if config.option.markexpr == "long":
         for item in items:
             if item.get_closest_marker("hypothesis"):

@@ -7,6 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,8 @@ def rendered(template: Path, *, title: str, sections: dict[str, str], plots: Seq
 
     sections: id, unique on the page → heading. plots: all that the page shows; its script reads their values.
     """
-    pages = Environment(
-        loader=FileSystemLoader([template.parent, _TEMPLATES]),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    pages.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    pages.filters |= {"when": when, "value": shown_value, "form": format, "known": _known, "duration": duration}
-    script = (_TEMPLATES / "page.js").read_text()
-    return pages.get_template(template.name).render(
+    page, script = _pages(template.parent).get_template(template.name), (_TEMPLATES / "page.js").read_text()
+    return page.render(
         values,
         title=title,
         sections=sections,
@@ -47,6 +39,21 @@ def rendered(template: Path, *, title: str, sections: dict[str, str], plots: Seq
         version=installed_version("leoclr-fast") or "of an unknown version",
         now=time.time(),
     )
+
+
+@cache
+def _pages(folder: Path) -> Environment:
+    """The templates of a folder, on our base; each is compiled once."""
+    pages = Environment(
+        loader=FileSystemLoader([folder, _TEMPLATES]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    pages.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    pages.filters |= {"when": when, "value": shown_value, "form": format, "known": _known, "duration": duration}
+    return pages
 
 
 def shown_value(value: Any) -> str:

@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 import torch
 
-from benchmarks.baselines import PEERS, LightlyMoCoV2, PublishedMoCoV2
 from benchmarks.baselines.mocov2_peer import MoCoV2Peer
+from benchmarks.baselines.peers import PEERS, LightlyMoCoV2, PublishedMoCoV2
 from leoclr_fast.bench.config import BenchSetting
 from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, open_batches, training_images
 from leoclr_fast.config import SpeedConfig

@@ -1,4 +1,4 @@
-"""The result files, and tasks that are timed in turn."""
+"""The result files, and tasks that are timed in interleaved rounds."""
 
 from __future__ import annotations
 

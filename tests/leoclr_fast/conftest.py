@@ -22,6 +22,7 @@ from leoclr_fast.config import (
 )
 from pipelines.config import ViewConfig
 from tests.leoclr_fast.forked_runs import ForkedRuns, fork_server
+from tests.leoclr_fast.pages import runs_write_pages
 
 
 def write_tiny_images(folder: Path, *, num_train: int = 40, num_val: int = 12) -> Path:
@@ -37,6 +38,19 @@ def write_tiny_images(folder: Path, *, num_train: int = 40, num_val: int = 12) -
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.astype(np.uint8)).save(path)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_pages() -> Iterator[None]:
+    with runs_write_pages(False):
+        yield
+
+
+@pytest.fixture
+def pages() -> Iterator[None]:
+    """Runs write their report, as they do outside of tests."""
+    with runs_write_pages(True):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ from leoclr_fast.evaluate.knn import knn_evaluation
 from leoclr_fast.method.backbone import build_backbone
 from pipelines.config import LoaderConfig, ViewConfig
 from tests.leoclr_fast.evaluated import steps_of
+from tests.leoclr_fast.forked_ranks import fork_ranks
 
 CPU = torch.device("cpu")
 VIEWS = ViewConfig(image_size=16, crop_scale=(0.08, 1.0))
@@ -157,4 +158,4 @@ def main(data: Path, voc: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    fork_ranks(2, partial(main, *map(Path, sys.argv[1:])))

@@ -21,9 +21,10 @@ LIMIT_S = 120.0
 class ForkedRuns:
     """The fork server, and what it has said."""
 
-    def __init__(self) -> None:
+    def __init__(self, pages: bool = False) -> None:
+        """pages: whether the runs write their report."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.leoclr_fast.fork_server"],
+            [sys.executable, "-m", "tests.leoclr_fast.fork_server", *["pages"] * pages],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
@@ -143,8 +144,8 @@ class ForkedRun:
 
 
 @contextmanager
-def fork_server() -> Iterator[ForkedRuns]:
-    runs = ForkedRuns()
+def fork_server(pages: bool = False) -> Iterator[ForkedRuns]:
+    runs = ForkedRuns(pages)
     try:
         yield runs
     finally:

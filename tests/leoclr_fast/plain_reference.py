@@ -25,7 +25,7 @@ from pipelines.counter_rng import KEY_SHUFFLE_STREAM, permutation
 from pipelines.factory import make_loader
 from pipelines.order import TrainOrder
 
-NUM_STEPS = 10
+NUM_STEPS = 6
 RELATIVE = 1e-10
 
 

@@ -182,6 +182,7 @@ def test_without_labels_knn_is_null(capsys: pytest.CaptureFixture[str], tiny_dat
     assert knn["top1"] is None
 
 
+@pytest.mark.usefixtures("pages")
 def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole path of `make demo`, two steps of it on fewer drawings; typed again, it continues."""
     few = partial(demo_data.write_demo_data, num_train=200, num_val=50)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from leoclr_fast.training.loop import pretrain
 from tests.leoclr_fast.conftest import tiny_config
+from tests.leoclr_fast.pages import leave_out
 
+leave_out()
 data, out, max_steps, changes = sys.argv[1:]
 pretrain(tiny_config(**json.loads(changes)), Path(data), Path(out), max_steps=int(max_steps))

@@ -60,7 +60,7 @@ def test_unreadable_images_are_replaced_and_reported(split: Split, damage: objec
 
 def test_it_is_named_among_the_others_and_auto_does_not_take_it(split: Split) -> None:
     with pytest.raises(
-        ValueError, match=r"there is no loader 'plan'; did you mean plain\?.*Allowed: .*synthetic, plain"
+        ValueError, match=r"there is no loader 'plan'\. Did you mean plain\?.*Allowed: .*synthetic, plain"
     ):
         open_by_name("plan", split)
     assert choose_loader(split, LoaderConfig(resident_limit_gib=0.0), torch.device("cpu")) != "plain"

@@ -69,7 +69,7 @@ from tests.tolerances import (
     TORCHVISION_HUE,
     Tolerance,
 )
-from tests.triton_processes import assert_compiles_and_fits, assert_passes_in_the_interpreter
+from tests.triton_processes import assert_compiles_and_fits, assert_passes_in_the_interpreter, compilations
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ORDERS = module._JITTER_ORDERS
@@ -517,9 +517,9 @@ class TestTritonElsewhere:
         names = "TestEachImplementation or TestInterpreted"
         assert_passes_in_the_interpreter(Path(__file__), marked, at_least, names)
 
-    @pytest.mark.parametrize("sizes", ["augment", pytest.param("augment_odd", marks=pytest.mark.long)])
-    def test_it_compiles_ahead_of_time_and_fits(self, sizes: str, tmp_path: Path) -> None:
-        assert_compiles_and_fits(sizes, {"sum_grays", "colour", "blur_rows", "blur_columns"}, tmp_path)
+    @pytest.mark.parametrize(("sizes", "targets"), compilations("augment"))
+    def test_it_compiles_ahead_of_time_and_fits(self, sizes: str, targets: tuple[int, ...], tmp_path: Path) -> None:
+        assert_compiles_and_fits(sizes, {"sum_grays", "colour", "blur_rows", "blur_columns"}, tmp_path, targets)
 
     def test_a_cpu_without_the_interpreter(self) -> None:
         with pytest.raises(ValueError, match=r"triton cannot augment here, since the crops are on cpu, .* choose impl"):

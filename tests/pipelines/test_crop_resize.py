@@ -35,7 +35,7 @@ from pipelines.decode import decode_rgb
 from pipelines.kernels import Impl
 from tests.pipelines.pictures import picture
 from tests.tolerances import CROP_RESIZE, Tolerance
-from tests.triton_processes import assert_compiles_and_fits, assert_passes_in_the_interpreter
+from tests.triton_processes import assert_compiles_and_fits, assert_passes_in_the_interpreter, compilations
 
 BILINEAR = Image.Resampling.BILINEAR
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -282,10 +282,10 @@ class TestTritonElsewhere:
         names = "TestEachImplementation or TestInterpreted"
         assert_passes_in_the_interpreter(Path(__file__), marked, at_least, names)
 
-    @pytest.mark.parametrize("sizes", ["crop_resize", pytest.param("crop_resize_odd", marks=pytest.mark.long)])
-    def test_it_compiles_ahead_of_time_and_fits(self, sizes: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("sizes", "targets"), compilations("crop_resize"))
+    def test_it_compiles_ahead_of_time_and_fits(self, sizes: str, targets: tuple[int, ...], tmp_path: Path) -> None:
         kernels = {"crop_resize_weights", "crop_resize_rows", "crop_resize_columns"}
-        assert_compiles_and_fits(sizes, kernels, tmp_path)
+        assert_compiles_and_fits(sizes, kernels, tmp_path, targets)
 
     def test_a_cpu_without_the_interpreter(self) -> None:
         boxes = np.array([[0, 0, 4, 4]], dtype=np.int32)

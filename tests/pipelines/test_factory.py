@@ -31,12 +31,12 @@ def make(split: Split, config: LoaderConfig) -> Loader:
     [
         (
             "residnt",
-            "there is no loader 'residnt'; did you mean resident? "
+            "there is no loader 'residnt'. Did you mean resident? "
             "Allowed: auto, resident, dali, ffcv, nvjpeg, torchvision, synthetic.",
         ),
-        ("Torchvision", "there is no loader 'Torchvision'; did you mean torchvision?"),
-        ("xyz", "there is no loader 'xyz'; Allowed: auto, resident, dali, ffcv, nvjpeg, torchvision, synthetic."),
-        ("", "there is no loader ''; Allowed: auto"),
+        ("Torchvision", "there is no loader 'Torchvision'. Did you mean torchvision?"),
+        ("xyz", "there is no loader 'xyz'. Allowed: auto, resident, dali, ffcv, nvjpeg, torchvision, synthetic."),
+        ("", "there is no loader ''. Allowed: auto"),
     ],
 )
 def test_an_unknown_name(name: str, message: str, split: Split) -> None:

@@ -155,7 +155,8 @@ def test_augmentation_is_checked_against_float64() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(("--image-size", "1"), "at least 2 pixels"), (("--rounds", "0"), "at least 1")]
+    ("change", "message"),
+    [(("--image-size", "1"), "image size 1 is not allowed"), (("--rounds", "0"), "at least 1")],
 )
 def test_augmentations_that_are_not_allowed(
     change: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]

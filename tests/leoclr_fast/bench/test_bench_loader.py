@@ -19,7 +19,7 @@ from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
 from leoclr_fast.bench.config import LoaderBenchConfig
 from leoclr_fast.bench.loader import bench_loader, loader_markdown
-from leoclr_fast.bench.loader_implementations import LOADERS_UNDER_TEST, Epochs, TimedEpoch
+from leoclr_fast.bench.loader_implementations import OURS, Epochs, TimedEpoch
 from leoclr_fast.bench.processes import OwnProcess, process_use
 from leoclr_fast.cli import run_command
 from tests.pipelines.optional_packages import HAS_DALI, HAS_FFCV
@@ -95,8 +95,9 @@ class InThisProcess:
 
 def test_who_cannot_run_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leoclr_fast.bench.loader.OwnProcess", InThisProcess)
-    some = {name: LOADERS_UNDER_TEST[name] for name in ("torchvision", "nvjpeg")}
-    monkeypatch.setattr("leoclr_fast.bench.loader.LOADERS_UNDER_TEST", some)
+    some = {name: OURS[name] for name in ("torchvision", "nvjpeg")}
+    monkeypatch.setattr("leoclr_fast.bench.loader.OURS", some)
+    monkeypatch.setattr("benchmarks.baselines.loaders.LOADERS", {})
     write_images(tmp_path / "pngs", {f"{i}.png": encode(Image.fromarray(picture(9, 9)), "PNG") for i in range(8)})
     config = LoaderBenchConfig(rounds=1, image_size=16, batch_size=4, workers=0, device="cpu")
     document = bench_loader(config, [tmp_path / "pngs"])
@@ -130,9 +131,9 @@ def test_images_or_a_run(data: list[str], message: str, capsys: pytest.CaptureFi
     [
         (["--loaders", "dalli"], "there is no loader 'dalli'. Did you mean dali"),
         (["--batch-size", "11"], "images has 9 images, fewer than one batch of 11; lower --batch-size"),
-        (["--views", "4"], "4 views are not allowed: give 3 (LeOCLR) or 2 (MoCo-v2)"),
+        (["--views", "4"], "views 4 is not allowed: give at least 2 and at most 3"),
         (["--rounds", "0"], "rounds 0 is not allowed: give at least 1"),
-        (["--max-images", "0"], "--max-images 0 is not allowed: give at least 1"),
+        (["--max-images", "0"], "max images 0 is not allowed: give at least 1"),
     ],
 )
 def test_mistakes(flags: list[str], message: str, images: Path, capsys: pytest.CaptureFixture[str]) -> None:

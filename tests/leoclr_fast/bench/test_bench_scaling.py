@@ -88,7 +88,7 @@ class TestBadInput:
             ({"ranks": (2, 2)}, "--ranks 2 2 is not allowed"),
             ({"ranks": (0,)}, "--ranks 0 is not allowed"),
             ({"rounds": 1}, "rounds 1 is not allowed"),
-            ({"limit_s": 0.0}, "limit_s 0.0 is not allowed"),
+            ({"limit_s": 0.0}, "limit s 0.0 is not allowed"),
         ):
             with pytest.raises(ValueError, match=message):
                 ScalingConfig(**changes)  # type: ignore[arg-type]
@@ -99,19 +99,24 @@ class TestBadInput:
 
     @pytest.mark.timeout(120)
     @pytest.mark.parametrize(
-        ("num_ranks", "limit_s", "width", "message"),
+        ("num_ranks", "limit_s", "method", "message"),
         [
-            (1, 60.0, 1e9, "rank 0 failed"),  # its network cannot be
-            (2, 0.1, 1.0, r"rank 0, rank 1 did not finish a round in 0\.1 s"),  # less than a process needs to start
+            (1, 60.0, "none", "rank 0 failed"),  # there is no such method
+            (
+                2,
+                0.1,
+                "leoclr",
+                r"rank 0, rank 1 did not finish a round in 0\.1 s",
+            ),  # too little to start
         ],
         ids=["fails", "too long"],
     )
     def test_a_rank_that_fails_or_takes_too_long_ends_all(
-        self, num_ranks: int, limit_s: float, width: float, message: str
+        self, num_ranks: int, limit_s: float, method: str, message: str
     ) -> None:
         config = ScalingConfig(steps=1, warmup_steps=1, limit_s=limit_s)
         result = config.result(TINY, "weak", num_ranks)
-        result = replace(result, backbone=replace(result.backbone, width_multiplier=width))
+        result = replace(result, method=replace(result.method, name=method))
         with RankProcesses([Point(mode="weak", num_ranks=num_ranks, result=result)], config, CPU, 1) as ranks:
             processes = [rank._process for rank in ranks._ranks]
             with pytest.raises(RuntimeError, match=message):

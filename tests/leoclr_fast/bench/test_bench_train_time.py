@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import leoclr_fast
 from leoclr_fast.bench import rounds, train_time
 from leoclr_fast.bench.config import BenchSetting, RoundsConfig, StepBenchConfig, TrainTimeConfig
 from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, TimedMethod, open_batches, training_images
@@ -160,10 +161,10 @@ def test_methods_alternate_and_only_their_own_steps_are_timed(monkeypatch: pytes
     result = TINY.result("leoclr")
     clock = iter(np.arange(0, 1000, 0.5))
     monkeypatch.setattr(rounds.time, "perf_counter", lambda: float(next(clock)))
-    config = RoundsConfig(rounds=3, steps=2, lead_steps=1, warmup_steps=2, max_s=1e9)
+    config = RoundsConfig(rounds=3, steps=2, lead_steps=1, warmup_steps=2, max_s=1e8)
     recipes = [LEOCLR_VIEWS, MOCOV2_VIEWS]
     with open_batches(training_images(None, result), recipes, result, SYNTHETIC, DEVICE) as (batches, name):
-        timed = rounds.train_in_turn(methods, batches, DEVICE, config)
+        timed = rounds.train_interleaved(methods, batches, DEVICE, config)
     assert name == "synthetic"
     assert "".join(log) == "aabb" + "aaabbb" + "bbbaaa" + "aaabbb"
     # A clock that moves half a second at each look: start, two looks for each step's data, the end.
@@ -216,7 +217,7 @@ def test_a_peer_that_cannot_run_is_noted_and_the_others_go_on(monkeypatch: pytes
         def __init__(self, *_: Any) -> None:
             raise ImportError("its package is missing: pip install it")
 
-    monkeypatch.setattr(train_time, "load_peers", lambda: {"broken": Broken})
+    monkeypatch.setattr("benchmarks.baselines.peers.PEERS", {"broken": Broken})
     document = bench_train_time(TrainTimeConfig(peers=True), SHORT, TINY, CPU)
     assert [row["method"] for row in document["rows"]] == ["leoclr", "mocov2"]
     assert "broken did not run: its package is missing: pip install it" in document["notes"]
@@ -230,9 +231,9 @@ def test_mistakes_are_told_before_anything_is_timed(tiny_data: Path, tmp_path: P
     synthetic = SpeedConfig(device="cpu", loader=LoaderConfig(name="synthetic"))
     with pytest.raises(ValueError, match="would never read the images"):
         bench_train_time(TrainTimeConfig(), SHORT, TINY, synthetic, tiny_data)
-    monkeypatch.setattr(train_time.leoclr_fast, "__file__", str(tmp_path / "leoclr_fast" / "__init__.py"))
+    monkeypatch.setattr(leoclr_fast, "__file__", str(tmp_path / "leoclr_fast" / "__init__.py"))
     with pytest.raises(ValueError, match="clone the repository"):
-        train_time.load_peers()
+        bench_train_time(TrainTimeConfig(peers=True), SHORT, TINY, CPU)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="torchrun started 3 processes"):
         bench_train_time(TrainTimeConfig(), SHORT, TINY, CPU)
@@ -243,8 +244,8 @@ def test_mistakes_are_told_before_anything_is_timed(tiny_data: Path, tmp_path: P
     [
         ({"rounds": 1}, "rounds 1"),
         ({"steps": 0}, "steps 0"),
-        ({"warmup_steps": 0}, "warmup_steps 0"),
-        ({"max_s": 0}, "max_s 0"),
+        ({"warmup_steps": 0}, "warmup steps 0"),
+        ({"max_s": 0}, "max s 0"),
     ],
 )
 def test_too_little_to_measure(changes: dict[str, Any], message: str):

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from leoclr_fast.cli import run_command
 from leoclr_fast.commands.doctor import table
-from leoclr_fast.doctor import disks, gpus, packages, processors, ranks, system
+from leoclr_fast.doctor import disks, gpus, packages, processors, ranks
 from leoclr_fast.doctor.checks import CHECKS, Check, chosen_checks
 from leoclr_fast.doctor.control_groups import cpu_quota, memory_left_bytes
 from leoclr_fast.doctor.examination import run_apart
@@ -140,17 +140,17 @@ class TestProcesses:
     def test_the_command_starts_without_torch_and_says_what_is_broken(self, broken: Any) -> None:
         broken("torch", "raise OSError('libcudart.so.13: wrong ELF class')")
         done = subprocess.run(
-            [sys.executable, "-m", "leoclr_fast", "doctor", "--only", "required packages", "encoding", "--json"],
+            [sys.executable, "-m", "leoclr_fast", "doctor", "--only", "required packages", "limits", "--json"],
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 1, done.stderr
         document = json.loads(done.stdout.splitlines()[-1])
         by_name = {result["name"]: result for result in document["findings"]}
-        assert list(by_name) == ["required packages", "encoding"]
+        assert list(by_name) == ["required packages", "limits"]
         assert "torch cannot be imported (OSError: libcudart.so.13: wrong ELF class)" in (
             by_name["required packages"]["found"]
         )  # fmt: skip
-        assert by_name["encoding"]["status"] in ("ok", "warning")
+        assert by_name["limits"]["status"] in ("ok", "warning")
         assert document["ok"] is False
         assert document["counts"]["failed"] == 1
         assert "Traceback" not in done.stdout + done.stderr
@@ -300,28 +300,14 @@ class TestLimits:
     def test_few_files_and_locked_memory_with_infiniband(self, tmp_path: Path) -> None:
         values = {resource.RLIMIT_NOFILE: 1024, resource.RLIMIT_NPROC: -1, resource.RLIMIT_MEMLOCK: 2**16,
                   resource.RLIMIT_CORE: 0}  # fmt: skip
-        result = system.limits(lambda which: (values[which], -1), tmp_path)
+        result = processors.limits(lambda which: (values[which], -1), tmp_path)
         assert result.status == "warning"
         assert "open files 1,024, processes unlimited, locked memory 65,536 B" in result.found
         assert result.remedy == "Allow more with `ulimit -n 65536`."
         (tmp_path / "sys/class/infiniband").mkdir(parents=True)
-        assert "`ulimit -l unlimited`" in (system.limits(lambda which: (values[which], -1), tmp_path).remedy or "")
+        assert "`ulimit -l unlimited`" in (processors.limits(lambda which: (values[which], -1), tmp_path).remedy or "")
         values[resource.RLIMIT_NOFILE] = 128
-        assert system.limits(lambda which: (values[which], -1), tmp_path).status == "failed"
-
-    def test_an_encoding_that_is_not_utf_8(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("locale.getpreferredencoding", lambda _: "ANSI_X3.4-1968")
-        assert system.encoding().status == "warning"
-        monkeypatch.setattr("locale.getpreferredencoding", lambda _: "UTF-8")
-        assert system.encoding().status == "ok"
-
-    def test_system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-        write(tmp_path / "etc/os-release", 'NAME=x\nPRETTY_NAME="Some Linux 9"\n')
-        assert system.system(tmp_path).found.startswith("Some Linux 9, kernel ")
-        assert "not in a container" in system.system(tmp_path).found
-        write(tmp_path / ".dockerenv", "")
-        assert "in a container (/.dockerenv exists)" in system.system(tmp_path).found
+        assert processors.limits(lambda which: (values[which], -1), tmp_path).status == "failed"
 
 
 MOUNTS = """\
@@ -377,11 +363,11 @@ class TestDisks:
         result = disks.out_speed(str(tmp_path))
         assert result.status in ("ok", "warning")
         assert f"(8 MiB in {tmp_path})" in result.found
-        assert "page cache" in result.found or "from memory" in result.found
+        assert "MiB/s with fsync" in result.found or "MiB/s into memory" in result.found
         assert list(tmp_path.iterdir()) == []
 
     def test_a_slow_disk_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(disks, "_write", lambda descriptor, block: (16 * 2**20, 4.0))
+        monkeypatch.setattr(disks, "_write", lambda descriptor: (16 * 2**20, 4.0))
         result = disks.out_speed(str(tmp_path))
         assert result.status == "warning"
         assert "a checkpoint of 0.5 GiB would take 128 s" in result.found
@@ -406,20 +392,6 @@ class TestDisks:
 
 
 class TestLaunching:
-    WHOLE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "RANK": "1", "WORLD_SIZE": "2"}  # noqa: RUF012
-
-    def test_variables_of_torchrun(self) -> None:
-        assert ranks.rendezvous({}).status == "ok"
-        assert ranks.rendezvous(self.WHOLE).status == "ok"
-        half = ranks.rendezvous({"MASTER_ADDR": "node1", "WORLD_SIZE": "2"})
-        assert half.status == "failed"
-        assert half.found == "MASTER_ADDR, WORLD_SIZE set, but not MASTER_PORT, RANK: left over from something"
-        assert (half.remedy or "").startswith("`unset MASTER_ADDR WORLD_SIZE`")
-        assert "there is no such rank" in ranks.rendezvous({**self.WHOLE, "RANK": "2"}).found
-        assert "MASTER_PORT is no number" in ranks.rendezvous({**self.WHOLE, "MASTER_PORT": "x"}).found
-        nowhere = ranks.rendezvous({**self.WHOLE, "MASTER_ADDR": "no-such-host.invalid"})
-        assert "MASTER_ADDR has no address" in nowhere.found
-
     @pytest.mark.parametrize(
         ("name", "value", "status"),
         [
@@ -445,9 +417,6 @@ class TestLaunching:
     def test_disabled_infiniband_where_there_is_some(self, tmp_path: Path) -> None:
         (tmp_path / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
         assert ranks.communication_settings({"NCCL_IB_DISABLE": "1"}, tmp_path).status == "warning"
-        write(tmp_path / "sys/class/net/ib0/operstate", "up\n")
-        write(tmp_path / "sys/class/net/eth0/operstate", "down\n")
-        assert ranks.network(tmp_path).found.endswith(": ib0; InfiniBand: mlx5_0")
 
     def test_a_torchrun_of_another_python_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         script = write(tmp_path / "torchrun", "#!/opt/other/bin/python3\n")

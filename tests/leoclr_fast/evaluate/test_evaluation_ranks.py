@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from leoclr_fast.distributed.collectives import Ranks
 from tests.leoclr_fast.evaluated import evaluated, kept_results
 from tests.leoclr_fast.evaluation_rank_program import detection, fine_tuned, neighbours
+from tests.leoclr_fast.forked_ranks import on_ranks
 from tests.leoclr_fast.voc_files import write_voc
 
 pytestmark = pytest.mark.timeout(300)
@@ -31,7 +32,7 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(tiny_data: Path, voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks computed."""
     out = tmp_path_factory.mktemp("ranks")
-    on_two_ranks("tests.leoclr_fast.evaluation_rank_program", tiny_data, voc, out)
+    on_ranks("tests.leoclr_fast.evaluation_rank_program", tiny_data, voc, out, log=out / "ranks.log")
     return out
 
 

@@ -152,7 +152,7 @@ def test_a_backbone_that_changes_is_noticed(
 def test_the_grid_is_chosen_without_a_look_at_val(
     capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
-    """With the classes of val changed round the grid and the choice stay; a learning rate that diverges is told."""
+    """With the classes of val changed round the grid and the choice stay; a learning rate that diverges is reported."""
     turned = tmp_path / "turned"
     shutil.copytree(tiny_data, turned)
     for number in range(3):

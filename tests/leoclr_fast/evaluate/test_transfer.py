@@ -158,7 +158,7 @@ def test_birdsnap_goes_without_what_is_gone(tmp_path: Path) -> None:
 
 def test_the_protocol_is_simclrs() -> None:
     """Seven learning rates from 0.0001 to 0.1, seven weight decays from 1e-6 to 1e-3 and none, 20,000 steps."""
-    protocol = TransferProtocol(dataset="pets")
+    protocol = TransferProtocol()
     assert (protocol.steps, protocol.batch_size, protocol.momentum) == (20_000, 256, 0.9)
     assert protocol.lr_grid == pytest.approx(np.logspace(-4, -1, 7))
     assert protocol.weight_decay_grid[0] == 0
@@ -200,7 +200,7 @@ def test_other_data_is_refused(
     def message(dataset: str, data: Path, *flags: object) -> str:
         return refused(capsys, "transfer", tiny_run, dataset, "--data", data, *SMALL, "--device=cpu", *flags)
 
-    assert "there is no transfer data set 'pet'; did you mean pets? Allowed: cifar10," in message("pet", pets)
+    assert "there is no transfer data set 'pet'. Did you mean pets? Allowed: cifar10," in message("pet", pets)
     assert "there is nothing at" in message("cars", tmp_path / "nowhere")
     assert "has 3 classes, but CIFAR-10 has 10" in message("cifar10", tiny_data)
     (tmp_path / "birds" / "images").mkdir(parents=True)

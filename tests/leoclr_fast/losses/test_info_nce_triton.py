@@ -19,7 +19,7 @@ from torch import Tensor
 from leoclr_fast.losses.info_nce import info_nce
 from tests.leoclr_fast.losses.test_info_nce import cross_entropies, unit_vectors
 from tests.tolerances import INFO_NCE_TRITON
-from tests.triton_processes import assert_compiles_and_fits
+from tests.triton_processes import assert_compiles_and_fits, compilations
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 
@@ -130,9 +130,9 @@ def test_value_and_gradient_in_the_interpreter(name: str, interpreted: dict[str,
 
 
 def test_every_run_gives_the_same_bits(interpreted: dict[str, dict[str, Any]]) -> None:
-    verdicts = [interpreted[name]["repeatable"] for name in accurate_cases()]
-    assert verdicts.count(True) >= 3
-    assert False not in verdicts
+    repeatable = [interpreted[name]["repeatable"] for name in accurate_cases()]
+    assert repeatable.count(True) >= 3
+    assert False not in repeatable
 
 
 def test_keys_and_queue_get_no_gradient(interpreted: dict[str, dict[str, Any]]) -> None:
@@ -157,6 +157,6 @@ def test_a_cpu_without_the_interpreter() -> None:
         info_nce(given["query"], given["keys"], given["queue"], 0.2, "triton")
 
 
-@pytest.mark.parametrize("sizes", ["info_nce", pytest.param("info_nce_odd", marks=pytest.mark.long)])
-def test_it_compiles_ahead_of_time_and_fits(sizes: str, tmp_path: Path) -> None:
-    assert_compiles_and_fits(sizes, {"share_of_the_queue", "all_shares"}, tmp_path)
+@pytest.mark.parametrize(("sizes", "targets"), compilations("info_nce"))
+def test_it_compiles_ahead_of_time_and_fits(sizes: str, targets: tuple[int, ...], tmp_path: Path) -> None:
+    assert_compiles_and_fits(sizes, {"share_of_the_queue", "all_shares"}, tmp_path, targets)

@@ -58,6 +58,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "simsiam", SimSiam)
 
 
+@pytest.mark.usefixtures("pages")
 def test_it_trains_resumes_and_is_reported(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config("simsiam", monitor__checkpoint_every_steps=1, result__optimizer__base_lr=0.1)
     whole = pretrain(config, tiny_data, tmp_path / "whole")

@@ -46,7 +46,7 @@ from tests.leoclr_fast.plain_reference import NUM_STEPS, PlainReference, assert_
         "mocov2-split",
     ],
 )
-def test_ten_steps_equal_the_plain_reference(
+def test_every_step_equals_the_plain_reference(
     method: str, changes: dict[str, Any], tiny_data: Path, tmp_path: Path
 ) -> None:
     """Loss, momentum buffers (so every gradient), weights, key weights, queue and pointer of each of ten steps."""

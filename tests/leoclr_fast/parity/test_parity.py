@@ -1,4 +1,4 @@
-"""`parity`: equal loaders are found equal, a difference is found where it is, and what is drawn is told rightly."""
+"""`parity`: equal loaders are found equal, a difference is found where it is, and what is drawn is counted rightly."""
 
 from __future__ import annotations
 
@@ -138,10 +138,10 @@ def test_a_loader_that_does_not_work_here_is_named(images: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--loaders", "dalli"], "'dalli' cannot be compared with torchvision. Did you mean dali"),
+        (["--loaders", "dalli"], "there is no loader to compare with torchvision 'dalli'. Did you mean dali"),
         (["--loaders", "nvjpeg"], "nothing was compared for nvjpeg: nvjpeg on images: nvJPEG decodes on a GPU"),
-        (["--image-size", "4"], "image_size 4 is not allowed: give more than 4 pixels"),
-        (["--batch-size", "0"], "batch_size 0 is not allowed: give at least 1"),
+        (["--image-size", "4"], "image size 4 is not allowed: give more than 4"),
+        (["--batch-size", "0"], "batch size 0 is not allowed: give at least 1"),
     ],
 )
 def test_mistakes(

@@ -33,7 +33,7 @@ from tests.leoclr_fast.conftest import tiny_config, write_tiny_images
 from tests.leoclr_fast.forked_runs import ForkedRuns, finished_steps
 from tests.leoclr_fast.test_cli import succeeded
 from tests.leoclr_fast.training.test_bad_input import pretrain_line, refused
-from tests.leoclr_fast.training.test_resume import run_and_kill, start_run
+from tests.leoclr_fast.training.test_resume import NUM_STEPS, run_and_kill, start_run
 from tests.leoclr_fast.written_run import knn, start, step_record, written_run
 from tests.pipelines.pictures import encode, picture, write_images
 
@@ -114,7 +114,7 @@ def test_a_killed_run_has_a_report_that_says_so(
     assert document["runs"][0]["state"] == "killed"
     assert document["runs"][0]["steps"] == last
     page = (run / "report.html").read_text()
-    assert f"Killed in the middle, after step {last} of 24" in page
+    assert f"Killed in the middle, after step {last} of {NUM_STEPS}" in page
     assert "it left no word of its end" in page
     watched = run_command(["watch", str(run), "--once"])
     assert watched == 0

@@ -104,7 +104,7 @@ def test_fewer_images_than_a_batch(capsys: pytest.CaptureFixture[str], tiny_data
         ("--device=tpu", "tpu"),
         ("--device=cuda:99", "choose --device cpu"),
         ("--cuda-graph=on", "a CUDA GPU is needed and the device is cpu"),
-        ("--loader=residant", "did you mean resident"),
+        ("--loader=residant", "Did you mean resident"),
         ("--monitor.knn-k=9999", "k = 9999 needs at least as many"),
         ("--resume=nowhere", "there is no checkpoint nowhere"),
     ],

@@ -5,10 +5,6 @@ Three gloo ranks run all cases of `rank_program` once, two of them go on; here i
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from pipelines.augment import draw_augmentation
 from pipelines.counter_rng import KEY_SHUFFLE_STREAM, permutation
 from pipelines.order import TrainOrder
 from tests.leoclr_fast.conftest import tiny_config
+from tests.leoclr_fast.forked_ranks import on_ranks
 from tests.leoclr_fast.plain_reference import PlainReference, assert_run_equals
 from tests.leoclr_fast.rank_program import (
     CPU,
@@ -43,8 +40,6 @@ from tests.leoclr_fast.rank_program import (
     trained_config,
 )
 
-LIMIT_S = 270
-
 pytestmark = pytest.mark.timeout(400)
 
 
@@ -52,28 +47,7 @@ pytestmark = pytest.mark.timeout(400)
 def seen(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the ranks wrote."""
     out = tmp_path_factory.mktemp("ranks")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LIMIT_S))
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }  # fmt: skip
-    logs = [(out / f"rank-{rank}.log").open("w+") for rank in range(3)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.leoclr_fast.rank_program", str(tiny_data), str(out)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
-    try:
-        for process, log in zip(processes, logs, strict=True):
-            code = process.wait(LIMIT_S)
-            assert code == 0, Path(log.name).read_text()
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
+    on_ranks("tests.leoclr_fast.rank_program", tiny_data, out, log=out / "ranks.log")
     return out
 
 
@@ -107,7 +81,7 @@ class TestSynchronised:
 
     @pytest.mark.parametrize("num_ranks", [2, 3])
     @pytest.mark.parametrize("case", TRAINED)
-    def test_ten_steps(self, case: str, num_ranks: int, alone: dict[str, dict[str, Any]], seen: Path) -> None:
+    def test_every_step(self, case: str, num_ranks: int, alone: dict[str, dict[str, Any]], seen: Path) -> None:
         """Losses and gradient norms to 1e-9, and after the last step every tensor: weights, statistics, queue."""
         truth, runs = alone[case], of_ranks(seen, f"{case}-of-{num_ranks}", num_ranks)
         assert len(truth["losses"]) == NUM_STEPS

@@ -17,10 +17,10 @@ from tests.leoclr_fast.forked_runs import ForkedRun, ForkedRuns, finished_steps,
 from tests.leoclr_fast.tiny_flags import TINY_FLAGS
 from tests.leoclr_fast.written_run import start, step_record, written_run
 
-NUM_STEPS = 24  # eight epochs of three steps
+NUM_STEPS = 18  # six epochs of three steps
 FLAGS = [
     *TINY_FLAGS,
-    "--epochs=8",
+    "--epochs=6",
     "--views.blur-probability=0.5",
     "--monitor.knn-every-epochs=3",
     "--monitor.checkpoint-every-steps=2",
@@ -103,7 +103,7 @@ def test_two_ranks_killed_in_the_middle_of_an_epoch(runs: ForkedRuns, tiny_data:
     """The same with gloo under torch's elastic agent, with shuffled batch-norm between the ranks."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_to_the_end(start_run(runs, tiny_data, whole, ranks=2))
-    for kill_at in (7, 16):
+    for kill_at in (7, 14):
         run_and_kill(start_run(runs, tiny_data, killed, ranks=2), killed, kill_at)
     run_to_the_end(start_run(runs, tiny_data, killed, ranks=2))
     assert_identical(killed, whole)
@@ -130,7 +130,7 @@ def test_another_number_of_ranks_continues_at_the_same_step(runs: ForkedRuns, ti
     flags = ("--precision=fp64", "--method.query-batchnorm=sync", "--method.key-batchnorm=sync")
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     run_to_the_end(start_run(runs, tiny_data, whole, extra=flags))
-    for ranks, kill_at in ((2, 7), (3, 14)):
+    for ranks, kill_at in ((2, 5), (3, 10)):
         run_and_kill(start_run(runs, tiny_data, changed, ranks=ranks, extra=flags), changed, kill_at)
     resumed_at = step_of(list_checkpoints(changed / "checkpoints")[-1])
     last = start_run(runs, tiny_data, changed, extra=flags)

@@ -17,6 +17,7 @@ from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.communication_meter import CommunicationMeter
 from leoclr_fast.evaluate.detection.config import DetectionOptions
 from leoclr_fast.evaluate.protocols import TrainingOptions
+from leoclr_fast.losses.info_nce_eager import info_nce_eager
 from leoclr_fast.machine import compiling
 from leoclr_fast.machine.compiling import what_compiling_lacks
 from leoclr_fast.machine.precision import settled
@@ -295,7 +296,10 @@ def test_batch_norm_in_groups_for_the_compiler_is_the_same(num_images: int, num_
 
 
 class TestOptionsThatChangeOnlyTheSpeed:
-    def test_memory_format_and_compiled_loss(self) -> None:
+    def test_memory_format_and_compiled_loss(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The loss is traced, and not made into C++, which test_info_nce has done."""
+        traced = torch.compile(info_nce_eager, backend="aot_eager")
+        monkeypatch.setattr("leoclr_fast.losses.info_nce._compiled", lambda: traced)
         config = tiny_config(speed__precision="fp32")
         truth = train(tiny_config(), crop_batches(config))[1][:, 0]
         for changes in ({}, {"speed__channels_last": False}, {"speed__loss_impl": "compiled"}):
