@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from dataset_tools.limits import unknown
 from leoclr_fast.doctor.result import Result
 
 _TRY_AGAIN = "Look at the machine's load with `uptime`, then try again."
@@ -49,19 +49,15 @@ def _gpu(name: str, function: str) -> Check:
 
 
 CHECKS: tuple[Check, ...] = (
-    Check("system", "system.system"),
     Check("python", "packages.python"),
     _heavy("required packages", "packages.required_packages"),
     _gpu("gpus", "gpus.gpus"),
     _gpu("gpu health", "gpus.gpu_health"),
     _gpu("driver", "gpus.driver"),
-    _gpu("bf16", "gpus.bf16"),
     _gpu("nccl", "ranks.nccl"),
     _heavy("gloo", "ranks.gloo"),
     Check("torchrun", "ranks.torchrun", limit_s=120.0),
-    Check("rendezvous", "ranks.rendezvous"),
     Check("communication settings", "ranks.communication_settings"),
-    Check("network", "ranks.network"),
     Check("c compiler", "packages.c_compiler", limit_s=60.0),
     _heavy("triton", "packages.triton"),
     Check("pillow", "image_loaders.pillow"),
@@ -75,9 +71,7 @@ CHECKS: tuple[Check, ...] = (
     _gpu("numa", "processors.numa"),
     Check("memory", "processors.memory"),
     Check("shared memory", "processors.shared_memory"),
-    Check("limits", "system.limits"),
-    Check("encoding", "system.encoding"),
-    Check("clock", "system.clock"),
+    Check("limits", "processors.limits"),
     Check("temporary folder", "disks.temporary_folder", when_late=_DEAD_MOUNT),
     Check("out folder", "disks.out_folder", ("{out}",), when_late=_DEAD_MOUNT),
     Check("out speed", "disks.out_speed", ("{out}",), limit_s=60.0, when_late=_DEAD_MOUNT, alone=True),
@@ -91,7 +85,5 @@ def chosen_checks(names: Sequence[str]) -> list[Check]:
     known = [check.name for check in CHECKS]
     for name in names:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=2)
-            hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-            raise ValueError(f"there is no check {name!r}.{hint} Allowed: {', '.join(known)}.")
+            raise ValueError(unknown("check", name, known))
     return [check for check in CHECKS if not names or check.name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import shlex
@@ -74,28 +73,21 @@ def out_folder(path: str) -> Result:
 
 
 def out_speed(path: str) -> Result:
-    """Writes and reads a temporary file of at most 64 MiB, for at most about 3 s each."""
+    """Writes a temporary file of at most 64 MiB, for at most about 3 s."""
     folder = _existing(Path(path or ".").expanduser())
-    block = mmap.mmap(-1, _BLOCK_BYTES)  # aligned, as reading past the page cache needs it
-    block.write(os.urandom(_BLOCK_BYTES))
     try:
         if os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize < 2 * _MAX_BYTES:
             return not_applicable("too little room to try")
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:  # without a name: nothing stays if we are killed
-            written, write_s = _write(file.fileno(), block)
-            read, read_s, bypassed = _read(file.fileno(), block, written)
+            written, seconds = _write(file.fileno())
     except OSError as error:
         return failed(f"{folder}: {error.strerror}", "Give another `--out`.")
-    write_speed, read_speed = (bytes_ / _MIB / max(s, 1e-9) for bytes_, s in ((written, write_s), (read, read_s)))
-    how = "past the page cache" if bypassed else "perhaps out of the page cache, which could not be bypassed"
-    if mount_of(folder).kind in _MEMORY:
-        how = "from memory: what is written there is lost when the machine stops"
-    result = Result(
-        f"writes {write_speed:,.0f} MiB/s with fsync, reads {read_speed:,.0f} MiB/s {how} ({written / _MIB:.0f} MiB "
-        f"in {folder})"
-    )
-    if write_speed < _SLOW_MIB_PER_S:
-        what = f"a checkpoint of 0.5 GiB would take {512 / write_speed:.0f} s"
+    speed = written / _MIB / max(seconds, 1e-9)
+    in_memory = mount_of(folder).kind in _MEMORY
+    how = " into memory: it is lost when the machine stops" if in_memory else " with fsync"
+    result = Result(f"writes {speed:,.0f} MiB/s{how} ({written / _MIB:.0f} MiB in {folder})")
+    if speed < _SLOW_MIB_PER_S:
+        what = f"a checkpoint of 0.5 GiB would take {512 / speed:.0f} s"
         result.warn(what, "Give an `--out` on a local disk: see `df -hT`.")
     return result
 
@@ -175,35 +167,14 @@ def _room(
     return result
 
 
-def _write(descriptor: int, block: mmap.mmap) -> tuple[int, float]:
+def _write(descriptor: int) -> tuple[int, float]:
     """Bytes and seconds; each block is on the disk before the next."""
-    began, written = time.monotonic(), 0
+    block, written, began = os.urandom(_BLOCK_BYTES), 0, time.monotonic()
     while written < _MAX_BYTES and time.monotonic() - began < _MAX_SECONDS:
         written += os.write(descriptor, block)
         os.fdatasync(descriptor)
     os.fsync(descriptor)
     return written, time.monotonic() - began
-
-
-def _read(descriptor: int, block: mmap.mmap, size: int) -> tuple[int, float, bool]:
-    """Bytes, seconds, and whether the disk itself answered."""
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    try:
-        direct = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        direct = -1
-    source, bypassed = (direct, True) if direct >= 0 else (descriptor, False)
-    try:
-        began, read = time.monotonic(), 0
-        while read < size and time.monotonic() - began < _MAX_SECONDS:
-            got = os.preadv(source, [block], read)
-            if not got:
-                break
-            read += got
-        return read, time.monotonic() - began, bypassed
-    finally:
-        if direct >= 0:
-            os.close(direct)
 
 
 def _first_byte(file: Path) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from leoclr_fast.doctor.result import Result, failed, not_applicable, warning
 
-_NO_GPU = "no GPU: training runs on the CPU, for demos and tests"
 _HEALTH_FIELDS = ("index", "temperature.gpu", "ecc.errors.uncorrected.volatile.total")
 _HOT_C = 88.0
 _SMI_LIMIT_S = 30.0
@@ -54,7 +53,7 @@ def explain_no_gpu(
     devices = sorted((root / "dev").glob("nvidia[0-9]*"))
     driver = (root / "proc/driver/nvidia/version").exists()
     if not devices and not driver:
-        return not_applicable(_NO_GPU)
+        return not_applicable("no GPU: training runs on the CPU, for demos and tests")
     signs = (
         f"{len(devices)} NVIDIA device files in /dev, {'a' if driver else 'no'} driver loaded, but torch sees no GPU"
     )
@@ -113,24 +112,6 @@ def compare_cuda(driver_version: int, build: str) -> Result:
     if of_driver < (major, minor):
         return Result(f"{found}: older, but compatible within CUDA {major}")
     return Result(found)
-
-
-def bf16() -> Result:
-    """Whether `--precision bf16` runs on the GPU."""
-    import torch
-
-    from leoclr_fast.machine.precision import require_precision
-
-    if not torch.cuda.is_available():
-        return not_applicable(_NO_GPU)
-    try:
-        require_precision("bf16", torch.device("cuda", 0))
-    except ValueError as error:
-        return warning(str(error), "Give `--precision fp16` there.")
-    ones = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
-    if (ones @ ones).sum().item() != 64**3:
-        return failed("a product in bf16 is wrong", "Give `--precision fp32`, and look at `dmesg`.")
-    return Result("computes in bf16")
 
 
 def _smi(query: str) -> list[list[str]] | None:

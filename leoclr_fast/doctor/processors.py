@@ -1,9 +1,10 @@
-"""Cores, threads, memory nodes, memory, and the part of it that processes share."""
+"""What this process may use: cores, threads, memory nodes, memory, the part of it that processes share, and limits."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import resource
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from leoclr_fast.doctor.result import Result, failed, not_applicable
 _GIB = 2**30
 _FEW_CORES = 2
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+_FEW_FILES, _TOO_FEW_FILES, _FEW_PROCESSES = 4096, 256, 4096
 _LITTLE_MEMORY_GIB, _TOO_LITTLE_MEMORY_GIB = 8.0, 1.0
 _LITTLE_SHARED_GIB, _TOO_LITTLE_SHARED_GIB = 2.0, 0.25
 _MORE_SHARED = (
@@ -115,6 +117,31 @@ def shared_memory(folder: str = "/dev/shm") -> Result:
     return result
 
 
+def limits(getrlimit: Callable[[int], tuple[int, int]] = resource.getrlimit, root: Path = Path("/")) -> Result:
+    """Open files, processes, locked memory and core files, as `ulimit` sets them.
+
+    getrlimit, root: where they and `/sys` are read, others in tests.
+    """
+    files, processes, locked, core = (
+        getrlimit(number)[0]
+        for number in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK, resource.RLIMIT_CORE)
+    )
+    result = Result(
+        f"open files {_limit(files)}, processes {_limit(processes)}, locked memory {_limit(locked, ' B')}, core files "
+        f"{_limit(core, ' B')}"
+    )
+    if files != resource.RLIM_INFINITY and files < _FEW_FILES:
+        add = result.fail if files < _TOO_FEW_FILES else result.warn
+        add(f"{files} open files are few for loaders with many workers", "Allow more with `ulimit -n 65536`.")
+    if processes != resource.RLIM_INFINITY and processes < _FEW_PROCESSES:
+        what = f"{processes} processes and threads are few for several ranks"
+        result.warn(what, "Allow more with `ulimit -u 65536`.")
+    if (root / "sys/class/infiniband").is_dir() and locked != resource.RLIM_INFINITY:
+        remedy = "Allow it with `ulimit -l unlimited` (containers: `--ulimit memlock=-1`)."
+        result.warn("InfiniBand needs locked memory without a limit", remedy)
+    return result
+
+
 def _node_cores(root: Path) -> dict[int, set[int]]:
     """Number of a node → its cores, in order of the numbers; nodes without a core, or hidden ones, are left out."""
     nodes = {}
@@ -139,3 +166,7 @@ def _gpu_node(number: int, root: Path) -> int | None:
     except (AttributeError, OSError, ValueError):
         return None
     return node if node >= 0 else None
+
+
+def _limit(limit: int, unit: str = "") -> str:
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}{unit}"

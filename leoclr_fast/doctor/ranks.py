@@ -1,10 +1,9 @@
-"""Whether ranks can start, find each other and talk: torchrun, its variables, networks, gloo and NCCL."""
+"""Whether ranks can start and talk: torchrun, variables of NCCL and gloo, and both of these."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
@@ -14,8 +13,6 @@ from typing import Any
 from leoclr_fast.doctor.result import Result, failed, not_applicable, warning
 
 _LIMIT = timedelta(seconds=30)
-_NEEDED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
-_OF_TORCHRUN = (*_NEEDED, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _RENAMED = ("ASYNC_ERROR_HANDLING", "BLOCKING_WAIT", "DESYNC_DEBUG", "ENABLE_TIMING", "ENABLE_MONITORING")
 """NCCL_… of torch, which are TORCH_NCCL_… today."""
 _SLOW = {
@@ -46,29 +43,6 @@ def torchrun() -> Result:
     return Result(f"{where}, {signals}")
 
 
-def rendezvous(environ: Mapping[str, str] = os.environ) -> Result:
-    """The variables that torchrun sets: all or none."""
-    there = [name for name in _OF_TORCHRUN if environ.get(name)]
-    if not there:
-        return Result("no variable of torchrun is set: what is started here runs alone, as it should")
-    unset_all = f"`unset {' '.join(there)}`, and start ranks by torchrun, which sets them."
-    missing = [name for name in _NEEDED if name not in there]
-    if missing:
-        return failed(f"{', '.join(there)} set, but not {', '.join(missing)}: left over from something", unset_all)
-    found = " ".join(f"{name}={environ[name]}" for name in there)
-    for name in there:
-        if name != "MASTER_ADDR" and not environ[name].isdecimal():
-            return failed(f"{found}: {name} is no number", unset_all)
-    if int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
-        return failed(f"{found}: there is no such rank", unset_all)
-    try:
-        socket.getaddrinfo(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
-    except OSError as error:
-        remedy = "Give an address instead, or the master's name as `getent hosts NAME` knows it."
-        return failed(f"{found}: MASTER_ADDR has no address ({error.strerror})", remedy)
-    return Result(found)
-
-
 def communication_settings(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> Result:
     """Variables of NCCL, gloo and CUDA that are left over from other machines or from a search for errors."""
     prefixes = ("NCCL_", "TORCH_NCCL_", "GLOO_", "CUDA_LAUNCH_BLOCKING", "TORCH_DISTRIBUTED_DEBUG")
@@ -89,21 +63,6 @@ def communication_settings(environ: Mapping[str, str] = os.environ, root: Path =
         elif name == "NCCL_DEBUG" and value.upper() in ("INFO", "TRACE"):
             result.warn(f"{name}={value} prints a lot", unset)
     return result
-
-
-def network(root: Path = Path("/")) -> Result:
-    """Interfaces that are up, besides the loopback, and InfiniBand."""
-    up = []
-    for name in _interfaces(root):
-        folder = root / "sys/class/net" / name
-        if name != "lo" and _read(folder / "operstate") != "down":
-            speed = _read(folder / "speed")
-            up.append(f"{name} ({speed} Mbit/s)" if speed.isdecimal() else name)
-    if not up:
-        return not_applicable("only the loopback: ranks on several machines could not find each other")
-    cards = sorted(card.name for card in (root / "sys/class/infiniband").glob("*"))
-    infiniband = f"InfiniBand: {', '.join(cards)}" if cards else "no InfiniBand"
-    return Result(f"{socket.gethostname()}: {', '.join(up)}; {infiniband}")
 
 
 def gloo() -> Result:
@@ -183,10 +142,3 @@ def _names_one(setting: str, interfaces: list[str]) -> bool:
         return True
     exact, names = setting.startswith("="), [name.strip() for name in setting.lstrip("=").split(",")]
     return any(interface == name if exact else interface.startswith(name) for name in names for interface in interfaces)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""
