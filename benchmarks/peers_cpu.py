@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from benchmarks.baselines import PEERS
+from benchmarks.baselines.peers import PEERS
 from benchmarks.results import RESULTS, Results, made_with
 from leoclr_fast.bench.config import BenchSetting, LossBenchConfig, RoundsConfig, TrainTimeConfig
 from leoclr_fast.bench.kernels import bench_loss, loss_markdown

@@ -20,11 +20,11 @@ from dataset_tools.command_line import (
     print_commands,
     run_command_line,
     say,
-    unknown,
 )
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.formats.beton import DECODE_LIMIT_BYTES, decode_bytes
 from dataset_tools.formats.formats import FORMATS
+from dataset_tools.limits import unknown
 
 _Positional = tyro.conf.Positional
 

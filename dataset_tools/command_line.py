@@ -5,7 +5,6 @@ Each command's fields are its flags, and its `run` returns one JSON document. Wh
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -105,13 +104,6 @@ def parse_flags(kind: type[Parsed], arguments: list[str], prog: str, **options: 
     command = tyro.cli(kind, args=arguments, prog=prog, **options)
     require_allowed(command)
     return command
-
-
-def unknown(kind: str, name: str, known: Mapping[str, Any]) -> str:
-    """What to say of a name that does not exist: the nearest ones, and all."""
-    nearest = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-    return f"there is no {kind} {name!r}.{hint} Allowed: {', '.join(known)}."
 
 
 def print_commands(lines: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Which numbers a setting may have: one rule for every config and every flag.
+"""Which numbers a setting may have, one rule for every config and every flag; and what to say of an unknown name.
 
 The limits of a field are part of its type, `temperature: Annotated[float, Meta(ge=1e-4)]`, as msgspec knows them too.
 Those of every field: an integer has 64 bits; a float is 0, or float32 holds it.
@@ -6,8 +6,9 @@ Those of every field: an integer has 64 bits; a float is 0, or float32 holds it.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from functools import cache
 from typing import Annotated, Any, get_args, get_type_hints
@@ -27,6 +28,14 @@ Epochs = Annotated[int, Meta(ge=1, le=10**6)]
 Momentum = Annotated[float, Meta(ge=0, lt=1)]
 WeightDecay = Annotated[float, Meta(ge=0)]
 Temperature = Annotated[float, Meta(ge=1e-4, le=1e4)]
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a name that does not exist: the nearest ones, and all."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=2)
+    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+    return f"there is no {kind} {name!r}.{hint} Allowed: {', '.join(known)}."
 
 
 def require_allowed(config: Any) -> None:

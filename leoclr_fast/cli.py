@@ -21,8 +21,8 @@ from dataset_tools.command_line import (
     parse_flags,
     print_commands,
     run_command_line,
-    unknown,
 )
+from dataset_tools.limits import unknown
 from leoclr_fast.recipes import RECIPES
 
 _HERE = "leoclr_fast.commands"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
+from dataset_tools.limits import unknown
 from leoclr_fast.config import (
     BackboneConfig,
     MethodConfig,
@@ -124,9 +124,7 @@ RECIPES: dict[str, Recipe] = {
 def get_recipe(name: str) -> RunConfig:
     """The configuration of a recipe. Raises ValueError for an unknown name; the nearest names are offered."""
     if name not in RECIPES:
-        nearest = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
-        hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-        raise ValueError(f"there is no recipe {name!r}.{hint} Recipes: {', '.join(RECIPES)}")
+        raise ValueError(unknown("recipe", name, RECIPES))
     return RECIPES[name]()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from dataclasses import replace
 from importlib import import_module
 
 import torch
 
+from dataset_tools.limits import unknown
 from dataset_tools.sources import Split
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.loader import Loader
@@ -51,10 +51,7 @@ def make_loader(
 def loader_class(name: str) -> type[Loader]:
     """The class of a name in `LOADERS`. Raises ValueError for an unknown one."""
     if name not in LOADERS:
-        allowed = ["auto", *LOADERS]
-        nearest = difflib.get_close_matches(name, allowed, n=2)
-        hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
-        raise ValueError(f"there is no loader {name!r}; {hint}Allowed: {', '.join(allowed)}.")
+        raise ValueError(unknown("loader", name, ["auto", *LOADERS]))
     entry = LOADERS[name]
     if isinstance(entry, str):
         module, _, found = entry.rpartition(".")

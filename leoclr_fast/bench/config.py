@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
+
+from dataset_tools.limits import Count, CountOrZero, Seconds, Seed, Temperature, require_allowed
 from leoclr_fast.config import Architecture, MethodName, ResultConfig
 from leoclr_fast.recipes import get_recipe
 
 LEAST_ROUNDS = 2
 """Of a benchmark that stops when its time is over."""
-
-
-def _require(config: Any, **least: int) -> None:
-    for name, minimum in least.items():
-        if getattr(config, name) < minimum:
-            raise ValueError(f"{name} {getattr(config, name)} is not allowed: give at least {minimum}")
-
-
-def _require_seconds(config: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} {getattr(config, name)} is not allowed: give a positive number of seconds")
+Rounds = Annotated[int, Meta(ge=LEAST_ROUNDS)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +25,16 @@ class BenchSetting:
     arch: Architecture | None = None
     stem: Literal["imagenet", "small"] | None = None
     width_multiplier: float | None = None
-    image_size: int | None = None
+    image_size: Count | None = None
     """Side of a view, pixels."""
-    batch_size: int | None = None
-    queue_size: int | None = None
+    batch_size: Count | None = None
+    queue_size: Count | None = None
     key_batchnorm: Literal["shuffle", "split", "sync", "ema", "plain"] | None = None
     key_passes: Literal["separate", "joint"] | None = None
-    seed: int = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        require_allowed(self)
 
     def result(self, method: MethodName) -> ResultConfig:
         """The configuration of a method on one device. Raises ValueError for an unknown recipe or sizes that do not
@@ -73,22 +68,22 @@ def _changed(config: Any, **changes: Any) -> Any:
 class LossBenchConfig:
     """The sizes of the loss, and how often it is timed."""
 
-    batch_size: int = 256
-    queue_size: int = 65536
-    dim: int = 128
+    batch_size: Count = 256
+    queue_size: Count = 65536
+    dim: Count = 128
     """Of the projection."""
-    positives: int = 2
+    positives: Count = 2
     """Keys of each query: 2 are LeOCLR's, 1 is MoCo-v2's."""
-    temperature: float = 0.2
+    temperature: Temperature = 0.2
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of query, keys and queue; a training hands them over in fp32, whatever its own precision."""
-    rounds: int = 15
+    rounds: Count = 15
     """Timed calls of each implementation, after two that are not counted."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        _require(self, batch_size=1, queue_size=1, dim=1, positives=1, rounds=1)
+        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,21 +92,19 @@ class AugmentBenchConfig:
 
     method: MethodName = "leoclr"
     """Whose views: leoclr has three of each image, mocov2 two."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images."""
-    image_size: int = 224
+    image_size: Annotated[int, Meta(ge=2)] = 224
     """Side of a view, pixels."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Of the views that come out; auto is what a training takes there."""
-    rounds: int = 15
+    rounds: Count = 15
     """Timed calls of each implementation, after two that are not counted."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        _require(self, batch_size=1, rounds=1)
-        if self.image_size < 2:
-            raise ValueError(f"image size {self.image_size} is not allowed: a blur of 3 taps needs at least 2 pixels")
+        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,35 +113,34 @@ class StepBenchConfig:
 
     methods: tuple[MethodName, ...] = ()
     """Names in `leoclr_fast.method.methods`; by default all."""
-    repeats: int = 20
+    repeats: Rounds = 20
     """Timed calls of each part."""
-    warmup: int = 3
+    warmup: Count = 3
     """Calls before them, not timed."""
-    max_s: float = 600.0
+    max_s: Seconds = 600.0
     """For everything; when it is over, each part has been timed less often, at least twice."""
 
     def __post_init__(self) -> None:
-        _require(self, repeats=2, warmup=1)
+        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundsConfig:
-    """How long methods are trained and timed in turn."""
+    """How long methods are trained and timed, in interleaved rounds."""
 
-    rounds: int = 9
+    rounds: Rounds = 9
     """Every method trains once in each; the order rotates from round to round."""
-    steps: int = 20
+    steps: Count = 20
     """Timed steps of a method in a round."""
-    lead_steps: int = 3
+    lead_steps: CountOrZero = 3
     """Steps before them, not timed: they use up what the loader had ready."""
-    warmup_steps: int = 5
+    warmup_steps: Count = 5
     """Steps of each method before the first round."""
-    max_s: float = 600.0
+    max_s: Seconds = 600.0
     """No new round begins after so many seconds, preparation included; two are always run."""
 
     def __post_init__(self) -> None:
-        _require(self, rounds=LEAST_ROUNDS, steps=1, lead_steps=0, warmup_steps=1)
-        _require_seconds(self, "max_s")
+        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,10 +152,11 @@ class TrainTimeConfig:
     second."""
     peers: bool = False
     """Also time the published MoCo-v2 loop and lightly's MoCo-v2 (from a checkout of the repository)."""
-    max_images: int | None = None
+    max_images: Count | None = None
     """At most so many real images, a class-balanced choice."""
 
     def __post_init__(self) -> None:
+        require_allowed(self)
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods {' '.join(self.methods)} is not allowed: give different methods")
 
@@ -173,25 +166,23 @@ class LoaderBenchConfig:
     """Which loaders are compared, at which task, and how long."""
 
     loaders: tuple[str, ...] = ()
-    """Names of --loader, stock-torchvision, stock-ffcv, stock-dali; by default all that can run here."""
-    views: int = 3
+    """Of --loader; from a checkout stock-torchvision, stock-ffcv, stock-dali. By default those that can run here."""
+    views: Annotated[int, Meta(ge=2, le=3)] = 3
     """Of each image: 3 are LeOCLR's, 2 MoCo-v2's."""
-    image_size: int = 224
+    image_size: Count = 224
     """Side of a view, pixels."""
-    batch_size: int = 64
-    rounds: int = 7
+    batch_size: Count = 64
+    rounds: Count = 7
     """Timed epochs of each loader, after one that is not counted."""
-    max_images: int | None = None
+    max_images: Count | None = None
     """At most so many images an epoch, a class-balanced choice."""
-    workers: int | None = None
+    workers: CountOrZero | None = None
     """Threads or worker processes of each loader; by default one for each core."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        if self.views not in (2, 3):
-            raise ValueError(f"{self.views} views are not allowed: give 3 (LeOCLR) or 2 (MoCo-v2)")
-        _require(self, image_size=1, batch_size=1, rounds=1)
+        require_allowed(self)
 
 
 Mode = Literal["weak", "strong"]
@@ -208,20 +199,19 @@ class ScalingConfig:
     method: MethodName = "leoclr"
     query_batchnorm: Literal["plain", "sync"] = "plain"
     """As in pretrain."""
-    rounds: int = 5
+    rounds: Rounds = 5
     """Every number of ranks trains once in each; the order rotates from round to round."""
-    steps: int = 20
+    steps: Count = 20
     """Timed steps in a round."""
-    warmup_steps: int = 5
+    warmup_steps: Count = 5
     """Steps before them, not timed: the step is made anew in every round."""
-    max_s: float = 1800.0
+    max_s: Seconds = 1800.0
     """No new round begins after so many seconds; two are always run."""
-    limit_s: float = 300.0
+    limit_s: Seconds = 300.0
     """Ranks that take longer for their share of a round are an error."""
 
     def __post_init__(self) -> None:
-        _require(self, rounds=LEAST_ROUNDS, steps=1, warmup_steps=1)
-        _require_seconds(self, "max_s", "limit_s")
+        require_allowed(self)
         if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
             raise ValueError(f"--ranks {' '.join(map(str, self.ranks))} is not allowed: give different numbers from 1")
 

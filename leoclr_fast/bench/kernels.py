@@ -1,4 +1,4 @@
-"""The loss and the augmentation alone: every implementation that runs here, in turn, with its error and its memory.
+"""The loss and the augmentation alone: every implementation that runs here, interleaved, with its error and memory.
 
 Legend: B queries or images, D dimensions, K negatives, P positives of each query; V views, S side of a view.
 """

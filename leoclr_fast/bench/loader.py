@@ -1,4 +1,4 @@
-"""How fast images come: our loaders beside what people use instead, in turn, each in a process of its own."""
+"""How fast images come: our loaders beside those of others, interleaved, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from dataset_tools.command_line import unknown
+from dataset_tools.limits import unknown
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
 from leoclr_fast.bench.config import LoaderBenchConfig
 from leoclr_fast.bench.loader_implementations import (
     CEILINGS,
-    LOADERS_UNDER_TEST,
+    OURS,
     SHOWING_NO_IMAGES,
     Epochs,
     LoaderTask,
@@ -28,7 +28,7 @@ from leoclr_fast.bench.loader_implementations import (
 )
 from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
 from leoclr_fast.bench.processes import OwnProcess, process_use
-from leoclr_fast.bench.setting import bench_device
+from leoclr_fast.bench.setting import baselines, bench_device
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.timing import Say, interleaved
 from leoclr_fast.config_file import as_plain
@@ -62,9 +62,15 @@ def bench_loader(config: LoaderBenchConfig, data: Sequence[Path], say: Say = lam
     Raises ValueError for data or settings that cannot be, RuntimeError if no loader can run, or one of
     ``config.loaders`` cannot.
     """
+    makers = dict(OURS)
+    try:
+        makers |= baselines("loaders").LOADERS
+    except ValueError:  # an installed package compares its own loaders
+        if set(config.loaders) - makers.keys():
+            raise
     for name in config.loaders:
-        if name not in LOADERS_UNDER_TEST:
-            raise ValueError(unknown("loader", name, LOADERS_UNDER_TEST))
+        if name not in makers:
+            raise ValueError(unknown("loader", name, makers))
     device = bench_device(config.device)
     for path in data:
         num_images = len(limited(choose_splits(open_source(path)).pretrain, config.max_images))
@@ -84,11 +90,12 @@ def bench_loader(config: LoaderBenchConfig, data: Sequence[Path], say: Say = lam
     state = gpu_state(device)
     notes = list(state["warnings"]) if state else ["measured on a CPU, which says nothing of a GPU"]
     notes.append("images lie in the page cache after the first epoch; nothing is augmented")
-    names = config.loaders or [name for name in LOADERS_UNDER_TEST if name not in SHOWING_NO_IMAGES]
+    names = config.loaders or [name for name in makers if name not in SHOWING_NO_IMAGES]
     with ExitStack() as stack:
         ceilings = _started(CEILINGS, task, stack, notes, say)
-        chosen = {name: LOADERS_UNDER_TEST[name] for name in names}
-        loaders = _started(chosen, task, stack, notes, say, required=bool(config.loaders))
+        loaders = _started(
+            {name: makers[name] for name in names}, task, stack, notes, say, required=bool(config.loaders)
+        )
         if not loaders:
             raise RuntimeError(f"no loader can run here: {'; '.join(notes)}")
         measured = ceilings | loaders

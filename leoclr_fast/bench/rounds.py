@@ -1,4 +1,4 @@
-"""Methods that train in turn, in one process: the seconds, the data wait and the energy of each in every round."""
+"""Methods that train in interleaved rounds, in one process: seconds, data wait and energy of each in every round."""
 
 from __future__ import annotations
 
@@ -168,14 +168,14 @@ def prepare(make: Callable[[], TimedMethod], batches: Batches, device: torch.dev
     return Prepared(method=made[0], peak_memory_gib=None if peak_mib is None else peak_mib / 1024)
 
 
-def train_in_turn(
+def train_interleaved(
     methods: Sequence[TimedMethod],
     batches: Batches,
     device: torch.device,
     config: RoundsConfig,
     say: Say = lambda _: None,
 ) -> list[list[TimedSteps]]:
-    """Warm all up, then let them train in turn: what each did in every round. `say` is given a line for each.
+    """Warm all up, then let them train in interleaved rounds: what each did in every one. `say` is given its lines.
 
     batches: without end, for the views of each method. Methods with the same views share them.
     """

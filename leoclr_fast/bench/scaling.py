@@ -66,7 +66,7 @@ class RankTiming:
 def bench_scaling(
     config: ScalingConfig, setting: BenchSetting, speed: SpeedConfig, say: Say = lambda _: None
 ) -> dict[str, Any]:
-    """Time training steps on synthetic images on each number of ranks of this machine, in turn.
+    """Time training steps on synthetic images on each number of ranks of this machine, in interleaved rounds.
 
     In each round a rank makes its step anew, warms up and is timed between two moments at which all ranks stand still.
     The time of a round is that of its slowest rank.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
+import leoclr_fast
 from leoclr_fast.config import ResultConfig, SpeedConfig
 from leoclr_fast.distributed.process_group import resolve_device
 
@@ -55,3 +60,18 @@ def bench_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def baselines(module: str) -> Any:
+    """A module of `benchmarks.baselines`, what others wrote, found at run time: it lies above this package in the order
+    of imports. Raises ValueError where this package was not started from a checkout of the repository.
+    """
+    checkout = Path(leoclr_fast.__file__).parent.parent
+    if not (checkout / "benchmarks" / "baselines").is_dir():
+        raise ValueError(
+            "what ours is compared with lies in the folder benchmarks/baselines, which is not part of the installed "
+            "package; clone the repository and run it from there"
+        )
+    if str(checkout) not in sys.path:
+        sys.path.append(str(checkout))
+    return importlib.import_module(f"benchmarks.baselines.{module}")

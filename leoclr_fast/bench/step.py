@@ -35,8 +35,8 @@ def bench_step(
 ) -> dict[str, Any]:
     """Time the parts of a step and the whole of it, for each method, on synthetic images that lie on the device.
 
-    Parts and whole run in turn. The parts are launched one by one, the encoders compiled if the step's are; the whole
-    step runs as configured, so on a GPU, as one captured graph, it may take less time than its parts.
+    Parts and whole are interleaved. The parts are launched one by one, the encoders compiled as the step's are; all
+    of it runs as configured, so on a GPU, as one captured graph, it may take less time than its parts.
     Returns a JSON document with `rows`: method, precision, part, ms with its quantiles, share (of the sum of the
     parts); for the whole step also images_per_s, mfu and peak_memory_gib.
     Raises ValueError for a setting that cannot be.

@@ -1,4 +1,4 @@
-"""Calls that are timed in turn on any device, by events on a GPU and by the clock on a CPU; and their peak memory."""
+"""Interleaved timing of calls on any device, by events on a GPU and by the clock on a CPU; and their peak memory."""
 
 from __future__ import annotations
 

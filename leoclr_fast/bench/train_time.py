@@ -1,9 +1,7 @@
-"""What a method costs next to another: all train in turn, in one process, on the same loader. Table 7 of the paper."""
+"""What a method costs next to another: all train interleaved, in one process, on one loader. Table 7 of the paper."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +11,6 @@ from typing import Any
 
 import torch
 
-import leoclr_fast
 from leoclr_fast.bench.config import BenchSetting, RoundsConfig, TrainTimeConfig
 from leoclr_fast.bench.page import bench_page, interval, markdown_table, number, percent, spread
 from leoclr_fast.bench.rounds import (
@@ -24,10 +21,10 @@ from leoclr_fast.bench.rounds import (
     TimedSteps,
     open_batches,
     prepare,
-    train_in_turn,
+    train_interleaved,
     training_images,
 )
-from leoclr_fast.bench.setting import bench_device, departures_from_paper, setting_header
+from leoclr_fast.bench.setting import baselines, bench_device, departures_from_paper, setting_header
 from leoclr_fast.bench.statistics import quantiles, ratio_interval
 from leoclr_fast.bench.timing import Say
 from leoclr_fast.config import SpeedConfig
@@ -44,7 +41,6 @@ from pipelines.factory import shows_images
 Peer = Callable[[BenchSetting, SpeedConfig, torch.device], TimedMethod]
 
 _KWH_PER_J = 1 / 3.6e6
-_PEERS_MODULE = "benchmarks.baselines"
 _PLOT_FORMATS = (".svg", ".png", ".pdf")
 
 
@@ -76,7 +72,7 @@ def bench_train_time(
     state = gpu_state(device)
     header = setting_header(result, speed, device)
     say(header)
-    peers = load_peers() if config.peers else {}
+    peers = baselines("peers").PEERS if config.peers else {}
     notes = _notes(speed, data, device, state, bool(peers))
     for note in notes:
         say(note)
@@ -112,7 +108,7 @@ def bench_train_time(
             say(f"{kind} images, loader {loader_name}")
             left_s = rounds.max_s - (time.perf_counter() - start)
             share = replace(rounds, max_s=max(1.0, left_s / left))
-            timed = train_in_turn([one.method for one in prepared], batches, device, share, say)
+            timed = train_interleaved([one.method for one in prepared], batches, device, share, say)
         for one, own in zip(prepared, timed, strict=True):
             row = _row(one, kind, own, result.batch_size, device, speed.precision)
             rows.append(row | {"loader": loader_name})
@@ -138,24 +134,6 @@ def bench_train_time(
             for kind in splits
         },
     }
-
-
-def load_peers() -> dict[str, Any]:
-    """The baselines to run beside ours, by name, from the folder `benchmarks/baselines` of a checkout.
-
-    It is found at run time, since it lies above this package in the order of imports.
-    Raises ValueError where this package was not started from a checkout.
-    """
-    checkout = Path(leoclr_fast.__file__).parent.parent
-    if not (checkout / "benchmarks" / "baselines").is_dir():
-        raise ValueError(
-            "--peers needs the folder benchmarks/baselines, which is not part of the installed package; clone the "
-            "repository and run it from there"
-        )
-    if str(checkout) not in sys.path:
-        sys.path.append(str(checkout))
-    peers: dict[str, Any] = importlib.import_module(_PEERS_MODULE).PEERS
-    return peers
 
 
 def step_time_ratio(rows: Sequence[dict[str, Any]], data: str, *pair: str) -> dict[str, float] | None:

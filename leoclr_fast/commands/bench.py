@@ -47,7 +47,7 @@ class _TrainingBench(_Bench):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchLoss(_Bench):
-    """Time forward and backward of every InfoNCE, in turn, beside one cross entropy for each key."""
+    """Time forward and backward of every InfoNCE, in interleaved rounds, beside one cross entropy for each key."""
 
     config: Annotated[LossBenchConfig, _Flattened] = field(default_factory=LossBenchConfig)
 
@@ -61,7 +61,7 @@ class BenchLoss(_Bench):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchAugment(_Bench):
-    """Time jitter, grayscale, blur, flip and normalisation of one batch's views by every implementation, in turn."""
+    """Time jitter, grayscale, blur, flip and normalisation of a batch's views by every implementation, interleaved."""
 
     config: Annotated[AugmentBenchConfig, _Flattened] = field(default_factory=AugmentBenchConfig)
 
@@ -89,7 +89,7 @@ class BenchStep(_TrainingBench):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTrainTime(_TrainingBench):
-    """Time LeOCLR and MoCo-v2 in turn, on synthetic and on real images."""
+    """Time LeOCLR and MoCo-v2 in interleaved rounds, on synthetic and on real images."""
 
     data: Path | None = None
     """As in pretrain; without it, synthetic images only."""
@@ -120,7 +120,7 @@ class BenchTrainTime(_TrainingBench):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchScaling(_TrainingBench):
-    """Time training on 1 to N ranks of this machine, in turn, with its share of communication."""
+    """Time training on 1 to N ranks of this machine, in interleaved rounds, with its share of communication."""
 
     config: Annotated[ScalingConfig, _Flattened] = field(default_factory=ScalingConfig)
 
@@ -134,7 +134,7 @@ class BenchScaling(_TrainingBench):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchLoader(_Bench):
-    """Time our loaders beside torchvision's, FFCV's and DALI's own, in turn, each in a process of its own."""
+    """Time our loaders beside torchvision's, FFCV's and DALI's own, interleaved, each in a process of its own."""
 
     data: tuple[Path, ...] = ()
     """The same images in one or several formats, such as an image folder and a .beton made of it: FFCV reads the one,

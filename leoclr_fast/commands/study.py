@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from dataset_tools.command_line import CommonFlags, parse_flags, say, unknown
+from dataset_tools.command_line import CommonFlags, parse_flags, say
+from dataset_tools.limits import unknown
 from leoclr_fast.study_plans import STUDY_PLANS, StudyPlan
 
 

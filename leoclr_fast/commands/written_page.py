@@ -1,4 +1,4 @@
-"""A Markdown page that a command writes where it is told to, with the command that made it."""
+"""A Markdown page that a command writes where its user wants it, with the command that made it."""
 
 from __future__ import annotations
 

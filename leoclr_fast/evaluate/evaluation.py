@@ -218,5 +218,5 @@ def require_real_images(loader: LoaderConfig) -> None:
     """Raises ValueError for the synthetic loader: an accuracy on its noise would mean nothing."""
     if not shows_images(loader):
         raise ValueError(
-            f"the {loader.name} loader hands out noise, of which no accuracy can be told; choose another --loader"
+            f"the {loader.name} loader hands out noise, on which no accuracy can be measured; choose another --loader"
         )

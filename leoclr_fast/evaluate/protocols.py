@@ -17,13 +17,6 @@ from pipelines.config import LoaderConfig
 
 Metric = Literal["top1", "mean_per_class"]
 
-try:  # training and reports need no command line
-    import tyro
-
-    DatasetFlag = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
-except ModuleNotFoundError:
-    DatasetFlag = str  # type: ignore[misc]
-
 _SIMCLR_LR_GRID = (1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1)
 _SIMCLR_WEIGHT_DECAY_GRID = (0.0, 1e-6, 10**-5.5, 1e-5, 10**-4.5, 1e-4, 10**-3.5, 1e-3)
 
@@ -184,8 +177,6 @@ class TransferProtocol:
     The LeOCLR paper names the data sets alone. The validation split, a tenth of train, is ours.
     """
 
-    dataset: DatasetFlag
-    """cifar10, cifar100, cars (Stanford Cars), pets (Oxford-IIIT Pets) or birdsnap."""
     steps: Count = 20_000
     batch_size: Count = 256
     """Images per step over all ranks; an epoch's incomplete last batch is left out."""

@@ -29,9 +29,15 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    weights: Path, data: Path, protocol: TransferProtocol, options: TrainingOptions, *, console: Console | None = None
+    weights: Path,
+    dataset: str,
+    data: Path,
+    protocol: TransferProtocol,
+    options: TrainingOptions,
+    *,
+    console: Console | None = None,
 ) -> Result:
-    """Fine-tune a run's network, or that of a file of weights, on one of `TRANSFER_SETS`.
+    """Fine-tune a run's network, or that of a file of weights, on `dataset`, one of `TRANSFER_SETS`.
 
     Returns top1, top5 and mean_per_class (percent, on test), metric (the one of them that the literature reports), lr
     and weight_decay (the chosen ones), grid, missing_images, notes, and what it was made of.
@@ -40,11 +46,11 @@ def run(
     require_real_images(options.loader)
     with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
         options = settled(options, device)
-        transfer = open_transfer_data(protocol.dataset, data)
-        published = TRANSFER_SETS[protocol.dataset]
+        transfer = open_transfer_data(dataset, data)
+        published = TRANSFER_SETS[dataset]
         pretrained = load_pretrained(weights, untrained=options.untrained)
         views = evaluation_views(pretrained, protocol.crop_scale, options.image_size)
-        settings = {**as_plain(protocol), **data_settings(options, views, transfer.fingerprint)}
+        settings = {"dataset": dataset, **as_plain(protocol), **data_settings(options, views, transfer.fingerprint)}
         with open_evaluation("transfer", settings, pretrained, ranks, device, options) as evaluation:
             search = GridSearch(
                 evaluation=evaluation,
@@ -76,6 +82,6 @@ def run(
                     log.info("%d images are missing: %s", len(transfer.missing), missing)
                 for note in transfer.notes:
                     log.warning("%s: %s", published.title, note)
-                return search.run() | {"dataset": protocol.dataset} | pretrained.describe() | transfer.describe()
+                return search.run() | {"dataset": dataset} | pretrained.describe() | transfer.describe()
 
             return evaluation.result(compute)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dataset_tools.limits import unknown
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources import ImageSource, Split, open_source
 from dataset_tools.sources.birdsnap import LISTS, open_birdsnap
@@ -114,9 +114,7 @@ def open_transfer_data(name: str, path: Path) -> TransferData:
     a class without train images; FileNotFoundError if it is not there.
     """
     if name not in TRANSFER_SETS:
-        nearest = difflib.get_close_matches(name, TRANSFER_SETS, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise ValueError(f"there is no transfer data set {name!r}; {hint}Allowed: {', '.join(TRANSFER_SETS)}")
+        raise ValueError(unknown("transfer data set", name, TRANSFER_SETS))
     published = TRANSFER_SETS[name]
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {path}; {published.title} is expected there: {published.layout}")

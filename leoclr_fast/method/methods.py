@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 
+from dataset_tools.limits import unknown
 from leoclr_fast.config import ResultConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.method.leoclr import LeOCLR
@@ -18,9 +17,7 @@ METHODS: dict[str, type[Method]] = {"leoclr": LeOCLR, "mocov2": MoCoV2}
 def method_class(name: str) -> type[Method]:
     """The class of `--method.name`. Raises ValueError for an unknown one; the nearest names are offered."""
     if name not in METHODS:
-        nearest = difflib.get_close_matches(name, METHODS, n=2)
-        hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-        raise ValueError(f"there is no method {name!r}.{hint} Methods: {', '.join(METHODS)}")
+        raise ValueError(unknown("method", name, METHODS))
     return METHODS[name]
 
 

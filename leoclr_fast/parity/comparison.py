@@ -5,16 +5,17 @@ Legend: B images, V views, S side of a view.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec import Meta
 
+from dataset_tools.limits import Count, CountOrZero, Seed, require_allowed, unknown
 from dataset_tools.sources import Split, open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
@@ -54,31 +55,25 @@ class ParityConfig:
 
     loaders: tuple[str, ...] = ()
     """Names of --loader; by default all that can run here."""
-    max_images: int | None = 256
+    max_images: Count | None = 256
     """At most so many images, a class-balanced choice; all if None."""
-    image_size: int = 224
+    image_size: Annotated[int, Meta(gt=2 * EDGE, le=4096)] = 224
     """Side of a view, pixels."""
-    batch_size: int = 32
-    worst: int = 4
+    batch_size: Count = 32
+    worst: Count = 4
     """Crops that are kept of each loader: those that differ most."""
-    seed: int = 0
+    seed: Seed = 0
     """Draws the boxes."""
-    workers: int | None = None
+    workers: CountOrZero | None = None
     """Threads or worker processes of each loader; by default one for each core."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch_size", "worst"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give at least 1")
-        if self.image_size <= 2 * EDGE:
-            raise ValueError(f"image_size {self.image_size} is not allowed: give more than {2 * EDGE} pixels")
+        require_allowed(self)
         for name in self.loaders:
             if name not in BACKENDS:
-                nearest = difflib.get_close_matches(name, BACKENDS, n=2)
-                hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-                raise ValueError(f"{name!r} cannot be compared with torchvision.{hint} Allowed: {', '.join(BACKENDS)}.")
+                raise ValueError(unknown("loader to compare with torchvision", name, BACKENDS))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -16,7 +16,7 @@ Kind = Literal["data-bound", "partly data-bound", "copy-bound", "compute-bound"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bottleneck:
-    """The verdict, why, and what to do; no remedy where there is nothing to mend."""
+    """What bounds the speed, why, and what to do; no remedy where there is nothing to mend."""
 
     kind: Kind
     reason: str
