@@ -22,7 +22,7 @@ from leoclr_fast.distributed.sync_batchnorm import convert_query_batchnorm
 from leoclr_fast.losses.info_nce import info_nce
 from leoclr_fast.method.backbone import Encoder
 from leoclr_fast.method.folded_encoder import FoldedEncoder
-from leoclr_fast.method.key_batchnorm import convert_key_batchnorm
+from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
 from leoclr_fast.method.key_queue import KeyQueue
 from leoclr_fast.method.key_schedule import KeyOrder, KeySchedule
 from leoclr_fast.method.method import Method, PartialLoss, StepTools
@@ -115,7 +115,7 @@ class MomentumContrast(Method):
         query_crops, key_crops, table, restore = inputs
         query_table, key_table = table.split((len(query_crops), len(key_crops)))
         query_views = tools.views(query_crops, query_table, self.views[:1], plan.layout.own_sizes)
-        key_views = tools.views(key_crops, key_table, self.views[1:2], plan.pass_sizes)
+        key_views = tools.views(key_crops, key_table, self.views[1:2], self.forward_sizes(plan, key_crops.is_cuda))
 
         self.update_key_encoder()
         keys = self.encode_keys(key_views, restore, plan.largest, tools.encode(self._key_encoder))  # P x [G, D]
@@ -125,6 +125,20 @@ class MomentumContrast(Method):
             positives = [key[images] for key in keys]
             yield PartialLoss(self.loss(query, positives), len(view), self.similarities(query, positives))
         self.enqueue(keys)
+
+    def forward_sizes(self, plan: KeySchedule, on_gpu: bool) -> list[int]:
+        """How many key views go through the key encoder at once.
+
+        On a GPU those of a micro-batch's passes together, for half the launches, where each image is normalised with
+        the same others as in passes of their own; on a CPU one pass after the other, whose tensors fit its caches.
+        """
+        sizes, group = plan.pass_sizes, self.config.key_batchnorm_group
+        (mode,) = {norm.mode for norm in self.key_encoder.modules() if isinstance(norm, KeyBatchNorm2d)}
+        joinable = mode == "ema" or (mode == "split" and all(size % group == 0 for size in sizes))
+        if not on_gpu or not joinable:
+            return sizes
+        together = len(sizes) // len(plan.layout.parts)
+        return [sum(sizes[first : first + together]) for first in range(0, len(sizes), together)]
 
     def update_key_encoder(self) -> None:
         """Move the key encoder towards the query encoder; running statistics only in `ema` mode."""

@@ -25,6 +25,7 @@ from leoclr_fast.method.backbone import Encoder
 from leoclr_fast.method.folded_encoder import FoldedEncoder
 from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
 from leoclr_fast.method.methods import METHODS
+from leoclr_fast.method.momentum_contrast import MomentumContrast
 from leoclr_fast.schedules import learning_rate
 from leoclr_fast.training import acceleration
 from leoclr_fast.training import step as step_module
@@ -293,6 +294,34 @@ def test_batch_norm_in_groups_for_the_compiler_is_the_same(num_images: int, num_
     eager, compiled = norm(images), norm._normalise_groups_for_compiler(images, num_groups)
     assert eager.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("mode", "micro_batches", "sizes"),
+    [
+        ("split", 1, [24]),
+        ("split", 3, [8, 8, 8]),
+        ("split", 2, [6, 6, 6, 6]),
+        ("ema", 2, [12, 12]),
+        ("plain", 1, [12, 12]),
+    ],
+)
+def test_key_views_go_through_the_encoder_together_where_that_is_the_same(
+    mode: str, micro_batches: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In groups of 4 images, and as on a GPU."""
+    config = tiny_config(result__method__key_batchnorm=mode, result__micro_batches=micro_batches)
+    batches, seen = crop_batches(config, 3), []
+    expected = train(config, batches)[1]
+    own_sizes = MomentumContrast.forward_sizes
+
+    def as_on_a_gpu(method: MomentumContrast, plan: Any, _: bool) -> list[int]:
+        seen.append(own_sizes(method, plan, True))
+        return seen[-1]
+
+    monkeypatch.setattr(MomentumContrast, "forward_sizes", as_on_a_gpu)
+    torch.testing.assert_close(train(config, batches)[1], expected, rtol=1e-11, atol=0)
+    assert seen == [sizes] * 3
 
 
 class TestOptionsThatChangeOnlyTheSpeed:
