@@ -39,7 +39,7 @@ Architecture = Literal[
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 InfoNCEImpl = Literal["auto", "eager", "compiled", "triton"]
 MethodName = str  # a name in leoclr_fast.method.methods, where others may register theirs
-LearningRateSchedule = Literal["cosine_per_epoch", "cosine_per_step", "constant"]
+LearningRateSchedule = Literal["cosine_per_epoch", "cosine_per_epoch_from_1", "cosine_per_step", "constant"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,9 @@ class MethodConfig:
     name: MethodName = "leoclr"
     """leoclr or mocov2: a name in `leoclr_fast.method.methods`."""
     projection_dim: Annotated[int, Meta(ge=1, le=2**16)] = 128
-    """Output of the two-layer projection head."""
+    """Output of the projection head."""
+    projection_layers: Literal[1, 2] = 2
+    """Linear layers of the projection head, a ReLU between them: MoCo-v2 has 2, MoCo's CIFAR-10 demo 1."""
     queue_size: Annotated[int, Meta(ge=1, le=2**26)] = 65_536
     """Negative keys."""
     key_momentum: Share = 0.999
@@ -77,14 +79,18 @@ class MethodConfig:
     """Whose keys enter the queue: those of the first crop (the queue is as old, and holds as many images, as
     MoCo-v2's), or those of all crops."""
     key_batchnorm: Literal["shuffle", "split", "sync", "ema", "plain"] = "shuffle"
-    """Batch-norm of the key encoder. shuffle: over images shuffled between ranks (on one rank the same as split).
-    split: over seeded random groups within a rank. sync: over the global batch. ema: averaged running statistics
-    (EMAN, CVPR 2021). plain: over each rank's batch."""
+    """Batch-norm of the key encoder. shuffle: over groups of images shuffled among all ranks and micro-batches. split:
+    the same within a rank. sync: over the global batch. ema: averaged running statistics (EMAN, CVPR 2021). plain: over
+    each rank's batch, which the query's batch-norm sees, too, so that it leaks which key is whose."""
     key_batchnorm_group: Count = 32
-    """split: least number of images in a group; MoCo-v2 had 32 on each of 8 GPUs."""
-    query_batchnorm: Literal["plain", "sync"] = "plain"
-    """Batch-norm of the query encoder. plain: over each rank's images, as DistributedDataParallel leaves it. sync: over
-    those of all ranks; with a key_batchnorm of sync (or ema) too, any number of ranks learns the same thing."""
+    """shuffle and split: least number of images in a group; MoCo-v2 had 32 on each of 8 GPUs."""
+    query_batchnorm: Literal["plain", "split", "sync"] = "plain"
+    """Batch-norm of the query encoder. plain: over each rank's images, as DistributedDataParallel leaves it. split:
+    over groups of them, as on the GPUs of MoCo-v2. sync: over those of all ranks; with a key_batchnorm of sync (or ema)
+    too, any number of ranks learns the same thing. Its running statistics, which evaluation uses, are averaged over
+    groups and ranks, where DistributedDataParallel keeps those of rank 0."""
+    query_batchnorm_group: Count = 32
+    """split: least number of images in a group."""
     key_passes: Literal["separate", "joint"] = "separate"
     """separate: one forward of the key encoder for each crop (Algorithm 1). joint: one forward for all of them, with
     batch statistics over all of them."""
@@ -108,6 +114,8 @@ class OptimizerConfig:
     weight_decay: WeightDecay = 1e-4
     """On every parameter, as MoCo-v2."""
     schedule: LearningRateSchedule = "cosine_per_epoch"
+    """cosine_per_epoch is MoCo-v2's; with from_1 epochs count from 1, as in MoCo's CIFAR-10 demo, whose last epoch has
+    a rate of 0."""
 
     def __post_init__(self) -> None:
         require_allowed(self)
@@ -124,9 +132,9 @@ class ResultConfig:
     """Images per step over all ranks: the global batch."""
     micro_batches: Count = 1
     """Parts of the global batch that a step works through one after the other (gradient accumulation), so that less
-    memory is needed. Every key of the step is made first, from one moving average; the queue, the moving average, the
-    optimizer and the schedule move once a step, and the negatives are the same for all parts. Batch-norm and the
-    shuffle of the keys see one part at a time, and the query's running statistics move with each: that changes the
+    memory is needed. Every key of the step is made first, from one moving average, and shuffled over the whole batch;
+    the queue, the moving average, the optimizer and the schedule move once a step, and the negatives are the same for
+    all parts. Batch-norm sees one part at a time, and the query's running statistics move with each: that changes the
     result. Each part is shared by all ranks, so that it holds the same images for any number of ranks."""
     seed: Seed = 0
     max_images: Count | None = None
@@ -185,6 +193,8 @@ class MonitorConfig:
     """Evaluate kNN before the first epoch, after every so many, and at the end; 0 only before and at the end."""
     knn_k: Count = 200
     """Neighbours that vote (MoCo's CIFAR demo: 200)."""
+    knn_features: Literal["backbone", "projection"] = "backbone"
+    """What kNN compares: the backbone's features, or the projection head's outputs, as MoCo's CIFAR-10 demo."""
     knn_temperature: Temperature = 0.1
     """Weight of a neighbour: exp(cosine similarity / temperature)."""
     log_every_steps: Count = 10

@@ -30,6 +30,7 @@ class BenchSetting:
     batch_size: Count | None = None
     queue_size: Count | None = None
     key_batchnorm: Literal["shuffle", "split", "sync", "ema", "plain"] | None = None
+    query_batchnorm: Literal["plain", "split", "sync"] | None = None
     key_passes: Literal["separate", "joint"] | None = None
     seed: Seed = 0
 
@@ -46,6 +47,7 @@ class BenchSetting:
             name=method,
             queue_size=self.queue_size,
             key_batchnorm=self.key_batchnorm,
+            query_batchnorm=self.query_batchnorm,
             key_passes=self.key_passes,
         )
         if config.key_batchnorm == "shuffle":  # on one GPU the same thing, by its own name

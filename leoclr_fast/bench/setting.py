@@ -16,8 +16,8 @@ from leoclr_fast.distributed.process_group import resolve_device
 
 
 def departures_from_paper(result: ResultConfig) -> list[str]:
-    """What differs from the paper's setting on one GPU: ResNet-50, 224 pixels, K = 65,536, separate key passes, split
-    batch-norm, augmentation included. Empty for the paper's setting itself.
+    """What differs from the paper's setting on one GPU: ResNet-50, 224 pixels, K = 65,536, separate key passes,
+    batch-norm of queries and keys in groups of 32, augmentation included. Empty for the paper's setting itself.
     """
     given_and_meant = {
         "arch": (result.backbone.arch, "resnet50"),
@@ -27,6 +27,7 @@ def departures_from_paper(result: ResultConfig) -> list[str]:
         "queue": (result.method.queue_size, 65_536),
         "key passes": (result.method.key_passes, "separate"),
         "key batch-norm": (result.method.key_batchnorm, "split"),
+        "query batch-norm": (result.method.query_batchnorm, "split"),
         "blur probability": (result.views.blur_probability, 0.5),
     }
     return [f"{name} {given} (not {meant})" for name, (given, meant) in given_and_meant.items() if given != meant]
@@ -40,8 +41,8 @@ def setting_header(result: ResultConfig, speed: SpeedConfig, device: torch.devic
     return (
         f"{result.backbone.arch}, {result.views.image_size} px, batch {result.batch_size}, K = "
         f"{result.method.queue_size:,}, key passes {result.method.key_passes}, key batch-norm "
-        f"{result.method.key_batchnorm}, augmentation included, {speed.precision}, torch {torch.__version__}, {where} "
-        f"[{kind}]"
+        f"{result.method.key_batchnorm}, query batch-norm {result.method.query_batchnorm}, augmentation included, "
+        f"{speed.precision}, torch {torch.__version__}, {where} [{kind}]"
     )
 
 

@@ -1,10 +1,11 @@
-"""Batch-norm of the query encoder over the images of all ranks, with gradients: as if one rank had them all.
+"""Batch-norm of trained networks over the images of all ranks, with gradients: as if one rank had them all.
 
 torch.nn.SyncBatchNorm is the same, but for GPUs alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,9 +93,9 @@ def _per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
 
 
-def convert_query_batchnorm(encoder: nn.Module, ranks: Ranks) -> None:
-    """Replace every batch-norm by the synchronised one; names and values of its tensors stay."""
-    for parent in list(encoder.modules()):
+def replace_batchnorm(network: nn.Module, replacement: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
+    """Replace every batch-norm of a network by the one that is made of it; names of its tensors stay."""
+    for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, SyncBatchNorm2d(child, ranks))
+                setattr(parent, name, replacement(child))

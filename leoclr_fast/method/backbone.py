@@ -86,13 +86,14 @@ def build_backbone(config: BackboneConfig) -> Backbone:
 
 
 class Encoder(nn.Module):
-    """Backbone and two-layer projection head: images [B, 3, S, S] -> unit vectors [B, projection_dim]."""
+    """Backbone and projection head: images [B, 3, S, S] -> unit vectors [B, projection_dim]."""
 
-    def __init__(self, config: BackboneConfig, projection_dim: int) -> None:
+    def __init__(self, config: BackboneConfig, projection_dim: int, projection_layers: int = 2) -> None:
         super().__init__()
         self.backbone = build_backbone(config)
         dim = self.backbone.feature_dim
-        self.projection_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, projection_dim))
+        hidden = [nn.Linear(dim, dim), nn.ReLU()] if projection_layers == 2 else []
+        self.projection_head = nn.Sequential(*hidden, nn.Linear(dim, projection_dim))
 
     def forward(self, images: Tensor) -> Tensor:
         projection = self.projection_head(self.backbone(images))

@@ -57,12 +57,12 @@ def forward_macs(module: nn.Module, inputs: Tensor) -> int:
     return total
 
 
-def encoder_macs(backbone: BackboneConfig, projection_dim: int, image_size: int) -> int:
+def encoder_macs(backbone: BackboneConfig, projection_dim: int, image_size: int, projection_layers: int = 2) -> int:
     """Multiply-accumulates of one forward pass of an encoder for one image of `image_size` pixels a side: backbone
     and projection head. ResNet-50 at 224: 4.09 billion.
     """
     with torch.device("meta"):
-        encoder = Encoder(backbone, projection_dim)
+        encoder = Encoder(backbone, projection_dim, projection_layers)
         image = torch.empty(2, 3, image_size, image_size)  # batch-norm in training mode wants more than one value
     return forward_macs(encoder, image) // 2
 
@@ -73,7 +73,8 @@ def training_flops_per_image(result: ResultConfig) -> int:
     Counted though no step needs it: the gradient of the images (0.6 % of a ResNet-50 step). Not counted: the logits of
     the queue (0.1 % there), batch-norm, activations, augmentation.
     """
-    forward = 2 * encoder_macs(result.backbone, result.method.projection_dim, result.views.image_size)
+    head = result.method.projection_dim, result.views.image_size, result.method.projection_layers
+    forward = 2 * encoder_macs(result.backbone, *head)
     return method_class(result.method.name).num_forwards * forward
 
 

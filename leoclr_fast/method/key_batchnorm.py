@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from leoclr_fast.config import MethodConfig
 from leoclr_fast.distributed.batch_statistics import batch_statistics
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.sync_batchnorm import replace_batchnorm
+from leoclr_fast.method.split_batchnorm import group_sizes, normalise_equal_groups
 
 
 class KeyBatchNorm2d(nn.BatchNorm2d):
@@ -34,8 +36,8 @@ class KeyBatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(
                 images, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
-        if self.mode == "split":
-            return self._normalise_groups(images, max(1, len(images) // self.group_size))
+        if self.mode == "split" and len(sizes := group_sizes(len(images), self.group_size)) > 1:
+            return self._normalise_groups(images, sizes)
         if self.mode == "sync" and self.ranks.world_size > 1:
             return self._normalise_over_ranks(images)
         return self._normalise(images)
@@ -43,27 +45,19 @@ class KeyBatchNorm2d(nn.BatchNorm2d):
     def _normalise(self, images: Tensor) -> Tensor:
         return F.batch_norm(images, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
-    def _normalise_groups(self, images: Tensor, num_groups: int) -> Tensor:
+    def _normalise_groups(self, images: Tensor, sizes: list[int]) -> Tensor:
         if torch.compiler.is_compiling():
-            return self._normalise_groups_for_compiler(images, num_groups)
+            if sizes[0] == sizes[-1]:
+                return normalise_equal_groups(images, len(sizes), self.weight, self.bias, self.eps)[0]
+            return torch.cat([self._normalise(group) for group in images.split(sizes)])
         normalised = torch.empty_like(images)  # each group writes its part: torch.cat would be one more pass
         mean, deviation = torch.empty_like(self.weight), torch.empty_like(self.weight)
-        for group, part in zip(images.tensor_split(num_groups), normalised.tensor_split(num_groups), strict=True):
+        for group, part in zip(images.split(sizes), normalised.split(sizes), strict=True):
             torch.ops.aten.native_batch_norm.out(
                 group, self.weight, self.bias, None, None, True, 0.0, self.eps,
                 out=part, save_mean=mean, save_invstd=deviation,
             )  # fmt: skip
         return normalised
-
-    def _normalise_groups_for_compiler(self, images: Tensor, num_groups: int) -> Tensor:
-        """One reduction and one pointwise pass over all groups, where they are of one size."""
-        if len(images) % num_groups:
-            return torch.cat([self._normalise(group) for group in images.tensor_split(num_groups)])
-        wide = images.double() if images.dtype == torch.float64 else images.float()
-        groups = wide.unflatten(0, (num_groups, -1))  # [G, n, C, H, W]
-        variance, mean = torch.var_mean(groups, dim=(1, 3, 4), correction=0, keepdim=True)
-        unit = ((groups - mean) * torch.rsqrt(variance + self.eps)).flatten(0, 1)
-        return (unit * self.weight[:, None, None] + self.bias[:, None, None]).to(images.dtype)
 
     def _normalise_over_ranks(self, images: Tensor) -> Tensor:
         mean, variance, _ = batch_statistics(images, self.ranks)
@@ -72,10 +66,5 @@ class KeyBatchNorm2d(nn.BatchNorm2d):
 
 def convert_key_batchnorm(key_encoder: nn.Module, config: MethodConfig, ranks: Ranks) -> None:
     """Replace every batch-norm of the key encoder by the configured one; names and values of its tensors stay."""
-    mode: str = config.key_batchnorm
-    if mode == "shuffle":
-        mode = "split" if ranks.world_size == 1 else "plain"
-    for parent in list(key_encoder.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, KeyBatchNorm2d(child, mode, config.key_batchnorm_group, ranks))
+    mode = "split" if config.key_batchnorm == "shuffle" else config.key_batchnorm
+    replace_batchnorm(key_encoder, lambda norm: KeyBatchNorm2d(norm, mode, config.key_batchnorm_group, ranks))

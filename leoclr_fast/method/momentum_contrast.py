@@ -8,8 +8,11 @@ P keys of each query, N key views that this rank encodes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
+from itertools import product
 from typing import ClassVar
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from leoclr_fast.config import InfoNCEImpl, ResultConfig, SpeedConfig
 from leoclr_fast.distributed.batch_layout import BatchLayout
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.sync_batchnorm import convert_query_batchnorm
+from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d, replace_batchnorm
 from leoclr_fast.losses.info_nce import info_nce
 from leoclr_fast.method.backbone import Encoder
 from leoclr_fast.method.folded_encoder import FoldedEncoder
@@ -26,7 +29,10 @@ from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchno
 from leoclr_fast.method.key_queue import KeyQueue
 from leoclr_fast.method.key_schedule import KeyOrder, KeySchedule
 from leoclr_fast.method.method import Method, PartialLoss, StepTools
+from leoclr_fast.method.split_batchnorm import SplitBatchNorm2d
 from pipelines.batch import CropBatch
+
+log = logging.getLogger(__name__)
 
 
 class MomentumContrast(Method):
@@ -40,14 +46,16 @@ class MomentumContrast(Method):
     def __init__(self, result: ResultConfig, ranks: Ranks) -> None:
         super().__init__(result, ranks)
         self.config = config = result.method
-        self.seed = result.seed
+        self.seed, self.batch_size = result.seed, result.batch_size
         self.num_keys = len(self.views) - 1
         self.loss_impl: InfoNCEImpl = "auto"
-        self.query_encoder = Encoder(result.backbone, config.projection_dim)
+        self.query_encoder = Encoder(result.backbone, config.projection_dim, config.projection_layers)
         self.key_encoder = deepcopy(self.query_encoder).requires_grad_(False)
         convert_key_batchnorm(self.key_encoder, config, ranks)
         if config.query_batchnorm == "sync" and ranks.world_size > 1:
-            convert_query_batchnorm(self.query_encoder, ranks)
+            replace_batchnorm(self.query_encoder, lambda norm: SyncBatchNorm2d(norm, ranks))
+        elif config.query_batchnorm == "split":
+            replace_batchnorm(self.query_encoder, lambda norm: SplitBatchNorm2d(norm, config.query_batchnorm_group))
         self.queue = KeyQueue(config.queue_size, config.projection_dim)
         self._folded: tuple[FoldedEncoder, ...] = ()  # in a tuple, so that its weights are none of this module's
 
@@ -76,7 +84,31 @@ class MomentumContrast(Method):
         return self._folded[0] if self._folded else self.key_encoder
 
     def plan(self, layout: BatchLayout) -> KeySchedule:
-        return KeySchedule(self.config, layout, self.num_keys)
+        """Raises ValueError where a shuffle of the configured batch would hide nothing; warns if none was asked for."""
+        schedule = KeySchedule(self.config, layout, self.num_keys)
+        if layout.batch_size == self.batch_size and (leak := schedule.leak()):
+            self._report_leak(leak, layout)
+        return schedule
+
+    def _report_leak(self, leak: str, layout: BatchLayout) -> None:
+        mode, group = self.config.key_batchnorm, self.config.key_batchnorm_group
+        why = f"{leak}, and a query can recognise its key by the statistics that both were normalised with"
+        if mode not in ("shuffle", "split"):
+            if self.ranks.is_main:
+                log.warning("key batch-norm %s: %s", mode, why)
+            return
+        flags = ["a larger --batch-size", "--method.key-batchnorm ema, or plain to accept that"]
+        for better, size in product(dict.fromkeys((mode, "shuffle")), [group, 16, 8, 4, 2]):
+            config = replace(self.config, key_batchnorm=better, key_batchnorm_group=size)
+            if size <= group and KeySchedule(config, layout, self.num_keys).leak() is None:
+                changes = f"--method.key-batchnorm {better} " * (better != mode)
+                changes += f"--method.key-batchnorm-group {size}" * (size != group)
+                flags.insert(0, changes.strip())
+                break
+        raise ValueError(
+            f"a batch of {layout.batch_size} (micro-batches: {layout.micro_batches}, ranks: {layout.world_size}) cannot "
+            f"be shuffled by key batch-norm {mode} in groups of {group}: {why}; give {', '.join(flags)}"
+        )
 
     def inputs(
         self, plan: KeySchedule, batch: CropBatch, parameters: Tensor, step: int, tools: StepTools

@@ -132,10 +132,11 @@ def _log_metrics(run: Run, meters: Meters, *, wait: bool) -> None:
 
 
 def _evaluate(run: Run) -> float | None:
-    """kNN of the encoder's backbone, to the log and the display; returns the top-1 in percent."""
+    """kNN of the encoder, to the log and the display; returns the top-1 in percent."""
     if run.knn is None:
         return None
-    knn = run.knn.run(run.state.method.kept_encoder.backbone)
+    encoder, features = run.state.method.kept_encoder, run.config.monitor.knn_features
+    knn = run.knn.run(encoder if features == "projection" else encoder.backbone)
     epoch = run.state.step / run.loader.steps_per_epoch
     values = {"top1": knn.top1, "top5": knn.top5, "k": knn.k, "temperature": knn.temperature}
     run.log.write("knn", step=run.state.step, epoch=epoch, **values)

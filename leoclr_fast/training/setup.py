@@ -264,5 +264,5 @@ def _headline(
         f"{', '.join(filter(None, (f'{device}{ranks_text}', precision, means)))}\n"
         f"learning rate {result.lr:g} = base_lr {result.optimizer.base_lr:g} * batch {result.batch_size} / "
         f"{LR_REFERENCE_BATCH_SIZE}; loss reduction {result.method.loss_reduction}, key batch-norm "
-        f"{result.method.key_batchnorm}"
+        f"{result.method.key_batchnorm}, query batch-norm {result.method.query_batchnorm}"
     )

@@ -44,24 +44,36 @@ class PlainReference:
         self.pointer = 0
         self.velocity: dict[str, Tensor] = {}
 
-    def keys(self, images: Tensor, turn: int, number: int) -> Tensor:
-        """One pass of the momentum encoder in training mode, over shuffled groups where the mode says so."""
+    def keys(self, images: Tensor, sizes: list[int], step: int, number: int) -> Tensor:
+        """The momentum encoder in training mode, in passes of these sizes, over shuffled groups where the mode says so.
+
+        images: of the whole batch, of one crop or of all of them.
+        """
         method = self.config.result.method
-        if method.key_batchnorm == "plain":
-            return torch.cat([self.f_k(part) for part in images.tensor_split(self.num_ranks)])
-        order = torch.from_numpy(permutation(self.config.result.seed, turn, len(images), KEY_SHUFFLE_STREAM + number))
-        if self.num_ranks > 1:
-            groups = images[order].tensor_split(self.num_ranks)
-        else:
-            groups = images[order].tensor_split(max(1, len(images) // method.key_batchnorm_group))
+        order = torch.arange(len(images))
+        if method.key_batchnorm != "plain":
+            order = torch.from_numpy(
+                permutation(self.config.result.seed, step, len(images), KEY_SHUFFLE_STREAM + number)
+            )
+        groups = []
+        for part in (rank for whole in images[order].split(sizes) for rank in whole.tensor_split(self.num_ranks)):
+            least = len(part) if method.key_batchnorm == "plain" else method.key_batchnorm_group
+            groups += part.tensor_split(max(1, len(part) // least))
         shuffled = torch.cat([self.f_k(group) for group in groups])
         return shuffled[torch.argsort(order)]
 
-    def all_keys(self, crops: list[Tensor], turn: int) -> list[Tensor]:
-        """Of each crop of a micro-batch."""
+    def all_keys(self, crops: list[Tensor], sizes: list[int], step: int) -> list[Tensor]:
+        """Of each crop of the batch. sizes: of the micro-batches."""
         if self.config.result.method.key_passes == "joint":
-            return list(self.keys(torch.cat(crops), turn, 0).chunk(len(crops)))
-        return [self.keys(crop, turn, number) for number, crop in enumerate(crops)]
+            return list(self.keys(torch.cat(crops), [len(crops) * size for size in sizes], step, 0).chunk(len(crops)))
+        return [self.keys(crop, sizes, step, number) for number, crop in enumerate(crops)]
+
+    def query_groups(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What a batch-norm of the query encoder sees of a rank's share of a micro-batch."""
+        method = self.config.result.method
+        return images.tensor_split(
+            max(1, len(images) // method.query_batchnorm_group) if method.query_batchnorm == "split" else 1
+        )
 
     def loss(self, q: Tensor, k: list[Tensor]) -> Tensor:
         """Eq. 2 over a micro-batch."""
@@ -82,12 +94,14 @@ class PlainReference:
         with torch.no_grad():
             for p_q, p_k in zip(self.f_q.parameters(), self.f_k.parameters(), strict=True):
                 p_k.copy_(p_k * method.key_momentum + p_q * (1 - method.key_momentum))
-            k = [self.all_keys(list(crops), step * num_parts + number) for number, (_, *crops) in enumerate(parts)]
+            whole = self.all_keys(list(views[1:]), [len(part[0]) for part in parts], step)
+        k = list(zip(*(key.tensor_split(num_parts) for key in whole), strict=True))
         self.f_q.zero_grad()
         total = 0.0
         for (x, *_), k_part in zip(parts, k, strict=True):
-            q = torch.cat([self.f_q(part) for part in x.tensor_split(self.num_ranks)])
-            loss = self.loss(q, k_part) * len(x) / len(views[0])
+            groups = [part for rank in x.tensor_split(self.num_ranks) for part in self.query_groups(rank)]
+            q = torch.cat([self.f_q(group) for group in groups])
+            loss = self.loss(q, list(k_part)) * len(x) / len(views[0])
             loss.backward()
             total += loss.item()
         optimizer = self.config.result.optimizer
@@ -99,7 +113,6 @@ class PlainReference:
                     direction = optimizer.momentum * self.velocity[name] + direction
                 self.velocity[name] = direction.clone()
                 weight -= lr * direction
-            whole = [torch.cat(of_view) for of_view in zip(*k, strict=True)]
             for k_i in whole if method.enqueue == "all" else whole[:1]:
                 for key in k_i:  # one by one around the ring
                     self.queue[:, self.pointer] = key
@@ -131,7 +144,7 @@ def assert_run_equals(reference: PlainReference, config: RunConfig, data: Path, 
         ours = state["method"]
         for name, weight in reference.f_q.named_parameters():
             assert_close(ours[f"query_encoder.{name}"], weight, name)
-        if reference.num_ranks == 1:  # else theirs is a mean, of which the reference knows nothing
+        if reference.num_ranks == 1 and config.result.method.query_batchnorm == "plain":  # else theirs is a mean
             for name, statistic in reference.f_q.named_buffers():
                 assert_close(ours[f"query_encoder.{name}"].double(), statistic.double(), name)
         for name, weight in reference.f_k.named_parameters():

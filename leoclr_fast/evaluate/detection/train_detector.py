@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models.resnet import ResNet
 
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.sync_batchnorm import convert_query_batchnorm
+from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d, replace_batchnorm
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage
 from leoclr_fast.evaluate.detection.config import DetectionConfig
 from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4
@@ -49,7 +49,7 @@ def build_detector(
         )
     detector.to(device, encoder_dtype(precision)).to(memory_format=torch.channels_last)
     if ranks.world_size > 1:
-        convert_query_batchnorm(detector, ranks)
+        replace_batchnorm(detector, lambda norm: SyncBatchNorm2d(norm, ranks))
     return detector
 
 

@@ -24,7 +24,11 @@ from tests.leoclr_fast.plain_reference import NUM_STEPS, PlainReference, assert_
     [
         ("leoclr", {}),
         ("leoclr", {"result__method__loss_reduction": "mean", "result__method__enqueue": "all"}),
-        ("leoclr", {"result__method__key_batchnorm": "split"}),
+        (
+            "leoclr",
+            {"result__method__key_batchnorm": "shuffle", "result__method__query_batchnorm": "split"}
+            | {"result__method__query_batchnorm_group": 4},
+        ),
         ("leoclr", {"result__method__key_batchnorm": "shuffle", "result__method__key_passes": "joint"}),
         ("leoclr", {"result__micro_batches": 5, "result__method__enqueue": "all"}),
         (
@@ -38,7 +42,7 @@ from tests.leoclr_fast.plain_reference import NUM_STEPS, PlainReference, assert_
     ids=[
         "leoclr",
         "leoclr-mean-enqueue-all",
-        "leoclr-split",
+        "leoclr-both-split",
         "leoclr-shuffle-joint",
         "leoclr-five-micro-batches",
         "leoclr-split-joint-two-micro-batches",

@@ -17,6 +17,7 @@ from leoclr_fast.method.backbone import Encoder, build_backbone
 from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
 from leoclr_fast.method.methods import build_method
 from leoclr_fast.method.momentum_contrast import MomentumContrast, update_key_encoder
+from leoclr_fast.method.split_batchnorm import SplitBatchNorm2d
 
 TINY = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)
 
@@ -69,10 +70,11 @@ def test_small_stem_and_width() -> None:
     assert wide.layer1[0].conv2.weight.shape == (128, 128, 3, 3)
 
 
-def test_encoder_gives_unit_vectors_through_a_two_layer_head() -> None:
-    encoder = Encoder(TINY, 8)
+@pytest.mark.parametrize(("layers", "expected"), [(2, [(32, 32), (8, 32)]), (1, [(8, 32)])])
+def test_encoder_gives_unit_vectors_through_its_head(layers: int, expected: list[tuple[int, int]]) -> None:
+    encoder = Encoder(TINY, 8, layers)
     shapes = [tuple(module.weight.shape) for module in encoder.projection_head if isinstance(module, nn.Linear)]
-    assert shapes == [(32, 32), (8, 32)]
+    assert shapes == expected
     torch.testing.assert_close(encoder(torch.randn(5, 3, 16, 16)).norm(dim=1), torch.ones(5))
 
 
@@ -93,27 +95,64 @@ def test_moving_average_is_exact_and_in_place() -> None:
     torch.testing.assert_close(mean, 0.01 * query_mean, rtol=1e-13, atol=1e-16)
 
 
+def random_batchnorm() -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(3).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
 def key_batchnorm(mode: str, group: int = 4) -> KeyBatchNorm2d:
-    module = nn.Sequential(nn.BatchNorm2d(3).double())
-    nn.init.normal_(module[0].weight)
-    nn.init.normal_(module[0].bias)
+    module = nn.Sequential(random_batchnorm())
     config = MethodConfig(key_batchnorm=mode, key_batchnorm_group=group)  # type: ignore[arg-type]
     convert_key_batchnorm(module, config, Ranks())
     assert isinstance(module[0], KeyBatchNorm2d)
     return module[0]
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize(
     ("num_images", "expected_groups"), [(12, [4, 4, 4]), (13, [5, 4, 4]), (3, [3]), (7, [7]), (8, [4, 4])]
 )
-def test_split_batchnorm_normalises_groups(num_images: int, expected_groups: list[int]) -> None:
+def test_split_batchnorm_normalises_groups(
+    num_images: int, expected_groups: list[int], compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and queries as by a batch-norm for each group; the query's gradients, too, and its running statistics are
+    the mean of the groups'."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)  # the way that torch.compile takes
     torch.manual_seed(0)
-    module = key_batchnorm("split")
-    images = torch.randn(num_images, 3, 5, 5, dtype=torch.float64)
-    plain = nn.BatchNorm2d(3).double()
-    plain.load_state_dict(module.state_dict())
-    expected = torch.cat([plain(group) for group in images.split(expected_groups)])
-    torch.testing.assert_close(module(images), expected, rtol=1e-13, atol=1e-14)
+    module, images = key_batchnorm("split"), torch.randn(num_images, 3, 5, 5, dtype=torch.float64)
+    alone = [random_batchnorm() for _ in expected_groups]
+    for norm in alone:
+        norm.load_state_dict(module.state_dict())
+    query = SplitBatchNorm2d(alone[0], 4)
+
+    def of_groups(images: torch.Tensor) -> torch.Tensor:
+        groups = images.split(expected_groups)
+        return torch.cat([norm(group) for norm, group in zip(alone, groups, strict=True)])
+
+    expected = of_groups(images)
+    torch.testing.assert_close(module(images), expected, rtol=1e-12, atol=1e-13)
+    weights = torch.randn_like(images)
+    inputs = [images.clone().requires_grad_(), images.clone().requires_grad_()]
+    for norm in alone:
+        norm.reset_running_stats()
+    for function, given in zip((query, of_groups), inputs, strict=True):
+        (function(given) * weights).sum().backward()
+    torch.testing.assert_close(query(images.clone()), expected, rtol=1e-12, atol=1e-13)
+    of_groups(images)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-10, atol=1e-12)
+    for name in ("weight", "bias"):
+        gradients = [getattr(norm, name).grad for norm in alone]
+        torch.testing.assert_close(getattr(query, name).grad, torch.stack(gradients).sum(0), rtol=1e-10, atol=1e-12)
+    for name in ("running_mean", "running_var"):
+        mean = torch.stack([getattr(norm, name) for norm in alone]).mean(0)
+        torch.testing.assert_close(getattr(query, name), mean, rtol=1e-12, atol=1e-14)
+    assert query.num_batches_tracked == 2
+    for norm in (query, *alone):
+        norm.eval()
+    alone[0].load_state_dict(query.state_dict())
+    torch.testing.assert_close(query(images), alone[0](images))
 
 
 def test_plain_shuffle_and_ema_batchnorm() -> None:
@@ -123,7 +162,7 @@ def test_plain_shuffle_and_ema_batchnorm() -> None:
     reference = nn.BatchNorm2d(3).double()
     reference.load_state_dict(plain.state_dict())
     torch.testing.assert_close(plain(images), reference(images))
-    assert key_batchnorm("shuffle").mode == "split"  # one rank
+    assert key_batchnorm("shuffle").mode == "split"
 
     averaged = key_batchnorm("ema")
     averaged.running_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))

@@ -1,0 +1,73 @@
+"""Batch-norm over groups of a batch: one GPU normalises as MoCo-v2's eight did, each of which had 32 images.
+
+Legend: B images in a batch, G groups of it, n images of a group, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def group_sizes(num_images: int, least: int) -> list[int]:
+    """Sizes of as many groups as there can be of at least `least` images each, one if there are fewer; they differ by
+    at most one, as `torch.tensor_split`'s."""
+    num_groups = max(1, num_images // least)
+    base, extra = divmod(num_images, num_groups)
+    return [base + (group < extra) for group in range(num_groups)]
+
+
+def normalise_equal_groups(
+    images: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images [B, C, H, W] normalised in groups of one size, and mean and biased variance of each group, [G, C].
+
+    One reduction and one pointwise pass over all groups, for torch.compile.
+    """
+    wide = images.double() if images.dtype == torch.float64 else images.float()
+    groups = wide.unflatten(0, (num_groups, -1))  # [G, n, C, H, W]
+    variance, mean = torch.var_mean(groups, dim=(1, 3, 4), correction=0, keepdim=True)
+    unit = ((groups - mean) * torch.rsqrt(variance + eps)).flatten(0, 1)
+    normalised = (unit * weight[:, None, None] + bias[:, None, None]).to(images.dtype)
+    return normalised, mean.flatten(1), variance.flatten(1)
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """In training, `torch.nn.BatchNorm2d` of each group of a batch by itself; else the same as it.
+
+    The running statistics follow the mean of the groups', as those of MoCo's CIFAR-10 demo and of ranks do.
+    """
+
+    def __init__(self, source: nn.BatchNorm2d, group_size: int) -> None:
+        super().__init__(
+            source.num_features, source.eps, source.momentum, device=source.weight.device, dtype=source.weight.dtype
+        )
+        self.load_state_dict(source.state_dict())
+        self.group_size = group_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        sizes = group_sizes(len(images), self.group_size)
+        if not self.training or len(sizes) == 1:
+            return super().forward(images)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        if torch.compiler.is_compiling() and sizes[0] == sizes[-1]:
+            normalised, means, variances = normalise_equal_groups(images, len(sizes), self.weight, self.bias, self.eps)
+            with torch.no_grad():
+                num_values = sizes[0] * images.shape[2] * images.shape[3]
+                unbiased = variances.mean(0) * (num_values / (num_values - 1))
+                self.running_mean.lerp_(means.mean(0).to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            return normalised
+        means, variances = self.running_mean.repeat(len(sizes), 1), self.running_var.repeat(len(sizes), 1)
+        groups = [
+            F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            for group, mean, variance in zip(images.split(sizes), means, variances, strict=True)
+        ]
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
+        return torch.cat(groups)
