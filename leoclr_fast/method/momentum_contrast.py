@@ -106,7 +106,7 @@ class MomentumContrast(Method):
                 flags.insert(0, changes.strip())
                 break
         raise ValueError(
-            f"a batch of {layout.batch_size} (micro-batches: {layout.micro_batches}, ranks: {layout.world_size}) cannot "
+            f"a batch of {layout.batch_size} on {layout.world_size} ranks in {layout.micro_batches} micro-batches cannot "
             f"be shuffled by key batch-norm {mode} in groups of {group}: {why}; give {', '.join(flags)}"
         )
 
