@@ -42,19 +42,21 @@ class BenchSetting:
         fit.
         """
         base = get_recipe(self.recipe).result
+        batch_size = self.batch_size or base.batch_size
+        half = max(1, batch_size // 2)  # two groups at least: one would hide nothing, and be refused
         config = _changed(
             base.method,
             name=method,
             queue_size=self.queue_size,
             key_batchnorm=self.key_batchnorm,
+            key_batchnorm_group=min(base.method.key_batchnorm_group, half),
             query_batchnorm=self.query_batchnorm,
+            query_batchnorm_group=min(base.method.query_batchnorm_group, half),
             key_passes=self.key_passes,
         )
-        if config.key_batchnorm == "shuffle":  # on one GPU the same thing, by its own name
-            config = replace(config, key_batchnorm="split")
         return replace(
             base,
-            batch_size=self.batch_size or base.batch_size,
+            batch_size=batch_size,
             seed=self.seed,
             backbone=_changed(base.backbone, arch=self.arch, stem=self.stem, width_multiplier=self.width_multiplier),
             method=config,
@@ -199,8 +201,6 @@ class ScalingConfig:
     mode: Literal["weak", "strong", "both"] = "both"
     """weak: --batch-size is that of each rank. strong: it is the global one, shared by all ranks."""
     method: MethodName = "leoclr"
-    query_batchnorm: Literal["plain", "sync"] = "plain"
-    """As in pretrain."""
     rounds: Rounds = 5
     """Every number of ranks trains once in each; the order rotates from round to round."""
     steps: Count = 20
@@ -225,11 +225,5 @@ class ScalingConfig:
         """The configuration on so many ranks; weak: the setting's batch on every rank. Raises ValueError for one that
         cannot be.
         """
-        given = setting.key_batchnorm or get_recipe(setting.recipe).result.method.key_batchnorm
         alone = setting.result(self.method)
-        key_batchnorm = "split" if given == "shuffle" and num_ranks == 1 else given
-        return replace(
-            alone,
-            batch_size=alone.batch_size * (num_ranks if mode == "weak" else 1),
-            method=replace(alone.method, key_batchnorm=key_batchnorm, query_batchnorm=self.query_batchnorm),
-        )
+        return replace(alone, batch_size=alone.batch_size * (num_ranks if mode == "weak" else 1))

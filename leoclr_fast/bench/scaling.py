@@ -106,7 +106,7 @@ def bench_scaling(
         "method": config.method,
         "setting": as_plain(setting),
         "speed": as_plain(speed),
-        "query_batchnorm": config.query_batchnorm,
+        "query_batchnorm": setting.result(config.method).method.query_batchnorm,
         "rounds": len(seen[0]),
         "steps": config.steps,
         "threads_per_rank": threads,

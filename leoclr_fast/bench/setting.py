@@ -26,23 +26,32 @@ def departures_from_paper(result: ResultConfig) -> list[str]:
         "image size": (result.views.image_size, 224),
         "queue": (result.method.queue_size, 65_536),
         "key passes": (result.method.key_passes, "separate"),
-        "key batch-norm": (result.method.key_batchnorm, "split"),
-        "query batch-norm": (result.method.query_batchnorm, "split"),
+        "key batch-norm": (batchnorms(result)[0], "shuffle in groups of 32"),
+        "query batch-norm": (batchnorms(result)[1], "split in groups of 32"),
         "blur probability": (result.views.blur_probability, 0.5),
     }
     return [f"{name} {given} (not {meant})" for name, (given, meant) in given_and_meant.items() if given != meant]
+
+
+def batchnorms(result: ResultConfig) -> tuple[str, str]:
+    """Batch-norm of keys and of queries, in words; on one device, split keys are shuffled ones."""
+    method = result.method
+    key = "shuffle" if method.key_batchnorm == "split" else method.key_batchnorm
+    key += f" in groups of {method.key_batchnorm_group}" if key == "shuffle" else ""
+    query = f"split in groups of {method.query_batchnorm_group}" if method.query_batchnorm == "split" else ""
+    return key, query or method.query_batchnorm
 
 
 def setting_header(result: ResultConfig, speed: SpeedConfig, device: torch.device) -> str:
     """One line that says what was run; it stands above every output."""
     departures = departures_from_paper(result)
     kind = "paper setting" if not departures else f"not the paper setting: {', '.join(departures)}"
+    key, query = batchnorms(result)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return (
         f"{result.backbone.arch}, {result.views.image_size} px, batch {result.batch_size}, K = "
-        f"{result.method.queue_size:,}, key passes {result.method.key_passes}, key batch-norm "
-        f"{result.method.key_batchnorm}, query batch-norm {result.method.query_batchnorm}, augmentation included, "
-        f"{speed.precision}, torch {torch.__version__}, {where} [{kind}]"
+        f"{result.method.queue_size:,}, key passes {result.method.key_passes}, key batch-norm {key}, query batch-norm "
+        f"{query}, augmentation included, {speed.precision}, torch {torch.__version__}, {where} [{kind}]"
     )
 
 

@@ -184,6 +184,7 @@ def run(
         settings = {
             "k": k,
             "temperature": temperature,
+            "features": "backbone",
             "image_size": views.image_size,
             "center_crop_fraction": views.center_crop_fraction,
             "precision": options.precision,

@@ -106,8 +106,8 @@ class MomentumContrast(Method):
                 flags.insert(0, changes.strip())
                 break
         raise ValueError(
-            f"a batch of {layout.batch_size} on {layout.world_size} ranks in {layout.micro_batches} micro-batches cannot "
-            f"be shuffled by key batch-norm {mode} in groups of {group}: {why}; give {', '.join(flags)}"
+            f"a batch of {layout.batch_size} on {layout.world_size} ranks in {layout.micro_batches} micro-batches "
+            f"cannot be shuffled by key batch-norm {mode} in groups of {group}: {why}; give {', '.join(flags)}"
         )
 
     def inputs(

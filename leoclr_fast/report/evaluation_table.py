@@ -11,13 +11,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from leoclr_fast.config_file import as_plain, differences, differing_fields
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.recipes import RECIPES, get_recipe
 from leoclr_fast.report.comparison import compared_methods
 from leoclr_fast.report.metrics_file import number
+from leoclr_fast.report.published import GAINS, Sizes, published_values
 from leoclr_fast.report.run_record import RunRecord, read_run
 
 METRICS = {
@@ -37,28 +38,6 @@ _TITLES = {"knn": "kNN", "linear_cached_features": "linear estimate (cached feat
 _NOT_PROTOCOL = {"seed", "weights_sha256"}
 
 
-class Sizes(NamedTuple):
-    """Of an evaluation's data; None where a result does not say."""
-
-    classes: int | None = None
-    train_images: int | None = None
-    """With labels."""
-    val_images: int | None = None
-    """That accuracies are reported on."""
-
-    def __str__(self) -> str:
-        classes, train, val = ("?" if size is None else f"{size:,}" for size in self)
-        return f"{classes} classes, {train} images learned from, {val} tested"
-
-
-PAPER_GAINS = {
-    "imagenet": (5.1, Sizes(1000, 1_281_167, 50_000)),
-    "stl10": (5.12, Sizes(10, 5000, 8000)),
-    "cifar10": (5.71, Sizes(10, 50_000, 10_000)),
-}
-"""Data of the recipe → by how many points of linear top-1 our method exceeds the baseline in the paper, and on what."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One metric over the runs of a column; NaN-free, and without a deviation where there is one run."""
@@ -68,6 +47,8 @@ class Cell:
     std: float | None
     by_seed: dict[str, float]
     """Seed (and the run's name where a seed comes twice) → the value of that run."""
+    published: float | None
+    """What was published for this network, data, number of epochs and protocol."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +66,8 @@ class Row:
     """LeOCLR less MoCo-v2, points, of the means over the runs; None unless there is one column of each."""
     difference_std: float | None
     """Over the seeds that both have, of their differences; None for fewer than two."""
-    paper_difference: float | None
-    """What the paper reports for it; None if that was found on other images, or if it cannot be known."""
+    in_the_paper: str | None
+    """"not stated" where the paper has a difference on these images, and does not state for what; a note tells it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +98,7 @@ class EvaluationTable:
     def as_markdown(self) -> str:
         """A table whose columns are padded, and the notes below it."""
         has_difference = any(row.difference is not None for row in self.rows)
-        has_paper = any(row.paper_difference is not None for row in self.rows)
+        has_paper = any(row.in_the_paper for row in self.rows)
         head = ["evaluation"]
         for column in self.columns:
             head += [column.title, "n"]
@@ -126,11 +107,12 @@ class EvaluationTable:
         for row in self.rows:
             cells = [row.label]
             for cell in row.cells:
-                cells += [_mean_std(cell.mean, cell.std), str(cell.n) if cell.n else ""]
+                published = "" if cell.published is None else f" (published: {cell.published:.1f})"
+                cells += [_mean_std(cell.mean, cell.std) + published, str(cell.n) if cell.n else ""]
             if has_difference:
                 cells.append(_mean_std(row.difference, row.difference_std, "+.2f"))
             if has_paper:
-                cells.append("" if row.paper_difference is None else f"{row.paper_difference:+.2f}")
+                cells.append(row.in_the_paper or "")
             lines.append(cells)
         widths = [max(len(line[place]) for line in lines) for place in range(len(head))]
         padded = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
@@ -186,11 +168,11 @@ def evaluation_table(paths: Sequence[Path]) -> EvaluationTable:
     for key, protocol in sorted(protocols.items(), key=lambda item: _rank(item[1], labels[item[0]])):
         for metric in (metric for metric in METRICS if metric in protocol.values):
             found = [[(run, evaluations[run][key]) for run in group if key in evaluations[run]] for group in groups]
-            cells = tuple(_cell(group, metric) for group in found)
+            cells = tuple(_cell(group, metric, notes) for group in found)
             difference, difference_std = _difference(*(cells[place] for place in both)) if both else (None, None)
-            paper_difference = None
+            in_the_paper = None
             if both and difference is not None and metric == "top1":
-                paper_difference = _paper_difference(protocol, [groups[place] for place in both], notes)
+                in_the_paper = _in_the_paper(protocol, [groups[place] for place in both], notes)
             rows.append(
                 Row(
                     label=f"{labels[key]}, {METRICS[metric]}",
@@ -201,10 +183,10 @@ def evaluation_table(paths: Sequence[Path]) -> EvaluationTable:
                     cells=cells,
                     difference=difference,
                     difference_std=difference_std,
-                    paper_difference=paper_difference,
+                    in_the_paper=in_the_paper,
                 )
             )
-    if any(row.paper_difference is not None for row in rows):
+    if any(row.in_the_paper for row in rows):
         notes += _deviations_from_the_paper(groups, list(protocols.values()))
     return EvaluationTable(columns=columns, rows=tuple(rows), notes=tuple(dict.fromkeys(notes)))
 
@@ -227,7 +209,9 @@ def _evaluations(run: RunRecord, notes: list[str]) -> dict[str, _Evaluation]:
             untrained=record.get("untrained", False),
             values=values,
             seed=record["settings"].get("seed"),
-            sizes=Sizes(record.get("classes"), record.get("train_images"), record.get("val_images")),
+            sizes=Sizes(
+                record.get("classes"), record.get("train_images"), record.get("val_images", record.get("test_images"))
+            ),
         )
         by_protocol.setdefault(found.key, {})[found.seed] = found
         weights = Path(record.get("weights", ""))
@@ -237,9 +221,14 @@ def _evaluations(run: RunRecord, notes: list[str]) -> dict[str, _Evaluation]:
     evaluated = {(one.settings.get("k"), one.settings.get("temperature"), one.untrained) for one in own.values()}
     in_training = [(run.knn if run.summary.get("complete") else {}, False), (run.knn_untrained, True)]
     for record, untrained in in_training:
-        settings = {"k": record.get("k"), "temperature": record.get("temperature"), "in_training": True}
+        k, temperature, features = (
+            record.get("k"),
+            record.get("temperature"),
+            run.setting("monitor.knn_features", "backbone"),
+        )
+        settings = {"k": k, "temperature": temperature, "features": features, "in_training": True}
         values = _values(record)
-        if values and (settings["k"], settings["temperature"], untrained) not in evaluated:
+        if values and (features != "backbone" or (k, temperature, untrained) not in evaluated):
             found = _Evaluation(evaluator="knn", settings=settings, untrained=untrained, values=values)
             own[found.key] = found
     return own
@@ -291,14 +280,19 @@ def _column(group: list[RunRecord], groups: list[list[RunRecord]], notes: list[s
     )
 
 
-def _cell(found: list[tuple[RunRecord, _Evaluation]], metric: str) -> Cell:
+def _cell(found: list[tuple[RunRecord, _Evaluation]], metric: str, notes: list[str]) -> Cell:
     by_seed: dict[str, float] = {}
     for run, evaluation in found:
         if metric in evaluation.values:
             seed = str(run.setting("result.seed", "?"))
             by_seed[seed if seed not in by_seed else f"{seed} ({run.path.name})"] = evaluation.values[metric]
     values = list(by_seed.values())
+    run, one = found[0] if found else (None, None)
+    published = None
+    if run is not None and one is not None and not one.untrained:
+        published = published_values(run, one.evaluator, one.settings, one.sizes, notes).get(metric)
     return Cell(
+        published=published,
         n=len(values),
         mean=statistics.mean(values) if values else None,
         std=statistics.stdev(values) if len(values) > 1 else None,
@@ -358,25 +352,30 @@ def _rank(protocol: _Evaluation, label: str) -> tuple[Any, ...]:
     return known, protocol.settings.get("percent") or 0.0, protocol.untrained, label
 
 
-def _paper_difference(protocol: _Evaluation, both: list[list[RunRecord]], notes: list[str]) -> float | None:
-    """The paper's gain, where an evaluation of both methods is on the images that it is for; else a note says why not.
+def _in_the_paper(protocol: _Evaluation, both: list[list[RunRecord]], notes: list[str]) -> str | None:
+    """ "not stated" where an evaluation of both methods is on the images of a gain that the paper reports: it says of
+    none all that it is for. A note tells the gain, or why it does not stand here.
 
-    They are known by their numbers, and by being of the data that the runs learned from. A recipe names its data:
+    Images are known by their numbers, and by being of the data that the runs learned from. A recipe names its data:
     leoclr_imagenet_200ep.
     """
     names = {group[0].recipe.partition("_")[2].partition("_")[0] for group in both}
     name = names.pop()
-    if names or name not in PAPER_GAINS or protocol.evaluator != "linear" or protocol.untrained:
+    if names or name not in GAINS or protocol.evaluator != "linear" or protocol.untrained:
         return None
-    (points, sizes), fingerprint = PAPER_GAINS[name], protocol.settings.get("data_fingerprint")
+    (gain, sizes, unstated), fingerprint = GAINS[name], protocol.settings.get("data_fingerprint")
+    networks = {str(group[0].setting("result.backbone.arch")) for group in both}
     strangers = [str(run.path) for group in both for run in group if run.data.get("fingerprint") != fingerprint]
-    left_out = f"the paper's gain for {name}, {points:+.2f}, does not stand beside this linear evaluation: "
-    if protocol.sizes != sizes:
+    left_out = f"the paper's gain for {name}, {gain}, does not stand beside this linear evaluation: "
+    if networks != {"resnet50"}:
+        notes.append(f"{left_out}it names ResNet-50 alone, and here is {', '.join(sorted(networks))}")
+    elif protocol.sizes != sizes:
         notes.append(f"{left_out}{sizes} there, {protocol.sizes} here")
     elif strangers:
         notes.append(f"{left_out}nothing says that {', '.join(strangers)} learned from the data it is on")
     else:
-        return points
+        notes.append(f"the paper reports {gain} for {name}, and does not state {unstated}")
+        return "not stated"
     return None
 
 

@@ -21,7 +21,7 @@ from leoclr_fast.evaluate.detection.config import DetectionConfig, DetectionOpti
 from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4
 from leoclr_fast.evaluate.detection.image_batches import BatchReader, ImageRequest, resized_boxes
 from leoclr_fast.evaluate.detection.train_detector import DetectorTraining, build_detector
-from leoclr_fast.evaluate.detection.voc import COCO_THRESHOLDS, read_voc, voc_average_precisions
+from leoclr_fast.evaluate.detection.voc import COCO_THRESHOLDS, published_rounding, read_voc, voc_average_precisions
 from leoclr_fast.evaluate.evaluation import Evaluation, Result, open_evaluation
 from leoclr_fast.evaluate.protocols import TrainingOptions
 from leoclr_fast.machine.precision import encoder_dtype, encoder_precision, settled
@@ -164,7 +164,8 @@ def _precisions(test: AnnotatedImages, detections: list[ImageDetections], config
         test.images, detections, test.classes, ignored_are_crowds=not voc
     )
     if voc:
-        eleven = voc_average_precisions(test.images, detections, len(test.classes))
+        rounded = published_rounding(detections) if config.published_rounding else detections
+        eleven = voc_average_precisions(test.images, rounded, len(test.classes))
         present = ~np.isnan(eleven[0])
         means = eleven[:, present].mean(axis=1) if present.any() else np.full(len(eleven), np.nan)
         precisions |= {

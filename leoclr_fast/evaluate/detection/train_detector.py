@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import ResNet
 
+from leoclr_fast.distributed.batch_statistics import BatchStatistics, batch_statistics
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d, replace_batchnorm
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage
@@ -136,22 +137,31 @@ class DetectorTraining:
 
     @torch.no_grad()
     def _average_statistics(self) -> None:
-        """Running statistics become plain means over the batches that would have come next."""
+        """Running statistics become mean and biased variance of all values in the batches that would have come next."""
         norms = [module for module in self.detector.modules() if isinstance(module, nn.BatchNorm2d)]
-        momenta = [norm.momentum for norm in norms]
-        own = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
-        averages = [torch.zeros_like(buffer) for buffer in own]
+        found: dict[nn.Module, BatchStatistics] = {}
+
+        def merge(norm: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            mean, variance, count = batch_statistics(inputs[0], self.ranks)
+            if norm in found:
+                before = found[norm]
+                count = count + before.num_values
+                share, shift = 1 - before.num_values / count, mean - before.mean
+                mean = before.mean + share * shift
+                variance = before.variance.lerp(variance, share) + share * (1 - share) * shift.square()
+            found[norm] = BatchStatistics(mean, variance, count)
+
+        hooks = [norm.register_forward_pre_hook(merge) for norm in norms]
         first = self.config.iterations
-        for norm in norms:
-            norm.momentum = 1.0  # so that the running statistics are those of the batch
         for number, batch in enumerate(self._batches(first, self.config.precise_bn_batches), start=1):
             self._seed_sampling(first + number)
             with encoder_precision(self.precision, self.reader.device):
                 self.detector(batch.images, batch.sizes, batch.targets)
-            torch._foreach_lerp_(averages, own, 1 / number)
-        torch._foreach_copy_(own, averages)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for hook in hooks:
+            hook.remove()
+        for norm, statistics in found.items():
+            norm.running_mean.copy_(statistics.mean)  # type: ignore[operator, union-attr]
+            norm.running_var.copy_(statistics.variance)  # type: ignore[operator, union-attr]
 
     def _batches(self, start: int, number: int) -> Iterator[DetectionBatch]:
         """This rank's part of `number` global batches."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,20 @@ def voc_average_precisions(
             precision = true_positives / np.arange(1, len(true_positives) + 1)
             precisions[row, label] = eleven_point_average(recall, precision)
     return precisions
+
+
+def published_rounding(detections: Sequence[ImageDetections]) -> list[ImageDetections]:
+    """Detections as detectron2's VOC evaluator writes them into its files: scores with 3 decimals, corners with one,
+    counted from pixel 1."""
+
+    def written(values: Floats, decimals: int) -> Floats:
+        return np.array([f"{value:.{decimals}f}" for value in values.ravel()], dtype=np.float64).reshape(values.shape)
+
+    from_one = np.array([1, 1, 0, 0])
+    return [
+        replace(found, boxes=written(found.boxes + from_one, 1) - from_one, scores=written(found.scores, 3))
+        for found in detections
+    ]
 
 
 def eleven_point_average(recall: Floats, precision: Floats) -> float:

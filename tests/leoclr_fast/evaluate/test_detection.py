@@ -26,7 +26,13 @@ from leoclr_fast.evaluate.detection.coco import coco_average_precisions, read_co
 from leoclr_fast.evaluate.detection.config import DetectionProtocol
 from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4, region_losses
 from leoclr_fast.evaluate.detection.image_batches import BatchReader, GroupedOrder, ImageRequest, resized_size
-from leoclr_fast.evaluate.detection.voc import VOC_CLASSES, eleven_point_average, read_voc, voc_average_precisions
+from leoclr_fast.evaluate.detection.voc import (
+    VOC_CLASSES,
+    eleven_point_average,
+    published_rounding,
+    read_voc,
+    voc_average_precisions,
+)
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.run.checkpoint import list_checkpoints, load_checkpoint
 from leoclr_fast.run.folder import RunFolder
@@ -503,17 +509,17 @@ def test_a_stopped_detection_continues_exactly(
     assert "holds another evaluation: iterations: 6 there, 7 here" in message
 
 
-def test_running_statistics_are_means_over_batches(
+def test_running_statistics_are_those_of_all_values(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path
 ) -> None:
-    """The first batch-norm's mean is the mean over the batches of the convolution's output, not a moving average."""
+    """The first batch-norm's mean and biased variance are those of the convolution's outputs for all of the batches."""
     line = detect_line(backbone_run, voc, tmp_path / "out", "--iterations=2", "--train-sides", "64", "--precision=fp64")
     succeeded(capsys, *line)
     state = load_checkpoint(list_checkpoints(tmp_path / "out")[-1])["detector"]
     assert int(state["c4.bn1.num_batches_tracked"]) == 4
     images = [i for i in read_voc(voc, ["VOC2007/trainval"]).images if len(i.labels)]
     order = GroupedOrder(wide=np.array([i.width > i.height for i in images]), batch_size=4, seed=0)
-    means = []
+    outputs = []
     reader = BatchReader(
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), max_side=160, with_ignored=True,
         workers=1, device=torch.device("cpu"), dtype=torch.float64,
@@ -525,9 +531,25 @@ def test_running_statistics_are_means_over_batches(
         return ImageRequest(image=images[draw.index], side=64, flipped=bool(flip))
 
     for batch in reader.read([request(draw) for draw in draws] for draws in islice(order.batches(2), 2)):
-        outputs = torch.nn.functional.conv2d(batch.images, state["c4.conv1.weight"], stride=2, padding=3)
-        means.append(outputs.mean(dim=(0, 2, 3)))
-    torch.testing.assert_close(state["c4.bn1.running_mean"], torch.stack(means).mean(dim=0), rtol=1e-9, atol=1e-12)
+        convolved = torch.nn.functional.conv2d(batch.images, state["c4.conv1.weight"], stride=2, padding=3)
+        outputs.append(convolved.transpose(0, 1).flatten(1))
+    variance, mean = torch.var_mean(torch.cat(outputs, dim=1), dim=1, correction=0)
+    torch.testing.assert_close(state["c4.bn1.running_mean"], mean, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(state["c4.bn1.running_var"], variance, rtol=1e-9, atol=1e-12)
+
+
+def test_published_rounding() -> None:
+    """As detectron2 writes them: scores with three decimals, which ties these two, corners from pixel 1 with one."""
+    found = ImageDetections(
+        boxes=np.array([[0.04, 1.26, 10.06, 20.0], [-0.5, 0.96, 7.24, 8.25]]),
+        scores=np.array([0.81239, 0.8116]),
+        labels=np.array([1, 0]),
+    )
+    (rounded,) = published_rounding([found])
+    assert rounded.scores.tolist() == [0.812, 0.812]
+    np.testing.assert_allclose(rounded.boxes, [[0.0, 1.3, 10.1, 20.0], [-0.5, 1.0, 7.2, 8.2]], atol=1e-9)
+    assert rounded.labels.tolist() == [1, 0]
+    assert not DetectionProtocol().config().published_rounding
 
 
 def test_coco_layout(capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path) -> None:

@@ -1,0 +1,134 @@
+"""Published accuracies, each beside the network, data, length and protocol that it was published for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from leoclr_fast.config_file import as_plain, differing_fields
+from leoclr_fast.evaluate.detection.config import DetectionProtocol
+from leoclr_fast.evaluate.protocols import LinearProtocol
+from leoclr_fast.recipes import get_recipe
+from leoclr_fast.report.run_record import RunRecord
+
+_NOT_COMPARED = ("seed", "holdout_seed")
+
+
+class Sizes(NamedTuple):
+    """Of an evaluation's data; None where a result does not say."""
+
+    classes: int | None = None
+    train_images: int | None = None
+    """With labels."""
+    val_images: int | None = None
+    """That accuracies are reported on."""
+
+    def __str__(self) -> str:
+        classes, train, val = ("?" if size is None else f"{size:,}" for size in self)
+        return f"{classes} classes, {train} images learned from, {val} tested"
+
+
+_IMAGENET, _CIFAR10 = Sizes(1000, 1_281_167, 50_000), Sizes(10, 50_000, 10_000)
+
+GAINS = {
+    "imagenet": ("+5.1 in linear evaluation", _IMAGENET, "after how many epochs"),
+    "stl10": ("+5.12", Sizes(10, 5000, 8000), "by which protocol, network and number of epochs"),
+    "cifar10": ("+5.71", _CIFAR10, "by which protocol, network and number of epochs"),
+}
+"""Data of the recipe → what the LeOCLR paper reports over MoCo-v2, on which images, and what it does not state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """The result of one evaluation, in percent."""
+
+    recipe: str
+    """The configuration that has its network, data, epochs and settings."""
+    pretrain_images: int
+    evaluator: str
+    protocol: Mapping[str, Any]
+    """Settings of the evaluation."""
+    sizes: Sizes
+    """Of the evaluation's data; None where it is that of the run."""
+    values: Mapping[str, float]
+    source: str
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in as_plain(get_recipe(self.recipe).result).items() if name not in _NOT_COMPARED
+        }
+
+    def departures(self, run: RunRecord, settings: Mapping[str, Any], sizes: Sizes) -> list[str]:
+        """In what a run and its evaluation are not what this was published for."""
+        own = {name: value for name, value in run.setting("result", {}).items() if name not in _NOT_COMPARED}
+        used = {name: settings[name] for name in self.protocol if name in settings}
+        lines = differing_fields(self.result, own)
+        lines += differing_fields({name: self.protocol[name] for name in used}, used)
+        if run.data.get("images") != self.pretrain_images:
+            lines.append(f"images of pretraining: {self.pretrain_images:,} there, {run.data.get('images', '?')} here")
+        if sizes != self.sizes:
+            lines.append(f"data of the evaluation: {self.sizes} there, {sizes} here")
+        own_data = run.data.get("fingerprint")
+        if settings.get("data_fingerprint", own_data) != own_data:
+            lines.append("it learned from other data than it is evaluated on")
+        return lines
+
+
+_VOC = as_plain(DetectionProtocol(published_rounding=True).config())
+_LINEAR = {**as_plain(LinearProtocol()), "max_images": None}
+_MOCO = "MoCo-v2 (Chen, Fan, Girshick, He 2020)"
+PUBLISHED = (
+    *(
+        Published(
+            recipe=f"mocov2_imagenet_{epochs}ep",
+            pretrain_images=1_281_167,
+            evaluator=evaluator,
+            protocol=protocol,
+            sizes=sizes,
+            values=values,
+            source=_MOCO,
+        )
+        for epochs, top1, voc in ((200, 67.5, (57.0, 82.4, 63.6)), (800, 71.1, (57.4, 82.5, 64.0)))
+        for evaluator, protocol, sizes, values in (
+            ("linear", _LINEAR, _IMAGENET, {"top1": top1}),
+            (
+                "detect-voc",
+                _VOC,
+                Sizes(None, 16_551, 4952),
+                dict(zip(("ap_11point", "ap50_11point", "ap75_11point"), voc, strict=True)),
+            ),
+        )
+    ),
+    Published(
+        recipe="mocov2_cifar10_demo",
+        pretrain_images=50_000,
+        evaluator="knn",
+        protocol={"k": 200, "temperature": 0.1, "features": "projection"},
+        sizes=Sizes(),
+        values={"top1": 82.6},
+        source="MoCo's CIFAR-10 demo",
+    ),
+)
+
+
+def published_values(
+    run: RunRecord, evaluator: str, settings: Mapping[str, Any], sizes: Sizes, notes: list[str]
+) -> Mapping[str, float]:
+    """What was published for exactly this; empty if nothing was. Where the run's recipe has a figure by this kind of
+    evaluation that is not for it, a note says why."""
+    for figure in PUBLISHED:
+        if figure.evaluator != evaluator:
+            continue
+        departures = figure.departures(run, settings, sizes)
+        if not departures:
+            return figure.values
+        if figure.recipe == run.recipe:
+            found = ", ".join(f"{name} {value}" for name, value in figure.values.items())
+            notes.append(
+                f"{figure.source} reports {found} for {figure.recipe}, which is not for {run.path}: "
+                + "; ".join(departures)
+            )
+    return {}
