@@ -202,11 +202,13 @@ def test_the_default_setting_is_the_papers():
         result = BenchSetting().result(method)  # type: ignore[arg-type]
         assert departures_from_paper(result) == []
         assert result.method.name == method
-        assert (result.batch_size, result.method.key_batchnorm) == (256, "split")
+        batchnorms = result.method.key_batchnorm, result.method.query_batchnorm
+        assert (result.batch_size, *batchnorms) == (256, "shuffle", "split")
     changed = BenchSetting(arch="resnet18", key_passes="joint").result("leoclr")
     assert departures_from_paper(changed) == ["arch resnet18 (not resnet50)", "key passes joint (not separate)"]
     header = setting_header(BenchSetting().result("leoclr"), CPU, DEVICE)
     assert header.endswith("[paper setting]")
+    assert "key batch-norm shuffle in groups of 32, query batch-norm split in groups of 32" in header
     assert "CPU" in header
 
 

@@ -282,20 +282,6 @@ class TestFoldedEncoder:
         torch.testing.assert_close(training.method.queue.keys, unfolded.method.queue.keys, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("num_images", "num_groups"), [(12, 3), (13, 3), (4, 1)])
-def test_batch_norm_in_groups_for_the_compiler_is_the_same(num_images: int, num_groups: int) -> None:
-    torch.manual_seed(0)
-    module = torch.nn.Sequential(torch.nn.BatchNorm2d(5).double())
-    torch.nn.init.normal_(module[0].weight)
-    convert_key_batchnorm(module, MethodConfig(key_batchnorm="split", key_batchnorm_group=4), Ranks())
-    norm = module[0]
-    assert isinstance(norm, KeyBatchNorm2d)
-    images = (3 + torch.randn(num_images, 5, 6, 6, dtype=torch.float64)).contiguous(memory_format=torch.channels_last)
-    eager, compiled = norm(images), norm._normalise_groups_for_compiler(images, num_groups)
-    assert eager.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-13)
-
-
 @pytest.mark.parametrize(
     ("mode", "micro_batches", "sizes"),
     [
