@@ -36,7 +36,7 @@ def departures_from_paper(result: ResultConfig) -> list[str]:
 def batchnorms(result: ResultConfig) -> tuple[str, str]:
     """Batch-norm of keys and of queries, in words; on one device, split keys are shuffled ones."""
     method = result.method
-    key = "shuffle" if method.key_batchnorm == "split" else method.key_batchnorm
+    key: str = "shuffle" if method.key_batchnorm == "split" else method.key_batchnorm
     key += f" in groups of {method.key_batchnorm_group}" if key == "shuffle" else ""
     query = f"split in groups of {method.query_batchnorm_group}" if method.query_batchnorm == "split" else ""
     return key, query or method.query_batchnorm

@@ -287,10 +287,10 @@ def _cell(found: list[tuple[RunRecord, _Evaluation]], metric: str, notes: list[s
             seed = str(run.setting("result.seed", "?"))
             by_seed[seed if seed not in by_seed else f"{seed} ({run.path.name})"] = evaluation.values[metric]
     values = list(by_seed.values())
-    run, one = found[0] if found else (None, None)
     published = None
-    if run is not None and one is not None and not one.untrained:
-        published = published_values(run, one.evaluator, one.settings, one.sizes, notes).get(metric)
+    for run, one in found[:1]:
+        if not one.untrained:
+            published = published_values(run, one.evaluator, one.settings, one.sizes, notes).get(metric)
     return Cell(
         published=published,
         n=len(values),

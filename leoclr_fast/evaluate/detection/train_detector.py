@@ -160,8 +160,8 @@ class DetectorTraining:
         for hook in hooks:
             hook.remove()
         for norm, statistics in found.items():
-            norm.running_mean.copy_(statistics.mean)  # type: ignore[operator, union-attr]
-            norm.running_var.copy_(statistics.variance)  # type: ignore[operator, union-attr]
+            norm.running_mean.copy_(statistics.mean)  # type: ignore[operator]
+            norm.running_var.copy_(statistics.variance)  # type: ignore[operator]
 
     def _batches(self, start: int, number: int) -> Iterator[DetectionBatch]:
         """This rank's part of `number` global batches."""
