@@ -5,10 +5,11 @@ PyYAML is imported where a file is read or written: a machine that only measures
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from dataset_tools.schema import FileContentError, convert
 
 Config = TypeVar("Config")
 
@@ -23,15 +24,27 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(as_plain(config), sort_keys=False)
 
 
-def from_yaml(config_type: type[Config], text: str, origin: str) -> Config:
-    """The dataclass that `to_yaml` wrote. Raises ValueError, naming `origin` and the field, if it does not fit."""
+def load_yaml(text: str | bytes, origin: str) -> Any:
+    """YAML as plain values. Raises FileContentError; aliases are refused, with which few lines become any size."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"it holds the alias *{self.peek_event().anchor}, and none is allowed")
+            return super().compose_node(parent, index)
+
     try:
-        document = yaml.safe_load(text)
-        return _build(config_type, document, "")
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"{origin} cannot be read as a {config_type.__name__}: {error}") from error
+        return yaml.load(text, Loader)
+    except RecursionError as error:
+        raise FileContentError(f"{origin} is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise FileContentError(f"{origin} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def from_yaml(config_type: type[Config], text: str | bytes, origin: str) -> Config:
+    """The dataclass that `to_yaml` wrote. Raises ValueError, naming `origin` and the field, if it does not fit."""
+    return from_plain(config_type, load_yaml(text, origin), origin)
 
 
 def from_plain(config_type: type[Config], plain: Any, origin: str) -> Config:
@@ -39,10 +52,13 @@ def from_plain(config_type: type[Config], plain: Any, origin: str) -> Config:
 
     Raises ValueError, naming `origin` and the field, if it does not fit.
     """
-    try:
-        return _build(config_type, plain, "")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{origin} cannot be read as a {config_type.__name__}: {error}") from error
+    config = convert(plain, config_type, origin)
+    known = flat(as_plain(config))
+    unknown = sorted(flat(plain).keys() - known.keys() - _RETIRED)
+    if unknown:
+        there = [name for name in known if name.rpartition(".")[0] == unknown[0].rpartition(".")[0]]
+        raise FileContentError(f"{origin}: unknown field {unknown[0]}; known there: {', '.join(there)}")
+    return config
 
 
 def as_plain(config: Any) -> dict[str, Any]:
@@ -79,29 +95,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _build(kind: Any, value: Any, path: str) -> Any:
-    if isinstance(kind, type) and is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{path or 'the document'} must be a mapping, not {value!r}")
-        hints = get_type_hints(kind)
-        names = [field.name for field in fields(kind)]
-        value = {key: item for key, item in value.items() if f"{path}{key}" not in _RETIRED}
-        unknown = sorted(value.keys() - set(names))
-        if unknown:
-            raise ValueError(f"unknown field {path}{unknown[0]}; known here: {', '.join(names)}")
-        return kind(**{key: _build(hints[key], item, f"{path}{key}.") for key, item in value.items()})
-    if get_origin(kind) is tuple:
-        kinds = get_args(kind)
-        return tuple(_build(item_kind, item, path) for item_kind, item in zip(kinds, value, strict=True))
-    if get_origin(kind) in (Union, types.UnionType):
-        inner = [option for option in get_args(kind) if option is not type(None)]
-        return None if value is None else _build(inner[0], value, path)
-    if kind is float and isinstance(value, int | float):
-        return float(value)
-    if isinstance(kind, type) and not isinstance(value, kind):
-        raise ValueError(f"{path.rstrip('.')} must be {kind.__name__}, not {value!r}")
-    if get_args(kind) and value not in get_args(kind):
-        raise ValueError(f"{path.rstrip('.')} must be one of {', '.join(map(str, get_args(kind)))}, not {value!r}")
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from dataset_tools.limits import unknown
+from dataset_tools.schema import read_json
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
@@ -35,6 +35,7 @@ from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.method.methods import method_class
+from leoclr_fast.run.documents import DataDescription, Environment
 from leoclr_fast.run.environment import environment
 from leoclr_fast.run.folder import RunFolder
 from pipelines.factory import settle_loader
@@ -122,9 +123,9 @@ def as_run_loads(folder: RunFolder, config: LoaderBenchConfig) -> tuple[LoaderBe
     """
     run = folder.read_config()
     try:
-        data = Path(json.loads(folder.data_file.read_text())["path"])
-        world_size = int(json.loads(folder.environment_file.read_text())["world_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        data = Path(read_json(folder.data_file, DataDescription).path)
+        world_size = read_json(folder.environment_file, Environment).world_size
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{folder.path} does not say on which images it was trained ({error}); give --data PATH instead"
         ) from error

@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from leoclr_fast.run.folder import write_atomically
+from dataset_tools.files import write_file
 
 
 def command_line(name: str, *paths: Path | None) -> str:
@@ -29,6 +29,6 @@ def write_page(path: Path | None, page: str) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, page.encode())
+        write_file(path, page.encode())
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error

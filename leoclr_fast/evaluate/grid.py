@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import save
 from torch import nn
 
+from dataset_tools.files import write_file
 from dataset_tools.sources import Split
 from dataset_tools.splits import hold_out
 from leoclr_fast.evaluate.accuracy import Accuracy, accuracy
@@ -24,7 +25,7 @@ from leoclr_fast.evaluate.evaluation import Evaluation
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters, fine_tune
 from leoclr_fast.evaluate.protocols import Metric
-from leoclr_fast.run.folder import write_atomically, write_json
+from leoclr_fast.run.folder import write_json
 from leoclr_fast.run.stepper import Stepper
 from leoclr_fast.run.telemetry import ProgressDisplay
 from pipelines.config import ViewConfig
@@ -78,7 +79,7 @@ class GridSearch:
             unreadable = training.loaders.unreadable_images()
         if ranks.is_main:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-            write_atomically(path / "network.safetensors", save(tensors))
+            write_file(path / "network.safetensors", save(tensors))
         return {
             **asdict(found),
             "metric": self.metric,

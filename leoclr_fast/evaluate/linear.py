@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dataset_tools.files import write_file
 from dataset_tools.sources import Split
 from dataset_tools.splits import hold_out
 from leoclr_fast.config_file import as_plain
@@ -36,7 +37,6 @@ from leoclr_fast.evaluate.features import encode_batch, extract_features
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
 from leoclr_fast.evaluate.protocols import LinearProtocol, TrainingOptions
 from leoclr_fast.machine.precision import encoder_dtype, settled
-from leoclr_fast.run.folder import write_atomically
 from leoclr_fast.run.stepper import Stepper, endless
 from leoclr_fast.run.telemetry import ProgressDisplay
 from leoclr_fast.weights.backbone_file import weights_sha256
@@ -142,7 +142,7 @@ def _evaluate(
         if ranks.is_main:
             tensors = {"fc.weight": classifiers.weight[chosen], "fc.bias": classifiers.bias[chosen]}
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            write_atomically(evaluation.path / "classifier.safetensors", save(tensors))
+            write_file(evaluation.path / "classifier.safetensors", save(tensors))
         return {
             **asdict(found),
             "lr": protocol.lrs[chosen],

@@ -105,7 +105,10 @@ def speed_range(run: RunRecord) -> tuple[float, float]:
 def differing_environment(runs: list[RunRecord]) -> dict[str, list[Any]]:
     """As `differences`, of what the runs were made on and with, and of their data."""
     return differences(
-        [{"data": {key: run.data.get(key) for key in ("fingerprint", "images")}, **run.environment} for run in runs]
+        [
+            {"data": {"fingerprint": run.data.fingerprint, "images": run.data.images}, **run.environment.as_plain()}
+            for run in runs
+        ]
     )
 
 

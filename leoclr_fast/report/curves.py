@@ -40,8 +40,8 @@ def plots_of(runs: list[RunRecord], reference: Reference | None) -> list[Plot]:
         return [
             Curve(
                 label=label or run.label,
-                x=x_of(run, np.array([record["step"] for record in run.metrics.knn], dtype=np.float64)),
-                y=np.array([number(record.get(key)) for record in run.metrics.knn]),
+                x=x_of(run, np.array([record.step for record in run.metrics.knn], dtype=np.float64)),
+                y=np.array([number(getattr(record, key)) for record in run.metrics.knn]),
                 style=place + style,
                 markers=True,
             )

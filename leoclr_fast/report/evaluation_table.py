@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from leoclr_fast.config_file import as_plain, differences, differing_fields
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.recipes import RECIPES, get_recipe
@@ -197,12 +199,12 @@ def _evaluations(run: RunRecord, notes: list[str]) -> dict[str, _Evaluation]:
     for record in run.evaluations:
         if not (values := _values(record)):
             continue
-        if "settings" not in record:
+        if record.get("settings") is None:
             notes.append(f"{run.path}: a result of {record['evaluator']} is left out, since it names no settings")
             continue
         settings = {name: value for name, value in record["settings"].items() if name not in _NOT_PROTOCOL}
         if record.get("whole_test_set") is False:
-            settings["test_images"] = record["test_images"]
+            settings["test_images"] = record.get("test_images")
         found = _Evaluation(
             evaluator=record["evaluator"],
             settings=settings,
@@ -215,20 +217,17 @@ def _evaluations(run: RunRecord, notes: list[str]) -> dict[str, _Evaluation]:
         )
         by_protocol.setdefault(found.key, {})[found.seed] = found
         weights = Path(record.get("weights", ""))
-        if weights.parent.name == "checkpoints" and run.summary.get("complete"):
+        if weights.parent.name == "checkpoints" and run.summary.complete:
             notes.append(f"{run.path}: {found.evaluator} is of the checkpoint {weights.name}, not of the final weights")
     own = {key: _mean_over_seeds(list(several.values())) for key, several in by_protocol.items()}
     evaluated = {(one.settings.get("k"), one.settings.get("temperature"), one.untrained) for one in own.values()}
-    in_training = [(run.knn if run.summary.get("complete") else {}, False), (run.knn_untrained, True)]
-    for record, untrained in in_training:
-        k, temperature, features = (
-            record.get("k"),
-            record.get("temperature"),
-            run.setting("monitor.knn_features", "backbone"),
-        )
-        settings = {"k": k, "temperature": temperature, "features": features, "in_training": True}
-        values = _values(record)
-        if values and (features != "backbone" or (k, temperature, untrained) not in evaluated):
+    features = run.setting("monitor.knn_features", "backbone")
+    for knn, untrained in ((run.knn if run.summary.complete else None, False), (run.knn_untrained, True)):
+        if knn is None:
+            continue
+        settings = {"k": knn.k, "temperature": knn.temperature, "features": features, "in_training": True}
+        values = _values(to_builtins(knn))
+        if values and (features != "backbone" or (knn.k, knn.temperature, untrained) not in evaluated):
             found = _Evaluation(evaluator="knn", settings=settings, untrained=untrained, values=values)
             own[found.key] = found
     return own
@@ -260,7 +259,7 @@ def _groups(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         result = {key: value for key, value in run.setting("result", {}).items() if key != "seed"}
-        images = run.data.get("fingerprint"), run.synthetic
+        images = run.data.fingerprint, run.synthetic
         groups.setdefault(json.dumps([result, images], sort_keys=True, default=str), []).append(run)
     return sorted(groups.values(), key=lambda group: group[0].method in baselines)
 
@@ -274,7 +273,7 @@ def _column(group: list[RunRecord], groups: list[list[RunRecord]], notes: list[s
     seeds = tuple(str(one.setting("result.seed", "?")) for one in group)
     if len(set(seeds)) < len(seeds):
         notes.append(f"{title}: several runs have the same seed, so their spread says less")
-    notes += [f"{one.path} is not finished: {one.state.sentence}" for one in group if not one.summary.get("complete")]
+    notes += [f"{one.path} is not finished: {one.state.sentence}" for one in group if not one.summary.complete]
     return Column(
         title=title, method=run.method, recipe=run.recipe, runs=tuple(str(one.path) for one in group), seeds=seeds
     )
@@ -365,7 +364,7 @@ def _in_the_paper(protocol: _Evaluation, both: list[list[RunRecord]], notes: lis
         return None
     (gain, sizes, unstated), fingerprint = GAINS[name], protocol.settings.get("data_fingerprint")
     networks = {str(group[0].setting("result.backbone.arch")) for group in both}
-    strangers = [str(run.path) for group in both for run in group if run.data.get("fingerprint") != fingerprint]
+    strangers = [str(run.path) for group in both for run in group if run.data.fingerprint != fingerprint]
     left_out = f"the paper's gain for {name}, {gain}, does not stand beside this linear evaluation: "
     if networks != {"resnet50"}:
         notes.append(f"{left_out}it names ResNet-50 alone, and here is {', '.join(sorted(networks))}")

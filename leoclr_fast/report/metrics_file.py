@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -12,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import convert
 
-FORMAT = 1
-"""Of the records. A reader that meets a higher number shows what it knows, and says so."""
+from dataset_tools.files import open_regular
+from leoclr_fast.run.documents import FORMAT, RECORDS, AnyRecord, End, Knn, Record, Start, Warned, read_line
 
 _METRIC_NAMES = ("positive_similarity", "negative_similarity")  # of logs that do not name their method's
 _STEP_LINE = b'{"kind": "step"'  # as MetricsLog writes it
@@ -39,10 +39,10 @@ class MetricsFile:
     """
 
     path: Path
-    knn: list[dict[str, Any]] = field(default_factory=list)
-    starts: list[dict[str, Any]] = field(default_factory=list)
-    ends: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[dict[str, Any]] = field(default_factory=list)
+    knn: list[Knn] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
+    ends: list[End] = field(default_factory=list)
+    warnings: list[Warned] = field(default_factory=list)
     last_mark: str = ""
     """The kind of the newest record that is a start or an end: `start` in a run that has not recorded its end."""
     num_step_records: int = 0
@@ -63,7 +63,7 @@ class MetricsFile:
     def update(self) -> bool:
         """Read what is new; whether there was something. A file that was replaced or cut is read from its start."""
         try:
-            file = open(self.path, "rb")  # noqa: SIM115 - closed by the with below
+            file = open_regular(self.path)
         except OSError:
             return False
         with file:
@@ -104,13 +104,13 @@ class MetricsFile:
     @property
     def metric_names(self) -> Sequence[str]:
         """What the run's method logs beside the loss and the gradient norm."""
-        names: Sequence[str] = self.starts[-1].get("metrics", _METRIC_NAMES) if self.starts else _METRIC_NAMES
-        return names
+        names = self.starts[-1].metrics if self.starts else None
+        return _METRIC_NAMES if names is None else names
 
     @property
     def format(self) -> int:
         """The newest format of the records."""
-        return max((int(start.get("format", FORMAT)) for start in self.starts), default=FORMAT)
+        return max((start.format for start in self.starts), default=FORMAT)
 
     @property
     def num_steps_kept(self) -> int:
@@ -125,7 +125,7 @@ class MetricsFile:
     @property
     def last_step(self) -> int:
         """The newest step of any record."""
-        newest = [self.last.get("step", 0), *(records[-1]["step"] for records in (self.knn, self.ends) if records)]
+        newest = [self.last.get("step", 0), *(each[-1].step for each in (self.knn, self.ends) if each)]
         return int(max(newest))
 
     @property
@@ -134,26 +134,30 @@ class MetricsFile:
         return sum(end - start for start, end in self._segments) if self._segments else math.nan
 
     def _parse(self, line: bytes) -> None:
-        """Take a record in; one without a kind and the number of a step is damaged."""
+        """Take a record in; one that lacks what its kind must have is damaged."""
         try:
-            record = json.loads(line)
-            kind, step = record["kind"], float(record["step"])
-        except (ValueError, TypeError, KeyError):
+            document = read_line(line, Record)
+            kind = document["kind"]
+            record: AnyRecord = convert(document, RECORDS.get(kind, Record))
+        except ValueError:
             self.num_damaged_lines += bool(line.strip())
             return
-        self._note_time(kind, number(record.get("unix_s")))
-        match kind:
-            case "step":
-                self._add_step(step, record)
-            case "knn":
-                while self.knn and self.knn[-1]["step"] >= step:
+        self._note_time(kind, number(document.get("unix_s")))
+        match record:
+            case Knn():
+                while self.knn and self.knn[-1].step >= record.step:
                     self.knn.pop()
                 self.knn.append(record)
-            case "start" | "end":
-                (self.starts if kind == "start" else self.ends).append(record)
+            case Start():
+                self.starts.append(record)
                 self.last_mark = kind
-            case "warning":
+            case End():
+                self.ends.append(record)
+                self.last_mark = kind
+            case Warned():
                 self.warnings.append(record)
+            case _ if kind == "step":
+                self._add_step(float(record.step), document)
             case _:
                 self.unknown_kinds.add(kind)
 

@@ -11,19 +11,24 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from msgspec import to_builtins
+
+from dataset_tools.files import write_file
 from dataset_tools.images import decode_rgb
 from leoclr_fast.config_file import differences, flat
 from leoclr_fast.recipes import RECIPES
 from leoclr_fast.report.comparison import differing_environment, find_pairs, speed_range
 from leoclr_fast.report.curves import plots_of
 from leoclr_fast.report.evaluation_table import METRICS
+from leoclr_fast.report.metrics_file import number
 from leoclr_fast.report.plots import MAX_POINTS, drawn
 from leoclr_fast.report.reference import find_reference
 from leoclr_fast.report.rendering import rendered, shown_value
 from leoclr_fast.report.reproduce import changed_settings, reproducing_command
 from leoclr_fast.report.run_record import RunRecord, read_run, when
 from leoclr_fast.report.sentence import as_sentence, bottleneck, bound_clause, summary_sentence
-from leoclr_fast.run.folder import RunFolder, write_atomically
+from leoclr_fast.run.documents import End, Start
+from leoclr_fast.run.folder import RunFolder
 
 _TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 _POINTS_OF_A_PAGE = 3200  # of each plot, over all runs: keeps twenty runs under 2 MB
@@ -44,7 +49,7 @@ def write_report(paths: list[Path], out: Path) -> dict[str, Any]:
     runs = [read_run(path) for path in paths]
     page = page_of(runs).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page)
+    write_file(out, page)
     return {"out": str(out), "bytes": len(page), "runs": [_digest(run) for run in runs]}
 
 
@@ -80,7 +85,7 @@ def page_of(runs: list[RunRecord]) -> str:
         expected=f"Expected curve: {reference.source}." if reference is not None else no_reference,
         views=views,
         results=[row for run in runs for row in _results(run)],
-        commands=[(run, reproducing_command(run)) for run in runs],
+        commands=[(run, words and shlex.join(words)) for run in runs for words in [reproducing_command(run)]],
         warnings=[(run, run.notes(), lists) for run in runs if (lists := _lists(run)) or run.notes()],
         **_throughput(runs),
         **(_of_one_run(runs[0]) if single else _differences(runs)),
@@ -119,28 +124,28 @@ def _throughput(runs: list[RunRecord]) -> dict[str, Any]:
         "bound": as_sentence(bound_clause(runs[0])),
         "remedy": as_sentence(found.remedy) if found else "",
         "loader_commands": loader_commands,
-        "synthetic_command": None if command is None else _with_synthetic_images(command),
+        "synthetic_command": None if command is None else shlex.join(_with_synthetic_images(command)),
     }
 
 
 def _loader_ceilings(run: RunRecord) -> list[tuple[str, float]]:
     """What `bench loader --run` has measured: decoding alone, where the loader decodes, and the loader alone."""
-    rows = run.loader_bench.get("rows", [])
-    found = [(f"the loader {row['loader']} alone", row["images_per_s"]) for row in rows]
-    if all(row["loader"] != "resident" for row in rows):
-        ceilings = run.loader_bench.get("ceilings", [])
-        found += [("decoding alone", row["images_per_s"]) for row in ceilings if row["loader"] == "decode-only"]
+    rows = run.loader_bench.rows
+    found = [(f"the loader {row.loader} alone", row.images_per_s) for row in rows]
+    if all(row.loader != "resident" for row in rows):
+        ceilings = run.loader_bench.ceilings
+        found += [("decoding alone", row.images_per_s) for row in ceilings if row.loader == "decode-only"]
     return found
 
 
-def _with_synthetic_images(command: str) -> str:
-    words = command.split(" ")
+def _with_synthetic_images(words: list[str]) -> list[str]:
+    words = list(words)
     for flag in ("--loader.name", "--max-steps"):
         if flag in words:
             at = words.index(flag)
             del words[at : at + 2]
     words[words.index("--out") + 1] = "RUN-synthetic"
-    return " ".join([*words, "--loader", "synthetic", "--max-steps", "200"])
+    return [*words, "--loader", "synthetic", "--max-steps", "200"]
 
 
 def _comparison(runs: list[RunRecord]) -> dict[str, Any]:
@@ -181,25 +186,25 @@ def _contact_sheet(run: RunRecord) -> dict[str, Any] | None:
 def _results(run: RunRecord) -> list[list[str]]:
     """What evaluators found, in training (its first and last kNN) and afterwards: a row for each evaluation."""
     rows = []
-    for record in [run.metrics.knn[0], *run.metrics.knn[1:][-1:]] if run.metrics.knn else []:
-        cells = _result_cells(record, ("kind", "step", "epoch", "unix_s"))
-        rows.append([run.label, "knn", *cells, f"in training, epoch {record['epoch']:g}"])
+    for knn in [run.metrics.knn[0], *run.metrics.knn[1:][-1:]] if run.metrics.knn else []:
+        cells = _result_cells(to_builtins(knn), ("step", "epoch"))
+        rows.append([run.label, "knn", *cells, f"in training, epoch {knn.epoch:g}"])
     for record in run.evaluations:
-        place = when(record["unix_s"]) if "unix_s" in record else ""
+        place = when(record["unix_s"]) if record.get("unix_s") is not None else ""
         rows.append([run.label, record["evaluator"], *_result_cells(record, ("evaluator", "unix_s")), place])
     return rows
 
 
 def _result_cells(record: dict[str, Any], left_out: tuple[str, ...]) -> list[str]:
     """What was found, and everything else the evaluator said, but for lists and tables."""
-    nested = record.get("settings", {})
+    nested = record.get("settings") or {}
     found, settings = [], []
     for key, value in {**nested, **record}.items():
         if key in left_out or value is None or value == "" or isinstance(value, dict | list):
             continue
         shown = f"{value[:12]}…" if isinstance(value, str) and _DIGEST.fullmatch(value) else value
         name = METRICS.get(key.lower(), key.replace("_", " "))
-        if key.lower() in METRICS:
+        if key.lower() in METRICS and isinstance(value, int | float):
             found.append(f"{name} {value:.2f} %")
         elif isinstance(value, float) and key not in nested and key != "temperature":
             found.append(f"{name} {value:.4g}")
@@ -212,19 +217,19 @@ def _of_one_run(run: RunRecord) -> dict[str, Any]:
     """Its settings by part of the configuration and what was changed of them, its environment, its starts and ends."""
     parts = {part: values for part, values in run.config.items() if part != "recipe"}
     starts, ends = run.metrics.starts, run.metrics.ends
-    marks = [("started", record) for record in starts] + [("ended", record) for record in ends]
-    marks.sort(key=lambda mark: float(mark[1].get("unix_s", 0)))
-    history = []
-    for what, record in marks:
-        how = " ".join(str(record[key]) for key in ("status", "reason", "where") if record.get(key))
-        history.append([when(record.get("unix_s", math.nan)), what, record["step"], how])
-    uneventful = len(starts) < 2 and all(end["status"] == "finished" for end in ends)
+    history, marks = [], list[Start | End]([*starts, *ends])
+    for record in sorted(marks, key=lambda record: record.unix_s or 0.0):
+        what, how = "started", ""
+        if isinstance(record, End):
+            what, how = "ended", " ".join(filter(None, (record.status, record.reason, record.where)))
+        history.append([when(number(record.unix_s)), what, record.step, how])
+    uneventful = len(starts) < 2 and all(end.status == "finished" for end in ends)
     return {
         "settings": {
             part: flat(values) if isinstance(values, dict) else {part: values} for part, values in parts.items()
         },
         "changed": changed_settings(run) if run.recipe in RECIPES else None,
-        "environment": [[name, shown_value(value)] for name, value in flat(run.environment).items()],
+        "environment": [[name, shown_value(value)] for name, value in flat(run.environment.as_plain()).items()],
         "history": [] if uneventful else history,
     }
 
@@ -240,14 +245,14 @@ def _differences(runs: list[RunRecord]) -> dict[str, Any]:
 
 def _lists(run: RunRecord) -> list[tuple[str, list[str], int]]:
     """What was warned of, unreadable or left out: a title, the lines that are known, and of how many."""
-    warned = [f"step {record['step']}: {record['text']}" for record in run.metrics.warnings]
-    unreadable = [f"{image}: {why}" for image, why in run.summary.get("unreadable_images", {}).items()]
-    quarantine = run.data.get("quarantined", {"images": 0, "listed": []})
-    left_out = [f"{entry['name']}: {entry['reason']}" for entry in quarantine["listed"]]
+    warned = [f"step {record.step}: {record.text}" for record in run.metrics.warnings]
+    unreadable = [f"{image}: {why}" for image, why in run.summary.unreadable_images.items()]
+    quarantine = run.data.quarantined
+    left_out = [f"{entry.name}: {entry.reason}" for entry in quarantine.listed]
     lists = [
         ("Warned while it ran", warned, len(warned)),
         ("Images that could not be read, each replaced by the next", unreadable, len(unreadable)),
-        ("Images that the conversion left out (quarantine.jsonl)", left_out, quarantine["images"]),
+        ("Images that the conversion left out (quarantine.jsonl)", left_out, quarantine.images),
     ]
     return [each for each in lists if each[1]]
 
@@ -268,10 +273,10 @@ def _digest(run: RunRecord) -> dict[str, Any]:
 def _label(runs: list[RunRecord]) -> None:
     """Call each by the shortest end of its path that says something and that no other shares; numbered if equal."""
     paths = [run.path.resolve().parts for run in runs]
-    for number, (run, parts) in enumerate(zip(runs, paths, strict=True)):
-        others = [other for index, other in enumerate(paths) if index != number]
+    for place, (run, parts) in enumerate(zip(runs, paths, strict=True)):
+        others = [other for index, other in enumerate(paths) if index != place]
         for length in range(2 if parts[-1] == "run" else 1, len(parts) + 1):
             if all(other[-length:] != parts[-length:] for other in others):
                 break
         label = "/".join(parts[-length:])
-        run.label = label if parts not in others else f"{label} ({number + 1})"
+        run.label = label if parts not in others else f"{label} ({place + 1})"

@@ -49,10 +49,10 @@ def find_reference(run: RunRecord) -> tuple[Reference | None, str]:
     reasons = []
     for entry in own:
         differences = differing_fields(entry["settings"], comparable_settings(settings))
-        images, world_size = number(run.data.get("images")), run.environment.get("world_size")
+        images, world_size = number(run.data.images), run.environment.world_size
         if math.isfinite(images) and images != entry["images"]:
             differences.append(f"images: {entry['images']:,} there, {images:,.0f} here")
-        if world_size is not None and world_size != entry["world_size"]:
+        if world_size != entry["world_size"]:
             differences.append(f"ranks: {entry['world_size']} there, {world_size} here")
         if math.isnan(images) and math.isfinite(run.steps_per_epoch):
             steps = entry["images"] // entry["settings"]["batch_size"]

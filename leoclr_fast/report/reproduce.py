@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from typing import Any
 
 from leoclr_fast.config_file import as_plain, differences, flat
@@ -23,23 +22,26 @@ def changed_settings(run: RunRecord) -> dict[str, tuple[Any, Any]]:
     return {name: (of_recipe, value) for name, (of_recipe, value) in found.items() if name in known}
 
 
-def reproducing_command(run: RunRecord) -> str | None:
-    """`leoclr-fast pretrain …` with every flag that differs from the recipe; None if its recipe is not known here."""
+def reproducing_command(run: RunRecord) -> list[str] | None:
+    """`leoclr-fast pretrain …` with every flag that differs from the recipe, as words for `shlex.join`.
+
+    None if its recipe is not known here.
+    """
     if run.recipe not in RECIPES:
         return None
-    words = [*_program(run), "pretrain", run.recipe, "--data", str(run.data.get("path", "PATH")), "--out", "RUN"]
+    words = [*_program(run), "pretrain", run.recipe, "--data", run.data.path, "--out", "RUN"]
     for name, (_, value) in changed_settings(run).items():
         words += _flag(name, value)
-    last_step = run.metrics.starts[-1].get("last_step", math.inf) if run.metrics.starts else math.inf
-    if last_step < run.total_steps:
+    last_step = run.metrics.starts[-1].last_step if run.metrics.starts else None
+    if last_step is not None and last_step < run.total_steps:
         words += ["--max-steps", str(last_step)]
-    return shlex.join(words)
+    return words
 
 
 def _program(run: RunRecord) -> list[str]:
     """torchrun with as many ranks on as many machines; `leoclr-fast` for a single rank."""
-    ranks = run.environment.get("world_size", 1)
-    per_node = run.environment.get("local_world_size") or ranks
+    ranks = run.environment.world_size
+    per_node = run.environment.local_world_size or ranks
     if ranks == 1:
         return ["leoclr-fast"]
     if per_node >= ranks:

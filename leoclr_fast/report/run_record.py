@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-import yaml
 
-from leoclr_fast.report.metrics_file import FORMAT, Floats, MetricsFile, number
+from dataset_tools.files import open_regular
+from dataset_tools.schema import convert, read_bounded
+from leoclr_fast.config import RunConfig
+from leoclr_fast.config_file import load_yaml
+from leoclr_fast.report.metrics_file import Floats, MetricsFile, number
+from leoclr_fast.run.documents import (
+    FORMAT,
+    DataDescription,
+    Environment,
+    Knn,
+    LoaderBench,
+    Summary,
+    read_evaluations,
+    read_or_default,
+)
 from leoclr_fast.run.environment import boot_id
 from leoclr_fast.run.folder import LOCK_NAME, RunFolder
 
@@ -64,12 +75,10 @@ class RunRecord:
     label: str = "this run"
     """What a page calls it."""
     config: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    """`data.json`: path, fingerprint, images, classes, quarantined, views."""
-    loader_bench: dict[str, Any] = field(default_factory=dict)
-    """What `bench loader --run` has measured."""
+    environment: Environment = field(default_factory=Environment)
+    summary: Summary = field(default_factory=Summary)
+    data: DataDescription = field(default_factory=DataDescription)
+    loader_bench: LoaderBench = field(default_factory=LoaderBench)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metrics: MetricsFile
     is_being_written: bool = False
@@ -97,16 +106,16 @@ class RunRecord:
     @cached_property
     def method_facts(self) -> MethodFacts:
         """A run of before, or one that never started, did not log them: then its class has them, if there is one."""
-        start = self.metrics.starts[-1] if self.metrics.starts else {}
-        if "num_keys" not in start:
+        start = self.metrics.starts[-1] if self.metrics.starts else None
+        if start is None or start.num_keys is None:
             from leoclr_fast.method.methods import METHODS  # imports torch
 
             found = METHODS.get(self.method)
             if found is not None:
                 return MethodFacts(found.title, len(found.views) - 1, found.baseline)
-        return MethodFacts(
-            str(start.get("method", self.method)), int(start.get("num_keys", 1)), str(start.get("baseline", ""))
-        )
+        if start is None:
+            return MethodFacts(self.method, 1, "")
+        return MethodFacts(start.method or self.method, start.num_keys or 1, start.baseline)
 
     @property
     def synthetic(self) -> bool:
@@ -120,13 +129,13 @@ class RunRecord:
     @cached_property
     def steps_per_epoch(self) -> float:
         """NaN if nothing in the folder says."""
-        summary = {"step": self.summary.get("steps"), "epoch": self.summary.get("epochs")}
         for start in reversed(self.metrics.starts):
-            if "steps_per_epoch" in start:
-                return float(start["steps_per_epoch"])
-        for record in [*self.metrics.knn, summary]:
-            if record["step"] and record.get("epoch"):
-                return float(round(record["step"] / record["epoch"]))
+            if start.steps_per_epoch is not None:
+                return float(start.steps_per_epoch)
+        reached = [(each.step, each.epoch) for each in self.metrics.knn]
+        for step, epoch in [*reached, (self.summary.steps, self.summary.epochs)]:
+            if step and epoch and math.isfinite(step / epoch):
+                return float(max(1, round(step / epoch)))
         return math.nan
 
     @property
@@ -170,25 +179,24 @@ class RunRecord:
         return float(np.nansum(self.windows.seconds)) if self.metrics.num_steps_kept else math.nan
 
     @property
-    def knn(self) -> dict[str, Any]:
-        """The newest kNN record; empty if there is none."""
-        return self.metrics.knn[-1] if self.metrics.knn else {}
+    def knn(self) -> Knn | None:
+        """The newest kNN record."""
+        return self.metrics.knn[-1] if self.metrics.knn else None
 
     @property
     def knn_top1(self) -> float:
         """Percent; NaN if there is none."""
-        return number(self.knn.get("top1"))
+        return number(self.knn.top1 if self.knn else None)
 
     @property
-    def knn_untrained(self) -> dict[str, Any]:
-        """The kNN record from before the first step; empty if there is none."""
-        first = self.metrics.knn[0] if self.metrics.knn else {}
-        return first if first.get("step") == 0 else {}
+    def knn_untrained(self) -> Knn | None:
+        """The kNN record from before the first step."""
+        return self.metrics.knn[0] if self.metrics.knn and self.metrics.knn[0].step == 0 else None
 
     @property
     def energy_kwh(self) -> float:
         """What was measured, as `energy_kwh` in summary.json; NaN where it was not."""
-        return number(self.summary.get("energy_kwh"))
+        return number(self.summary.energy_kwh)
 
     @property
     def windows(self) -> Windows:
@@ -198,7 +206,7 @@ class RunRecord:
         """
         step, segment = self.metrics.column("step"), self.metrics.column("segment")
         # The step that each segment continued from; -1, before any start record, is the last entry: step 0.
-        first = np.array([start["step"] for start in self.metrics.starts] + [0.0])[segment.astype(np.int64)]
+        first = np.array([start.step for start in self.metrics.starts] + [0.0])[segment.astype(np.int64)]
         images = (step - first) * self.batch_size
         seconds = images / self.metrics.column("images_per_s")
         between = _differences(seconds, segment)
@@ -206,8 +214,9 @@ class RunRecord:
         return Windows(between, _differences(images, segment), np.clip(waited / between, 0, 1))
 
     def _overall(self, name: str) -> float:
-        if self.summary.get("steps") == self.metrics.last_step and math.isfinite(number(self.summary.get(name))):
-            return float(self.summary[name])
+        found = number(getattr(self.summary, name))
+        if self.summary.steps == self.metrics.last_step and math.isfinite(found):
+            return found
         return self.metrics.last.get(name, math.nan)
 
     @property
@@ -216,9 +225,9 @@ class RunRecord:
         metrics, at = self.metrics, self._place()
         if metrics.last_mark == "end":
             end = metrics.ends[-1]
-            reason = str(end.get("reason") or "")
+            reason = end.reason or ""
             ended = reason if reason.endswith((".", "!", "?")) else f"{reason or 'no reason was given'}."
-            match end.get("status"):
+            match end.status:
                 case "finished":
                     return RunState("finished", f"Finished {at}.")
                 case "paused":
@@ -226,11 +235,11 @@ class RunRecord:
                 case "stopped":
                     return RunState("stopped", f"Stopped {at}: {ended}")
                 case status:
-                    where = f" In {end['where']}." if end.get("where") else ""
+                    where = f" In {end.where}." if end.where else ""
                     word = "Failed" if status == "failed" else f"Ended ({status})"
                     return RunState("failed", f"{word} {at}: {ended}{where}")
-        if metrics.last_mark == "" and self.summary and self.summary.get("steps", 0) >= metrics.last_step:
-            if self.summary.get("complete"):
+        if metrics.last_mark == "" and self.summary.steps is not None and self.summary.steps >= metrics.last_step:
+            if self.summary.complete:
                 return RunState("finished", f"Finished {at}.")
             return RunState("paused", f"Paused {at}: not all steps were asked for.")
         if self.is_being_written:
@@ -239,7 +248,7 @@ class RunRecord:
             return RunState("empty", "Nothing was logged in this folder yet.")
         newest_s = metrics.last_unix_s if math.isfinite(metrics.last_unix_s) else metrics.path.stat().st_mtime
         since = f"the last record is of {when(newest_s)}"
-        started_on = metrics.starts[-1].get("boot_id") if metrics.starts else None
+        started_on = metrics.starts[-1].boot_id if metrics.starts else None
         here = started_on is not None and started_on == boot_id()
         if not here and time.time() - newest_s < _SILENT_AFTER_S:
             return RunState("unsure", f"Running on another machine, or killed, {at}: {since}.")
@@ -308,20 +317,12 @@ def refresh(record: RunRecord) -> bool:
     changed = record.metrics.update()
     if not folder.exists():
         problems.append(f"{folder.config_file} is missing: the configuration is not known.")
-    record.config = _read(folder.config_file, problems, yaml.safe_load)
-    record.environment = _read(folder.environment_file, problems)
-    record.summary = _read(folder.summary_file, problems)
-    record.data = _read(folder.data_file, problems)
-    record.loader_bench = _read(folder.loader_bench_file, problems)
-    record.evaluations = []
-    lines = folder.evaluations_file.read_bytes().splitlines() if folder.evaluations_file.exists() else []
-    for place, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            entry["evaluator"]
-            record.evaluations.append(entry)
-        except (ValueError, KeyError, TypeError):
-            problems.append(f"line {place} of {folder.evaluations_file} cannot be read")
+    record.config = _read_config(folder, problems)
+    record.environment = _read(folder.environment_file, Environment, problems)
+    record.summary = _read(folder.summary_file, Summary, problems)
+    record.data = _read(folder.data_file, DataDescription, problems)
+    record.loader_bench = _read(folder.loader_bench_file, LoaderBench, problems)
+    record.evaluations = read_evaluations(folder.evaluations_file, problems)
     record.problems = problems
     record.is_being_written = was_locked or _is_locked(record.path)  # or it began while its log was read
     record.__dict__.pop("steps_per_epoch", None)
@@ -348,24 +349,35 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours"
 
 
-def _read(path: Path, problems: list[str], parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
-    """A file of the run, empty where there is none; where it cannot be read, that is a problem."""
-    if not path.exists():
+def _read_config(folder: RunFolder, problems: list[str]) -> dict[str, Any]:
+    """The configuration, with what an earlier or a later version has besides; empty where it is none."""
+    if not folder.exists():
         return {}
     try:
-        document: dict[str, Any] = parse(path.read_text())
-        if not isinstance(document, dict):
-            raise ValueError("it is no mapping")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        problems.append(f"{path} cannot be read: {str(error).splitlines()[0]}")
+        document: dict[str, Any] = load_yaml(read_bounded(folder.config_file), str(folder.config_file))
+        convert(document, RunConfig, str(folder.config_file))
+    except (OSError, ValueError) as error:
+        problems.append(str(error))
         return {}
     return document
+
+
+Document = TypeVar("Document")
+
+
+def _read(path: Path, kind: type[Document], problems: list[str]) -> Document:
+    """A file of the run, without content where there is none; where it cannot be read, that is a problem."""
+    try:
+        return read_or_default(path, kind)
+    except (OSError, ValueError) as error:
+        problems.append(str(error))
+        return kind()
 
 
 def _is_locked(path: Path) -> bool:
     """Whether a process of this machine (or of one that shares its locks) is writing to the run."""
     try:
-        with open(path / LOCK_NAME) as lock:
+        with open_regular(path / LOCK_NAME) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -12,10 +12,11 @@ from leoclr_fast.run.bottleneck import Bottleneck, find_bottleneck
 def summary_sentence(run: RunRecord) -> str:
     """The sentence; what is not known is left out."""
     clauses = []
-    if math.isfinite(run.knn_top1):
-        before = f", untrained {run.knn_untrained['top1']:.2f} %" if run.knn_untrained else ""
-        settings = f"k = {run.knn.get('k', '?')}, temperature {run.knn.get('temperature', '?')}"
-        after = f" at epoch {run.knn['epoch']:g}" if run.knn["step"] != run.metrics.last_step else ""
+    if run.knn is not None and math.isfinite(run.knn_top1):
+        untrained = number(run.knn_untrained.top1 if run.knn_untrained else None)
+        before = f", untrained {untrained:.2f} %" if math.isfinite(untrained) else ""
+        settings = f"k = {run.knn.k or '?'}, temperature {run.knn.temperature or '?'}"
+        after = f" at epoch {run.knn.epoch:g}" if run.knn.step != run.metrics.last_step else ""
         clauses.append(f"kNN top-1 is {run.knn_top1:.2f} %{after} ({settings}{before})")
     if math.isfinite(run.metrics.wall_s) and run.metrics.num_steps_kept:
         clauses.append(f"it took {duration(run.metrics.wall_s)} on {_machine(run)}")
@@ -29,7 +30,7 @@ def summary_sentence(run: RunRecord) -> str:
 
 def bottleneck(run: RunRecord) -> Bottleneck | None:
     """What bound the run's speed, by the measured data wait; None if that was not measured."""
-    on_cpu = run.environment.get("device") == "cpu"
+    on_cpu = run.environment.device == "cpu"
     return find_bottleneck(run.data_wait_fraction, loader=str(run.setting("speed.loader.name")), on_cpu=on_cpu)
 
 
@@ -53,8 +54,8 @@ def _backbone(run: RunRecord) -> str:
 def _data(run: RunRecord) -> str:
     if run.synthetic:
         return "synthetic noise, to measure speed"
-    if "images" in run.data:
-        return f"{run.data['images']:,} images of {run.data.get('path')}"
+    if run.data.images is not None:
+        return f"{run.data.images:,} images of {run.data.path}"
     images = run.steps_per_epoch * run.batch_size
     return f"about {images:,.0f} images" if math.isfinite(images) else "images it does not name"
 
@@ -70,9 +71,8 @@ def _epochs(run: RunRecord) -> str:
 
 def _machine(run: RunRecord) -> str:
     environment = run.environment
-    ranks = environment.get("world_size", 1)
-    if environment.get("gpu"):
-        return f"{ranks} × {environment['gpu']}"
-    threads = environment.get("torch_threads")
-    machine = (f"{ranks} ranks on " if ranks > 1 else "") + (environment.get("cpu") or "an unnamed machine")
+    ranks, threads = environment.world_size, environment.torch_threads
+    if environment.gpu:
+        return f"{ranks} × {environment.gpu}"
+    machine = (f"{ranks} ranks on " if ranks > 1 else "") + (environment.cpu or "an unnamed machine")
     return f"{machine} ({threads} CPU thread{'s' if threads != 1 else ''})" if threads else machine

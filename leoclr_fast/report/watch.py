@@ -88,7 +88,7 @@ def view(run: RunRecord) -> RenderableType:
             Text(f"The queue fills until step {full_at:,}: a rising loss is normal until then.", style="yellow")
         )
     parts += [Text(line, style="yellow") for line in run.notes()]
-    parts += [Text(f"step {each['step']}: {each['text']}", style="yellow") for each in run.metrics.warnings[-3:]]
+    parts += [Text(f"step {each.step}: {each.text}", style="yellow") for each in run.metrics.warnings[-3:]]
     return Group(*parts)
 
 
@@ -119,7 +119,7 @@ def _lines(run: RunRecord) -> list[tuple[str, str, str]]:
         ("learning rate", column("lr"), ".4g", ""),
         ("images/s", windows.images_per_s, ",.1f", ""),
         ("data wait", 100 * windows.wait_fraction, ".1f", " %"),
-        ("kNN top-1", np.array([number(record.get("top1")) for record in run.metrics.knn]), ".2f", " %"),
+        ("kNN top-1", np.array([number(record.top1) for record in run.metrics.knn]), ".2f", " %"),
     ]
     lines = []
     for name, values, form, unit in series:

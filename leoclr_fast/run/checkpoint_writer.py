@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -10,8 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from msgspec import to_builtins
 from torch import Tensor
 
+from dataset_tools.schema import read_json
 from leoclr_fast.run.checkpoint import (
     drop_old_checkpoints,
     drop_unfinished_checkpoints,
@@ -20,6 +21,7 @@ from leoclr_fast.run.checkpoint import (
     set_aside_later_checkpoints,
     step_of,
 )
+from leoclr_fast.run.documents import Best
 from leoclr_fast.run.folder import RunFolder, write_json
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ class CheckpointWriter:
         self._folder = folder
         self._keep = keep
         self._keep_best = keep_best
-        self._best: dict[str, Any] | None = None
+        self._best: Best | None = None
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
@@ -66,15 +68,15 @@ class CheckpointWriter:
 
     def is_best(self, top1: float) -> bool:
         """Whether a checkpoint of this accuracy would be the best."""
-        return self._keep_best and (self._best is None or top1 > self._best["knn_top1"])
+        return self._keep_best and (self._best is None or top1 > self._best.knn_top1)
 
     def mark_best(self, step: int, top1: float) -> None:
         """Keep the checkpoint of `step`, which is on the disk, if it is the best. Raises OSError."""
         if not self.is_best(top1):
             return
         name = next(path.name for path in list_checkpoints(self._folder.checkpoints) if step_of(path) == step)
-        best = {"step": step, "checkpoint": f"checkpoints/{name}", "knn_top1": top1}
-        write_json(self._folder.best_file, best)
+        best = Best(step=step, checkpoint=f"checkpoints/{name}", knn_top1=top1)
+        write_json(self._folder.best_file, to_builtins(best))
         self._best = best
         drop_old_checkpoints(self._folder.checkpoints, self._keep, (step,))
 
@@ -86,12 +88,11 @@ class CheckpointWriter:
         set_aside_later_checkpoints(checkpoints, step)
         self._best = None
         try:
-            best = json.loads(self._folder.best_file.read_text())
-            known = {step_of(path) for path in list_checkpoints(checkpoints)}
-            if best["step"] in known and best["step"] <= step:
-                self._best = best
-        except (OSError, ValueError, KeyError, TypeError):
+            best = read_json(self._folder.best_file, Best)
+        except (OSError, ValueError):
             return
+        if best.step <= step and best.step in map(step_of, list_checkpoints(checkpoints)):
+            self._best = best
 
     @contextmanager
     def finished(self) -> Iterator[None]:
@@ -110,7 +111,7 @@ class CheckpointWriter:
         try:
             if copied is not None:
                 copied.synchronize()
-            kept = () if self._best is None else (self._best["step"],)
+            kept = () if self._best is None else (self._best.step,)
             save_checkpoint(self._folder.checkpoints, step, state, self._keep, keep_also=kept)
             if top1 is not None:
                 self.mark_best(step, top1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from dataset_tools.files import LOCK_WAIT_S, take_lock
+from dataset_tools.files import LOCK_WAIT_S, open_own, take_lock, write_file
+from dataset_tools.schema import read_bounded, read_json
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
+from leoclr_fast.run.documents import Summary, records
 from leoclr_fast.run.environment import environment
 
 if TYPE_CHECKING:
@@ -88,9 +91,7 @@ class RunFolder:
                     "give --out a new or empty folder"
                 )
             self.checkpoints.mkdir(exist_ok=True)
-            probe = self.path / ".write-probe"
-            probe.write_bytes(b"")
-            probe.unlink()
+            tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise ValueError(f"cannot write to the output folder {self.path}: {error.strerror}") from error
 
@@ -101,7 +102,7 @@ class RunFolder:
         Raises RuntimeError if another process holds it for more than a moment, as one does that was just killed, or a
         reader that looks whether the run is alive.
         """
-        with open(self.path / LOCK_NAME, "w") as lock:
+        with open_own(self.path / LOCK_NAME, "a") as lock:
             _held_locks.add(lock)
             try:
                 try:
@@ -114,7 +115,7 @@ class RunFolder:
                 _held_locks.discard(lock)
 
     def write_config(self, config: RunConfig) -> None:
-        write_atomically(self.config_file, to_yaml(config).encode())
+        write_file(self.config_file, to_yaml(config))
 
     def read_config(self) -> RunConfig:
         """Raises FileNotFoundError if there is no run here, ValueError if its config cannot be understood."""
@@ -122,7 +123,7 @@ class RunFolder:
             raise FileNotFoundError(
                 f"{self.path} is not a run folder: it has no config.yaml; give the --out of a pretrain"
             )
-        return from_yaml(RunConfig, self.config_file.read_text(), str(self.config_file))
+        return from_yaml(RunConfig, read_bounded(self.config_file), str(self.config_file))
 
     def write_environment(self, device: torch.device, world_size: int, gpu_warnings: list[str] | None) -> None:
         """gpu_warnings: what makes figures of this GPU worth less (a MIG slice, other users); None without a GPU."""
@@ -138,15 +139,9 @@ class RunFolder:
         """
         if not self.metrics_file.exists():
             return
-        kept = []
-        for line in self.metrics_file.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if record["kind"] in HISTORY_KINDS or 0 < step >= record["step"]:
-                kept.append(line + "\n")
-        write_atomically(self.metrics_file, "".join(kept).encode())
+        found = records(self.metrics_file.read_bytes())
+        kept = [record for record in found if record["kind"] in HISTORY_KINDS or 0 < step >= record["step"]]
+        write_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def has_knn_of(self, step: int) -> bool:
         """Whether the newest kNN record is of this step."""
@@ -157,39 +152,24 @@ class RunFolder:
         """Append a result to `evaluations.jsonl`, for the report. Where that cannot be written, it is a warning."""
         line = json.dumps({"evaluator": evaluator, "unix_s": round(time.time(), 3), **result}) + "\n"
         try:
-            with open(self.evaluations_file, "a") as file:
+            with open_own(self.evaluations_file, "a") as file:
                 file.write(line)
         except OSError as error:
             log.warning("the result is not kept for the report: %s", error)
 
     def read_summary(self) -> dict[str, Any] | None:
-        """What the last orderly end of the run wrote, if there was one."""
+        """What the last orderly end of the run wrote, if there was one. Raises ValueError if it is no such thing."""
         if not self.summary_file.exists():
             return None
-        summary: dict[str, Any] = json.loads(self.summary_file.read_text())
-        return summary
+        read_json(self.summary_file, Summary)
+        return read_json(self.summary_file, dict[str, Any])
 
     def read_metrics(self, kind: str) -> list[dict[str, Any]]:
         """The records of `metrics.jsonl` with this `kind`: step, knn, start, end or warning."""
         if not self.metrics_file.exists():
             return []
-        records = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
-        return [record for record in records if record["kind"] == kind]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: temporary file, fsync, rename. Raises OSError, e.g. on a full disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+        return [record for record in records(self.metrics_file.read_bytes()) if record["kind"] == kind]
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
+    write_file(path, json.dumps(document, indent=2) + "\n")

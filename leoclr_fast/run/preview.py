@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dataset_tools.files import write_file
 from dataset_tools.sources import Split
-from leoclr_fast.run.folder import write_atomically
 from pipelines.augment import augmented_views
 from pipelines.batch import CropBatch
 from pipelines.config import LoaderConfig, ViewConfig
@@ -47,7 +47,7 @@ def write_preview(
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
     return rows
 
 
@@ -88,10 +88,8 @@ def _with_boxes(image: Image.Image, views: ViewRecipe, boxes: npt.NDArray[np.int
     for view, (top, left, height, width) in zip(views, boxes.tolist(), strict=True):
         if view.geometry == "original":
             continue
-        corners = [
-            (corner[0] + left * scale, corner[1] + top * scale),
-            (corner[0] + (left + width) * scale - 1, corner[1] + (top + height) * scale - 1),
-        ]
+        x, y = corner[0] + left * scale, corner[1] + top * scale
+        corners = (x, y, x + max(0, width * scale - 1), y + max(0, height * scale - 1))
         draw.rectangle(corners, outline=_BOX_COLOURS[view.number % len(_BOX_COLOURS)], width=2)
     return cell
 

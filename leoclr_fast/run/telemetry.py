@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from dataset_tools.files import open_own
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.run.trackers import Tracker
 
@@ -206,7 +207,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, enabled: bool, trackers: Sequence[Tracker] = ()) -> None:
         """trackers: they get the numbers of steps and of kNN, too."""
-        self._file = open(path, "a") if enabled else None  # noqa: SIM115 - closed by close()
+        self._file = open_own(path, "a") if enabled else None
         self._lock = threading.Lock()
         self._trackers = list(trackers)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import traceback
@@ -14,9 +13,11 @@ from typing import Any
 
 import leoclr_fast
 from dataset_tools.command_line import PACKAGES
+from dataset_tools.files import open_regular
 from dataset_tools.sources import ImageSource, Split
 from dataset_tools.stop_signals import StoppedBySignalError
-from leoclr_fast.report.metrics_file import FORMAT, MetricsFile
+from leoclr_fast.report.metrics_file import MetricsFile
+from leoclr_fast.run.documents import FORMAT, LeftOut, read_line
 from leoclr_fast.run.environment import boot_id
 from leoclr_fast.run.folder import RunFolder, write_json
 from leoclr_fast.run.preview import write_preview
@@ -202,12 +203,11 @@ def _quarantined(data: Path) -> dict[str, Any]:
     path = data / "quarantine.jsonl"
     if not data.is_dir() or not path.is_file():
         return {"images": 0, "listed": []}
-    listed: list[dict[str, str]] = []
+    listed: list[dict[str, Any]] = []
     number = 0
-    with open(path) as lines:
-        for line in lines:
-            number += 1
+    with open_regular(path) as lines:
+        for number, line in enumerate(lines, start=1):
             if len(listed) < _MAX_LISTED:
-                entry = json.loads(line)
-                listed.append({"name": str(entry.get("name")), "reason": str(entry.get("reason"))})
+                entry = read_line(line, LeftOut, f"line {number} of {path}")
+                listed.append({"name": entry["name"], "reason": entry["reason"]})
     return {"images": number, "listed": listed}

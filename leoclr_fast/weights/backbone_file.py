@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from dataset_tools.files import write_file
+from dataset_tools.schema import decode_json
 from leoclr_fast.config import BackboneConfig, RunConfig
-from leoclr_fast.config_file import as_plain, from_yaml
-from leoclr_fast.run.folder import write_atomically
+from leoclr_fast.config_file import as_plain, from_plain
 from leoclr_fast.weights.architecture import recognised_backbone, require_exact
 from pipelines.config import ViewConfig
 
@@ -38,7 +39,7 @@ class Description:
 def save_backbone(path: Path, backbone: nn.Module, config: RunConfig) -> None:
     """Write the backbone of a run to `path`, whole or not at all."""
     description = Description(recipe=config.recipe, backbone=config.result.backbone, views=config.result.views)
-    write_atomically(path, backbone_bytes(backbone.state_dict(), description))
+    write_file(path, backbone_bytes(backbone.state_dict(), description))
 
 
 def backbone_bytes(tensors: Mapping[str, Tensor], description: Description) -> bytes:
@@ -99,10 +100,10 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _description(text: str, origin: str) -> Description:
     """Raises ValueError if the description cannot be understood."""
     try:
-        document: dict[str, Any] = json.loads(text)
+        document = decode_json(text, dict[str, Any], "it")
         recipe, source = str(document.pop("recipe")), str(document.pop("source", ""))
-        views = from_yaml(ViewConfig, json.dumps(document.pop("views", {})), "its views")
-        backbone = from_yaml(BackboneConfig, json.dumps(document), "its backbone")
-    except (KeyError, AttributeError, ValueError) as error:
+        views = from_plain(ViewConfig, document.pop("views", {}), "its views")
+        backbone = from_plain(BackboneConfig, document, "its backbone")
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{origin} has a description that this version cannot read: {error}") from error
     return Description(recipe=recipe, backbone=backbone, views=views, source=source)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leoclr_fast.run.folder import write_atomically
+from dataset_tools.files import write_file
 from leoclr_fast.weights.backbone_file import require_new_file
 from leoclr_fast.weights.formats.detectron2 import Detectron2Format
 from leoclr_fast.weights.formats.export_format import ExportFormat
@@ -48,8 +49,8 @@ def export(weights: Path, to: str, out: Path) -> dict[str, Any]:
     refusal = exporter.refusal(pretrained.description.backbone)
     if refusal is not None:
         raise ValueError(f"{weights} cannot be exported to {to}: {refusal}; safetensors and onnx hold any backbone")
-    temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name[:40]}.", dir=out.parent) as folder:
+        temporary = Path(folder) / out.name
         exporter.write(temporary, pretrained)
         difference = _difference(exporter, temporary, pretrained)
         content_sha256 = hashlib.sha256(temporary.read_bytes()).hexdigest()
@@ -62,10 +63,8 @@ def export(weights: Path, to: str, out: Path) -> dict[str, Any]:
             difference=difference,
             num_images=_NUM_IMAGES,
         )
-        write_atomically(card, text.encode())
+        write_file(card, text.encode())
         os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
     return {
         "out": str(out),
         "card": str(card),

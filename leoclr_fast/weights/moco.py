@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataset_tools.files import write_file
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.method.backbone import build_backbone
-from leoclr_fast.run.folder import write_atomically
 from leoclr_fast.weights.architecture import recognised_backbone
 from leoclr_fast.weights.backbone_file import Description, backbone_bytes, require_new_file, weights_sha256
 
@@ -48,7 +48,7 @@ def import_moco(checkpoint: Path, out: Path, arch: str | None = None) -> dict[st
         backbone=moco.config,
         source=f"{checkpoint.name}{after}, sha256 {moco.file_sha256}; projection head of {moco.head}",
     )
-    write_atomically(out, backbone_bytes(tensors, description))
+    write_file(out, backbone_bytes(tensors, description))
     return {
         "out": str(out),
         "arch": moco.config.arch,

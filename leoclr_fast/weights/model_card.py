@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dataset_tools.terminal import markdown_code, markdown_text
 from leoclr_fast.config_file import as_plain
+from leoclr_fast.run.documents import DataDescription, Summary, read_evaluations, read_or_default
 from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.weights.formats.export_format import ExportFormat
 from leoclr_fast.weights.pretrained import Pretrained
@@ -33,9 +34,7 @@ A {config.arch} backbone without classifier or projection head, written by leocl
 
 ## Load
 
-```{language}
 {usage}
-```
 
 Checked when it was written: loaded back by {exporter.reader}, the features of {num_images} fixed random images \
 differ from leoclr-fast's by {difference} of the largest feature (allowed: {tolerance}).
@@ -74,10 +73,10 @@ def model_card(
     """
     description, backbone = pretrained.description, pretrained.backbone
     return _CARD.format(
-        name=name,
+        name=markdown_text(name),
         sha256=sha256,
         exporter=exporter,
-        usage=exporter.usage(name, pretrained),
+        usage=markdown_code(exporter.usage(name, pretrained), "yaml" if exporter.name == "detectron2" else "python"),
         num_images=num_images,
         config=description.backbone,
         views=description.views,
@@ -85,7 +84,6 @@ def model_card(
         features=backbone.feature_dim,
         parameters=sum(parameter.numel() for parameter in backbone.parameters()),
         weights_sha256=pretrained.sha256,
-        language="yaml" if exporter.name == "detectron2" else "python",
         difference=scientific(difference),
         tolerance=scientific(exporter.tolerance),
         mean=", ".join(f"{value:g}" for value in description.views.mean),
@@ -100,57 +98,53 @@ def model_card(
 def _origin(pretrained: Pretrained) -> str:
     description = pretrained.description
     if description.source:
-        return f"imported from {description.source}"
-    summary = pretrained.run.read_summary() if pretrained.run else None
+        return f"imported from {markdown_text(description.source)}"
+    summary = read_or_default(pretrained.run.summary_file, Summary) if pretrained.run else Summary()
     state = ""
-    if summary is not None:
-        state = f", {summary['epochs']:g} epochs ({summary['steps']:,} steps)"
-        state += "" if summary["complete"] else ", stopped before its end"
+    if summary.epochs is not None and summary.steps is not None:
+        state = f", {summary.epochs:g} epochs ({summary.steps:,} steps)"
+        state += "" if summary.complete else ", stopped before its end"
     elif pretrained.run and pretrained.path != pretrained.run.final_weights:
         state = f", a checkpoint on the way ({pretrained.path.name})"
-    return f"pretrained with leoclr-fast, recipe {description.recipe}{state}"
+    return f"pretrained with leoclr-fast, recipe {markdown_text(description.recipe)}{state}"
 
 
 def _recipe(pretrained: Pretrained) -> str:
     if pretrained.run is None:
-        return f"`{pretrained.description.recipe}`; the file that was exported says no more of it."
+        return f"{markdown_text(pretrained.description.recipe)}; the file that was exported says no more of it."
     config = pretrained.run.read_config()
     text = yaml.safe_dump(as_plain(config.result), sort_keys=False).rstrip()
-    return f"`{config.recipe}`, with\n\n```yaml\n{text}\n```"
+    return f"{markdown_text(config.recipe)}, with\n\n{markdown_code(text, 'yaml')}"
 
 
 def _data(pretrained: Pretrained) -> str:
     file = pretrained.run.data_file if pretrained.run else None
     if file is None or not file.is_file():
         return "Not recorded."
-    data: dict[str, Any] = json.loads(file.read_text())
+    data = read_or_default(file, DataDescription)
+    of_what = markdown_text(f"{Path(data.path).name} ({data.kind}, split {data.split})")
     lines = [
-        f"- {data['images']:,} images of {Path(data['path']).name} ({data['kind']}, split {data['split']}), "
-        f"{data['num_classes']} classes; labels were not used",
-        f"- fingerprint of names and labels: `{data['fingerprint']}`",
+        f"- {data.images or 0:,} images of {of_what}, {data.num_classes} classes; labels were not used",
+        f"- fingerprint of names and labels: {markdown_text(data.fingerprint)}",
     ]
-    if data.get("note"):
-        lines.append(f"- {data['note']}")
-    left_out = data.get("quarantined", {}).get("images", 0)
-    if left_out:
-        lines.append(f"- {left_out:,} images were left out by the conversion")
+    if data.note:
+        lines.append(f"- {markdown_text(data.note)}")
+    if data.quarantined.images:
+        lines.append(f"- {data.quarantined.images:,} images were left out by the conversion")
     return "\n".join(lines)
 
 
 def _results(run: RunFolder, pretrained: Pretrained) -> str:
     rows = []
-    for line in run.evaluations_file.read_text().splitlines() if run.evaluations_file.is_file() else ():
-        try:
-            result = dict(json.loads(line))
-        except (TypeError, ValueError):  # a line that was cut short
-            continue
+    for result in read_evaluations(run.evaluations_file, []):
         values = ", ".join(
             f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in result.items()
             if name not in _NOT_RESULTS and isinstance(value, int | float) and not isinstance(value, bool)
         )
         data = Path(str(result.get("data", ""))).name or "not recorded"
-        rows.append(f"| {result.get('evaluator', '?')} | {data} | {values} | {_of_these(result, pretrained)} |")
+        cells = (result["evaluator"], data, values, _of_these(result, pretrained))
+        rows.append(f"| {' | '.join(map(markdown_text, cells))} |")
     return "\n".join(["| evaluation | data | result | weights |", "|---|---|---|---|", *rows]) if rows else _NO_RESULTS
 
 

@@ -145,12 +145,14 @@ def test_recipes_hold_the_published_values() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("recipe: x\nresult: {epocs: 3}", "unknown field result.epocs"),
-        ("recipe: x\nresult: {epochs: many}", "result.epochs must be int, not 'many'"),
-        ("recipe: x\nresult: {method: {enqueue: some}}", "result.method.enqueue must be one of first, all"),
-        ("recipe: x\nresult: {epochs: 0}", "epochs 0 is not allowed"),
-        ("recipe: x\nresult: 3", "result. must be a mapping"),
-        ("a: [", "cannot be read as a RunConfig"),
+        ("recipe: x\nresult: {epocs: 3}", "unknown field result.epocs; known there: result.epochs"),
+        ("recipe: x\nresult: {epochs: many}", "result.epochs is 'many': Expected `int`, got `str`"),
+        ("recipe: x\nresult: {method: {enqueue: some}}", "result.method.enqueue is 'some': Invalid enum value 'some'"),
+        ("recipe: x\nresult: {epochs: 0}", "result.epochs is 0: Expected `int` >= 1"),
+        ("recipe: x\nresult: 3", "result is 3: Expected `object`, got `int`"),
+        ("a: [", "RUN/config.yaml is no YAML"),
+        ("a: &a [1]\nrecipe: *a", "it holds the alias .a, and none is allowed"),
+        ("[" * 5000, "RUN/config.yaml is nested too deeply"),
     ],
 )
 def test_a_damaged_config_file_is_refused(text: str, message: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import ResNet
 
+from dataset_tools.files import write_file
 from leoclr_fast.distributed.batch_statistics import BatchStatistics, batch_statistics
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d, replace_batchnorm
@@ -30,7 +31,6 @@ from leoclr_fast.evaluate.detection.image_batches import (
 from leoclr_fast.evaluate.fine_tuning import decay_groups
 from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
 from leoclr_fast.run.checkpoint import list_checkpoints
-from leoclr_fast.run.folder import write_atomically
 from leoclr_fast.run.stepper import Stepper
 from leoclr_fast.run.telemetry import NonFiniteLossError, ProgressDisplay
 from pipelines.counter_rng import crop_stream, uniform
@@ -207,4 +207,4 @@ class DetectorTraining:
             return
         lines = [line for line in self.metrics_file.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
-        write_atomically(self.metrics_file, "".join(f"{line}\n" for line in kept).encode())
+        write_file(self.metrics_file, "".join(f"{line}\n" for line in kept).encode())

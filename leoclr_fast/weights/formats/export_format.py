@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from dataset_tools.files import write_file
 from dataset_tools.versions import installed_version
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.run.folder import write_atomically
 from leoclr_fast.weights.backbone_file import backbone_bytes
 from leoclr_fast.weights.pretrained import Pretrained
 
@@ -33,7 +33,7 @@ class ExportFormat(ABC):
 
     def write(self, path: Path, pretrained: Pretrained) -> None:
         """Write the file. Raises OSError if that fails."""
-        write_atomically(path, self.content(pretrained))
+        write_file(path, self.content(pretrained))
 
     @abstractmethod
     def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ def test_results_of_other_programs_and_damaged_lines(tmp_path: Path) -> None:
         file.write('{"evaluator": "lin')
     table = evaluation_table([run])
     assert {row.label: row.cells[0].mean for row in table.rows} == {"detect-voc, AP": 50.1, "detect-voc, AP50": 80}
-    assert f"line 3 of {RunFolder(run).evaluations_file} cannot be read" in table.notes
+    assert any(note.startswith(f"line 3 of {RunFolder(run).evaluations_file} is no JSON") for note in table.notes)
     assert f"{run}: a result of knn is left out, since it names no settings" in table.notes
 
 
