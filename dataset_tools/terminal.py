@@ -16,8 +16,8 @@ from typing import Any, TextIO, cast
 from rich.console import Console
 from rich.segment import Segment
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""All but tab and line feed; and what reverses the direction of text."""
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""All but tab and line feed; what reverses the direction of text; and bytes of names that are no UTF-8."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~&!])")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dataset_tools.terminal import printable
 from dataset_tools.versions import installed_version
 from leoclr_fast.report.plots import DrawnPlot
 from leoclr_fast.report.run_record import duration, when
@@ -26,8 +27,8 @@ def rendered(template: Path, *, title: str, sections: dict[str, str], plots: Seq
 
     sections: id, unique on the page → heading. plots: all that the page shows; its script reads their values.
     """
-    page, script = _pages(template.parent).get_template(template.name), (_TEMPLATES / "page.js").read_text()
-    return page.render(
+    script = (_TEMPLATES / "page.js").read_text()
+    page = _pages(template.parent).get_template(template.name).render(
         values,
         title=title,
         sections=sections,
@@ -39,6 +40,7 @@ def rendered(template: Path, *, title: str, sections: dict[str, str], plots: Seq
         version=installed_version("leoclr-fast") or "of an unknown version",
         now=time.time(),
     )
+    return printable(page)
 
 
 @cache

@@ -11,6 +11,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -18,10 +19,15 @@ from typing import Any
 
 import torch
 
+from dataset_tools.files import open_regular, sync_folder
+from dataset_tools.schema import read_bounded
+from leoclr_fast.run.tensors import UnreadableTensorsError, load_tensors
+
 log = logging.getLogger(__name__)
 
 _ASIDE = ".before.tmp"
 _STATE, _SUMS = "state.pt", "SHA256SUMS"
+_NAME = re.compile(r"step-\d{8,15}", re.ASCII)
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -42,7 +48,7 @@ def save_checkpoint(
     torch.save(state, buffer)
     content = buffer.getbuffer()
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         if shutil.disk_usage(folder).free < len(content):
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {len(content) / 1e6:,.0f} MB are needed")
         temporary.mkdir()
@@ -53,7 +59,7 @@ def save_checkpoint(
         if final.exists():  # a damaged one, or one that a resumed run has reached again
             os.rename(final, aside)
         os.rename(temporary, final)
-        _sync_folder(folder)
+        sync_folder(folder)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         drop_unfinished_checkpoints(folder)
@@ -96,8 +102,9 @@ def set_aside_later_checkpoints(folder: Path, step: int) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """The checkpoints in `folder`, oldest first; other folders, such as a backup copy `step-00000123 old`, are none."""
+    found = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -110,7 +117,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
     Raises FileNotFoundError if there is none, DamagedCheckpointError if it is not whole.
     """
-    return state_of(read_checkpoint(path), device)
+    return state_of(read_checkpoint(path), path, device)
 
 
 def read_checkpoint(path: Path) -> bytes:
@@ -119,11 +126,12 @@ def read_checkpoint(path: Path) -> bytes:
     if not (path / _STATE).exists() and not (path / _SUMS).exists():
         raise FileNotFoundError(f"there is no checkpoint {path}; give a folder such as RUN/checkpoints/step-00000123")
     try:
-        content = (path / _STATE).read_bytes()
-        expected = (path / _SUMS).read_text().split()[0]
-    except (OSError, IndexError) as error:
+        with open_regular(path / _STATE) as file:
+            content = file.read()
+        sums = read_bounded(path / _SUMS, 4096)
+    except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {error}") from error
-    if hashlib.sha256(content).hexdigest() != expected:
+    if sums.split()[:1] != [hashlib.sha256(content).hexdigest().encode()]:
         raise DamagedCheckpointError(
             f"checkpoint {path} is damaged: {_STATE} ({len(content)} bytes) does not have the checksum in {_SUMS}; "
             "it was cut short or changed. Delete that folder to resume from the one before."
@@ -131,9 +139,15 @@ def read_checkpoint(path: Path) -> bytes:
     return content
 
 
-def state_of(content: bytes, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state in the content of a checkpoint."""
-    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+def state_of(content: bytes, origin: object, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state in the content of a checkpoint. Raises DamagedCheckpointError, which names `origin`."""
+    advice = "Delete that folder to resume from the one before."
+    try:
+        state = load_tensors(content, f"checkpoint {origin}", device)
+    except UnreadableTensorsError as error:
+        raise DamagedCheckpointError(f"{error}. {advice}") from error
+    if not isinstance(state, dict):
+        raise DamagedCheckpointError(f"checkpoint {origin} holds a {type(state).__name__}, and no state. {advice}")
     return state
 
 
@@ -143,7 +157,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises DamagedCheckpointError if there are checkpoints but none is whole.
     """
     newest = read_newest_checkpoint(folder)
-    return None if newest is None else (newest[0], state_of(newest[1]))
+    return None if newest is None else (newest[0], state_of(newest[1], newest[0]))
 
 
 def read_newest_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
@@ -152,7 +166,9 @@ def read_newest_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
     damaged = []
     for path in reversed(checkpoints):
         try:
-            return path, read_checkpoint(path)
+            content = read_checkpoint(path)
+            state_of(content, path)
+            return path, content
         except (DamagedCheckpointError, FileNotFoundError) as error:
             log.warning("%s Trying the one before.", error)
             damaged.append(path.name)
@@ -164,16 +180,15 @@ def read_newest_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
     return None
 
 
+def _remove(path: Path) -> None:
+    """Delete what a killed process has left, or a link that somebody else has put there."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def _write_synced(path: Path, content: bytes | memoryview) -> None:
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -210,7 +210,14 @@ def _resume(state: TrainingState, config: RunConfig, folder: RunFolder, resume: 
     if path is None:
         return
     content = host.bytes_from_main(found[0][1] if found else None)
-    host.together(lambda: state.load_state_dict(state_of(content), config.result, path))
+
+    def load() -> None:
+        try:
+            state.load_state_dict(state_of(content, path), config.result, path)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no checkpoint of a pretraining: {type(error).__name__}: {error}") from error
+
+    host.together(load)
     if resume == "auto":
         log.info("resuming from %s", path)
         return

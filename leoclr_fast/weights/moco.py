@@ -5,18 +5,17 @@ files of weights that every evaluator takes.
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dataset_tools.files import write_file
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.run.tensors import load_tensors
 from leoclr_fast.weights.architecture import recognised_backbone
 from leoclr_fast.weights.backbone_file import Description, backbone_bytes, require_new_file, weights_sha256
 
@@ -38,10 +37,7 @@ def import_moco(checkpoint: Path, out: Path, arch: str | None = None) -> dict[st
     moco = read_moco_checkpoint(checkpoint, arch)
     backbone = build_backbone(moco.config)
     backbone.load_state_dict(moco.backbone)
-    tensors = {
-        name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor
-        for name, tensor in moco.backbone.items()
-    }
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in moco.backbone.items()}
     after = "" if moco.epoch is None else f" after epoch {moco.epoch}"
     description = Description(
         recipe="import-moco",
@@ -92,7 +88,8 @@ def read_moco_checkpoint(path: Path, arch: str | None = None) -> MocoCheckpoint:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; give a MoCo .pth.tar")
-    document = _loaded(path)
+    content = path.read_bytes()
+    document = _loaded(content, path)
     state = _state(document, path)
     query = {name.removeprefix(_QUERY): tensor for name, tensor in state.items() if name.startswith(_QUERY)}
     if not query:
@@ -114,21 +111,12 @@ def read_moco_checkpoint(path: Path, arch: str | None = None) -> MocoCheckpoint:
         num_head_tensors=len(head),
         num_other_tensors=len(others),
         epoch=epoch if isinstance(epoch, int) else None,
-        file_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        file_sha256=hashlib.sha256(content).hexdigest(),
     )
 
 
-def _loaded(path: Path) -> Mapping[str, Any]:
-    try:
-        document = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is refused: it is damaged, or holds more than tensors and plain values, which could run code when "
-            "read. None of it was executed. Give a checkpoint as MoCo publishes them"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from error
+def _loaded(content: bytes, path: Path) -> Mapping[str, Any]:
+    document = load_tensors(content, str(path))
     if not isinstance(document, Mapping) or not isinstance(document.get("state_dict"), Mapping):
         what = f"a {type(document).__name__}"
         if isinstance(document, Mapping):
@@ -141,7 +129,7 @@ def _state(document: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The tensors without the prefix of DistributedDataParallel."""
     state = {}
     for name, tensor in document["state_dict"].items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{path} is no MoCo checkpoint: {name!r} in its state_dict is no plain tensor")
         state[name.removeprefix("module.")] = tensor
     if len(state) != len(document["state_dict"]):

@@ -109,7 +109,10 @@ def _run_tensors(run: RunFolder, config: RunConfig) -> tuple[dict[str, Tensor], 
         raise FileNotFoundError(f"{run.path} has neither final weights nor a checkpoint yet")
     path, state = newest
     prefix = f"{method_class(config.result.method.name).encoder_name}.backbone."
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in state["method"].items() if name.startswith(prefix)}
+    method = state.get("method")
+    if not isinstance(method, dict) or not all(isinstance(tensor, Tensor) for tensor in method.values()):
+        raise ValueError(f"{path} is no checkpoint of a pretraining: it lacks the tensors of a method")
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in method.items() if name.startswith(prefix)}
     require_exact(tensors, config.result.backbone, str(path))
     return tensors, path
 
