@@ -18,7 +18,7 @@ from rich.segment import Segment
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """All but tab and line feed; what reverses the direction of text; and bytes of names that are no UTF-8."""
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~&!])")
+_MARKDOWN = re.compile(r"([\\`*{}\[\]<>#|~&!]|(?<!\w)_|_(?!\w))")
 
 
 def printable(text: str) -> str:
