@@ -28,7 +28,8 @@ def rendered(template: Path, *, title: str, sections: dict[str, str], plots: Seq
     sections: id, unique on the page → heading. plots: all that the page shows; its script reads their values.
     """
     script = (_TEMPLATES / "page.js").read_text()
-    page = _pages(template.parent).get_template(template.name).render(
+    pages = _pages(template.parent)
+    page = pages.get_template(template.name).render(
         values,
         title=title,
         sections=sections,
