@@ -67,11 +67,13 @@ class Published:
         used = {name: settings[name] for name in self.protocol if name in settings}
         lines = differing_fields(self.result, own)
         lines += differing_fields({name: self.protocol[name] for name in used}, used)
-        if run.data.get("images") != self.pretrain_images:
-            lines.append(f"images of pretraining: {self.pretrain_images:,} there, {run.data.get('images', '?')} here")
+        if run.data.images != self.pretrain_images:
+            lines.append(
+                f"images of pretraining: {self.pretrain_images:,} there, {'?' if run.data.images is None else run.data.images} here"
+            )
         if sizes != self.sizes:
             lines.append(f"data of the evaluation: {self.sizes} there, {sizes} here")
-        own_data = run.data.get("fingerprint")
+        own_data = run.data.fingerprint
         if settings.get("data_fingerprint", own_data) != own_data:
             lines.append("it learned from other data than it is evaluated on")
         return lines
