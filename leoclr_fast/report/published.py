@@ -68,9 +68,8 @@ class Published:
         lines = differing_fields(self.result, own)
         lines += differing_fields({name: self.protocol[name] for name in used}, used)
         if run.data.images != self.pretrain_images:
-            lines.append(
-                f"images of pretraining: {self.pretrain_images:,} there, {'?' if run.data.images is None else run.data.images} here"
-            )
+            own_images = "?" if run.data.images is None else run.data.images
+            lines.append(f"images of pretraining: {self.pretrain_images:,} there, {own_images} here")
         if sizes != self.sizes:
             lines.append(f"data of the evaluation: {self.sizes} there, {sizes} here")
         own_data = run.data.fingerprint
