@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections import Counter
@@ -12,8 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset_tools.files import write_file
+from dataset_tools.schema import read_bounded
 from dataset_tools.sources.split import Split
 from dataset_tools.subsets import rank_by
+
+MAX_LIST_BYTES = 1 << 30
 
 
 def percent_of(split: Split, percent: float, seed: int) -> NDArray[np.int64]:
@@ -60,13 +64,23 @@ def subset_text(split: Split, indices: NDArray[np.int64]) -> bytes:
 def read_subset_list(path: Path, split: Split) -> NDArray[np.int64]:
     """The indices of the images that a list names, sorted. A name is one of the split's, or the end of just one.
 
-    So published lists ("n01440764_10026.JPEG", a line) fit. Raises ValueError if a name fits none or several images,
+    So published lists ("n01440764_10026.JPEG", a line) fit, in UTF-8 or UTF-16, with `./` before a name or blanks
+    after it. Raises ValueError if a name fits none or several images,
     or stands there twice, FileNotFoundError if there is no list.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no list {path}")
-    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    wanted = [_unescaped(line.rstrip("\r")) for line in lines if line.strip()]
+    content = read_bounded(path, MAX_LIST_BYTES)
+    of_windows = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = (
+            content.decode("utf-16").removeprefix("\ufeff")
+            if of_windows
+            else content.decode("utf-8-sig", "surrogateescape")
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the list {path} begins as UTF-16 and is none: {error.reason}") from error
+    wanted = [_unescaped(line.strip()) for line in text.split("\n") if line.strip()]
     if not wanted:
         raise ValueError(f"the list {path} is empty")
     if len(set(wanted)) != len(wanted):
@@ -103,7 +117,7 @@ def _escaped(name: str) -> str:
 
 def _unescaped(line: str) -> str:
     if not line.startswith('"'):
-        return line
+        return line.removeprefix("./")
     try:
         return str(json.loads(line))
     except ValueError as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,8 +23,29 @@ from pipelines.order import Order, TrainOrder
 from pipelines.threads import available_cores
 from pipelines.views import ViewRecipe, draw_boxes
 
+_MAX_TEMPORARY_FOLDER = 107 - len("/pymp-01234567/listener-01234567")
 _CountedBatch = tuple[DecodedBatch, int]
 """A batch, and how many images were decoded for it."""
+
+
+def require_room_for_workers(num_bytes: int, shared_memory: Path = Path("/dev/shm")) -> None:
+    """Raises ValueError where worker processes could not hand over what they prepare, `num_bytes` at a time.
+
+    Batches lie in /dev/shm, and their descriptors come through sockets in the temporary folder.
+    """
+    folder = tempfile.gettempdir()
+    length = len(os.fsencode(folder))
+    if length > _MAX_TEMPORARY_FOLDER:
+        raise ValueError(
+            f"the temporary folder {folder} has a name of {length} bytes, too long for the sockets of "
+            f"worker processes: set TMPDIR to one of at most {_MAX_TEMPORARY_FOLDER}, or give --loader.workers 0"
+        )
+    if shared_memory.is_dir() and (free := shutil.disk_usage(shared_memory).free) < num_bytes:
+        raise ValueError(
+            f"worker processes hand images over in {shared_memory}, which has {free / 2**20:,.0f} MiB free, and they "
+            f"prepare up to {num_bytes / 2**20:,.0f} MiB: make it larger (docker run --shm-size), or give fewer "
+            "--loader.workers or --loader.prefetch-batches"
+        )
 
 
 class TorchvisionLoader(Loader):
@@ -37,6 +60,12 @@ class TorchvisionLoader(Loader):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         workers = available_cores() if self.config.workers is None else self.config.workers
+        if workers:
+            side, images = self.view_config.image_size, self.order.max_local_batch_size
+            batch_bytes = images * len(self.views) * 3 * side * side
+            require_room_for_workers(
+                batch_bytes * min(workers * self.config.prefetch_batches, self.order.steps_per_epoch)
+            )
         self._sampler = _StepSampler(self.order)
         self._loader: DataLoader[_CountedBatch | OSError] = DataLoader(
             _CropDataset(self.split, self.views, self.view_config, self.seed),

@@ -74,7 +74,10 @@ def _rows(path: Path, wanted: tuple[str, ...]) -> list[dict[str, str]]:
     """The lines of a tab-separated list, by the names in its first line."""
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        rows = list(reader)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise ValueError(f"{path} is damaged: line {reader.line_num}: {error}") from error
     names = reader.fieldnames or []
     for name in wanted:
         if name not in names:

@@ -148,16 +148,20 @@ def read_solution(solution: Path, mapping: Path) -> ValidationLabels:
     Raises ValueError if one is damaged, or if the first has WNIDs that the second lacks.
     """
     wnids: dict[str, str] = {}
-    with open(solution, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.DictReader(file)
-        if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{solution} must begin with ImageId,PredictionString, not {rows.fieldnames}")
-        for row in rows:
-            image, prediction = row["ImageId"], (row["PredictionString"] or "").split()
-            if not image or not prediction or image in wnids:
-                what = "a second label" if image in wnids else "no label"
-                raise ValueError(f"{solution} is damaged: line {rows.line_num} has {what} for {image!r}")
-            wnids[image] = prediction[0]
+    try:
+        with open(solution, newline="", encoding="utf-8-sig", errors="replace") as file:
+            rows = csv.DictReader(file)
+            if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
+                names = ",".join(rows.fieldnames or ())[:80]
+                raise ValueError(f"{solution} must begin with ImageId,PredictionString, not {names!r}")
+            for row in rows:
+                image, prediction = row["ImageId"], (row["PredictionString"] or "").split()
+                if not image or not prediction or image in wnids:
+                    what = "a second label" if image in wnids else "no label"
+                    raise ValueError(f"{solution} is damaged: line {rows.line_num} has {what} for {image!r}")
+                wnids[image] = prediction[0]
+    except csv.Error as error:
+        raise ValueError(f"{solution} is damaged: {error}") from error
     classes: tuple[str, ...] = ()
     if mapping.is_file():
         lines = mapping.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -11,10 +11,12 @@ import logging
 import lzma
 import os
 import shutil
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 from zipfile import BadZipFile
@@ -49,7 +51,18 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "leoclr-fast"
     except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / f"leoclr-fast-{os.getuid()}"
+        return _own_folder(Path(tempfile.gettempdir()) / f"leoclr-fast-{os.getuid()}")
+
+
+@cache
+def _own_folder(folder: Path) -> Path:
+    """`folder`, in a place where others write too, if it is this user's alone; else a fresh one beside it."""
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+        return folder
+    return Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
 
 
 def compression(head: bytes) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,11 @@ class Report(CommonFlags):
         if self.out is None and len(self.runs) > 1:
             raise ValueError("a report of several runs needs a place of its own: give --out FILE.html")
         out = RunFolder(self.runs[0]).report_file if self.out is None else self.out
-        document = write_report(list(self.runs), out)
+        try:
+            document = write_report(list(self.runs), out)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise ValueError(f"cannot write {out}: {error.strerror}; give --out FILE.html, elsewhere") from error
         say(console, f"report: {out} ({document['bytes'] / 1e3:,.0f} kB)")
         return document

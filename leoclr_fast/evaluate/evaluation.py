@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from dataset_tools.schema import read_json
 from dataset_tools.sources import Split
 from dataset_tools.terminal import PlainConsole
 from leoclr_fast.config_file import differing_fields
@@ -175,7 +176,7 @@ def _enter(path: Path, settings: dict[str, Any], stack: ExitStack) -> dict[str, 
         path.mkdir(parents=True, exist_ok=True)
         stack.enter_context(RunFolder(path).locked())
         if described.exists():
-            differences = differing_fields(json.loads(described.read_text()), settings)
+            differences = differing_fields(read_json(described, dict[str, Any]), settings)
             if differences:
                 raise ValueError(
                     f"{path} holds another evaluation: {'; '.join(differences[:6])}. Give the same options as there to "
@@ -189,7 +190,7 @@ def _enter(path: Path, settings: dict[str, Any], stack: ExitStack) -> dict[str, 
     result = path / "result.json"
     if not result.is_file():
         return None
-    document: dict[str, Any] = json.loads(result.read_text())
+    document = read_json(result, dict[str, Any])
     log.info("this evaluation was made before: %s; delete that file to make it again", result)
     return {key: value for key, value in document.items() if key != "environment"}
 

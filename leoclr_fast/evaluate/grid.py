@@ -5,7 +5,6 @@ This is what `finetune` and `transfer` have in common. Legend: T trials of the g
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from dataset_tools.files import write_file
+from dataset_tools.schema import read_json
 from dataset_tools.sources import Split
 from dataset_tools.splits import hold_out
 from leoclr_fast.evaluate.accuracy import Accuracy, accuracy
@@ -181,7 +181,4 @@ def _trial(parameters: Hyperparameters) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any] | None:
     """What a finished trial reached."""
-    if not file.is_file():
-        return None
-    document: dict[str, Any] = json.loads(file.read_text())
-    return document
+    return read_json(file, dict[str, Any]) if file.is_file() else None

@@ -183,9 +183,10 @@ def _from_torchvision(name: str, root: Path, folder: str) -> ImageSource:
                 dataset = OxfordIIITPet(str(root), split="trainval" if split == "train" else split)
                 pairs = zip(dataset._images, dataset._labels, strict=True)
                 samples[split] = [(str(image), int(label)) for image, label in pairs]
-        except (RuntimeError, FileNotFoundError, ValueError) as error:  # RuntimeError: "Dataset not found", or no scipy
+        except Exception as error:  # what scipy raises for a damaged .mat is not documented
+            reason = str(error) or type(error).__name__
             raise ValueError(
-                f"{published.title} in {root} is not whole ({error}); expected is {published.layout}"
+                f"{published.title} in {root} is not whole ({reason}); expected is {published.layout}"
             ) from error
     return _listed_source(root / folder, published.title, samples, tuple(str(label) for label in dataset.classes))
 

@@ -388,7 +388,7 @@ def test_a_devkit_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"must begin with ImageId,PredictionString, not None"),
+        ("", r"must begin with ImageId,PredictionString, not ''"),
         ("image,label\na,b\n", r"must begin with ImageId,PredictionString, not \['image', 'label'\]"),
         ("ImageId,PredictionString\na,\n", r"line 2 has no label for 'a'"),
         ("ImageId,PredictionString\na,n1 1 2\na,n2\n", r"line 3 has a second label for 'a'"),

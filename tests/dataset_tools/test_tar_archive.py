@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,6 +171,28 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/x")
     assert spool.cache_folder() == Path("/home/x/.cache/leoclr-fast")
+
+
+def test_without_a_home_a_cache_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("no home")
+
+    for name in ("LEOCLR_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    for place, expected in (("mine", True), ("open", False), ("link", False)):
+        (tmp_path / place).mkdir()
+        folder = tmp_path / place / f"leoclr-fast-{os.getuid()}"
+        if place == "open":
+            folder.mkdir(mode=0o777)
+            folder.chmod(0o777)
+        elif place == "link":
+            folder.symlink_to(tmp_path)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / place))
+        chosen = spool.cache_folder()
+        assert (chosen == folder) is expected
+        assert chosen == spool.cache_folder()
+        assert chosen.stat().st_mode & 0o777 == 0o700
 
 
 def test_processes_that_start_at_once_unpack_once(write_tar, cache_folder: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections import Counter
 from itertools import chain, count, islice
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -23,7 +25,7 @@ from pipelines import decode
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.decode import decode_rgb
 from pipelines.order import SequentialOrder, TrainOrder
-from pipelines.torchvision_loader import TorchvisionLoader
+from pipelines.torchvision_loader import TorchvisionLoader, require_room_for_workers
 from pipelines.views import LEOCLR_VIEWS
 from tests.tolerances import CROP_RESIZE
 
@@ -63,6 +65,19 @@ def test_crops_are_torchvision_s(split: Split, image_size: int) -> None:
         assert np.max(differences) == 0
     assert np.max(differences) <= CROP_RESIZE.max
     assert np.mean(differences) <= CROP_RESIZE.mean
+
+
+def test_workers_without_room_are_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_room_for_workers(1 << 20, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"MiB free, and they prepare up to 1,099,511,627,776 MiB: make it larger \(docker"
+    ):
+        require_room_for_workers(1 << 60, tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "t" * 75)
+    with pytest.raises(
+        ValueError, match="a name of 76 bytes, too long for the sockets of worker processes: set TMPDIR"
+    ):
+        require_room_for_workers(1, tmp_path)
 
 
 def test_workers_live_on_between_epochs(split: Split) -> None:

@@ -7,15 +7,46 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta, Struct
 
+from dataset_tools.schema import read_json
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, AnnotatedImages, ImageDetections, annotated_image
+
+_Side = Annotated[int, Meta(ge=1, le=2**20)]
+
+
+class _Image(Struct):
+    id: int
+    file_name: str
+    width: _Side
+    height: _Side
+
+
+class _Category(Struct):
+    id: int
+    name: str
+
+
+class _Annotation(Struct):
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    area: float | None = None
+    iscrowd: int = 0
+
+
+class _Instances(Struct):
+    """What is read of the file; an annotation without an area has that of its box."""
+
+    images: list[_Image]
+    categories: list[_Category]
+    annotations: list[_Annotation]
 
 
 def read_coco(root: Path, split: str) -> AnnotatedImages:
@@ -28,30 +59,29 @@ def read_coco(root: Path, split: str) -> AnnotatedImages:
         raise FileNotFoundError(
             f"there are no annotations {file}; --data must be the COCO folder, which holds annotations/ and {split}/"
         )
-    try:
-        document: dict[str, Any] = json.loads(file.read_text())
-        categories = sorted(document["categories"], key=lambda category: category["id"])
-        label_of = {category["id"]: label for label, category in enumerate(categories)}
-        of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for item in document["annotations"]:
-            if item["bbox"][2] > 0 and item["bbox"][3] > 0:
-                of_image[item["image_id"]].append(item)
-        images = []
-        for image in sorted(document["images"], key=lambda image: image["id"]):
-            items = of_image.pop(image["id"], [])
-            images.append(
-                annotated_image(
-                    image["file_name"],
-                    root / split / image["file_name"],
-                    (image["width"], image["height"]),
-                    [(x, y, x + width, y + height) for x, y, width, height in (item["bbox"] for item in items)],
-                    [label_of[item["category_id"]] for item in items],
-                    [bool(item.get("iscrowd", 0)) for item in items],
-                    [item["area"] for item in items],
-                )
+    document = read_json(file, _Instances, max_bytes=1 << 33)
+    categories = sorted(document.categories, key=lambda category: category.id)
+    label_of = {category.id: label for label, category in enumerate(categories)}
+    of_image: dict[int, list[_Annotation]] = defaultdict(list)
+    for item in document.annotations:
+        if item.category_id not in label_of:
+            raise ValueError(f"{file} has a box of category {item.category_id}, which it does not list")
+        if item.bbox[2] > 0 and item.bbox[3] > 0:
+            of_image[item.image_id].append(item)
+    images = []
+    for image in sorted(document.images, key=lambda image: image.id):
+        items = of_image.pop(image.id, [])
+        images.append(
+            annotated_image(
+                image.file_name,
+                root / split / image.file_name,
+                (image.width, image.height),
+                [(x, y, x + width, y + height) for x, y, width, height in (item.bbox for item in items)],
+                [label_of[item.category_id] for item in items],
+                [bool(item.iscrowd) for item in items],
+                [item.bbox[2] * item.bbox[3] if item.area is None else item.area for item in items],
             )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{file} cannot be understood as COCO's instances: {type(error).__name__} {error}") from error
+        )
     if of_image:
         raise ValueError(f"{file} has boxes of {len(of_image)} images that it does not list, as {next(iter(of_image))}")
     if not images:
@@ -59,7 +89,7 @@ def read_coco(root: Path, split: str) -> AnnotatedImages:
     absent = next((image.path for image in images if not image.path.is_file()), None)
     if absent is not None:
         raise FileNotFoundError(f"{file.name} lists an image that is not there: {absent}")
-    return AnnotatedImages(classes=tuple(category["name"] for category in categories), images=tuple(images))
+    return AnnotatedImages(classes=tuple(category.name for category in categories), images=tuple(images))
 
 
 def require_pycocotools() -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec import Struct
 from torch import nn
 from torchvision.models.resnet import ResNet
 
-from dataset_tools.files import write_file
+from dataset_tools.files import open_own, write_file
+from dataset_tools.schema import FileContentError
 from leoclr_fast.distributed.batch_statistics import BatchStatistics, batch_statistics
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d, replace_batchnorm
@@ -31,6 +34,7 @@ from leoclr_fast.evaluate.detection.image_batches import (
 from leoclr_fast.evaluate.fine_tuning import decay_groups
 from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
 from leoclr_fast.run.checkpoint import list_checkpoints
+from leoclr_fast.run.documents import read_line
 from leoclr_fast.run.stepper import Stepper
 from leoclr_fast.run.telemetry import NonFiniteLossError, ProgressDisplay
 from pipelines.counter_rng import crop_stream, uniform
@@ -52,6 +56,12 @@ def build_detector(
     if ranks.world_size > 1:
         replace_batchnorm(detector, lambda norm: SyncBatchNorm2d(norm, ranks))
     return detector
+
+
+class _Iteration(Struct):
+    """A line of the log."""
+
+    iteration: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +135,7 @@ class DetectorTraining:
                     record = {"iteration": iteration, "loss": float(parts.sum())}
                     record |= {**dict(zip(losses, parts.tolist(), strict=True)), "lr": lr}
                     if ranks.is_main:
-                        with open(self.metrics_file, "a") as file:
+                        with open_own(self.metrics_file, "a") as file:
                             file.write(json.dumps(record) + "\n")
                     epoch = stepper.step * config.batch_size // len(self.images)
                     stepper.show(display, epoch, record["loss"], lr, config.batch_size)
@@ -205,6 +215,9 @@ class DetectorTraining:
         """Drop what was logged after the checkpoint, and a half-written last line."""
         if not self.ranks.is_main or not self.metrics_file.exists():
             return
-        lines = [line for line in self.metrics_file.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
-        write_file(self.metrics_file, "".join(f"{line}\n" for line in kept).encode())
+        kept = []
+        for line in self.metrics_file.read_bytes().splitlines(keepends=True):
+            with suppress(FileContentError):
+                if read_line(line, _Iteration)["iteration"] <= iteration:
+                    kept.append(line)
+        write_file(self.metrics_file, b"".join(kept))

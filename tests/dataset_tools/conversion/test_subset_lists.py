@@ -155,17 +155,20 @@ class TestRead:
             ("n00000001/n00000001_5.JPEG\ntrain/n00000002/n00000002_5.JPEG\nn00000003_5.JPEG\n", [135, 265, 395]),
             ("n00000001_5.JPEG\r\n\r\nn00000002_5.JPEG\r\n", [135, 265]),
             ("\ufeffn00000001_5.JPEG\nn00000002_5.JPEG", [135, 265]),
+            ("./n00000001/n00000001_5.JPEG \n\tn00000002_5.JPEG\t\n", [135, 265]),
         ],
         ids=[
             "base names",
             "partial and whole paths",
             "line ends of Windows",
             "byte order mark, no line end at the end",
+            "as find writes them, blanks",
         ],
     )
     def test_names(self, tmp_path: Path, text: str, indices: list[int]) -> None:
-        (tmp_path / "list.txt").write_bytes(text.encode())
-        assert read_subset_list(tmp_path / "list.txt", imagenet_like()).tolist() == indices
+        for encoding in ("utf-8", "utf-16"):  # Excel and PowerShell write the second
+            (tmp_path / "list.txt").write_bytes(text.encode(encoding))
+            assert read_subset_list(tmp_path / "list.txt", imagenet_like()).tolist() == indices
 
     @pytest.mark.parametrize(
         ("lines", "message"),

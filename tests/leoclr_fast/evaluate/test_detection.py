@@ -294,7 +294,10 @@ class TestCocoAnnotations:
         with pytest.raises(ValueError, match="has boxes of 1 images that it does not list, as 77"):
             read_coco(root, "train2017")
         file.write_text(json.dumps({**document, "annotations": [crowd | {"category_id": 5}]}))
-        with pytest.raises(ValueError, match="cannot be understood as COCO's instances: KeyError 5"):
+        with pytest.raises(ValueError, match="has a box of category 5, which it does not list"):
+            read_coco(root, "train2017")
+        file.write_text(json.dumps({**document, "annotations": [crowd | {"bbox": [0, 0, 5]}]}))
+        with pytest.raises(ValueError, match=r"annotations.0.bbox is .0, 0, 5.: Expected `array` of length 4, got 3"):
             read_coco(root, "train2017")
         file.write_text(json.dumps(document))
         (root / "train2017" / "000001.jpg").unlink()
