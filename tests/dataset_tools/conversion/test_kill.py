@@ -14,7 +14,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,15 @@ class Case:
     format: str
     expected: dict[str, str]
     commands: list[Command] = field(default_factory=list)
+    parts: list[Path] = field(default_factory=list)
+    """To merge, instead of converting."""
 
     def start(
         self, *, workers: int = 3, pause_s: float = PAUSE_S, prepare: Callable[[], None] | None = None
     ) -> Command:
         arguments = ["convert", self.source, self.destination, "--format", self.format, *SHARD_BYTES[self.format]]
+        if self.parts:
+            arguments = ["merge", *self.parts, self.destination]
         log = self.destination.with_name(f"log {len(self.commands)}")
         command = Command([*arguments, "--workers", workers], log, prepare or journal_often(pause_s=pause_s))
         self.commands.append(command)
@@ -69,6 +73,12 @@ class Case:
         assert command.wait() == 0, command.output
         self.check()
         return command
+
+    def complete_once(self) -> None:
+        """What it results in is what it must result in."""
+        assert self.start().wait() == 0
+        self.expected = contents(self.destination)
+        shutil.rmtree(self.destination)
 
     def check(self) -> None:
         assert contents(self.destination) == self.expected
@@ -270,6 +280,21 @@ def test_kills_between_the_calls_that_change_files(small_case: Case) -> None:
 @pytest.mark.timeout(1200)
 def test_kills_at_every_call_that_changes_files(small_case: Case) -> None:
     kill_at_each(small_case, list(range(1, count_calls(small_case) + 1)), random.Random(6))
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=LONG)])
+def test_merge_may_be_killed_between_any_calls(small_case: Case, every: bool) -> None:
+    """Also when the result is there and only what was left of the work is not removed yet."""
+    for number in (1, 2):
+        small_case.parts.append(small_case.destination.with_name(f"part{number}"))
+        part = replace(options(small_case.format), part=f"{number}/2")
+        convert(small_case.source, small_case.parts[-1], part, workers=1)
+    if small_case.format == "webdataset":  # the tars are those of the parts
+        small_case.complete_once()
+    total = count_calls(small_case)
+    chance = random.Random(7)
+    some = [*chance.sample(range(1, total - 12), 4), *range(total - 12, total + 1, 3)]
+    kill_at_each(small_case, list(range(1, total + 1)) if every else some, chance)
 
 
 def test_a_restart_does_not_wait_for_workers_that_survive(case: Case) -> None:
