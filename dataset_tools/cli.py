@@ -225,6 +225,8 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
         f"{summary['bytes'] / 1e6:,.1f} MB; passed through {summary['passed_through']:,}, re-encoded "
         f"{summary['reencoded']:,}, in quarantine {summary['quarantined']:,}{speed}",
     )
+    if summary["passed_through"] and summary["check"] == "header":
+        say(console, "  passed through by their headers: --check decode, or verify --deep, finds damage inside images")
     for reason, count in summary["reencoded_because"].items():
         say(console, f"  re-encoded, {reason}: {count:,}")
     if not has_buffers:

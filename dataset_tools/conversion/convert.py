@@ -104,6 +104,7 @@ def summarize(destination: Path, manifest: Manifest, *, images: int, seconds: fl
     return {
         "destination": str(destination),
         "format": manifest.format,
+        "check": manifest.options.get("check"),
         "samples": sum(split.samples for split in splits),
         "passed_through": sum(split.passed_through for split in splits),
         "reencoded": sum(split.reencoded for split in splits),

@@ -35,7 +35,9 @@ class ConvertOptions:
     """auto: keep the bytes of a JPEG that needs no change, re-encode the rest. passthrough: never re-encode, put
     what would need it in quarantine. reencode: every image becomes a new JPEG."""
     check: Literal["header", "decode"] = "header"
-    """What is looked at before bytes are kept: markers, dimensions and end of image, or every pixel."""
+    """What is looked at before bytes are kept. header: markers, dimensions and end of image; damage inside an image is
+    not seen, and loaders replace, and name, what they cannot decode. decode: every pixel, which takes several times as
+    long."""
     order: Literal["source", "shuffled"] | None = None
     """Of the samples. source: by class, as ImageFolder has them. If not given: shuffled for webdataset, else source."""
     seed: int = 0

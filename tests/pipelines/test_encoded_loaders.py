@@ -7,21 +7,26 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.formats.records import MAX_PIXELS
 from dataset_tools.sources import Split, open_source
-from pipelines.encoded_batches import EncodedBatches
+from pipelines.decode import UnreadableImageError, decode_bytes
+from pipelines.encoded_batches import EncodedBatches, plain_header
 from pipelines.encoded_loader import EncodedLoader
 from tests.pipelines.optional_packages import needs_dali, needs_ffcv
 from tests.pipelines.oracle import assert_like_the_oracle, in_order
-from tests.pipelines.pictures import encode, picture
+from tests.pipelines.pictures import encode, picture, write_images
 
 Open = Callable[..., EncodedLoader]
 NAMES = [pytest.param("dali", marks=needs_dali), "nvjpeg", pytest.param("ffcv", marks=needs_ffcv)]
@@ -178,3 +183,82 @@ class TestThreads:
                 list(loader.batches(0))
         finally:
             released.set()
+
+
+_JPEG = encode(Image.fromarray(picture(40, 52, "waves")), "JPEG", progressive=True)
+_SCAN = _JPEG[_JPEG.rindex(b"\xff\xda") : -2]
+
+
+@pytest.mark.parametrize(
+    "irregular",
+    {
+        "padding between markers": b"\xff\xd8\xff" + _JPEG[2:],
+        "a marker without a segment": b"\xff\xd8\xff\x01" + _JPEG[2:],
+        "garbage between markers": b"\xff\xd8\x00\x00" + _JPEG[2:],
+        "a segment that ends elsewhere": b"\xff\xd8\xff\xe1\x00\x20Exif\0\0MM" + _JPEG[2:],
+        "cut": _JPEG[:-2],
+        "bytes behind its end": _JPEG + b"\0",
+        "thousands of scans": _JPEG[:-2] + 2000 * _SCAN + _JPEG[-2:],
+        "PNG": encode(Image.new("RGB", (4, 4)), "PNG"),
+        "CMYK": encode(Image.new("CMYK", (4, 4)), "JPEG"),
+        "nothing": b"",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_only_regular_jpegs_are_given_to_other_decoders_than_pillow(irregular: tuple[str, bytes]) -> None:
+    assert plain_header(np.frombuffer(_JPEG, dtype=np.uint8)) is not None
+    assert plain_header(np.frombuffer(irregular[1], dtype=np.uint8)) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, len(_JPEG) - 1), st.integers(0, 255)), max_size=8), st.integers(0, len(_JPEG)))
+def test_the_bytes_of_a_jpeg_may_be_anything(changes: list[tuple[int, int]], length: int) -> None:
+    """What is given to other decoders has the size that Pillow sees, within limits; all else goes to Pillow."""
+    data = bytearray(_JPEG)
+    for at, value in changes:
+        data[at] = value
+    data = data if length % 2 else data[:length]
+    header = plain_header(np.frombuffer(bytes(data), dtype=np.uint8))
+    if header is not None:
+        assert header.width * header.height <= MAX_PIXELS
+        with suppress(UnreadableImageError):
+            decoded = decode_bytes(bytes(data))
+            assert (decoded.width, decoded.height) == (header.width, header.height)
+
+
+@needs_dali
+def test_damaged_images_of_a_large_batch(
+    tmp_path: Path, open_loader: Open, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+) -> None:
+    """Three of 256 have damaged tables: they are replaced, counted and named, by few pipelines and not one for each."""
+    damaged = bytearray(encode(Image.fromarray(picture(40, 52, "waves")), "JPEG"))
+    tables = damaged.index(b"\xff\xc4") + 5
+    damaged[tables : tables + 16] = bytes(16 * [255])
+    images = {
+        f"{index:03}.jpg": encode(Image.fromarray(picture(20, 24, "noise", index)), "JPEG") for index in range(256)
+    }
+    split = write_images(tmp_path / "images", images | dict.fromkeys(("007.jpg", "100.jpg", "255.jpg"), bytes(damaged)))
+    loader = open_loader(split, "dali", in_order(split, 256))
+    built: list[int] = []
+    original = loader._built_pipeline  # type: ignore[attr-defined]
+    monkeypatch.setattr(loader, "_built_pipeline", lambda *given, **named: built.append(1) or original(*given, **named))
+    (batch,) = loader.batches(0)
+    assert batch.indices[[7, 100, 255]].tolist() == [8, 101, 0]
+    assert sorted(loader.unreadable) == [7, 100, 255]
+    assert sum("the next image takes its place" in message for message in package_log.messages) == 3
+    assert len(built) == 2
+    refused = loader._refused(_refusing(loader, {3, 200}), list(range(256)))  # those that DALI alone cannot decode
+    assert (refused, len(built)) == ([3, 200], 2)
+
+
+def _refusing(loader: EncodedLoader, bad: set[int]) -> Any:
+    """A batch of which the decoder refuses some; counts how often it is tried."""
+    tried: list[int] = []
+
+    def try_to_decode(_: Any, rows: list[int]) -> None:
+        tried.append(1)
+        assert len(tried) < 40
+        if bad & set(rows):
+            raise RuntimeError("refused")
+
+    loader.try_to_decode = try_to_decode  # type: ignore[method-assign]
+    return None

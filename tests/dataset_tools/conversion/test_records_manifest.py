@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +21,8 @@ from hypothesis import strategies as st
 from dataset_tools.conversion.convert import convert, summarize
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.formats.beton import ALLOCATION, METADATA, METADATA_START, read_beton_head
+from dataset_tools.formats.formats import FORMATS
 from dataset_tools.formats.manifest import Manifest, is_converted
 from dataset_tools.formats.records import BLOCK_ROWS, RAW, ROW, SampleRecords
 from dataset_tools.formats.row_file import RowFile
@@ -145,6 +149,45 @@ def test_a_row_that_cannot_be_is_named(data: st.DataObject) -> None:
     else:
         with pytest.raises(ValueError, match=f"made is damaged: sample {index} has the "):
             records.check(sizes, num_classes=5)
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("beton")
+    source = write_files(folder / "source", {f"a/{n}.jpg": encoded(flat((n, 0, 99), 20 + n)) for n in range(5)})
+    convert(source, folder / "made", ConvertOptions(format="ffcv"), workers=1)
+    return folder / "made"
+
+
+def overwrite(path: Path, content: bytes | bytearray, places: Iterable[int]) -> None:
+    with open(path, "r+b", buffering=0) as file:
+        for at in places:
+            os.pwrite(file.fileno(), content[at : at + 1], at)
+
+
+@given(data=st.data())
+def test_any_change_in_a_betons_header_and_tables_is_found(beton: Path, data: st.DataObject) -> None:
+    path = beton / "train.beton"
+    content = path.read_bytes()
+    manifest, records = Manifest.load(beton).splits["train"], SampleRecords.open(beton / "train.records.safetensors")
+    tables_end, table_at = METADATA_START + 5 * METADATA.itemsize, len(content) - 5 * ALLOCATION.itemsize
+    places = st.integers(0, tables_end - 1) | st.integers(table_at, len(content) - 1)
+    changes = data.draw(st.dictionaries(places, st.integers(0, 255), min_size=1, max_size=3))
+    changed = bytearray(content)
+    for at, value in changes.items():
+        changed[at] = value
+    overwrite(path, changed, changes)
+    try:
+        found = list(FORMATS["ffcv"].problems(beton, manifest, records))
+        with suppress(ValueError):
+            assert int(read_beton_head(path)["version"]) == 2
+    finally:
+        overwrite(path, content, changes)
+    same = changed[:METADATA_START] == content[:METADATA_START]
+    for dtype, begin in ((METADATA, METADATA_START), (ALLOCATION, table_at)):  # bytes between two fields mean nothing
+        before, after = (np.frombuffer(bytes(each), dtype, 5, begin) for each in (content, changed))
+        same &= bool((before == after).all())
+    assert bool(found) != same
 
 
 def entry(name: str = "train.beton") -> FileEntry:
