@@ -130,7 +130,6 @@ class TestConvert:
         assert (summary["splits"]["train"]["max_width"], summary["splits"]["train"]["max_height"]) == (44, 29)
         assert Manifest.load(tmp_path / "made").options == {
             "format": "webdataset",
-            "check": "header",
             "split": "train",
             "mode": "reencode",
             "check": "decode",

@@ -185,7 +185,7 @@ def test_any_change_in_a_betons_header_and_tables_is_found(beton: Path, data: st
         overwrite(path, content, changes)
     same = changed[:METADATA_START] == content[:METADATA_START]
     for dtype, begin in ((METADATA, METADATA_START), (ALLOCATION, table_at)):  # bytes between two fields mean nothing
-        before, after = (np.frombuffer(bytes(each), dtype, 5, begin) for each in (content, changed))
+        before, after = (np.frombuffer(each, dtype, 5, begin) for each in (content, changed))
         same &= bool((before == after).all())
     assert bool(found) != same
 
