@@ -22,7 +22,7 @@ from dataset_tools.sources.layout import first_few, is_image
 from dataset_tools.sources.parquet_files import is_parquet, split_files
 from dataset_tools.sources.raw_pixels import remap
 from dataset_tools.sources.split import UNLABELED, ExtentSplit, ImageSource, Split
-from dataset_tools.sources.spool import alone, cache_entry, check_room, write_chunks
+from dataset_tools.sources.spool import alone, cache_entry, check_room, is_intact, keep_checksum, write_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +99,10 @@ def _load(entry: Path) -> dict[str, Split] | None:
             for split in map(str, saved["splits"]):
                 names, extents = PackedNames.from_arrays(saved, f"{split}_names"), saved[f"{split}_extents"]
                 splits[split] = ExtentSplit(split, ByteFile(entry), names, extents, saved[f"{split}_labels"], classes)
-            if int(saved["bytes"]) == entry.stat().st_size:
+            if int(saved["bytes"]) != entry.stat().st_size:
+                logger.warning("%s has not its size, and is made again", entry)
+            elif is_intact(entry):
                 return splits
-            logger.warning("%s has not its size, and is made again", entry)
     except FileNotFoundError:
         pass
     except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
@@ -125,7 +126,7 @@ def _unpack(place: Path, files: dict[str, list[Path]], entry: Path) -> None:
     partial = entry.with_name(entry.name + ".partial")
     try:
         chunks = (chunk for path, found in columns.items() for chunk in _chunks(path, found, sizes, kinds))
-        write_chunks(chunks, partial, purpose)
+        keep_checksum(entry, write_chunks(chunks, partial, purpose))
         os.replace(partial, entry)
     finally:
         partial.unlink(missing_ok=True)

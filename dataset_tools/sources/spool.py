@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 from zipfile import BadZipFile
 
-from dataset_tools.files import open_own
+from dataset_tools.files import open_own, open_regular, write_file
 from dataset_tools.sources.tar_index import DamagedArchiveError, TarIndex
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 16 << 20
 SPARE_BYTES = 256 << 20
 """So much is left free on the disk of the cache folder."""
+CHECKED_BYTES = 2 << 30
+"""What was unpacked is compared with its checksum when it is opened, up to this size: about a second."""
 INDEX_KEPT_FROM = 10_000
 """Images in a plain tar from which on its index is kept: reading the headers takes a quarter of a second."""
 
@@ -89,11 +91,12 @@ def plain_tar(archive: Path) -> tuple[Path, TarIndex]:
                     index.save(kept_index)
         return archive, index
     with alone(entry):
-        if not entry.exists():
+        if not is_intact(entry):
             partial = entry.with_name(entry.name + ".partial")
             try:
-                _unpack(archive, magic, partial)
+                crc32 = _unpack(archive, magic, partial)
                 TarIndex.build(partial).save(kept_index)
+                keep_checksum(entry, crc32)
                 os.replace(partial, entry)
             finally:
                 partial.unlink(missing_ok=True)
@@ -101,6 +104,34 @@ def plain_tar(archive: Path) -> tuple[Path, TarIndex]:
             index = TarIndex.build(entry)
             index.save(kept_index)
     return entry, index
+
+
+def keep_checksum(entry: Path, crc32: int) -> None:
+    """Keeps beside a cache entry what `is_intact` compares it with."""
+    write_file(entry.with_name(entry.name + ".crc32"), f"{crc32}\n")
+
+
+def is_intact(entry: Path) -> bool:
+    """Whether a cache entry is there and, unless it is larger than CHECKED_BYTES, has the bytes that were unpacked."""
+    try:
+        status = entry.stat()
+        expected = entry.with_name(entry.name + ".crc32").read_text()
+        found = _crc32(entry, status.st_size, status.st_ctime_ns) if status.st_size <= CHECKED_BYTES else None
+    except FileNotFoundError:
+        return False
+    if found is not None and f"{found}\n" != expected:
+        logger.warning("%s has changed since it was unpacked, and is made again", entry)
+        return False
+    return True
+
+
+@cache
+def _crc32(entry: Path, _size: int, _ctime_ns: int) -> int:
+    crc32 = 0
+    with open_regular(entry) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            crc32 = zlib.crc32(chunk, crc32)
+    return crc32
 
 
 def cache_entry(files: Sequence[Path], suffix: str, version: str = "") -> Path:
@@ -141,20 +172,23 @@ def alone(entry: Path) -> Iterator[None]:
         yield
 
 
-def _unpack(archive: Path, magic: bytes, target: Path) -> None:
+def _unpack(archive: Path, magic: bytes, target: Path) -> int:
     logger.info("unpacking %s once, into %s", archive, target.parent)
     with DECOMPRESSORS[magic](archive, "rb") as packed:
-        write_chunks(_chunks(packed), target, f"unpack {archive}")
+        return write_chunks(_chunks(packed), target, f"unpack {archive}")
 
 
-def write_chunks(chunks: Iterable[bytes], target: Path, purpose: str) -> None:
-    """Writes `chunks`, one after the other. Raises OSError if less than SPARE_BYTES would be left."""
+def write_chunks(chunks: Iterable[bytes], target: Path, purpose: str) -> int:
+    """Writes `chunks`, and returns their CRC-32. Raises OSError if less than SPARE_BYTES would be left."""
+    crc32 = 0
     with open_own(target, "w+b") as output:
         for chunk in chunks:
             check_room(target.parent, len(chunk), purpose, written_bytes=output.tell())
             output.write(chunk)
+            crc32 = zlib.crc32(chunk, crc32)
         output.flush()
         os.fsync(output.fileno())
+    return crc32
 
 
 def check_room(folder: Path, needed_bytes: int, purpose: str, written_bytes: int = 0) -> None:

@@ -273,7 +273,7 @@ def test_unpacked_once_and_found_again_without_pyarrow(
     write_hub(tmp_path / "data")
     expected = everything(open_source(tmp_path / "data"))
     assert f"unpacking {tmp_path / 'data'} once, into {cache_folder}" in caplog.text
-    assert sorted(path.suffix for path in cache_folder.iterdir()) == [".images", ".lock", ".npz"]
+    assert sorted(path.suffix for path in cache_folder.iterdir()) == [".crc32", ".images", ".lock", ".npz"]
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert everything(open_source(tmp_path / "data")) == expected
     file = tmp_path / "data" / "test-00000-of-00001.parquet"

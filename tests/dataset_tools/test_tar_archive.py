@@ -117,7 +117,7 @@ def test_compressed_tars_are_unpacked_once(
     assert everything(source) == everything(open_source(plain))
     assert source.path == packed
     assert f"unpacking {packed} once, into {cache_folder}" in caplog.text
-    assert sorted(path.suffix for path in cache_folder.iterdir()) == [".lock", ".npz", ".tar"]
+    assert sorted(path.suffix for path in cache_folder.iterdir()) == [".crc32", ".lock", ".npz", ".tar"]
 
     monkeypatch.setattr(spool, "_unpack", lambda *_: pytest.fail("unpacked again"))
     monkeypatch.setattr(spool.TarIndex, "build", lambda *_: pytest.fail("indexed again"))
@@ -207,6 +207,17 @@ def test_what_a_killed_process_left_is_overwritten(write_tar, cache_folder: Path
     (cache_folder / f"{key}.partial").write_bytes(b"half")
     assert len(open_source(packed).splits["train"]) == 6
     assert not list(cache_folder.glob("*.partial"))
+
+
+def test_a_bit_that_has_flipped_in_the_cache(write_tar, cache_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    packed = write_tar(FILES, name="x.tar.gz", mode="w:gz")
+    expected = everything(open_source(packed))
+    (unpacked,) = cache_folder.glob("*.tar")
+    content = bytearray(unpacked.read_bytes())
+    content[tarfile.BLOCKSIZE + 3] ^= 4  # in the first image; neither size nor index tell
+    unpacked.write_bytes(content)
+    assert everything(open_source(packed)) == expected
+    assert f"{unpacked} has changed since it was unpacked, and is made again" in caplog.text
 
 
 def test_no_room_to_unpack(write_tar, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
