@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, features
 
-from dataset_tools.conversion.jpeg import MAX_SCANS, SCAN
+from dataset_tools.conversion.jpeg import MAX_SCANS, SCAN, START
 from dataset_tools.files import read_file
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
@@ -39,10 +39,13 @@ def open_image(source: bytes | os.PathLike[str]) -> Image.Image:
     """
     data = source if isinstance(source, bytes) else read_file(source)
     with unusable_unless_done():
-        if data[:2] == b"\xff\xd8" and (scans := data.count(SCAN)) > MAX_SCANS:
-            raise UnusableImageError(f"it is a JPEG of {scans:,} scans, which would take minutes to decode")
         image = Image.open(io.BytesIO(data), formats=_OPENED)  # noqa: TID251 (here)
         check_pixels(image.width, image.height)
+        if data[:2] == START:
+            first = data.find(SCAN)  # libjpeg decodes one scan alone if all components are in it
+            may_have_many = "progressive" in image.info or data[first + 4] < getattr(image, "layers", 4)
+            if may_have_many and (scans := data.count(SCAN)) > MAX_SCANS:
+                raise UnusableImageError(f"it is a JPEG of {scans:,} scans, which would take minutes to decode")
     return image
 
 

@@ -189,6 +189,7 @@ class _Conversion:
             splits=manifests,
             quarantine=hash_files([(quarantine, None)], 1, self.stop)[0],
             part=self.options.part_numbers,
+            account=source.account,
             **self.staging.plan,
         )
         anew = f"Delete {self.staging.folder} to start anew."

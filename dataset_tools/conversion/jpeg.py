@@ -92,7 +92,9 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
         raise DamagedJpegError("it has no frame header before its scan")
     if frame.width < 1 or frame.height < 1:
         raise DamagedJpegError(f"its header says {frame.width} x {frame.height} pixels")
-    if (scans := data.count(SCAN, position)) >= MAX_SCANS:
+    # Of a frame with all components in its first scan, libjpeg decodes that scan alone; counting reads all bytes.
+    one_scan = frame.frame in (0xC0, 0xC1) and data[begin] >= len(frame.component_ids)
+    if not one_scan and (scans := data.count(SCAN, position)) >= MAX_SCANS:
         raise DamagedJpegError(f"its {scans:,} scans would take minutes to decode")
     if data.rfind(END, position) < 0:
         raise DamagedJpegError("it is truncated: there is no end of image")

@@ -105,6 +105,7 @@ def merge(
             splits=merged,
             **facts,
             quarantine=hash_files([(quarantine, None)], 1, stop)[0],
+            account=manifests[0].account,
         )
         manifest.save(staging.folder)
         staging.publish([*names, QUARANTINE_NAME, MANIFEST_NAME])

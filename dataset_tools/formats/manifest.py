@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from msgspec import Meta, Struct
 
+from dataset_tools.account import Account
 from dataset_tools.files import raise_if_of_machine, write_file
 from dataset_tools.formats.formats import FORMATS
 from dataset_tools.formats.records import ROW
@@ -46,6 +47,8 @@ class Manifest:
     """The list of the images that could not be used."""
     part: tuple[Part, Part] | None = None
     """(i, n): the i-th of n parts of each split, counted from 1."""
+    account: Account = field(default_factory=Account)
+    """What of the source was not read."""
     version: int = VERSION
 
     def __post_init__(self) -> None:

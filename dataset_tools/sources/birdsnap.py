@@ -5,7 +5,6 @@ images.txt, species.txt, test_images.txt, and the images that could be had below
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.image_folder import FolderSplit
+from dataset_tools.sources.raw_pixels import read_table
 from dataset_tools.sources.split import ImageSource, Split
 
 LISTS = ("images.txt", "species.txt", "test_images.txt")
@@ -44,13 +44,13 @@ def open_birdsnap(folder: Path) -> Birdsnap:
         raise FileNotFoundError(
             f"{folder} has no images: neither {' nor '.join(_IMAGE_FOLDERS)} is there; run Birdsnap's get_birdsnap.py"
         )
-    species = {row["id"]: row["dir"] for row in _rows(folder / "species.txt", ("id", "dir"))}
+    species = {row["id"]: row["dir"] for row in read_table(folder / "species.txt", ("id", "dir"), "\t")}
     classes = tuple(sorted(species.values()))
     rank = {name: label for label, name in enumerate(classes)}
-    test = {row["path"] for row in _rows(folder / "test_images.txt", ("path",))}
+    test = {row["path"] for row in read_table(folder / "test_images.txt", ("path",), "\t")}
     found: dict[str, list[tuple[str, int]]] = {"train": [], "test": []}
     missing: dict[str, list[str]] = {"train": [], "test": []}
-    for row in _rows(folder / "images.txt", ("path", "species_id")):
+    for row in read_table(folder / "images.txt", ("path", "species_id"), "\t"):
         split = "test" if row["path"] in test else "train"
         if row["species_id"] not in species:
             raise ValueError(f"{folder / 'images.txt'} is damaged: {row['path']} has the species {row['species_id']!r}")
@@ -68,20 +68,3 @@ def open_birdsnap(folder: Path) -> Birdsnap:
         splits[split] = FolderSplit(split, folder, PackedNames(name for name, _ in samples), labels, classes)
     source = ImageSource(path=folder, kind="Birdsnap", splits=splits, classes=classes)
     return Birdsnap(source=source, missing={split: tuple(sorted(names)) for split, names in missing.items()})
-
-
-def _rows(path: Path, wanted: tuple[str, ...]) -> list[dict[str, str]]:
-    """The lines of a tab-separated list, by the names in its first line."""
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            raise ValueError(f"{path} is damaged: line {reader.line_num}: {error}") from error
-    names = reader.fieldnames or []
-    for name in wanted:
-        if name not in names:
-            raise ValueError(f"{path} is damaged: its first line has no column {name!r}, but {', '.join(names)}")
-        if any(row[name] is None for row in rows):
-            raise ValueError(f"{path} is damaged: a line is cut off before its column {name!r}")
-    return rows

@@ -13,7 +13,7 @@ from dataset_tools.array_pickles import load_array_pickle
 from dataset_tools.sources.raw_pixels import (
     PixelSplit,
     RecordSplit,
-    read_class_names,
+    read_lines,
     read_records,
     remap,
     require_files,
@@ -60,7 +60,7 @@ def open_cifar(folder: Path) -> ImageSource | None:
     require_files(folder, [*variant.train, variant.test, variant.class_names], variant.kind)
     names_file = folder / variant.class_names
     if variant.label_bytes:
-        stored_classes = read_class_names(names_file)
+        stored_classes = read_lines(names_file)
     else:
         stored_classes = list(map(str, load_array_pickle(names_file).get(variant.class_names_key, ())))
     splits: dict[str, Split] = {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,15 +37,17 @@ FLAT_IMAGE = re.compile(r"ILSVRC2012_(val|test)_\d{8}\.JPEG")
 KAGGLE_TREES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 
 
-def open_ilsvrc_tar(archive: Path) -> ImageSource | None:
-    """ILSVRC2012_img_val.tar, with the labels that lie beside it, or ILSVRC2012_img_test*.tar, unlabelled.
+def open_any_tar(archive: Path) -> ImageSource:
+    """ILSVRC2012_img_val.tar, with the labels that lie beside it, or ILSVRC2012_img_test*.tar, unlabelled, if the first
+    image of the tar is called so; else what `open_tar` makes of it (also of ILSVRC2012_img_train.tar).
 
-    None if the first image of the tar is called otherwise (`open_tar` reads ILSVRC2012_img_train.tar). Raises
-    ValueError for missing or wrong labels, and like `open_tar`; RuntimeError if scipy is missing.
+    Raises ValueError for missing or wrong labels, and like `open_tar`; RuntimeError if scipy is missing.
     """
-    match = FLAT_IMAGE.fullmatch(_first_image(archive))
+    read = read_index(archive)
+    names = read[1].names
+    match = FLAT_IMAGE.fullmatch(os.path.basename(names[0])) if len(names) else None
     if match is None:
-        return None
+        return open_tar(archive, read)
     split = _flat_split(archive, match[1], ())
     return ImageSource(path=archive, kind="ILSVRC2012", splits={split.name: split}, classes=split.classes)
 
@@ -108,7 +109,7 @@ def _open_tree(folder: Path) -> ImageSource | None:
     if not isinstance(val, FolderSplit) or (val.labels != UNLABELED).any():
         raise ValueError(f"{tree}/val holds images right inside, such as {flat}, and class folders: keep one of them.")
     if labels is None:
-        logger.warning("%s/val is unlabelled: to have its labels, put into %s %s", tree, tree, WHAT_TO_PUT)
+        source.account.notes.append(f"{tree}/val is unlabelled: to have its labels, put into {tree} {WHAT_TO_PUT}")
         return source
     classes = source.classes or labels.classes
     stems = [Path(name).stem for name in val.names]
@@ -117,8 +118,8 @@ def _open_tree(folder: Path) -> ImageSource | None:
         assert isinstance(split, FolderSplit)
         assert isinstance(split.names, PackedNames)
         ranks = labels.ranks(stems, classes, tree / "val") if name == "val" else split.labels
-        splits[name] = FolderSplit(name, tree, split.names, ranks, classes)
-    return ImageSource(path=folder, kind="ILSVRC2012", splits=splits, classes=classes)
+        splits[name] = FolderSplit(name, split.root, split.names, ranks, classes)
+    return ImageSource(path=folder, kind="ILSVRC2012", splits=splits, classes=classes, account=source.account)
 
 
 def _flat_split(archive: Path, split: str, train_classes: tuple[str, ...]) -> ExtentSplit:
@@ -142,19 +143,6 @@ def _flat_split(archive: Path, split: str, train_classes: tuple[str, ...]) -> Ex
     order = np.argsort(base_names)
     names = PackedNames(f"{split}/{base_names[number]}" for number in order)
     return ExtentSplit(split, ByteFile(tar), names, index.extents[order], labels[order], classes)
-
-
-def _first_image(archive: Path) -> str:
-    """The base name of the first image in a tar of any compression; "" if there is none to be found."""
-    try:
-        with tarfile.open(archive, errors="surrogateescape") as opened:
-            for member in opened:
-                name = os.path.basename(member.name)
-                if member.isreg() and is_image(name) and not is_hidden(name):
-                    return name
-    except Exception:  # each compression has its own; whoever opens the archive next says what is wrong
-        logger.debug("%s: no image found", archive, exc_info=True)
-    return ""
 
 
 def _first_file(folder: Path) -> str | None:

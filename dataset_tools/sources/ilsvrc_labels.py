@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,13 +11,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset_tools.account import Account
+from dataset_tools.files import read_file
 from dataset_tools.sources.layout import first_few
+from dataset_tools.sources.raw_pixels import read_lines, read_table
+from dataset_tools.sources.spool import DECOMPRESSORS, compression
+from dataset_tools.sources.tar_index import members
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
 SOLUTION = "LOC_val_solution.csv"
 MAPPING = "LOC_synset_mapping.txt"
+MAX_BYTES = 1 << 26
+"""Of an unpacked devkit, which has 3 MB."""
 WHAT_TO_PUT = (
     f"{DEVKIT}.tar.gz (from image-net.org; the unpacked folder {DEVKIT}/ is as good) or Kaggle's {SOLUTION} "
     f"(with {MAPPING})"
@@ -69,7 +74,8 @@ def find_validation_labels(folders: Sequence[Path]) -> ValidationLabels | None:
     """
     for folder in folders:
         solution = folder / SOLUTION
-        devkit = next((folder / name for name in (DEVKIT, f"{DEVKIT}.tar.gz") if (folder / name).exists()), None)
+        candidates = [folder / DEVKIT, *(folder / f"{DEVKIT}{suffix}" for suffix in (".tar.gz", ".tgz", ".tar"))]
+        devkit = next((each for each in candidates if each.is_dir() or each.is_file()), None)
         if devkit and (find_spec("scipy") or not solution.is_file()):
             return read_devkit(devkit)
         if solution.is_file():
@@ -103,16 +109,19 @@ def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
     """The bytes of META and GROUND_TRUTH."""
     wanted = META, GROUND_TRUTH
     if devkit.is_dir():
-        found = {name: (devkit / name).read_bytes() for name in wanted if (devkit / name).is_file()}
+        found = {name: read_file(devkit / name) for name in wanted if (devkit / name).is_file()}
     else:
         found = {}
         try:
-            with tarfile.open(devkit) as archive:
-                for member in archive:
-                    for name in wanted:
-                        if f"/{member.name}".endswith(f"/{name}") and (file := archive.extractfile(member)):
-                            found[name] = file.read()
-        except Exception as error:  # gzip, zlib and tarfile each have their own
+            data = read_file(devkit)
+            if magic := compression(data[:16]):
+                with DECOMPRESSORS[magic](io.BytesIO(data)) as packed:
+                    data = packed.read(MAX_BYTES)
+            for path, member in members(io.BytesIO(data), 0, len(data), Account()):
+                for name in wanted:
+                    if f"/{path}".endswith(f"/{name}") and member.isreg():
+                        found[name] = data[member.offset_data : member.offset_data + member.size]
+        except Exception as error:  # gzip, zlib and lzma each have their own
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise ValueError(f"{devkit} is damaged or cut short ({error}); download it again.") from error
@@ -148,24 +157,15 @@ def read_solution(solution: Path, mapping: Path) -> ValidationLabels:
     Raises ValueError if one is damaged, or if the first has WNIDs that the second lacks.
     """
     wnids: dict[str, str] = {}
-    try:
-        with open(solution, newline="", encoding="utf-8-sig", errors="replace") as file:
-            rows = csv.DictReader(file)
-            if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
-                names = ",".join(rows.fieldnames or ())[:80]
-                raise ValueError(f"{solution} must begin with ImageId,PredictionString, not {names!r}")
-            for row in rows:
-                image, prediction = row["ImageId"], (row["PredictionString"] or "").split()
-                if not image or not prediction or image in wnids:
-                    what = "a second label" if image in wnids else "no label"
-                    raise ValueError(f"{solution} is damaged: line {rows.line_num} has {what} for {image!r}")
-                wnids[image] = prediction[0]
-    except csv.Error as error:
-        raise ValueError(f"{solution} is damaged: {error}") from error
+    for line, row in enumerate(read_table(solution, ("ImageId", "PredictionString"), ","), start=2):
+        image, prediction = row["ImageId"], row["PredictionString"].split()
+        if not image or not prediction or image in wnids:
+            what = "a second label" if image in wnids else "no label"
+            raise ValueError(f"{solution} is damaged: line {line} has {what} for {image!r}")
+        wnids[image] = prediction[0]
     classes: tuple[str, ...] = ()
     if mapping.is_file():
-        lines = mapping.read_text(encoding="utf-8", errors="replace").splitlines()
-        classes = tuple(sorted({line.split()[0] for line in lines if line.strip()}))
+        classes = tuple(sorted({line.split()[0] for line in read_lines(mapping)}))
         if strangers := sorted(set(wnids.values()).difference(classes)):
             raise ValueError(f"{solution} has {len(strangers)} class(es) that {mapping} lacks: {first_few(strangers)}.")
     return ValidationLabels(solution, wnids, classes or tuple(sorted(set(wnids.values()))))

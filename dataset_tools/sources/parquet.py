@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset_tools.account import Account
 from dataset_tools.files import ByteFile, save_arrays
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.layout import first_few, is_image
@@ -27,10 +29,11 @@ from dataset_tools.sources.spool import alone, cache_entry, check_room, is_intac
 logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "picture", "photo")
-LABEL_COLUMNS = ("label", "labels", "fine_label")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "targets", "cls", "class", "class_label", "category")
+"""In any case."""
 BATCH_BYTES = 8 << 20
 """At most about so many bytes of images are in memory at a time."""
-FORMAT = "parquet 1"
+FORMAT = "parquet 2"
 """The format of what is kept in the cache folder; part of its name."""
 
 MAGICS = {
@@ -59,6 +62,8 @@ class Columns:
     """Labels are names, not numbers."""
     class_names: tuple[str, ...] | None
     """The names of the numbers, where the file gives them."""
+    note: str = ""
+    """What to do where there is no label column."""
 
 
 def open_parquet(place: Path) -> ImageSource | None:
@@ -75,23 +80,24 @@ def open_parquet(place: Path) -> ImageSource | None:
     """
     if place.is_file() and not is_parquet(place):
         return None
-    files = split_files(place)
+    account = Account()
+    files = split_files(place, account)
     if not files:
         return None
     entry = cache_entry([path for paths in files.values() for path in paths], ".images", version=FORMAT)
     with alone(entry):
-        if (splits := _load(entry)) is None:
+        if (splits := _load(entry, account)) is None:
             _unpack(place, files, entry)
-            splits = _load(entry)
+            splits = _load(entry, account)
             assert splits is not None, f"{entry} cannot be read right after it was written"
     if not splits:
         raise ValueError(f"{place} holds Parquet files without rows, so no image.")
     classes = next(iter(splits.values())).classes
-    return ImageSource(path=place, kind="Parquet", splits=splits, classes=classes)
+    return ImageSource(path=place, kind="Parquet", splits=splits, classes=classes, account=account)
 
 
-def _load(entry: Path) -> dict[str, Split] | None:
-    """The splits that `_unpack` has kept; None if they are not there, or damaged."""
+def _load(entry: Path, account: Account) -> dict[str, Split] | None:
+    """The splits, and the notes, that `_unpack` has kept; None if they are not there, or damaged."""
     try:
         with np.load(_index_of(entry), allow_pickle=False) as saved:
             classes = tuple(PackedNames.from_arrays(saved, "classes"))
@@ -102,6 +108,7 @@ def _load(entry: Path) -> dict[str, Split] | None:
             if int(saved["bytes"]) != entry.stat().st_size:
                 logger.warning("%s has not its size, and is made again", entry)
             elif is_intact(entry):
+                account.notes += map(str, saved["notes"])
                 return splits
     except FileNotFoundError:
         pass
@@ -136,6 +143,8 @@ def _unpack(place: Path, files: dict[str, list[Path]], entry: Path) -> None:
     splits = [split for split in files if len(labels[split])]
     saved: dict[str, NDArray[Any]] = {"splits": np.array(splits, dtype=np.str_), "bytes": num_bytes.sum()}
     saved |= PackedNames(classes).as_arrays("classes")
+    notes = [f"{place}: {found.note}" for found in columns.values() if not found.label][:1]
+    saved["notes"] = np.array(notes, dtype=np.str_)
     start = 0
     for split in splits:
         stop = start + len(labels[split])
@@ -179,15 +188,20 @@ def find_columns(path: Path) -> Columns:
         )
     image, image_path = images[chosen[0]]
 
-    label_names = [field.name for field in schema if field.name in LABEL_COLUMNS]
+    label_names = [field.name for field in schema if field.name.lower() in LABEL_COLUMNS and field.name != chosen[0]]
     if len(label_names) > 1:
         raise ValueError(f"{path} has several label columns, {first_few(label_names)}; rename or drop all but one.")
     if not label_names:
-        return Columns(image, image_path, None, False, None)
+        note = (
+            f"no column is called {LABEL_COLUMNS[0]!r} (or {first_few(LABEL_COLUMNS[1:])}), so that images have no "
+            f"labels; its columns are {first_few(schema.names)}. If one of these holds the labels, rename it"
+        )
+        return Columns(image, image_path, None, False, None, note)
     field = schema.field(label_names[0])
-    if not types.is_integer(field.type) and not is_text(field.type):
+    kinds = types.is_integer, types.is_floating, types.is_boolean, is_text
+    if not any(is_kind(field.type) for is_kind in kinds):
         raise ValueError(
-            f"{path}: its label column {field.name!r} holds {field.type}; expected one integer, or one text, an image."
+            f"{path}: its column {field.name!r} holds {field.type}; expected a whole number, or a text, for each image."
         )
     return Columns(image, image_path, field.name, is_text(field.type), _class_names(path, schema, field.name))
 
@@ -197,9 +211,11 @@ def _class_names(path: Path, schema: Any, label: str) -> tuple[str, ...] | None:
     try:
         stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = stored.get("info", {}).get("features", {}).get(label, {}).get("names")
-    except (ValueError, AttributeError) as error:
+        names = list(map(str, names or ()))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its Hugging Face metadata cannot be read: {error}") from error
-    return tuple(map(str, names)) if names else None
+    twice = {name for name, count in Counter(names).items() if count > 1}  # as ImageNet's crane, a bird and a machine
+    return tuple(f"{name} ({index})" if name in twice else name for index, name in enumerate(names)) or None
 
 
 def _labels(
@@ -240,7 +256,13 @@ def _column(path: Path, name: str | None) -> list[Any]:
     with _open(path) as file:
         if name is None:
             return [None] * file.metadata.num_rows
-        return list(_leaf(file.read(columns=[name]).column(0)).to_pylist())
+        values = list(_leaf(file.read(columns=[name]).column(0)).to_pylist())
+    for row, value in enumerate(values):
+        if isinstance(value, bool | float):
+            if value != value or value != int(value):
+                raise ValueError(f"{path}: row {row} has the label {value}, which is no whole number")
+            values[row] = int(value)
+    return values
 
 
 def _chunks(path: Path, columns: Columns, sizes: array[int], kinds: array[int]) -> Iterator[bytes]:

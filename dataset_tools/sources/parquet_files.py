@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 
+from dataset_tools.account import Account
+from dataset_tools.files import open_regular
 from dataset_tools.sources.image_folder import scan
-from dataset_tools.sources.layout import SPLIT_NAMES, first_few, is_hidden, is_image
+from dataset_tools.sources.layout import SPLIT_NAMES, first_few, is_hidden, is_image, split_of
 from dataset_tools.sources.split import SPLIT_ORDER
-
-logger = logging.getLogger(__name__)
 
 SUFFIX = ".parquet"
 MAGIC = b"PAR1"
@@ -23,7 +23,7 @@ SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})$")
 
 def is_parquet(file: Path) -> bool:
     """Looks at the first bytes, and at the name, so that a damaged file is not taken for something else."""
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         return opened.read(len(MAGIC)) == MAGIC or is_parquet_name(file.name)
 
 
@@ -31,7 +31,7 @@ def is_parquet_name(name: str) -> bool:
     return name.lower().endswith(SUFFIX) and not is_hidden(name)
 
 
-def split_files(place: Path) -> dict[str, list[Path]]:
+def split_files(place: Path, account: Account) -> dict[str, list[Path]]:
     """The Parquet files at `place` (one file, or a folder), for each split in the order of their names; {} if
     there is none, or if there are images, too.
 
@@ -40,8 +40,8 @@ def split_files(place: Path) -> dict[str, list[Path]]:
     of their own, a split is named in two ways, or a shard (-00001-of-00005) is missing.
     """
     if place.is_file():
-        return {SPLIT_NAMES[_split_word(place.name) or "train"]: [place]}
-    files = _find(place)
+        return {split_of(_split_word(place.name) or "train") or "train": [place]}
+    files = _find(place, account)
     if not files:
         return {}
     spellings: dict[str, set[str]] = defaultdict(set)
@@ -50,10 +50,11 @@ def split_files(place: Path) -> dict[str, list[Path]]:
     for file in files:
         folder, name = os.path.split(file)
         parent, last = os.path.split(folder)
-        folders.add(parent if last in SPLIT_NAMES else folder)
-        if word := _split_word(name) or (last if last in SPLIT_NAMES else None):
-            named[SPLIT_NAMES[word]].append(file)
-            spellings[SPLIT_NAMES[word]].add(word)
+        folders.add(parent if split_of(last) else folder)
+        if word := _split_word(name) or (last if split_of(last) else None):
+            split = SPLIT_NAMES[word.lower()]
+            named[split].append(file)
+            spellings[split].add(word)
         else:
             others.append(file)
     if len(folders) > 1:
@@ -67,24 +68,28 @@ def split_files(place: Path) -> dict[str, list[Path]]:
     if not named:
         named["train"] = others
     elif others:
-        logger.warning("%s: left out, being of no split: %s", place, first_few(others))
+        account.notes.append(f"{place}: left out, being of no split: {first_few(others)}")
     _refuse_missing_shards(place, [file for paths in named.values() for file in paths])
     return {split: [place / file for file in sorted(named[split])] for split in SPLIT_ORDER if split in named}
 
 
-def _find(place: Path) -> list[str]:
+def _find(place: Path, account: Account) -> list[str]:
     """Paths, relative to `place`; [] if there is an image."""
-    found: list[str] = []
-    for folder, names in scan(place, depth=DEPTH, is_wanted=lambda name: is_image(name) or is_parquet_name(name)):
+    found, others = list[str](), list[str]()
+    for folder, names in scan(place, Account(), depth=DEPTH):
         if any(map(is_image, names)):
             return []
-        found += [f"{folder}/{name}" if folder else name for name in names]
+        for name in names:
+            path = os.path.join(folder, name)
+            (found if is_parquet_name(name) and (place / path).is_file() else others).append(path)
+    if found:
+        account.leave_out_by_extension(others)
     return sorted(found)
 
 
 def _split_word(file_name: str) -> str | None:
     """The first word of a file name that names a split: "valid" in "tiny-valid-00000.parquet"."""
-    return next((word for word in re.split(r"[-_.]", file_name) if word in SPLIT_NAMES), None)
+    return next((word for word in re.split(r"[-_.]", file_name) if split_of(word)), None)
 
 
 def _refuse_missing_shards(place: Path, files: list[str]) -> None:
@@ -94,6 +99,7 @@ def _refuse_missing_shards(place: Path, files: list[str]) -> None:
         if match := SHARD.search(stem):
             present[stem[: match.start()], int(match[2])].add(int(match[1]))
     for (stem, count), numbers in present.items():
-        if missing := sorted(set(range(count)) - numbers):
-            shards = [f"{stem}-{number:05}-of-{count:05}{SUFFIX}" for number in missing]
-            raise ValueError(f"{place} lacks {len(missing)} of {count} files: {first_few(shards)}; download them.")
+        if len(numbers) < count:
+            missing = islice((number for number in range(count) if number not in numbers), 10)
+            shards = ", ".join(f"{stem}-{number:05}-of-{count:05}{SUFFIX}" for number in missing)
+            raise ValueError(f"{place} lacks {count - len(numbers)} of {count} files: {shards}; download them.")

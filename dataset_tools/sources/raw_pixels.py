@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from abc import abstractmethod
 from collections.abc import Sequence
 from io import BytesIO
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dataset_tools.files import ByteFile
+from dataset_tools.files import ByteFile, read_file
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.split import Split
 
@@ -99,9 +101,33 @@ def remap(
     return rank[labels], classes
 
 
-def read_class_names(path: Path) -> list[str]:
-    """One name a line; empty lines do not count."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text that are not empty."""
+    return [line.strip() for line in _text(path).splitlines() if line.strip()]
+
+
+def read_table(path: Path, wanted: tuple[str, ...], delimiter: str) -> list[dict[str, str]]:
+    """The rows of a table, by the names in its first line. Raises ValueError unless all have the `wanted` columns."""
+    text = io.StringIO(_text(path), newline="")
+    if delimiter == ",":
+        reader = csv.DictReader(text)
+    else:
+        reader = csv.DictReader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    try:
+        rows = list(reader)
+        names = list(reader.fieldnames or ())
+    except csv.Error as error:
+        raise ValueError(f"{path} is damaged: line {reader.line_num}: {error}") from error
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"{path} is damaged: its first line has no column {name!r}, but {', '.join(names)[:200]}")
+        if any(row[name] is None for row in rows):
+            raise ValueError(f"{path} is damaged: a line is cut off before its column {name!r}")
+    return rows
+
+
+def _text(path: Path) -> str:
+    return read_file(path).decode("utf-8-sig", "surrogateescape")
 
 
 def require_files(folder: Path, names: Sequence[str], kind: str) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dataset_tools.account import Account
 from dataset_tools.files import ByteFile, raise_if_of_machine
 from dataset_tools.packed_names import PackedNames
 
@@ -99,18 +100,39 @@ class ExtentSplit(Split):
         return self.file.read(offset, size, sample=self.names[index])
 
 
+@dataclass(eq=False, repr=False)
+class JoinedSplit(Split):
+    """Images that are pieces of several files. Memory: the name and 36 bytes for each."""
+
+    name: str
+    files: tuple[ByteFile, ...]
+    file_of: NDArray[np.int32]
+    """int32 [N]: in which of the files each image is."""
+    names: PackedNames
+    extents: NDArray[np.int64]
+    """int64 [N, 2]: offset and size, in bytes, of each image in its file."""
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def read(self, index: int) -> bytes:
+        offset, size = map(int, self.extents[index])
+        return self.files[self.file_of[index]].read(offset, size, sample=self.names[index])
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
     """A data set: its splits and the one class list they share."""
 
     path: Path
     kind: str
-    """What was recognised: "image folder", "tar", "tar of tars", "ILSVRC2012", "Parquet", "CIFAR-10", "CIFAR-100",
-    "STL-10"."""
+    """What was recognised: "image folder", "tar", "tar of tars", "webdataset tar", "folder of tars", "ILSVRC2012",
+    "Parquet", "CIFAR-10", "CIFAR-100", "STL-10"."""
     splits: dict[str, Split]
     """In the order train, val, test, unlabeled; only those that hold images."""
     classes: tuple[str, ...]
     """Sorted by name. Empty if nothing is labelled."""
+    account: Account = field(default_factory=Account)
+    """What was not read."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -142,6 +164,16 @@ class ImageSource:
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
         return f"{self.kind} {self.path} ({sizes}; {len(self.classes)} classes)"
+
+    def describe(self) -> list[str]:
+        """One line, or two: splits and classes as they were understood, and what is not read."""
+        some = ", ".join(self.classes[:5]) + (", …" if len(self.classes) > 5 else "")
+        unlabelled = [name for name, split in self.splits.items() if (split.labels == UNLABELED).all()]
+        labels = f"{len(self.classes):,} classes ({some})" if self.classes else "no labels"
+        if self.classes and unlabelled:
+            labels += f"; {', '.join(unlabelled)} without labels"
+        sizes = ", ".join(f"{name} {len(split):,} images" for name, split in self.splits.items())
+        return [f"{self.path} ({self.kind}): {sizes}; {labels}", *filter(None, [str(self.account)])]
 
 
 def checked_indices(indices: ArrayLike, size: int) -> NDArray[np.int64]:

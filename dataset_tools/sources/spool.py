@@ -31,6 +31,9 @@ SPARE_BYTES = 256 << 20
 """So much is left free on the disk of the cache folder."""
 CHECKED_BYTES = 2 << 30
 """What was unpacked is compared with its checksum when it is opened, up to this size: about a second."""
+MAX_RATIO, RATIO_FROM_BYTES = 200, 256 << 20
+"""What becomes so many times as large, and so large, holds no images: these are compressed already."""
+INDEX_VERSION = 2
 INDEX_KEPT_FROM = 10_000
 """Images in a plain tar from which on its index is kept: reading the headers takes a quarter of a second."""
 
@@ -79,10 +82,10 @@ def plain_tar(archive: Path) -> tuple[Path, TarIndex]:
     size and modification time. Raises DamagedArchiveError if the archive is unusable, OSError if there is no
     room for the copy.
     """
-    with open(archive, "rb") as file:
+    with open_regular(archive) as file:
         magic = compression(file.read(16))
     entry = cache_entry([archive], ".tar")
-    kept_index = entry.with_name(entry.name + ".npz")
+    kept_index = entry.with_name(f"{entry.name}.{INDEX_VERSION}.npz")
     if magic is None:
         if (index := _load(kept_index)) is None:
             index = TarIndex.build(archive)
@@ -95,7 +98,10 @@ def plain_tar(archive: Path) -> tuple[Path, TarIndex]:
             partial = entry.with_name(entry.name + ".partial")
             try:
                 crc32 = _unpack(archive, magic, partial)
-                TarIndex.build(partial).save(kept_index)
+                index = TarIndex.build(partial)
+                if not len(index.names):
+                    return archive, index  # nothing to keep
+                index.save(kept_index)
                 keep_checksum(entry, crc32)
                 os.replace(partial, entry)
             finally:
@@ -151,7 +157,7 @@ def _load(kept_index: Path) -> TarIndex | None:
         return TarIndex.load(kept_index)
     except OSError:
         return None
-    except (EOFError, ValueError, KeyError, BadZipFile) as error:
+    except (EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
         logger.warning("the index %s cannot be read (%s) and is made again", kept_index, error)
         return None
 
@@ -174,8 +180,9 @@ def alone(entry: Path) -> Iterator[None]:
 
 def _unpack(archive: Path, magic: bytes, target: Path) -> int:
     logger.info("unpacking %s once, into %s", archive, target.parent)
-    with DECOMPRESSORS[magic](archive, "rb") as packed:
-        return write_chunks(_chunks(packed), target, f"unpack {archive}")
+    limit = max(RATIO_FROM_BYTES, MAX_RATIO * archive.stat().st_size)
+    with open_regular(archive) as file, DECOMPRESSORS[magic](file, "rb") as packed:
+        return write_chunks(_chunks(packed, limit), target, f"unpack {archive}")
 
 
 def write_chunks(chunks: Iterable[bytes], target: Path, purpose: str) -> int:
@@ -201,10 +208,19 @@ def check_room(folder: Path, needed_bytes: int, purpose: str, written_bytes: int
         )
 
 
-def _chunks(packed: IO[bytes]) -> Iterator[bytes]:
+def _chunks(packed: IO[bytes], limit: int) -> Iterator[bytes]:
+    """Raises DamagedArchiveError, also for more than `limit` bytes."""
+    size = 0
     try:
         while chunk := packed.read(CHUNK_BYTES):
+            if not size and not chunk.strip(b"\0"):
+                raise DamagedArchiveError("it holds nothing but zeros")
+            size += len(chunk)
+            if size > limit:
+                raise DamagedArchiveError(f"it becomes more than {MAX_RATIO} times as large, as no images do")
             yield chunk
+    except DamagedArchiveError:
+        raise
     except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's error, not the decompressor's
             raise

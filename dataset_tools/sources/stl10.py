@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset_tools.sources.raw_pixels import RecordSplit, read_class_names, read_records, remap, require_files
+from dataset_tools.sources.raw_pixels import RecordSplit, read_lines, read_records, remap, require_files
 from dataset_tools.sources.split import UNLABELED, ImageSource, Split
 
 SIDE = 96
@@ -22,7 +22,7 @@ def open_stl10(folder: Path) -> ImageSource | None:
     if not (folder / "train_X.bin").is_file():
         return None
     require_files(folder, ["train_y.bin", "test_X.bin", "test_y.bin", "class_names.txt"], "STL-10")
-    stored_classes = read_class_names(folder / "class_names.txt")
+    stored_classes = read_lines(folder / "class_names.txt")
     classes = tuple(sorted(stored_classes))
     splits: dict[str, Split] = {}
     for split in ("train", "test", "unlabeled"):

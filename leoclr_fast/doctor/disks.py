@@ -136,12 +136,15 @@ def data_set(path: str) -> Result:
 
     try:
         began = time.monotonic()
-        source = open_source(path)
+        source = open_source(path, quietly=True)
     except (ValueError, RuntimeError, OSError) as error:
         return failed(" ".join(str(error).split()), "Give a `--data` that can be read as images.")
     splits = ", ".join(f"{name} {len(split):,} images" for name, split in source.splits.items())
     classes = f"{len(source.classes):,} classes" if source.classes else "no labels"
-    return Result(f"{source.kind}: {splits}; {classes}; listed in {time.monotonic() - began:.1f} s")
+    result = Result(f"{source.kind}: {splits}; {classes}; listed in {time.monotonic() - began:.1f} s")
+    for note in source.account.notes:
+        result.warn(note, "Look whether that is meant.")
+    return result
 
 
 def _existing(path: Path) -> Path:

@@ -112,7 +112,7 @@ def _load(name: str, folder: Path, device: Any) -> tuple[Any, Any]:
 
         data = folder / "beton"
         convert(folder / "images", data, ConvertOptions(format="ffcv"), workers=1)
-    split = open_source(data).splits["train"]
+    split = open_source(data, quietly=True).splits["train"]
     order = TrainOrder(num_images=2, batch_size=2, seed=0)
     config = LoaderConfig(name=name, workers=1)
     views = ViewConfig(image_size=_SIDE)

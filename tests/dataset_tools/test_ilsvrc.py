@@ -388,8 +388,8 @@ def test_a_devkit_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"must begin with ImageId,PredictionString, not ''"),
-        ("image,label\na,b\n", r"must begin with ImageId,PredictionString, not \['image', 'label'\]"),
+        ("", r"its first line has no column 'ImageId'"),
+        ("image,label\na,b\n", r"its first line has no column 'ImageId', but image, label"),
         ("ImageId,PredictionString\na,\n", r"line 2 has no label for 'a'"),
         ("ImageId,PredictionString\na,n1 1 2\na,n2\n", r"line 3 has a second label for 'a'"),
         ("ImageId,PredictionString\na,n1 1 2\n", r"csv has 1 class\(es\) that .*mapping.txt lacks: n1"),

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dataset_tools.account import Account
+from dataset_tools.schema import convert
 from dataset_tools.sources import open_source
 from tests.dataset_tools.made_up import read_all
 
@@ -19,7 +23,9 @@ def test_order_and_labels_are_those_of_torchvision(write_tree) -> None:
     root = write_tree({name: name.encode() for name in names.split()})
     (root / "loose.jpg").write_bytes(b"not in a class")
     (root / "C" / "link.jpg").symlink_to(root / "a" / "Z.jpg")
-    (root / "D").symlink_to(root / "b", target_is_directory=True)
+    elsewhere = root.with_name("elsewhere")
+    shutil.copytree(root / "b", elsewhere)
+    (root / "D").symlink_to(elsewhere, target_is_directory=True)
 
     source, oracle = open_source(root), image_folder(root)
     train = source.splits["train"]
@@ -78,14 +84,73 @@ def test_layouts(write_tree, caplog, names: str, classes: tuple[str, ...], expec
     assert warning in caplog.text
 
 
-def test_link_loops_end(write_tree, caplog) -> None:
-    root = write_tree({"a/1.jpg": b"1", "b/1.jpg": b"2"})
+def test_a_folder_is_visited_once_however_many_links_lead_to_it(write_tree, caplog) -> None:
+    root = write_tree({"a/1.jpg": b"1", "b/1.jpg": b"2", "z/last/1.jpg": b"3"})
     (root / "a" / "up").symlink_to(root, target_is_directory=True)
     (root / "a" / "self").symlink_to(root / "a" / "self")
-    (root / "a" / "to_b").symlink_to(root / "b", target_is_directory=True)
+    (root / "A").symlink_to(root / "b", target_is_directory=True)
+    for level in range(40):  # 2**40 ways through it
+        (root / "z" / str(level)).mkdir()
+        for name in "xy":
+            target = root / "z" / (str(level + 1) if level < 39 else "last")
+            (root / "z" / str(level) / name).symlink_to(target, target_is_directory=True)
     source = open_source(root)
-    assert list(source.splits["train"].names) == ["a/1.jpg", "a/to_b/1.jpg", "b/1.jpg"]
-    assert "leads back to a folder it is in" in caplog.text
+    assert list(source.splits["train"].names) == ["a/1.jpg", "b/1.jpg", "z/last/1.jpg"]
+    assert f"the link {root}/A leads to a folder that is read already" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "expected", "said"),
+    [
+        ("Train/cat/1.jpg Val/cat/1.jpg", ("cat",), {"train": 1, "val": 1}, ""),
+        ("TRAINING/cat/1.jpg testing/cat/1.jpg", ("cat",), {"train": 1, "test": 1}, ""),
+        ("set/train/cat/1.jpg set/valid/cat/1.jpg docs/a.txt", ("cat",), {"train": 1, "val": 1}, "docs"),
+        ("set/cat/1.jpg set/dog/1.jpg", ("cat", "dog"), {"train": 2}, ""),
+        ("cat/1.jpg lost+found/ cat/@eaDir/1.jpg/thumb.jpg .git/x.jpg cat/Thumbs.db", ("cat",), {"train": 1}, "hidden"),
+        ("a/1.jfif b/1.GIF c/1.JPE", ("a", "b", "c"), {"train": 3}, ""),
+        ("a/1.jpg b/1.heic b/2.heic", ("a", "b"), {"train": 1}, "2 .heic (b/1.heic, b/2.heic)"),
+        ("a/1.jpg b/1.heic", ("a", "b"), {"train": 1}, "1 of its 2 classes hold no image: b"),
+        ("1.jpg 2.jpg", (), {"train": 2}, "no labels"),
+        (
+            "train/n01440764/n01440764_1.JPEG val/ILSVRC2012_val_00000293_n01440764.JPEG",
+            ("n01440764",),
+            {"train": 1, "val": 1},
+            "",
+        ),
+        ("n01440764_1_n01440764.JPEG n01443537_9.JPEG", ("n01440764", "n01443537"), {"train": 2}, ""),
+        ("a/1.jpg more.tar", ("a",), {"train": 1}, "1 tars, which are not read"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_what_is_understood_and_what_is_not_read_is_said(
+    write_tree, write_tar, caplog, kind: str, names: str, classes: Any, expected: dict[str, int], said: str
+) -> None:
+    """A tar of a folder is read as the folder is."""
+    files = {name: b"" if name.endswith("/") else name.encode() for name in names.split()}
+    if kind == "tar" and ("/ " in names or ".tar" in names):
+        pytest.skip("not in a tar")
+    caplog.set_level("INFO")
+    source = open_source(write_tree(files) if kind == "folder" else write_tar(files))
+    assert source.classes == classes
+    assert {name: len(split) for name, split in source.splits.items()} == expected
+    assert all((split.labels >= 0).all() == bool(classes) for split in source.splits.values())
+    assert said in caplog.text
+    assert convert(asdict(source.account), Account, "") == source.account
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("a/train/x/1.jpg a/val/x/1.jpg b/train/x/1.jpg", "its folder 'a' holds train and val itself"),
+        ("ffcv/train.beton", "train.beton looks like a .beton of FFCV itself"),
+        ("data.mdb lock.mdb", "data.mdb looks like an LMDB"),
+        ("train/a.zip", "a.zip looks like an archive"),
+        ("a/1.heic", "holds no image.*1 .heic"),
+    ],
+)
+def test_what_is_something_else_is_named(write_tree, files: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_source(write_tree(dict.fromkeys(files.split(), b"x")))
 
 
 def test_names_that_are_hard_to_write(write_tree) -> None:

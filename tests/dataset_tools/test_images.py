@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.conversion.transform import transform
 from dataset_tools.images import MAX_SCANS, UnusableImageError, decode_rgb, open_image
 from tests.dataset_tools.conversion.pictures import encoded, picture
 
@@ -79,8 +81,10 @@ def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
     data = encoded(picture(64, 48), "JPEG", progressive=True)
     assert decode_rgb(data).size == (64, 48)
     start = data.rfind(b"\xff\xda")
-    with pytest.raises(UnusableImageError, match=r"a JPEG of 1\d\d scans"):
-        open_image(data[:start] + data[start:-2] * (MAX_SCANS + 1) + data[-2:])
+    slow = data[:start] + data[start:-2] * (MAX_SCANS + 1) + data[-2:]
+    for read in (open_image, lambda data: transform(data, "a.jpg", ConvertOptions(format="webdataset"))):
+        with pytest.raises(UnusableImageError, match=r"a JPEG of 1\d\d scans"):
+            read(slow)
 
 
 JPEG = encoded(picture(24, 16), "JPEG")

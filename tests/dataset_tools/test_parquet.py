@@ -187,9 +187,9 @@ def test_columns(tmp_path: Path, columns: dict[str, Any], label: str | None) -> 
         ),
         (
             {"image": [b"1"], "label": [1.5]},
-            r"its label column 'label' holds double; expected one integer, or one text",
+            r"row 0 has the label 1.5, which is no whole number",
         ),
-        ({"image": [b"1"], "label": [[1, 2]]}, r"its label column 'label' holds list<.*expected one integer"),
+        ({"image": [b"1"], "label": [[1, 2]]}, r"its column 'label' holds list<.*expected a whole number"),
         ({"image": [b"1"], "label": [-2]}, r"its least label is -2; -1 is for images without one"),
         ({"image": [b"1", None]}, r"x.parquet: row 1 has no image bytes\. Store the images in the file"),
         ({"image": structs([b"1", None], ["a.jpg", "b.jpg"])}, r"row 1 has no image bytes"),
@@ -230,8 +230,9 @@ def test_labels_out_of_range_and_names_that_differ(tmp_path: Path) -> None:
     columns = {"image": [picture(1)], "label": [3]}
     with pytest.raises(ValueError, match=r"labels from 3 to 3 for 3 classes"):
         open_source(write(tmp_path / "x.parquet", columns, CLASS_NAMES))
-    with pytest.raises(ValueError, match=r"its class names are missing or not distinct"):
-        open_source(write(tmp_path / "x.parquet", columns, ["a", "a", "b", "c"]))
+    twice = open_source(write(tmp_path / "x.parquet", columns, ["crane", "a", "b", "crane"]))
+    assert twice.classes == ("a", "b", "crane (0)", "crane (3)")
+    assert twice.splits["train"].labels.tolist() == [3]
     write(tmp_path / "two" / "train-0.parquet", columns, [*CLASS_NAMES, "x"])
     write(tmp_path / "two" / "train-1.parquet", columns, [*CLASS_NAMES, "y"])
     with pytest.raises(ValueError, match=r"differ in their class names, or in the type of their labels"):
@@ -240,6 +241,23 @@ def test_labels_out_of_range_and_names_that_differ(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=r"Hugging Face metadata cannot be read"):
         open_source(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("name", ["target", "cls", "Label", "Category"])
+@pytest.mark.parametrize("labels", [[0, 2, 1], [0.0, 2.0, 1.0]])
+def test_labels_by_other_names(tmp_path: Path, name: str, labels: list[float]) -> None:
+    source = open_source(write(tmp_path / "x.parquet", {"image": [picture(n) for n in range(3)], name: labels}))
+    assert source.classes == ("0", "1", "2")
+    assert source.splits["train"].labels.tolist() == [0, 2, 1]
+    assert source.account.notes == []
+
+
+def test_a_label_column_that_nobody_knows_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "x.parquet", {"image": [picture(1)], "species": [3]})
+    for _ in range(2):  # unpacked, and found again
+        caplog.clear()
+        assert open_source(tmp_path / "x.parquet").classes == ()
+        assert "images have no labels; its columns are image, species" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,15 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dataset_tools.sources import open_source, spool
+from tests.dataset_tools import made_up
 from tests.dataset_tools.made_up import assert_reads_in_processes, assert_unpacked_once, everything
 
 FILES = {
@@ -78,22 +82,91 @@ def test_formats_and_long_names(write_tar, format: int) -> None:
     assert {name: data for name, _, data in everything(source)["train"]} == names
 
 
-def test_links_folders_and_hidden_members_are_skipped(tmp_path: Path) -> None:
+def member(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> tuple[Any, Any]:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(data)
+    return info, io.BytesIO(data)
+
+
+def test_links_are_followed_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "links.tar"
     with tarfile.open(path, "w") as archive:
-        for name, kind in [
-            ("a", tarfile.DIRTYPE),
-            ("a/s.jpg", tarfile.SYMTYPE),
-            ("a/h.jpg", tarfile.LNKTYPE),
-        ]:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "a/1.jpg"
-            archive.addfile(info)
-        for name in ("a/1.jpg", "a/._1.jpg", "__MACOSX/a/1.jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = 3
-            archive.addfile(info, io.BytesIO(b"abc"))
-    assert everything(open_source(path)) == {"train": [("a/1.jpg", 0, b"abc")]}
+        for each in (
+            member("a", kind=tarfile.DIRTYPE),
+            member("a/s.jpg", kind=tarfile.SYMTYPE, link="../blobs/sha256"),  # to what follows, and is called otherwise
+            member("a/1.jpg", b"abc"),
+            member("a/h.jpg", kind=tarfile.LNKTYPE, link="a/1.jpg"),
+            member("b/chain.jpg", kind=tarfile.SYMTYPE, link="../a/s.jpg"),
+            member("c", kind=tarfile.SYMTYPE, link="a"),
+            member("a/lost.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd"),
+            member("a/loop.jpg", kind=tarfile.SYMTYPE, link="loop.jpg"),
+            member("a/pipe.jpg", kind=tarfile.FIFOTYPE),
+            member("a/._1.jpg", b"abc"),
+            member("blobs/sha256", b"blob"),
+        ):
+            archive.addfile(*each)
+    source = open_source(path)
+    assert everything(source) == {
+        "train": [
+            *(("a/1.jpg", 0, b"abc"), ("a/h.jpg", 0, b"abc"), ("a/s.jpg", 0, b"blob")),
+            *(("b/chain.jpg", 1, b"blob"), ("c/1.jpg", 3, b"abc")),
+        ]
+    }
+    assert source.account.left_out == {
+        "hidden": (1, ["a/._1.jpg"]),
+        "devices and pipes": (1, ["a/pipe.jpg"]),
+        "without extension": (1, ["blobs/sha256"]),
+        "links that lead nowhere in the archive": (2, ["a/loop.jpg", "a/lost.jpg"]),
+    }
+
+
+@pytest.mark.parametrize("padding", [0, 512, 9 * 512, 1 << 21])
+@pytest.mark.parametrize("packing", [None, "gz"])
+def test_joined_archives_are_read_to_the_end(write_tar, tmp_path: Path, padding: int, packing: str | None) -> None:
+    first = write_tar({"a/1.jpg": b"1"}).read_bytes()
+    joined = first + bytes(padding) + write_tar({"b/2.jpg": b"22"}).read_bytes()
+    path = tmp_path / "joined"
+    path.write_bytes(PACK[packing](joined) if packing else joined)
+    assert everything(open_source(path)) == {"train": [("a/1.jpg", 0, b"1"), ("b/2.jpg", 1, b"22")]}
+    path.write_bytes(first + b"no tar")
+    assert "the 6 bytes behind its end" in open_source(path).account.notes[0]
+
+
+def test_webdataset_shards_have_their_labels(write_tar, write_tree) -> None:
+    def shard(keys: range) -> dict[str, bytes]:
+        files = [(f"{key:06}.jpg", b"image %d" % key) for key in keys] + [(f"{key:06}.json", b"{}") for key in keys]
+        return dict(files) | {f"{key:06}.cls": b"%d\n" % (key % 3) for key in keys}
+
+    source = open_source(write_tar(shard(range(4))))
+    assert (source.kind, source.classes) == ("webdataset tar", ("0", "1", "2"))
+    assert everything(source) == {"train": [(f"train/{k:06}.jpg", k % 3, b"image %d" % k) for k in range(4)]}
+    assert source.account.left_out == {".json": (4, ["000000.json", "000001.json", "000002.json"])}
+
+    shards = {"train-000000": range(6), "train-000001": range(6, 12), "val-000000": range(12, 15)}
+    packed = {f"{name}.tar": write_tar(shard(keys)).read_bytes() for name, keys in shards.items()}
+    folder = open_source(write_tree(packed | {"README.md": b""}))
+    assert {name: split.labels.tolist() for name, split in folder.splits.items()} == {
+        "train": [0, 1, 2] * 4,
+        "val": [0, 1, 2],
+    }
+    assert folder.splits["train"].names[7] == "train/train-000001/000007.jpg"
+    assert folder.splits["train"].read(7) == b"image 7"
+    assert pickle.loads(pickle.dumps(folder.splits["train"])).read(11) == b"image 11"
+
+
+@pytest.mark.parametrize("top", ["train/", ""])
+def test_half_unpacked_imagenet_is_read(write_tar, write_tree, top: str) -> None:
+    wnids = ("n01440764", "n01443537")
+    tars = {f"{top}{w}.tar": write_tar({f"./{w}_{i}.JPEG": b"%d" % i for i in range(3)}).read_bytes() for w in wnids}
+    source = open_source(write_tree(tars))
+    assert (source.kind, source.classes) == ("folder of tars", wnids)
+    assert everything(source)["train"][4] == (f"train/{wnids[1]}/{wnids[1]}_1.JPEG", 1, b"1")
+
+
+def test_tars_that_are_data_sets_of_their_own_are_not_joined(write_tar, write_tree) -> None:
+    tar = write_tar({"train/a/1.jpg": b"1", "val/a/1.jpg": b"1"}).read_bytes()
+    with pytest.raises(ValueError, match=r"one.tar is a data set of its own, with train, val"):
+        open_source(write_tree({"one.tar": tar, "two.tar": tar}))
 
 
 def test_pax_size_comes_first(tmp_path: Path) -> None:
@@ -307,6 +380,79 @@ def test_files_that_are_no_tar(tmp_path: Path, content: bytes, message: str) -> 
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         open_source(path)
+
+
+def header(size: int, name: bytes, kind: bytes = b"0") -> bytes:
+    """A header of the old GNU format, with a size of base 256."""
+    block = bytearray(512)
+    block[: len(name)], block[100:108] = name, b"0000644\0"
+    block[108:116] = block[116:124] = b"0000000\0"
+    block[124:136] = b"\xff" * 4 + (size & (1 << 64) - 1).to_bytes(8, "big")
+    if size >= 0:
+        block[124:136] = b"\x80" + bytes(3) + size.to_bytes(8, "big")
+    block[136:148], block[156:157], block[257:265] = b"00000000000\0", kind, b"ustar  \0"
+    block[148:156] = b"        "
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize("kind", [b"0", b"5", b"L", b"K", b"x", b"g", b"S"])
+@pytest.mark.parametrize("size", [-1, -512, -1024, 1 << 40])
+def test_sizes_that_lead_back_or_far_away_are_refused(write_tar, tmp_path: Path, kind: bytes, size: int) -> None:
+    good = write_tar({"a/1.jpg": b"1", "a/2.jpg": b"2"}).read_bytes()[:2048]
+    path = tmp_path / "evil.tar"
+    for name in (b"a/3.jpg", b"README"):
+        path.write_bytes(good + header(size, name, kind) + bytes(1024))
+        if kind == b"5" and size > 0:  # of a folder, a size means nothing
+            assert len(open_source(path).splits["train"]) == 2
+            continue
+        with pytest.raises(ValueError, match=r"cannot be used: it is damaged|a sparse file"):
+            open_source(path)
+
+
+@given(st.lists(st.tuples(st.integers(0, 511), st.integers(0, 255)), min_size=1, max_size=5), st.integers(0, 4))
+def test_a_changed_header_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], block: int
+) -> None:
+    """Also where the checksum fits."""
+    buffer = io.BytesIO()
+    made_up.write_tar(buffer, {"a/1.jpg": b"1", f"a/{'long' * 40}.jpg": b"2"}, format=tarfile.PAX_FORMAT)
+    data = bytearray(buffer.getvalue())
+    for position, value in changes:
+        data[block * 512 + position] = value
+    head = data[block * 512 : (block + 1) * 512]
+    head[148:156] = b"        "
+    data[block * 512 + 148 : block * 512 + 156] = b"%06o\0 " % sum(head)
+    path = tmp_path_factory.getbasetemp() / "changed.tar"
+    path.write_bytes(data)
+    try:
+        splits = open_source(path).splits.values()
+    except ValueError:
+        splits = ()  # type: ignore[assignment]
+    assert all(len(split.read(index)) <= len(data) for split in splits for index in range(len(split)))
+
+
+@pytest.mark.parametrize("packing", list(PACK))
+@pytest.mark.parametrize("content", ["zeros", "a file of zeros"])
+def test_what_is_refused_leaves_nothing_in_the_cache(
+    tmp_path: Path, cache_folder: Path, packing: str, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "RATIO_FROM_BYTES", 4 << 20)
+    size = 30 << 20
+    data = bytes(size) if content == "zeros" else header(size, b"a/x.txt") + bytes(size + 1024)
+    path = tmp_path / f"x.tar.{packing}"
+    path.write_bytes(PACK[packing](data))
+    with pytest.raises(ValueError, match=r"nothing but zeros|more than 200 times as large"):
+        open_source(path)
+    assert [each.suffix for each in cache_folder.iterdir()] == [".lock"]
+    path.write_bytes(PACK[packing](write_tar_bytes({"a/x.txt": b"1"})))
+    with pytest.raises(ValueError, match="holds no image"):
+        open_source(path)
+    assert {each.suffix for each in cache_folder.iterdir()} == {".lock"}
+
+
+def write_tar_bytes(files: dict[str, bytes]) -> bytes:
+    return bytes(made_up.write_tar(io.BytesIO(), files).getvalue())
 
 
 def test_a_tar_without_images(write_tar) -> None:
