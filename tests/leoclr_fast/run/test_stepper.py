@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dataset_tools.stop_signals import StoppedBySignalError
+from dataset_tools.stop_signals import HANDLED, StoppedBySignalError
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.run import stepper
 from leoclr_fast.run.checkpoint import list_checkpoints, step_of
@@ -75,17 +75,30 @@ def test_a_paused_training_continues(tmp_path: Path) -> None:
     assert trained(steps_of(tmp_path)) == [0, 10, 20, 30, 40, 50, 60]
 
 
-def test_a_signal_saves_and_stops(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_signal_saves_and_stops(number: signal.Signals, tmp_path: Path) -> None:
     def terminated(step: int) -> None:
         if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(StoppedBySignalError, match="stopped by SIGTERM after step 2 of 7; a checkpoint was saved"):
+    before = signal.getsignal(number)
+    with pytest.raises(
+        StoppedBySignalError, match=f"stopped by {number.name} after step 2 of 7; a checkpoint was saved"
+    ):
         trained(steps_of(tmp_path), terminated)
     assert saved_steps(tmp_path) == [2]
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     assert trained(steps_of(tmp_path)) == [0, 10, 20, 30, 40, 50, 60]
+
+
+def test_what_is_ignored_stays_so(tmp_path: Path) -> None:
+    """SIGHUP under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trained(steps_of(tmp_path), lambda step: os.kill(os.getpid(), signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class SecondOfTwo(Ranks):
