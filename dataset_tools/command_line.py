@@ -5,11 +5,13 @@ Each command's fields are its flags, and its `run` returns one JSON document. Wh
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -101,7 +103,12 @@ def parse_flags(kind: type[Parsed], arguments: list[str], prog: str, **options: 
     """A command out of its flags. Exits with code 2 for a wrong flag; raises ValueError for a number out of limits."""
     import tyro  # here, so that training needs none
 
-    command = tyro.cli(kind, args=arguments, prog=prog, **options)
+    said = io.StringIO()  # it repeats what was typed
+    try:
+        with redirect_stderr(said):
+            command = tyro.cli(kind, args=arguments, prog=prog, **options)
+    finally:
+        sys.stderr.write(printable(said.getvalue(), colours=True))
     require_allowed(command)
     return command
 

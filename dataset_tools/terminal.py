@@ -18,12 +18,14 @@ from rich.segment import Segment
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """All but tab and line feed; what reverses the direction of text; and bytes of names that are no UTF-8."""
+_CONTROL_BUT_COLOURS = re.compile(rf"(?!\x1b\[[\d;]*m){_CONTROL.pattern}")
 _MARKDOWN = re.compile(r"([\\`*{}\[\]<>#|~&!]|(?<!\w)_|_(?!\w))")
 
 
-def printable(text: str) -> str:
-    """The text with control characters as escapes: `\\x1b`."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+def printable(text: str, *, colours: bool = False) -> str:
+    """The text with control characters as escapes: `\\x1b`. colours: but for the sequences that set them."""
+    pattern = _CONTROL_BUT_COLOURS if colours else _CONTROL
+    return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def markdown_text(value: object) -> str:

@@ -258,16 +258,17 @@ def _lists(run: RunRecord) -> list[tuple[str, list[str], int]]:
 
 
 def _digest(run: RunRecord) -> dict[str, Any]:
-    """What `--json` says of a run; None for what is not known."""
-    values = {
+    """What `--json` says of a run; NaN for what is not known, which is null there."""
+    return {
+        "run": str(run.path),
+        "state": run.state.kind,
+        "steps": run.metrics.last_step,
         "images_per_s": run.images_per_s,
         "knn_top1": run.knn_top1,
         "data_wait_fraction": run.data_wait_fraction,
         "wall_s": run.metrics.wall_s,
         "epochs": run.epochs_done,
     }
-    known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    return {"run": str(run.path), "state": run.state.kind, "steps": run.metrics.last_step, **known}
 
 
 def _label(runs: list[RunRecord]) -> None:

@@ -27,7 +27,7 @@ def watch(path: Path, console: Console, *, every_s: float = 2.0, once: bool = Fa
     """Show a run until it is over, or for ever if it is not; `once` shows it as it is and returns.
 
     Returns run, state, step, total_steps, loss, knn_top1, images_per_s, data_wait_fraction, seconds_left; what is not
-    known is None. Raises FileNotFoundError if there is no run in the folder, ValueError for `every_s`.
+    known is NaN, which is null in JSON. Raises FileNotFoundError if there is no run in the folder, ValueError for `every_s`.
     """
     if not every_s > 0:
         raise ValueError(f"--every-s {every_s:g} is not allowed: give a positive number of seconds")
@@ -45,7 +45,10 @@ def watch(path: Path, console: Console, *, every_s: float = 2.0, once: bool = Fa
 
 def snapshot(run: RunRecord) -> dict[str, Any]:
     """The newest values as one JSON document."""
-    values = {
+    return {
+        "run": str(run.path),
+        "state": run.state.kind,
+        "step": run.metrics.last_step,
         "total_steps": run.total_steps,
         "loss": run.metrics.last.get("loss", math.nan),
         "knn_top1": run.knn_top1,
@@ -53,8 +56,6 @@ def snapshot(run: RunRecord) -> dict[str, Any]:
         "data_wait_fraction": run.data_wait_fraction,
         "seconds_left": seconds_left(run),
     }
-    known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    return {"run": str(run.path), "state": run.state.kind, "step": run.metrics.last_step, **known}
 
 
 def seconds_left(run: RunRecord) -> float:

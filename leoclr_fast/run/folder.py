@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from dataset_tools.files import LOCK_WAIT_S, open_own, take_lock, write_file
-from dataset_tools.schema import read_bounded, read_json
+from dataset_tools.schema import convert, read_bounded, read_json
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
 from leoclr_fast.run.documents import Summary, records
@@ -161,8 +161,9 @@ class RunFolder:
         """What the last orderly end of the run wrote, if there was one. Raises ValueError if it is no such thing."""
         if not self.summary_file.exists():
             return None
-        read_json(self.summary_file, Summary)
-        return read_json(self.summary_file, dict[str, Any])
+        summary = read_json(self.summary_file, dict[str, Any])
+        convert(summary, Summary, str(self.summary_file))
+        return summary
 
     def read_metrics(self, kind: str) -> list[dict[str, Any]]:
         """The records of `metrics.jsonl` with this `kind`: step, knn, start, end or warning."""

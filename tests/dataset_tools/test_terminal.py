@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
+from dataset_tools.cli import run_command
 from dataset_tools.command_line import as_json, run_command_line, say
 from dataset_tools.terminal import PlainConsole, forgiving_streams, markdown_code, markdown_text, printable
 
@@ -119,3 +120,10 @@ def test_names_do_not_depend_on_the_locale(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dataset_tools", "inspect", str(tmp_path / "Füße")]
     done = subprocess.run(command, env=os.environ | ascii_only, capture_output=True, check=False)
     assert f"error: {tmp_path / 'Füße'} is no converted data set".encode() in done.stderr
+
+
+def test_a_wrong_flag_is_repeated_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["subset", "x", "--out", "y", f"--wrong{EVIL}"]) == 2
+    assert "\x1b[2J" not in (said := capsys.readouterr().err)
+    assert "\\x1b[2J" in said
+    assert printable("\x1b[1;31mred\x1b[0m\x1b[2J", colours=True) == "\x1b[1;31mred\x1b[0m\\x1b[2J"
