@@ -27,7 +27,7 @@ def watch(path: Path, console: Console, *, every_s: float = 2.0, once: bool = Fa
     """Show a run until it is over, or for ever if it is not; `once` shows it as it is and returns.
 
     Returns run, state, step, total_steps, loss, knn_top1, images_per_s, data_wait_fraction, seconds_left; what is not
-    known is NaN, which is null in JSON. Raises FileNotFoundError if there is no run in the folder, ValueError for `every_s`.
+    known is NaN, in JSON null. Raises FileNotFoundError if there is no run in the folder, ValueError for `every_s`.
     """
     if not every_s > 0:
         raise ValueError(f"--every-s {every_s:g} is not allowed: give a positive number of seconds")
