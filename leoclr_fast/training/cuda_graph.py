@@ -76,6 +76,11 @@ class StaticFunction:
             place.copy_(tensor, non_blocking=True)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory of the GPU did not suffice; cuDNN then may have found no algorithm whose workspace fits."""
+    return isinstance(error, torch.OutOfMemoryError) or "unable to find an engine" in str(error)
+
+
 @contextmanager
 def unchanged(state: Sequence[Tensor]) -> Iterator[None]:
     """Whatever happens to these tensors in here, afterwards they have their values again, in the same storage."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from leoclr_fast.training.cuda_graph import is_out_of_memory
 from leoclr_fast.training.step import TrainingStep
 from pipelines.batch import CropBatch
 
@@ -31,7 +32,9 @@ def explained_out_of_memory(step: TrainingStep, batch: CropBatch) -> Iterator[No
     """
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that fill the memory
     else:
         return
@@ -88,7 +91,9 @@ def _peak_bytes(step: TrainingStep, batch: CropBatch, size: int) -> int | None:
     torch.cuda.reset_peak_memory_stats(step.device)
     try:
         step(replace(batch, crops=batch.crops[:size], indices=batch.indices[:size]), 0.0)
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         traceback.clear_frames(error.__traceback__)
         return None
     torch.cuda.synchronize(step.device)

@@ -20,7 +20,7 @@ from leoclr_fast.distributed.batch_layout import BatchLayout
 from leoclr_fast.distributed.gradient_compression import wire_dtype
 from leoclr_fast.machine.precision import encoder_precision, require_precision, view_dtype
 from leoclr_fast.training.acceleration import captures_step, compiles_encoders
-from leoclr_fast.training.cuda_graph import CaptureError, StaticFunction
+from leoclr_fast.training.cuda_graph import CaptureError, StaticFunction, is_out_of_memory
 from leoclr_fast.training.state import TrainingState
 from pipelines.augment import AugmentParameters, augment_crops, draw_augmentation
 from pipelines.batch import CropBatch
@@ -211,8 +211,8 @@ class TrainingStep:
             static = StaticFunction(partial(self._step, plan=self._common), inputs, self.training.tensors())
         except CaptureError as error:
             failure = error.__cause__ or error
-        except torch.OutOfMemoryError as error:  # the eager step needs less
-            if ranks.world_size > 1:
+        except RuntimeError as error:
+            if ranks.world_size > 1 or not is_out_of_memory(error):  # the eager step needs less memory
                 raise
             traceback.clear_frames(error.__traceback__)
             failure = error

@@ -5,23 +5,28 @@ Ranks are forked, so that one start of Python and torch serves all.
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch
 
+from leoclr_fast.cli import run_command
 from leoclr_fast.config import RunConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.run.telemetry import StepMetrics
+from leoclr_fast.training.out_of_memory import OutOfMemoryError, explained_out_of_memory
 from leoclr_fast.training.state import TrainingState
 from leoclr_fast.training.step import TrainingStep
 from pipelines.batch import CropBatch
@@ -122,6 +127,23 @@ def memory_for_no_graph() -> dict[str, Any]:
         raise AssertionError("the capture that was asked for did not fail")
     finally:
         torch.cuda.graph.__enter__, torch.cuda.graph.__exit__ = real
+
+
+def in_memory(free_mib: str) -> tuple[str, str]:
+    """How two steps of a wider network go in so much memory, and what was said of it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    size = {"result__backbone__width_multiplier": 1.0, "result__batch_size": 64, "result__method__queue_size": 128}
+    config = gpu_config(**size, result__views__image_size=32)
+    with free_memory(int(free_mib) << 20), told() as lines:
+        try:
+            step = TrainingStep(TrainingState.fresh(config, ALONE, GPU), config, GPU)
+            for batch in crop_batches(config, 2, GPU):
+                with explained_out_of_memory(step, batch):
+                    step(batch, 0.01)
+        except OutOfMemoryError as error:
+            return "too small", str(error)
+        return step.means.partition(", ")[2], " ".join(lines)
 
 
 def capture_that_is_refused() -> dict[str, Any]:
@@ -254,6 +276,25 @@ def generated(what: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
+def command(*arguments: str) -> dict[str, Any]:
+    """A whole command, whose compiled kernels are written and not built; and what happened in each training step."""
+    from tests.fake_gpu.generated_code import unbuilt_kernels
+
+    steps: list[dict[str, int]] = []
+    take = TrainingStep.__call__
+
+    def counted_step(step: TrainingStep, *batch: Any) -> Any:
+        with counted() as happened:
+            metrics = take(step, *batch)
+        steps.append(happened)
+        return metrics
+
+    said = io.StringIO()
+    with mock.patch.object(TrainingStep, "__call__", counted_step), unbuilt_kernels(), redirect_stdout(said):
+        code = run_command(list(arguments))
+    return {"code": code, "steps": steps, "said": said.getvalue()}
+
+
 # ---- the program ----------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +304,7 @@ def _parsed(changes: tuple[str, ...]) -> dict[str, Any]:
 
 CASES: tuple[Callable[..., Any], ...] = (
     two_ranks, captured, eager, other_sizes, memory_for_no_graph, capture_that_is_refused, control, control_in_capture,
-    generated,
+    generated, command, in_memory,
 )  # fmt: skip
 
 

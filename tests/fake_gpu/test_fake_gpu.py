@@ -7,11 +7,14 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fake_gpu.build import environment, what_it_lacks
+from tests.leoclr_fast.conftest import write_tiny_images
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -134,6 +137,34 @@ def test_code_of_a_step() -> None:
     has_the_fault = (2, 12) <= tuple(map(int, version("torch").split(".")[:2])) <= (2, 15)
     for fault in ("atomics", "nchw", "float32"):
         assert bool(seen[fault]) == has_the_fault, fault
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_run_with_the_default_flags(tmp_path: Path) -> None:
+    """ImageNet's recipe, but for its size: bf16, compiled, captured, and nothing waits once that is done."""
+    data = write_tiny_images(tmp_path / "data", num_train=64, num_val=8)
+    size = "--backbone.arch resnet18 --batch-size 16 --method.queue-size 64 --views.image-size 64 --monitor.knn-k 2"
+    run = f"pretrain leoclr_imagenet_200ep --data {data} --out {tmp_path / 'run'} --device cuda --max-steps 5"
+    case = f"command {run} {size}"
+    result = ran(case)[case]
+    assert result["code"] == 0
+    assert "cuda:0, bf16 (auto: the GPU computes it), compiled, captured as a CUDA graph" in result["said"]
+    assert len(result["steps"]) == 5
+    for step in result["steps"][1:]:
+        assert_free(step | {"illegal_before": 0}, replayed=True)
+
+
+@pytest.mark.long
+def test_memory_for_a_step_and_not_for_its_graph() -> None:
+    """Of a wider network in less and less memory: captured, then eager, then told what would fit."""
+    free_mib = (1000, 500, 440, 420, 400, 380, 340, 300)
+    found = ran(*(f"in_memory {mib}" for mib in free_mib)).values()
+    outcomes = [outcome for outcome, _ in found]
+    assert [outcome for outcome, _ in groupby(outcomes)] == ["captured as a CUDA graph", "no CUDA graph", "too small"]
+    for outcome, said in found:
+        assert ("CUDA out of memory" in said) == (outcome == "no CUDA graph")
+        assert ("a batch of 64 images does not fit" in said) == (outcome == "too small")
 
 
 @pytest.mark.long
