@@ -153,7 +153,7 @@ class _Conversion:
         states = self.staging.state.splits
         conversions = [SplitConversion(split, self.options, self.staging.folder, states) for split in splits]
         unfinished = [conversion for conversion in conversions if not conversion.state.finished]
-        self._finished_before = states.keys() - {conversion.split.name for conversion in unfinished}
+        self._finished_before = {each.split.name for each in conversions} - {each.split.name for each in unfinished}
         if not unfinished:  # quarantine.jsonl may be in its last place already
             return 0
         images = sum(conversion.num_left for conversion in unfinished)
@@ -169,14 +169,17 @@ class _Conversion:
 
     def publish(self, splits: list[Split], source: ImageSource) -> Manifest:
         """The manifest, and DEST. Raises ValueError for a split without a usable image, or files that have changed."""
+        anew = f"Delete {self.staging.folder} to start anew."
         quarantine = self.staging.find(QUARANTINE_NAME)
         manifests, working = dict[str, SplitManifest](), [QUARANTINE_NAME]
         for split in splits:
             finished = self.staging.state.splits[split.name].finished
             assert finished
             if finished.manifest is None:
-                lines = read_quarantine(quarantine.read_bytes())
-                entry = next(entry for entry in lines if entry.split == split.name)
+                listed = [entry for entry in read_quarantine(quarantine.read_bytes()) if entry.split == split.name]
+                if self.staging.state.splits[split.name].rows or not listed:
+                    raise ValueError(f"the journal says that {split.name} is finished, without a file of it. {anew}")
+                entry = listed[0]
                 raise ValueError(
                     f"none of the {len(split):,} images of {split.name} can be used; for example {entry.name}: "
                     f"{entry.reason}. {quarantine} lists them all; other splits can be converted by --split"
@@ -192,7 +195,6 @@ class _Conversion:
             account=source.account,
             **self.staging.plan,
         )
-        anew = f"Delete {self.staging.folder} to start anew."
         if [final_name(name) for name in working] != [file.name for file in manifest.all_files]:
             raise ValueError(f"the journal names files that are not those of this conversion. {anew}")
         paths = [self.staging.find(name) for name in working]
@@ -213,8 +215,10 @@ class _Conversion:
 
     def _is_of_rows(self, name: str, manifest: SplitManifest, paths: dict[FileEntry, Path]) -> bool:
         """Whether a split that another process finished has the rows that its manifest sums up."""
-        state = self.staging.state.splits[name]
-        with closing(RowFile(self.staging.folder / f"{name}.rows", state.rows)) as rows:
+        state, path = self.staging.state.splits[name], self.staging.folder / f"{name}.rows"
+        if not path.is_file() or path.stat().st_size != state.rows * ROW.itemsize:
+            return False
+        with closing(RowFile(path, state.rows)) as rows:
             summed = SplitManifest.of(
                 rows,
                 positions=state.rows + state.counts.quarantined,
