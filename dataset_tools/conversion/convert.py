@@ -381,6 +381,7 @@ def _chosen_splits(source: ImageSource, options: ConvertOptions) -> list[Split]:
         raise ValueError(f"there is no split {options.split!r} in {source.path}; it has {', '.join(source.splits)}")
     _, num_parts = options.part_numbers or (1, 1)
     for split in chosen:
+        split.check()
         if len(split) < num_parts:
             raise ValueError(f"{split.name} has {len(split)} images, too few for {num_parts} parts")
     return chosen

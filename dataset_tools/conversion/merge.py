@@ -172,8 +172,7 @@ def _merge_split(
         for part in parts
     ]
     for part in given:
-        sizes = [file.bytes for file in part.manifest.files if file.name in part.manifest.image_files]
-        part.records.check(sizes, len(parts[0].manifest.classes))
+        part.records.check(part.manifest.image_bytes, len(parts[0].manifest.classes))
     with closing(RowFile(folder / f"{name}.rows")) as rows:
         files = output.merge(folder, name, given, rows, partial(stop.raise_if_requested, f"; {AGAIN}"))
         names = PackedNames(each for part in given for each in part.records.names())

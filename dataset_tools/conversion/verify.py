@@ -106,7 +106,9 @@ class _Verification:
         output = FORMATS[self.manifest.format]
         try:
             split = ConvertedSplit(name, self.folder / entry.records.name, files, self.manifest.classes, output)
-            split.check(entry)
+            if len(split) != entry.samples:
+                raise ValueError(f"{entry.records.name}: it knows {len(split)} samples, the manifest {entry.samples}")
+            split.records.check(entry.image_bytes, len(self.manifest.classes))
         except ValueError as error:
             yield str(error)
             return

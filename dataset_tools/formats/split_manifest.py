@@ -92,6 +92,11 @@ class SplitManifest:
         return self.records, *self.files
 
     @property
+    def image_bytes(self) -> list[int]:
+        """The sizes of the files that hold images, by shard number."""
+        return [file.bytes for file in self.files if file.name in self.image_files]
+
+    @property
     def image_files(self) -> tuple[str, ...]:
         """Names of the files that hold images, by shard number."""
         return tuple(file.name for file in self.files if not file.name.endswith(".idx"))

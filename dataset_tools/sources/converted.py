@@ -14,7 +14,6 @@ from dataset_tools.formats.formats import FORMATS
 from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.output_format import OutputFormat
 from dataset_tools.formats.records import HASH_BYTES, RAW, SampleRecords
-from dataset_tools.formats.split_manifest import SplitManifest
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.split import ImageSource, RottenImageError, Split, split_rank
 
@@ -27,15 +26,13 @@ class ConvertedSplit(Split):
     ) -> None:
         """`records`: a file. `output`: the format of `files`. Raises FileNotFoundError, or ValueError for damage."""
         self.name, self.files, self.classes, self.output = name, files, classes, output
+        self.file_bytes = [file.path.stat().st_size for file in files]
         self.records = SampleRecords.open(records)
         self.names: PackedNames = self.records.names()
         self.labels = np.array(self.records["label"], dtype=np.int64)
 
-    def check(self, entry: SplitManifest) -> None:
-        """Raises ValueError if the records are not those of a split like this, or have a row that cannot be."""
-        if len(self) != entry.samples:
-            raise ValueError(f"{self.records.path} knows {len(self)} samples, the manifest {entry.samples}")
-        self.records.check([file.bytes for file in entry.files if file.name in entry.image_files], len(self.classes))
+    def check(self) -> None:
+        self.records.check(self.file_bytes, len(self.classes))
 
     def read(self, index: int) -> bytes:
         """Raw pixels come as a PNG."""
@@ -87,6 +84,10 @@ def open_converted(folder: Path) -> ImageSource:
                 )
         files = tuple(ByteFile(folder / file) for file in entry.image_files)
         split = ConvertedSplit(name, folder / entry.records.name, files, manifest.classes, output)
-        split.check(entry)
+        labels = split.labels
+        if len(split) != entry.samples:
+            raise ValueError(f"{split.records.path} knows {len(split)} samples, the manifest {entry.samples}")
+        if labels.min() < -1 or labels.max() >= len(manifest.classes):
+            raise ValueError(f"{split.records.path} is damaged: it has labels that do not exist")
         splits[name] = split
     return ImageSource(path=folder, kind=output.title, splits=splits, classes=manifest.classes)

@@ -45,6 +45,9 @@ class Split(ABC):
     def read(self, index: int) -> bytes:
         """The encoded image (JPEG, PNG …). Raises OSError, naming the sample, if it is gone or cut short."""
 
+    def check(self) -> None:  # noqa: B027 - few sources have something to check
+        """Looks at what is kept of every image: whoever reads many calls it first. Raises ValueError for damage."""
+
     def read_checked(self, index: int) -> bytes:
         """As `read`; where the source knows what the bytes were, raises RottenImageError if they are others now."""
         return self.read(index)
@@ -75,6 +78,9 @@ class SubsetSplit(Split):
 
     def read(self, index: int) -> bytes:
         return self.parent.read(int(self.indices[index]))
+
+    def check(self) -> None:
+        self.parent.check()
 
     def read_checked(self, index: int) -> bytes:
         return self.parent.read_checked(int(self.indices[index]))
