@@ -103,6 +103,9 @@ def parse_flags(kind: type[Parsed], arguments: list[str], prog: str, **options: 
     """A command out of its flags. Exits with code 2 for a wrong flag; raises ValueError for a number out of limits."""
     import tyro  # here, so that training needs none
 
+    for value in (argument.rpartition("=")[2] for argument in arguments):
+        if not value.isascii() and value.isdecimal():  # Python would take it
+            raise ValueError(f"{value} is no number here: write it in the digits 0 to 9")
     said = io.StringIO()  # it repeats what was typed
     try:
         with redirect_stderr(said):

@@ -237,5 +237,7 @@ def parse_bytes(text: str) -> int:
     if not match:
         raise ValueError(f"{text!r} is no size; write for example 256MiB, 1GB or a number of bytes")
     number, prefix, binary = match.groups()
-    exponent = " kmgt".index(prefix) if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** exponent)
+    size = float(number) * (1024 if binary else 1000) ** (" kmgt".index(prefix) if prefix else 0)
+    if size > 2**60:
+        raise ValueError(f"{text[:40]!r} is not allowed as a size: give at most 1048576TiB")
+    return int(size)

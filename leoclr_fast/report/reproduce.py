@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from leoclr_fast.config_file import as_plain, differences, flat
+from leoclr_fast.config_file import as_plain, differences
 from leoclr_fast.recipes import RECIPES
 from leoclr_fast.report.run_record import RunRecord
 
@@ -16,10 +16,8 @@ def changed_settings(run: RunRecord) -> dict[str, tuple[Any, Any]]:
     """Dotted name → (value of the recipe, value of the run), where they differ. Empty for an unknown recipe."""
     if run.recipe not in RECIPES:
         return {}
-    recipe = as_plain(RECIPES[run.recipe]())
-    known = flat(recipe).keys() & flat(run.config).keys()  # an older run may name fields that are no more
-    found = differences([recipe, run.config])
-    return {name: (of_recipe, value) for name, (of_recipe, value) in found.items() if name in known}
+    found = differences([as_plain(RECIPES[run.recipe]()), run.config])
+    return {name: (of_recipe, value) for name, (of_recipe, value) in found.items()}
 
 
 def reproducing_command(run: RunRecord) -> list[str] | None:

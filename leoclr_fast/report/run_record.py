@@ -15,7 +15,7 @@ import numpy as np
 from dataset_tools.files import open_regular
 from dataset_tools.schema import convert, read_bounded
 from leoclr_fast.config import RunConfig
-from leoclr_fast.config_file import load_yaml
+from leoclr_fast.config_file import as_plain, load_yaml
 from leoclr_fast.report.metrics_file import Floats, MetricsFile, number
 from leoclr_fast.run.documents import (
     FORMAT,
@@ -350,16 +350,15 @@ def duration(seconds: float) -> str:
 
 
 def _read_config(folder: RunFolder, problems: list[str]) -> dict[str, Any]:
-    """The configuration, with what an earlier or a later version has besides; empty where it is none."""
+    """The configuration: fields that it did not have yet have their defaults. Empty where there is none."""
     if not folder.exists():
         return {}
     try:
-        document: dict[str, Any] = load_yaml(read_bounded(folder.config_file), str(folder.config_file))
-        convert(document, RunConfig, str(folder.config_file))
+        document = load_yaml(read_bounded(folder.config_file), str(folder.config_file))
+        return as_plain(convert(document, RunConfig, str(folder.config_file)))
     except (OSError, ValueError) as error:
         problems.append(str(error))
         return {}
-    return document
 
 
 Document = TypeVar("Document")

@@ -122,6 +122,11 @@ def test_names_do_not_depend_on_the_locale(tmp_path: Path) -> None:
     assert f"error: {tmp_path / 'Füße'} is no converted data set".encode() in done.stderr
 
 
+def test_digits_are_those_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["subset", "x", "--percent=٣", "--out", "y"]) == 1
+    assert capsys.readouterr().err == "error: ٣ is no number here: write it in the digits 0 to 9\n"
+
+
 def test_a_wrong_flag_is_repeated_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["subset", "x", "--out", "y", f"--wrong{EVIL}"]) == 2
     assert "\x1b[2J" not in (said := capsys.readouterr().err)

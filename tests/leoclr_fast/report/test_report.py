@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -343,8 +344,15 @@ def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_data: Pa
     assert '<th scope="row">result.views.image_size</th>' not in page  # the same in both: not listed
 
 
-def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = written_run(tmp_path / "run", [start(), step_record(10)])
+
+    def forbidden(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(leoclr_fast.report.page, "write_file", forbidden)
+        assert "report.html: Read-only file system; give --out FILE.html, elsewhere" in refused(capsys, "report", run)
     assert "not an HTML file" in refused(capsys, "report", run, "--out", tmp_path / "page.pdf")
     assert "give --out FILE.html" in refused(capsys, "report", run, run)
     assert "there is no such folder" in refused(capsys, "report", tmp_path / "nowhere")

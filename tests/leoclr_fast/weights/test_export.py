@@ -152,6 +152,7 @@ def test_a_run_is_exported_with_its_story(capsys: pytest.CaptureFixture[str], ti
     run = tmp_path / "run"
     succeeded(capsys, *pretrain_line(tiny_data, run))
     knn, _ = succeeded(capsys, "knn", run, "--data", tiny_data, "--device", "cpu")
+    RunFolder(run).add_evaluation("<script>\x1b[2J|`x`", {"top1": 1.0})
     out = tmp_path / "weights.safetensors"
     result, text = succeeded(capsys, "export", run, "--to", "safetensors", "--out", out)
     assert result["difference"] == 0
@@ -166,6 +167,7 @@ def test_a_run_is_exported_with_its_story(capsys: pytest.CaptureFixture[str], ti
         f"| knn | data | top1 {knn['top1']:.5g}, top5 {knn['top5']:.5g}, k 3, temperature 0.1",
         "## Licence",
         "16 x 16 pixels in pretraining",
+        "| \\<script\\>\\\\x1b\\[2J\\|\\`x\\` | not recorded | top1 1 |",
     ):
         assert expected in card
     assert str(tmp_path) not in card  # a card is handed on; where the files lay is nobody's business
