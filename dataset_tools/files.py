@@ -128,10 +128,15 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 def _open_regular(path: Path, mode: str, buffering: int, more_flags: int) -> IO[Any]:
     def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK | more_flags, 0o666)
+        descriptor = os.open(name, flags | os.O_NONBLOCK | more_flags, 0o666)
+        found = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(found) and not stat.S_ISDIR(found):  # of which `open` says it itself
+            os.close(descriptor)
+            raise NoRegularFileError(errno.EINVAL, f"{path} is {_kind(found)}, and not a file")
+        return descriptor
 
     try:
-        file = open(path, mode, buffering, opener=opener)  # noqa: SIM115
+        return open(path, mode, buffering, opener=opener)
     except OSError as error:
         if more_flags and path.is_symlink() and error.errno == errno.ELOOP:
             raise OSError(f"{path} is a symbolic link, and files of this name are not written through one") from error
@@ -141,10 +146,6 @@ def _open_regular(path: Path, mode: str, buffering: int, more_flags: int) -> IO[
             what = f"{path}: {error.strerror} (a link that leads nowhere)"
             raise NoRegularFileError(error.errno, what) from error
         raise
-    if not stat.S_ISREG(found := os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise NoRegularFileError(errno.EINVAL, f"{path} is {_kind(found)}, and not a file")
-    return file
 
 
 def _kind(mode: int) -> str:
@@ -154,6 +155,9 @@ def _kind(mode: int) -> str:
 
 class NoRegularFileError(OSError):
     """Where a file should be is a named pipe, a socket, a device, or a link that leads nowhere."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 _NAMES = "EMFILE ENFILE ENOMEM EIO ESTALE ENOSPC EDQUOT ENODEV ENOTCONN ETIMEDOUT EHOSTDOWN EREMOTEIO"
