@@ -22,6 +22,7 @@ from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.training.loop import pretrain
 from pipelines.views import MOCOV2_VIEWS
 from tests.leoclr_fast.conftest import tiny_config
+from tests.leoclr_fast.pages import runs_write_pages
 
 
 class SimSiam(Method):
@@ -58,10 +59,10 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "simsiam", SimSiam)
 
 
-@pytest.mark.usefixtures("pages")
 def test_it_trains_resumes_and_is_reported(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config("simsiam", monitor__checkpoint_every_steps=1, result__optimizer__base_lr=0.1)
-    whole = pretrain(config, tiny_data, tmp_path / "whole")
+    with runs_write_pages(True):
+        whole = pretrain(config, tiny_data, tmp_path / "whole")
     assert whole["complete"]
     assert whole["knn_top1"] is not None
     assert (tmp_path / "whole" / "final.safetensors").exists()
