@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,21 +53,12 @@ def load_array_pickle(path: str | os.PathLike[str]) -> dict[Any, Any]:
     return content
 
 
-class _StandIn:
-    """Also for what a pickle may set on an object or a class: nothing."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        raise ValueError("it sets what no array has")
-
-
-class _Dtype(_StandIn):
+class _Dtype:
     """What a pickle says of a `numpy.dtype`."""
 
     __slots__ = ("dtype",)
 
-    def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
+    def __init__(self, code: Any) -> None:
         text = str(code.dtype.str if isinstance(code, _Dtype) else code)[:8]
         self.dtype: np.dtype[Any] = np.dtype(text)
         if self.dtype.kind not in "biuf":
@@ -76,16 +68,18 @@ class _Dtype(_StandIn):
         self.dtype = self.dtype.newbyteorder(">" if state[1] == ">" else "<")
 
 
-class _Array(_StandIn):
-    """What a pickle says of a `numpy.ndarray`."""
+class _Array:
+    """What a pickle says of a `numpy.ndarray`: a view of the bytes in it."""
 
-    __slots__ = ("array",)
+    __slots__ = ("_latin1", "array")
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, latin1: Callable[..., bytes]) -> None:
+        self._latin1 = latin1
         self.array: NDArray[Any] = np.zeros(0, dtype=np.uint8)
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, is_fortran, content = state
+        content = self._latin1(content) if isinstance(content, str) else content
         if not isinstance(content, bytes) or not isinstance(kind, _Dtype):
             raise ValueError("it holds an array that is not numbers in bytes")
         flat = np.frombuffer(content, dtype=kind.dtype) if content else np.zeros(0, dtype=kind.dtype)
@@ -105,35 +99,20 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(io.BytesIO(data), encoding="latin1")
         left = len(data)
 
-        def latin1(text: Any) -> bytes:
+        def latin1(text: str = "", _encoding: Any = None) -> bytes:
             nonlocal left
             left -= len(text)  # each text of a file is encoded once: no file makes more bytes than it has
             if left < 0:
                 raise ValueError("it holds more bytes than it has")
-            return bytes(text.encode("latin1"))
+            return text.encode("latin1")
 
-        class Latin1(_StandIn):
-            def __new__(cls, text: Any = "", encoding: Any = "latin1") -> Any:
-                return latin1(text)
-
-        class Array(_Array):
-            __slots__ = ()
-
-            def __setstate__(self, state: Any) -> None:
-                *rest, content = state
-                super().__setstate__((*rest, latin1(content) if isinstance(content, str) else content))
-
-        class Reconstruct(_StandIn):
-            def __new__(cls, *_: Any) -> Any:
-                return Array()
-
-        self._known = {
-            ("numpy.core.multiarray", "_reconstruct"): Reconstruct,
-            ("numpy._core.multiarray", "_reconstruct"): Reconstruct,
-            ("numpy", "ndarray"): Array,
-            ("numpy", "dtype"): _Dtype,
-            ("_codecs", "encode"): Latin1,
-            ("__builtin__", "bytes"): Latin1,  # of nothing, in old protocols
+        self._known: dict[tuple[str, str], Callable[..., Any]] = {
+            ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(latin1),
+            ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(latin1),
+            ("numpy", "ndarray"): lambda *_: _Array(latin1),
+            ("numpy", "dtype"): lambda code, *_: _Dtype(code),
+            ("_codecs", "encode"): latin1,
+            ("__builtin__", "bytes"): latin1,  # of nothing, in old protocols
         }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -25,6 +25,7 @@ from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.formats.beton import DECODE_LIMIT_BYTES, decode_bytes
 from dataset_tools.formats.formats import FORMATS
 from dataset_tools.limits import unknown
+from dataset_tools.terminal import printable
 
 _Positional = tyro.conf.Positional
 
@@ -79,7 +80,7 @@ class Verify(CommonFlags):
             self.data, source=self.source, deep=self.deep, workers=self.workers, progress=_progress(console)
         )
         for problem in result["problems"]:
-            say(console, _one_line(problem))
+            say(console, printable(problem))
         more = result["num_problems"] - len(result["problems"])
         if more:
             say(console, f"… and {more:,} more")
@@ -243,8 +244,3 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
                 f"warning: for {name} that is {split['ffcv_decode_bytes'] / 2**30:.3f} GiB, above 4 GiB; --mode auto "
                 "with --max-side limits it",
             )
-
-
-def _one_line(text: str) -> str:
-    """With line breaks and the like escaped: names may hold them."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -52,8 +52,8 @@ def open_tar(archive: Path, read: tuple[Path, TarIndex] | None = None) -> ImageS
     twice or an absolute or `..` path, or for its layout (`layout.lay_out`). `read`: what `read_index` gives, if known.
     """
     tar, index = read or read_index(archive)
-    if len(index.label_keys):
-        splits, classes = _joined({"train": [(archive, tar, index)]}, str(archive))
+    if len(index.label_keys) and len(index.names):
+        splits, classes = _joined({_split_named(archive) or "train": [(archive, tar, index)]}, str(archive))
         return ImageSource(path=archive, kind="webdataset tar", splits=splits, classes=classes, account=index.account)
     account = Account()
     account.add(index.account)
@@ -88,8 +88,7 @@ def open_tar_folder(folder: Path, tars: Sequence[str], account: Account) -> Imag
     """
     parts: dict[str, list[tuple[Path, Path, TarIndex]]] = {}
     for name in sorted(tars):
-        words = [*re.split(r"[-_./]", name), os.path.basename(os.path.dirname(name))]
-        split = next(filter(None, map(split_of, words)), split_of(folder.name) or "train")
+        split = _split_named(Path(name)) or split_of(folder.name) or "train"
         parts.setdefault(split, []).append((folder / name, *read_index(folder / name)))
     splits, classes = _joined(parts, str(folder))
     for each in (index for of_split in parts.values() for _, _, index in of_split):
@@ -97,6 +96,11 @@ def open_tar_folder(folder: Path, tars: Sequence[str], account: Account) -> Imag
     if not splits:
         raise ValueError(f"the tars of {folder} hold no image: {first_few(sorted(tars))}. {account}")
     return ImageSource(path=folder, kind="folder of tars", splits=splits, classes=classes, account=account)
+
+
+def _split_named(archive: Path) -> str | None:
+    """The split that a word of a tar's name, or of its folders' names, means."""
+    return next(filter(None, map(split_of, re.split(r"[-_.]", archive.name))), None) or split_of(archive.parent.name)
 
 
 def _joined(
@@ -111,6 +115,8 @@ def _joined(
         ]
     known = {split: {name for name in names if name is not None} for split, names in class_names.items()}
     classes = sorted(known.get("train") or set().union(*known.values()))
+    if all(map(str.isdecimal, classes)):
+        classes.sort(key=int)  # so that, as nearly always, the number is the label
     refuse_strangers(known, classes, where)
     rank: dict[str | None, int] = {name: label for label, name in enumerate(classes)} | {None: UNLABELED}
     splits: dict[str, Split] = {}

@@ -130,22 +130,13 @@ class Hostile:
 
 
 @pytest.mark.parametrize("name", ["batches.meta", "data_batch_3", "test_batch"])
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_hostile_pickle_is_not_run(tmp_path: Path, name: str, protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostile_pickle_is_not_run(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, trace = write_pickles_10(tmp_path / "data"), tmp_path / "executed"
     monkeypatch.setenv("HOSTILE", str(trace))
-    (folder / name).write_bytes(pickle.dumps({"data": Hostile()}, protocol=protocol))
+    (folder / name).write_bytes(pickle.dumps({"data": Hostile()}))
     with pytest.raises(ValueError, match=rf"{name} is no pickle of arrays: it asks for \w+.mkdir.* nothing was run"):
         open_source(folder)
     assert not trace.exists()
-
-
-@pytest.mark.parametrize("target", ["numpy\nload", "numpy.core.multiarray\nfromfile", "builtins\neval", "os\nsystem"])
-def test_only_what_arrays_need_is_imported(tmp_path: Path, target: str) -> None:
-    folder = write_pickles_10(tmp_path / "data")
-    (folder / "data_batch_1").write_bytes(b"c" + target.encode() + b"\n.")
-    with pytest.raises(ValueError, match="it asks for"):
-        open_source(folder)
 
 
 @pytest.mark.parametrize(

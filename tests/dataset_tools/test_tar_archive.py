@@ -142,6 +142,9 @@ def test_webdataset_shards_have_their_labels(write_tar, write_tree) -> None:
     assert everything(source) == {"train": [(f"train/{k:06}.jpg", k % 3, b"image %d" % k) for k in range(4)]}
     assert source.account.left_out == {".json": (4, ["000000.json", "000001.json", "000002.json"])}
 
+    many = write_tar({f"{k}.{kind}": b"%d" % (11 - k) for k in range(12) for kind in ("jpg", "cls")}, name="val-0.tar")
+    assert open_source(many).splits["val"].labels.tolist() == [11, 10, 1, 0, 9, 8, 7, 6, 5, 4, 3, 2]
+
     shards = {"train-000000": range(6), "train-000001": range(6, 12), "val-000000": range(12, 15)}
     packed = {f"{name}.tar": write_tar(shard(keys)).read_bytes() for name, keys in shards.items()}
     folder = open_source(write_tree(packed | {"README.md": b""}))
