@@ -80,7 +80,7 @@ class Verify(CommonFlags):
             self.data, source=self.source, deep=self.deep, workers=self.workers, progress=_progress(console)
         )
         for problem in result["problems"]:
-            say(console, printable(problem))
+            say(console, printable(problem.replace("\n", "\\n")))
         more = result["num_problems"] - len(result["problems"])
         if more:
             say(console, f"… and {more:,} more")
