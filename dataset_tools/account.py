@@ -29,11 +29,11 @@ class Account:
         for name in names:
             self.leave_out(os.path.splitext(name)[1].lower() or "without extension", name)
 
-    def add(self, other: Account) -> None:
-        """Take over what another one holds."""
+    def add(self, other: Account, where: object) -> None:
+        """Take over what another one, of a part of the source that is called `where`, holds."""
         for reason, (count, names) in other.left_out.items():
             self.leave_out(reason, *names, count=count)
-        self.notes += other.notes
+        self.notes += [f"{where}: {note}" for note in other.notes]
 
     def __str__(self) -> str:
         """One line, "" where nothing was left out."""

@@ -185,7 +185,7 @@ def _read(split: Split, index: int) -> bytes:
     try:
         return split.read_checked(index)
     except NoRegularFileError as error:
-        raise UnusableImageError(str(error.strerror)) from error
+        raise UnusableImageError(str(error.strerror).rpartition(": ")[2]) from error  # without the place of the source
     except RottenImageError as error:
         raise UnusableImageError(str(error)) from error
     except OSError as error:

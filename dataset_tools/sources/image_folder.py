@@ -30,10 +30,12 @@ class FolderSplit(Split):
 
     def read(self, index: int) -> bytes:
         name = self.names[index]
+        path = os.path.join(self.root, name)
         try:
-            return read_file(os.path.join(self.root, name))
+            return read_file(path)
         except OSError as error:
-            reason = f"cannot read sample {name!r} of {self.root}: {error.strerror or error}"
+            what = str(error.strerror or error).replace(f"{path}: ", "").replace(path, "it")
+            reason = f"cannot read sample {name!r} of {self.root}: {what}"
             raise type(error)(error.errno, reason) from error
 
 

@@ -52,11 +52,11 @@ def open_tar(archive: Path, read: tuple[Path, TarIndex] | None = None) -> ImageS
     twice or an absolute or `..` path, or for its layout (`layout.lay_out`). `read`: what `read_index` gives, if known.
     """
     tar, index = read or read_index(archive)
+    account = Account()
+    account.add(index.account, archive)
     if len(index.label_keys) and len(index.names):
         splits, classes = _joined({_split_named(archive) or "train": [(archive, tar, index)]}, str(archive))
-        return ImageSource(path=archive, kind="webdataset tar", splits=splits, classes=classes, account=index.account)
-    account = Account()
-    account.add(index.account)
+        return ImageSource(path=archive, kind="webdataset tar", splits=splits, classes=classes, account=account)
     counts = {folder: stop - start for folder, (start, stop) in index.folders.items()}
     layout = lay_out(counts, f"{archive}", account)
     found: dict[str, tuple[PackedNames, NDArray[np.int64]]] = {}
@@ -91,8 +91,8 @@ def open_tar_folder(folder: Path, tars: Sequence[str], account: Account) -> Imag
         split = _split_named(Path(name)) or split_of(folder.name) or "train"
         parts.setdefault(split, []).append((folder / name, *read_index(folder / name)))
     splits, classes = _joined(parts, str(folder))
-    for each in (index for of_split in parts.values() for _, _, index in of_split):
-        account.add(each.account)
+    for archive, _, index in (part for of_split in parts.values() for part in of_split):
+        account.add(index.account, archive)
     if not splits:
         raise ValueError(f"the tars of {folder} hold no image: {first_few(sorted(tars))}. {account}")
     return ImageSource(path=folder, kind="folder of tars", splits=splits, classes=classes, account=account)

@@ -232,7 +232,7 @@ def _nested_images(file: IO[bytes], stop: int, content: _Content) -> Iterator[tu
                 images += 1
         except DamagedArchiveError as error:
             raise DamagedArchiveError(f"in its member {inner.name!r}: {error}") from error
-        content.account.add(within.account)
+        content.account.add(within.account, inner.name)
         if not images:
             raise DamagedArchiveError(f"its member {inner.name!r} holds no image.")
 
