@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.conversion.jpeg import END, MAX_SCANS, SCAN, START, DamagedJpegError, JpegHeader, read_jpeg_header
+from dataset_tools.conversion.jpeg import END, START, DamagedJpegError, JpegHeader, read_jpeg_header
 from dataset_tools.formats.records import MAX_PIXELS
 from dataset_tools.sources import Split
 from pipelines.byte_readers import Indices, open_bytes
@@ -147,11 +147,6 @@ class EncodedBatches:
     def correct_size(self, index: int, height: int, width: int) -> None:
         """The image is of another size than the data set says."""
         self._sizes[index] = height, width
-
-
-def begins_as_jpeg(image: Bytes) -> bool:
-    """Whether it is a JPEG, perhaps one that is cut short, of no more scans than are decoded."""
-    return image[:2].tobytes() == START and image.tobytes().count(SCAN) <= MAX_SCANS
 
 
 def plain_header(image: Bytes) -> JpegHeader | None:

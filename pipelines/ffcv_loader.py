@@ -15,7 +15,6 @@ from dataset_tools.formats.beton import METADATA, METADATA_START, Beton, read_be
 from dataset_tools.sources import Split
 from dataset_tools.sources.converted import ConvertedSplit
 from pipelines.byte_readers import base_of
-from pipelines.encoded_batches import Bytes, begins_as_jpeg
 from pipelines.encoded_loader import EncodedLoader, Pass
 from pipelines.loader import DecodedBatch
 
@@ -44,10 +43,6 @@ class FfcvLoader(EncodedLoader):
     @classmethod
     def obstacle(cls, split: Split, device: torch.device) -> str | None:
         return super().obstacle(split, device) if _is_beton(base_of(split)[0]) else "it reads .betons alone"
-
-    @staticmethod
-    def is_plain(image: Bytes) -> bool:
-        return begins_as_jpeg(image)  # TurboJPEG itself warns of one that is cut short
 
     def decode_next(self, current: Pass) -> DecodedBatch:
         batch = self.next_read(current)
