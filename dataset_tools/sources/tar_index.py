@@ -164,22 +164,22 @@ def _images(file: IO[bytes], stop: int, content: _Content, start: int = 0) -> It
     """(name, offset, size) of each image, in the order of the archive, those that are links at the end."""
     links: dict[str, str] = {}
     for name, member in members(file, start, stop, content.account):
+        if member.isreg() and is_image(name):
+            yield name, member.offset_data, member.size
+            continue
         folder = name if member.isdir() else os.path.dirname(name)
         content.folders.add(folder)
         if member.issym():
             links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
         elif member.islnk():
             links[name] = posixpath.normpath(member.linkname)
-        elif not member.isreg():
-            if not member.isdir():
-                content.account.leave_out("devices and pipes", name)
-        elif is_image(name):
-            yield name, member.offset_data, member.size
-        elif name.endswith(LABEL_SUFFIX) and member.size <= MAX_LABEL_BYTES:
+        elif member.isreg() and name.endswith(LABEL_SUFFIX) and member.size <= MAX_LABEL_BYTES:
             text = os.pread(file.fileno(), member.size, member.offset_data)
             content.labels[_key(name)] = text.decode("utf-8", "backslashreplace").strip()
-        else:
+        elif member.isreg():
             content.account.leave_out_by_extension([name])
+        elif not member.isdir():
+            content.account.leave_out("devices and pipes", name)
     if links:
         yield from _linked_images(file, start, stop, links, content)
 
@@ -302,10 +302,10 @@ def _members_of_one(
                 reached = member.offset_data
                 if member.offset_data + (member.size if member.isreg() else 0) > stop:
                     raise DamagedArchiveError(f"it is damaged or cut short: {member.name!r} goes on behind the end")
+                if not parts:
+                    continue
                 if any(map(is_hidden, parts)):
                     account.leave_out("hidden", name)
-                    continue
-                if not parts:
                     continue
                 if member.issparse() and (is_image(name) or is_tar(name)):
                     raise DamagedArchiveError(
