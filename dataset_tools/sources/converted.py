@@ -26,13 +26,16 @@ class ConvertedSplit(Split):
     ) -> None:
         """`records`: a file. `output`: the format of `files`. Raises FileNotFoundError, or ValueError for damage."""
         self.name, self.files, self.classes, self.output = name, files, classes, output
+        self._is_checked = False
         self.file_bytes = [file.path.stat().st_size for file in files]
         self.records = SampleRecords.open(records)
         self.names: PackedNames = self.records.names()
         self.labels = np.array(self.records["label"], dtype=np.int64)
 
     def check(self) -> None:
-        self.records.check(self.file_bytes, len(self.classes))
+        if not self._is_checked:
+            self.records.check(self.file_bytes, len(self.classes))
+            self._is_checked = True
 
     def read(self, index: int) -> bytes:
         """Raw pixels come as a PNG."""
