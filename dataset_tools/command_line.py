@@ -20,7 +20,7 @@ from rich.logging import RichHandler
 
 from dataset_tools.limits import require_allowed
 from dataset_tools.starting import started_program
-from dataset_tools.stop_signals import StoppedBySignalError
+from dataset_tools.stop_signals import StoppedAtOnce, StoppedBySignalError
 from dataset_tools.terminal import PlainConsole, forgiving_streams, printable
 
 PACKAGES = ("leoclr_fast", "pipelines", "dataset_tools")
@@ -76,7 +76,7 @@ def run_command_line(parse: Parse, arguments: Sequence[str] | None = None) -> in
             return error.code if isinstance(error.code, int) else 2
         except BaseException as error:
             if _is_interrupt(error):
-                print("interrupted", file=sys.stderr)
+                print(f"error: {error}" if isinstance(error, StoppedAtOnce) else "interrupted", file=sys.stderr)
                 return 130
             if "--debug" in given or not isinstance(error, Exception):
                 raise

@@ -189,8 +189,14 @@ class SpeedConfig:
 class MonitorConfig:
     """What is watched and kept on the way; the weights do not depend on it."""
 
+    knn: Literal["auto", "on", "off"] = "auto"
+    """auto: before the first epoch, on the way, and at the end, but not at the start and the pause of a run that
+    --max-steps pauses. on: there, too. off: never."""
     knn_every_epochs: CountOrZero = 10
     """Evaluate kNN before the first epoch, after every so many, and at the end; 0 only before and at the end."""
+    knn_max_images: Count = 100_000
+    """A class-balanced choice of so many images is the bank, and of at most 10,000 the queries. The command `knn` takes
+    all of them."""
     knn_k: Count = 200
     """Neighbours that vote (MoCo's CIFAR demo: 200)."""
     knn_features: Literal["backbone", "projection"] = "backbone"

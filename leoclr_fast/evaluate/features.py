@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dataset_tools.progress import progress
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
 from pipelines.augment import augmented_views
@@ -42,16 +43,19 @@ def extract_features(
     precision: str,
     ranks: Ranks,
     *,
+    what: str = "features",
     normalized: bool = True,
+    go_on: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of all images of a sequential loader, gathered from all ranks.
 
-    The backbone runs in eval mode and is left as it was. normalized: features of unit length.
+    The backbone runs in eval mode and is left as it was. what: how the progress is called. normalized: features of unit
+    length. go_on: called after each batch; it may raise, on all ranks.
     Returns float32 [N, D] (float64 for fp64) on the loader's device, and int64 [N] on the host.
     """
     features, labels = torch.empty(0), torch.empty(len(loader.split), dtype=torch.int64)
     done = 0
-    with eval_mode(backbone):
+    with eval_mode(backbone), progress(what, len(loader.split)) as advance:
         for batch in loader.batches(epoch=0):
             outputs, batch_labels = encode_batch(backbone, batch, loader, precision, ranks, normalized=normalized)
             if done == 0:
@@ -60,6 +64,9 @@ def extract_features(
             features[rows] = outputs
             labels[rows] = batch_labels.cpu()
             done += len(outputs)
+            if ranks.is_main:
+                advance(len(outputs))
+            go_on()
     return features, labels
 
 

@@ -5,9 +5,10 @@ Legend: M queries, N images in the bank, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,11 @@ class KnnEvaluation:
     precision: str
     ranks: Ranks
 
-    def run(self, backbone: nn.Module) -> KnnAccuracy:
-        """Accuracy of the frozen backbone's features, the same on every rank."""
-        bank, bank_labels = extract_features(backbone, self.bank, self.precision, self.ranks)
-        queries, query_labels = extract_features(backbone, self.queries, self.precision, self.ranks)
+    def run(self, backbone: nn.Module, go_on: Callable[[], None] = lambda: None) -> KnnAccuracy:
+        """Accuracy of the frozen backbone's features, the same on every rank. go_on: as of `extract_features`."""
+        features = partial(extract_features, backbone, precision=self.precision, ranks=self.ranks, go_on=go_on)
+        bank, bank_labels = features(self.bank, what="kNN features of the bank")
+        queries, query_labels = features(self.queries, what="kNN features of the queries")
         return knn_accuracy(
             bank,
             bank_labels,
@@ -133,16 +135,17 @@ def knn_evaluation(
     device: torch.device,
     ranks: Ranks,
     max_images: int | None = None,
+    max_queries: int | None = None,
 ) -> Iterator[KnnEvaluation | None]:
     """Loaders over the splits' bank and queries; None where the data has no labels.
 
-    max_images: at most so many in the bank and in the queries each, a class-balanced choice.
+    max_images: at most so many in the bank and in the queries each, a class-balanced choice. max_queries: further.
     Raises ValueError if the bank has fewer than k images.
     """
     if splits.bank is None or splits.queries is None:
         yield None
         return
-    bank, queries = limited(splits.bank, max_images), limited(splits.queries, max_images)
+    bank, queries = limited(splits.bank, max_images), limited(splits.queries, max_queries or max_images)
     if k > len(bank):
         raise ValueError(
             f"kNN with k = {k} needs at least as many labelled images, but the bank has {len(bank)}; "

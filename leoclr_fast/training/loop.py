@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
-from dataset_tools.stop_signals import StoppedBySignalError, StopSignals
+from dataset_tools.stop_signals import StoppedBySignalError
 from leoclr_fast.config import RunConfig
 from leoclr_fast.run.checkpoint import list_checkpoints
 from leoclr_fast.run.stepper import endless
@@ -16,7 +16,7 @@ from leoclr_fast.run.telemetry import NonFiniteLossError
 from leoclr_fast.schedules import learning_rate
 from leoclr_fast.training.meters import Meters
 from leoclr_fast.training.out_of_memory import explained_out_of_memory
-from leoclr_fast.training.setup import Run, opened_run
+from leoclr_fast.training.setup import Run, opened_run, patience_s
 from leoclr_fast.training.summary import write_summary
 
 
@@ -46,24 +46,23 @@ def train(run: Run) -> dict[str, Any]:
     """Train an open run to its last step, or until a signal stops it; returns the summary."""
     result, state = run.config.result, run.state
     steps_per_epoch = run.loader.steps_per_epoch
-    with run.stop_signals() as stop:
-        if state.step == 0 or (_knn_is_due(run) and _lacks_knn(run)):
-            _evaluate(run)
-        meters, stopping = Meters(run.config, run.step.metric_names, state, run.host, run.loader.device), False
-        batches = islice(endless(run.loader.batches, steps_per_epoch, state.step), max(0, run.last_step - state.step))
-        for batch in meters.timed(batches):
-            lr = learning_rate(result.optimizer.schedule, result.lr, state.step, steps_per_epoch, result.epochs)
-            # ---- a single step ------------------------------------------------------------------------------
-            with explained_out_of_memory(run.step, batch):
-                metrics = run.step(batch, lr)
-            # -------------------------------------------------------------------------------------------------
-            stopping = meters.add(metrics, stop=stop.requested)
-            _between_steps(run, meters, batch.epoch, lr, stopping=stopping)
-            if stopping:
-                break
-        stopping = meters.stop() or stopping
+    if (state.step == 0 and _wants_knn(run)) or (_knn_is_due(run) and _lacks_knn(run)):
+        _evaluate(run)
+    meters, stopping = Meters(run.config, run.step.metric_names, state, run.host, run.loader.device), False
+    batches = islice(endless(run.loader.batches, steps_per_epoch, state.step), max(0, run.last_step - state.step))
+    for batch in meters.timed(batches):
+        lr = learning_rate(result.optimizer.schedule, result.lr, state.step, steps_per_epoch, result.epochs)
+        # ---- a single step ------------------------------------------------------------------------------
+        with explained_out_of_memory(run.step, batch):
+            metrics = run.step(batch, lr)
+        # -------------------------------------------------------------------------------------------------
+        run.stop.patience_s = None  # from here on there is something to save
+        stopping = meters.add(metrics, stop=run.stop.requested)
+        _between_steps(run, meters, batch.epoch, lr, stopping=stopping)
         if stopping:
-            _save_and_stop(run, stop)
+            break
+    if meters.stop() or stopping:
+        _save_and_stop(run)
     return _finish(run, meters)
 
 
@@ -104,6 +103,11 @@ def _knn_is_due(run: Run) -> bool:
     return bool(every) and step_in_epoch == 0 and epochs % every == 0 and run.state.step != run.last_step
 
 
+def _wants_knn(run: Run) -> bool:
+    """Whether there is an evaluation at the start and at the end: of a run that pauses, only where it is asked for."""
+    return run.config.monitor.knn == "on" or run.last_step == run.total_steps
+
+
 def _lacks_knn(run: Run) -> bool:
     """Whether the log has no evaluation of the step that was finished last.
 
@@ -135,8 +139,13 @@ def _evaluate(run: Run) -> float | None:
     """kNN of the encoder, to the log and the display; returns the top-1 in percent."""
     if run.knn is None:
         return None
+
+    def go_on() -> None:
+        if any(run.host.gathered(run.stop.requested)):
+            _save_and_stop(run)
+
     encoder, features = run.state.method.kept_encoder, run.config.monitor.knn_features
-    knn = run.knn.run(encoder if features == "projection" else encoder.backbone)
+    knn = run.knn.run(encoder if features == "projection" else encoder.backbone, go_on)
     epoch = run.state.step / run.loader.steps_per_epoch
     values = {"top1": knn.top1, "top5": knn.top5, "k": knn.k, "temperature": knn.temperature}
     run.log.write("knn", step=run.state.step, epoch=epoch, **values)
@@ -155,14 +164,16 @@ def _save(run: Run, top1: float | None = None, *, wait: bool = False) -> None:
             run.writer.flush()
 
 
-def _save_and_stop(run: Run, stop: StopSignals) -> None:
-    """Save, on all ranks at the same step, and raise StoppedBySignalError."""
-    stop.saving = True
-    names = [name for name in run.host.gathered(stop.name) if name]
-    run.host.from_main(lambda: _save(run, wait=True))
+def _save_and_stop(run: Run) -> NoReturn:
+    """Save what is not saved yet, on all ranks at the same step, and raise StoppedBySignalError."""
+    run.stop.saving = True
+    names = [name for name in run.host.gathered(run.stop.name) if name]
+    if run.state.step:
+        run.host.from_main(lambda: _save(run, wait=True))
+    saved = "a checkpoint was saved, and the same command continues from there"
     raise StoppedBySignalError(
-        f"stopped by {names[0] if names else 'a signal'} after step {run.state.step}; a checkpoint was saved, and "
-        "the same command continues from there"
+        f"stopped by {names[0] if names else 'a signal'} after step {run.state.step}; "
+        f"{saved if run.state.step else 'the same command begins again'}"
     )
 
 
@@ -172,7 +183,8 @@ def _finish(run: Run, meters: Meters) -> dict[str, Any]:
     trained = step > meters.clock.first_step
     if trained:
         _save(run, wait=True)
-    if _lacks_knn(run):
+    run.stop.patience_s = patience_s(run.ranks)  # everything is saved
+    if _wants_knn(run) and _lacks_knn(run):
         top1 = _evaluate(run)
         if trained and run.writer is not None and top1 is not None:
             run.writer.mark_best(step, top1)

@@ -15,7 +15,7 @@ import leoclr_fast
 from dataset_tools.command_line import PACKAGES
 from dataset_tools.files import open_regular
 from dataset_tools.sources import ImageSource, Split
-from dataset_tools.stop_signals import StoppedBySignalError
+from dataset_tools.stop_signals import StoppedAtOnce, StoppedBySignalError
 from leoclr_fast.report.metrics_file import MetricsFile
 from leoclr_fast.run.documents import FORMAT, LeftOut, read_line
 from leoclr_fast.run.environment import boot_id
@@ -180,7 +180,7 @@ def _harmless(what: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> dict[str, Any]:
     """Status, reason and place of an end that was not the plan."""
-    if isinstance(error, StoppedBySignalError):
+    if isinstance(error, StoppedBySignalError | StoppedAtOnce):
         return {"status": "stopped", "reason": str(error)}
     if isinstance(error, KeyboardInterrupt):
         return {"status": "stopped", "reason": "interrupted at once, without a checkpoint"}

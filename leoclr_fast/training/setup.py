@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +41,8 @@ from pipelines.order import TrainOrder
 
 log = logging.getLogger(__name__)
 
+MAX_KNN_QUERIES = 10_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -59,12 +61,9 @@ class Run:
     writer: CheckpointWriter | None
     """Of the first rank."""
     last_step: int
-    stop: StopSignals | None
-    """Of several ranks: from the start on. A single one can be stopped at once until its first step."""
-
-    def stop_signals(self) -> AbstractContextManager[StopSignals]:
-        """Whether a signal asks the loop to end."""
-        return stop_signals(enabled=True, repeats_insist=False) if self.stop is None else nullcontext(self.stop)
+    total_steps: int
+    """Of all epochs; `last_step` is before it where --max-steps pauses the run."""
+    stop: StopSignals
 
 
 @contextmanager
@@ -79,8 +78,8 @@ def opened_run(
     with ExitStack() as stack:
         enter = stack.enter_context
         ranks, device = enter(process_group(config.speed.device, monitor.join_limit_s, monitor.collective_timeout_s))
-        # torchrun sends SIGTERM to all when one has died: there must be time to say which one.
-        stop = enter(stop_signals(enabled=True, repeats_insist=False)) if ranks.world_size > 1 else None
+        stop = enter(stop_signals(enabled=True, repeats_insist=False))
+        stop.patience_s = patience_s(ranks)
         if ranks.world_size > 1 and device.type == "cpu":
             ranks = replace(ranks, meter=CommunicationMeter())  # tells how long a rank waits for the others
         host = enter(HostGroup(ranks, monitor.collective_timeout_s))
@@ -142,9 +141,10 @@ def opened_run(
         loader_config = settle_loader(split, config.speed.loader, device)
         views = state.method.views
         loader = enter(make_loader(split, views, result.views, loader_config, order, seed=result.seed, device=device))
+        knn_images = min(result.max_images or monitor.knn_max_images, monitor.knn_max_images)
         knn = enter(
             knn_evaluation(
-                replace(splits, bank=None) if state.synthetic else splits,
+                replace(splits, bank=None) if state.synthetic or monitor.knn == "off" else splits,
                 views=result.views,
                 loader=loader_config,
                 batch_size=result.batch_size,
@@ -153,7 +153,8 @@ def opened_run(
                 precision=config.speed.precision,
                 device=device,
                 ranks=ranks,
-                max_images=result.max_images,
+                max_images=knn_images,
+                max_queries=min(knn_images, MAX_KNN_QUERIES),
             )
         )
         yield Run(
@@ -169,8 +170,17 @@ def opened_run(
             display=display,
             writer=writer,
             last_step=last_step,
+            total_steps=total_steps,
             stop=stop,
         )
+
+
+def patience_s(ranks: Ranks) -> float:
+    """How long a signal waits where there is nothing to save.
+
+    torchrun sends SIGTERM to all ranks when one has died: there must be time to say which one.
+    """
+    return 0.0 if ranks.world_size == 1 else 8.0
 
 
 def _with_precision(

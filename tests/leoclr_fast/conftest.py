@@ -80,7 +80,7 @@ def tiny_config(method: str = "leoclr", **changes: Any) -> RunConfig:
             views=ViewConfig(image_size=16, center_crop_fraction=1.0),
         ),
         speed=SpeedConfig(device="cpu", precision="fp64", compile="off"),
-        monitor=MonitorConfig(knn_k=3, knn_every_epochs=2, log_every_steps=1),
+        monitor=MonitorConfig(knn="on", knn_k=3, knn_every_epochs=2, log_every_steps=1),
     )
     for name, value in changes.items():
         config = _changed(config, name.split("__"), value)
