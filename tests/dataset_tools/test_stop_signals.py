@@ -21,6 +21,11 @@ def test_a_signal_is_a_wish() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _stop_and_sleep() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+
+
 @pytest.mark.parametrize("patience_s", [0.0, 0.1])
 def test_what_can_be_cut_short_is(patience_s: float) -> None:
     """At once, or after the patience, also in the middle of a system call."""
@@ -28,8 +33,7 @@ def test_what_can_be_cut_short_is(patience_s: float) -> None:
         stop.patience_s = patience_s
         start = time.monotonic()
         with pytest.raises(StoppedAtOnce, match="stopped by SIGTERM; what was saved before is kept"):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(20)
+            _stop_and_sleep()
         assert patience_s <= time.monotonic() - start < 10
 
 

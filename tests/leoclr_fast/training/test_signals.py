@@ -32,7 +32,7 @@ LONG_S = 60.0
         (TrainingStep, "__call__", 1, StoppedAtOnce, None),  # compiles
         (leoclr_fast.evaluate.knn, "extract_features", 3, StoppedBySignalError, 6),  # after two epochs
         (leoclr_fast.evaluate.knn, "extract_features", 5, StoppedAtOnce, 9),  # at the end
-        (RunLog, "_write_report", 1, StoppedAtOnce, 9),
+        (RunLog, "_write_report", 2, StoppedAtOnce, 9),  # at the end
     ],
 )
 def test_a_signal_is_obeyed_in_every_phase(
