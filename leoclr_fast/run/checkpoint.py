@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dataset_tools.files import open_regular, sync_folder
+from dataset_tools.files import open_regular, raise_if_of_machine, sync_folder
 from dataset_tools.schema import read_bounded
 from leoclr_fast.run.tensors import UnreadableTensorsError, load_tensors
 
@@ -130,6 +130,8 @@ def read_checkpoint(path: Path) -> bytes:
             content = file.read()
         sums = read_bounded(path / _SUMS, 4096)
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EIO:  # a bad sector is this file's
+            raise_if_of_machine(error)
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {error}") from error
     if sums.split()[:1] != [hashlib.sha256(content).hexdigest().encode()]:
         raise DamagedCheckpointError(
@@ -156,19 +158,22 @@ def load_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Raises DamagedCheckpointError if there are checkpoints but none is whole.
     """
-    newest = read_newest_checkpoint(folder)
-    return None if newest is None else (newest[0], state_of(newest[1], newest[0]))
+    newest = _newest_checkpoint(folder)
+    return None if newest is None else (newest[0], newest[2])
 
 
 def read_newest_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
     """As `load_newest_checkpoint`, but the content."""
-    checkpoints = list_checkpoints(folder)
+    newest = _newest_checkpoint(folder)
+    return None if newest is None else newest[:2]
+
+
+def _newest_checkpoint(folder: Path) -> tuple[Path, bytes, dict[str, Any]] | None:
     damaged = []
-    for path in reversed(checkpoints):
+    for path in reversed(list_checkpoints(folder)):
         try:
             content = read_checkpoint(path)
-            state_of(content, path)
-            return path, content
+            return path, content, state_of(content, path)
         except (DamagedCheckpointError, FileNotFoundError) as error:
             log.warning("%s Trying the one before.", error)
             damaged.append(path.name)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from leoclr_fast.run import checkpoint
 from leoclr_fast.run.checkpoint import DamagedCheckpointError, load_newest_checkpoint, save_checkpoint
 from leoclr_fast.run.tensors import UnreadableTensorsError, load_tensors
 from tests.leoclr_fast.training.test_bad_input import propagating
@@ -84,7 +87,7 @@ def test_damaged_files_are_read_or_refused(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("damage", ["no UTF-8", "a pipe", "hostile", "a list", "cut"])
 def test_the_checkpoint_before_a_damaged_one_is_taken(
-    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also beside a backup copy, whose name says no step."""
     save_checkpoint(tmp_path, 3, {"step": 3}, keep=9)
@@ -105,6 +108,11 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(
     assert (found[0].name, found[1]) == ("step-00000003", {"step": 3})
     assert f"{newest}" in caplog.text
     assert "Trying the one before" in caplog.text
+    with monkeypatch.context() as patched:
+        full = OSError(errno.EMFILE, "Too many open files")
+        patched.setattr(checkpoint, "open_regular", Mock(side_effect=full))
+        with pytest.raises(OSError, match="Too many open files"):  # the machine's fault is not the checkpoint's
+            load_newest_checkpoint(tmp_path)
     (tmp_path / "step-00000003" / "state.pt").unlink()
     with pytest.raises(DamagedCheckpointError, match=r"is damaged \(step-00000005, step-00000003\)"):
         load_newest_checkpoint(tmp_path)
