@@ -71,7 +71,9 @@ def lay_out(folders: Mapping[str, int], where: str, account: Account) -> Layout:
     classes hold splits.
     """
     if not any(folders.values()):
-        hint = "".join(f" {text}." for text in (str(account).replace("not read", "It holds"), *account.notes) if text)
+        hint = "".join(
+            f" {text.rstrip('.')}." for text in (str(account).replace("not read", "It holds"), *account.notes) if text
+        )
         raise ValueError(
             f"{where} holds no image. Expected [train/|val/|test/]CLASS/name.ext, unlabeled/name.ext, or "
             f"images right inside; extensions: {' '.join(IMAGE_EXTENSIONS)}.{hint}"
