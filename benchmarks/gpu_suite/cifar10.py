@@ -68,7 +68,7 @@ def _run_config(recipe: str, config: SuiteConfig) -> RunConfig:
     result, monitor = replace(base.result, epochs=config.epochs), replace(base.monitor, knn_every_epochs=1)
     if config.tiny:
         backbone = replace(result.backbone, width_multiplier=0.125)
-        method = replace(result.method, queue_size=512)
+        method = replace(result.method, queue_size=512, key_batchnorm_group=8)
         result = replace(result, batch_size=32, max_images=_TINY_IMAGES, backbone=backbone, method=method)
         monitor = replace(monitor, knn_k=20)
     return replace(base, result=result, speed=speed, monitor=monitor)
