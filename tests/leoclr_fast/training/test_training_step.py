@@ -180,6 +180,7 @@ class TestFailingCapture:
         assert caplog.text.count("not captured as a CUDA graph, and slower, since that failed here: not permitted") == 1
 
     def test_what_is_asked_for_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch, "compile", lambda encoder, **_: encoder)
         config = tiny_config(speed__compile="on", speed__precision="fp32", speed__cuda_graph="on")
         batch = crop_batches(config, 1)[0]
         step = TrainingStep(TrainingState.fresh(config, Ranks(), CPU), config, CPU, static=False)
