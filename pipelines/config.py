@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -19,6 +19,10 @@ class ViewConfig:
 
     image_size: Annotated[int, Meta(ge=1, le=4096)] = 224
     """Side of a view, pixels."""
+    original: Literal["squash", "pad", "center_crop"] = "squash"
+    """How LeOCLR's uncropped original becomes a square. squash: the whole image is resized to it, whatever its aspect.
+    pad: its longer side is, and the mean colour lies around it. center_crop: its shorter side is, and the middle is
+    kept."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Range of a random crop's share of the image area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -46,7 +50,8 @@ class ViewConfig:
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
     """Each channel is divided by it."""
     center_crop_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.875
-    """Evaluation: side of the central square over the image's shorter side (224 / 256 = 0.875)."""
+    """Evaluation: side of the central square over that of the resized image's shorter side (224 / 256 = 0.875), as
+    torchvision's Resize(256) and CenterCrop(224)."""
 
     def __post_init__(self) -> None:
         require_allowed(self)
@@ -56,6 +61,12 @@ class ViewConfig:
             raise ValueError(f"crop ratio {self.crop_ratio} is not allowed: give 0 < lowest <= highest")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"blur sigma {self.blur_sigma} is not allowed: give 0 < lowest <= highest")
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The mean colour, 0 to 255: what lies around a view that its image does not fill."""
+        red, green, blue = (min(255, max(0, round(255 * value))) for value in self.mean)
+        return red, green, blue
 
     @property
     def blur_kernel_size(self) -> int:

@@ -39,6 +39,7 @@ def crop_resize_numba(
     rows: npt.NDArray[np.int64],
     boxes: npt.NDArray[np.int32],
     output_size: int,
+    fill: tuple[int, int, int],
     num_threads: int,
 ) -> Tensor:
     """`pipelines.crop_resize.crop_resize` for pixels on the CPU and boxes that are inside their images."""
@@ -47,19 +48,12 @@ def crop_resize_numba(
         return torch.from_numpy(output)
     pixels, target = images.pixels.numpy(), output.view(np.int8).reshape(-1)
     heights, widths = images.heights[rows], images.widths[rows]
-    top, left, box_heights, box_widths = boxes.astype(np.int64).T
+    top, left, box_heights, box_widths = boxes[:, :4].astype(np.int64).T
     pixel = 1 if images.planar else 3  # bytes from a column to the next
-    geometry = np.stack(
-        (
-            images.offsets[rows] + (top * widths + left) * pixel,
-            widths * pixel,
-            heights * widths * images.planar,
-            box_heights,
-            box_widths,
-        ),
-        axis=1,
-    )
-    needed = scratch_size(int(box_heights.max()), int(box_widths.max()), output_size)
+    first = images.offsets[rows] + (top * widths + left) * pixel
+    memory = np.stack((first, widths * pixel, heights * widths * images.planar), axis=1)
+    geometry = np.concatenate((memory, boxes[:, 2:].astype(np.int64)), axis=1)
+    needed = scratch_size(boxes, output_size)
     kernel = compiled_kernel()
 
     # Dealt out from the largest box to the smallest, so that all shares are about the same work.
@@ -71,7 +65,7 @@ def crop_resize_numba(
     def work() -> None:
         scratch = np.empty(needed, dtype=np.uint32)
         for numbers in shares:
-            kernel(pixels, geometry, numbers, output_size, target, scratch)
+            kernel(pixels, geometry, numbers, output_size, packed(fill), target, scratch)
 
     run_in_threads(work, num_threads)
     return torch.from_numpy(output)
@@ -83,14 +77,21 @@ def compiled_kernel() -> Callable[..., None]:
     integers = types.int64[::1]
     # The output is int8: FFCV makes numba's one and only type of uint8 arrays read-only.
     signature = types.void(
-        types.uint8[::1], types.int64[:, ::1], integers, types.int64, types.int8[::1], types.uint32[::1]
+        types.uint8[::1], types.int64[:, ::1], integers, types.int64, types.int64, types.int8[::1], types.uint32[::1]
     )
     return compile_by_numba(resize_boxes, signature, "the resize")
 
 
-def scratch_size(max_height: int, max_width: int, size: int) -> int:
-    """How many uint32 `resize_box` needs beside, for boxes of at most this size and outputs of side ``size``."""
-    taps = 2 * -(-max(max_height, max_width, size) // size) + 2 + _TAPS
+def packed(fill: tuple[int, int, int]) -> int:
+    """A colour in one number, red lowest."""
+    return fill[0] | fill[1] << 8 | fill[2] << 16
+
+
+def scratch_size(boxes: npt.NDArray[np.int32], size: int) -> int:
+    """How many uint32 `resize_box` needs beside, for these placed boxes [M, 8] and outputs of side ``size``."""
+    max_height, max_width = (int(side) for side in boxes[:, 2:4].max(axis=0))
+    shrink = max(1, int((-(-boxes[:, 2:4] // boxes[:, 4:6])).max()))
+    taps = 2 * shrink + 2 + _TAPS
     block = (max_width + _TAPS) * _ROWS
     narrow = (max_height + _TAPS) * size
     return block + _ROWS * size + narrow + 3 * max(size, _ROWS) + 2 * size + size * taps
@@ -101,41 +102,41 @@ def resize_boxes(
     geometry: npt.NDArray[np.int64],
     numbers: npt.NDArray[np.int64],
     size: int,
+    fill: int,
     output: npt.NDArray[np.int8],
     scratch: npt.NDArray[np.uint32],
 ) -> None:
     """`resize_box` for some boxes of many images.
 
-    pixels: uint8, one dimension. geometry: int64 [M, 5]: the place of a box's first byte in ``pixels``, bytes from a
-    row to the next and from a plane to the next (0: the channels lie side by side), height, width.
+    pixels: uint8, one dimension. geometry: int64 [M, 9]: the place of a box's first byte in ``pixels``, bytes from a
+    row to the next and from a plane to the next (0: the channels lie side by side), and the last six of a placed box.
     numbers: int64 [·], the boxes to do. output: [M * S * S * 3]: bytes of 0 to 255, whatever the type's sign.
     scratch: uint32 [scratch_size], for the largest of these boxes.
     """
     length = 3 * size * size
     for number in numbers:
-        first, row_stride, plane_stride, height, width = geometry[number]
+        first, row_stride, plane_stride = geometry[number, :3]
         target = output[number * length : (number + 1) * length]
-        _resize(pixels, first, row_stride, plane_stride, height, width, size, target, scratch)
+        _resize(pixels, first, row_stride, plane_stride, geometry[number, 3:], size, fill, target, scratch)
 
 
 @njit(nogil=True, error_model="numpy")
 def resize_box(
     pixels: npt.NDArray[np.uint8],
     image_width: int,
-    top: int,
-    left: int,
-    height: int,
-    width: int,
+    box: npt.NDArray[np.int64],
     size: int,
+    fill: int,
     output: npt.NDArray[np.uint8],
     scratch: npt.NDArray[np.uint32],
 ) -> None:
-    """Equals ``PIL.Image.crop``, then ``resize`` with ``BILINEAR`` to the output's width, then to its height.
+    """Equals ``PIL.Image.crop``, then ``resize`` with ``BILINEAR`` to the new width, then to the new height, then cut.
 
+    box: int64 [8], a placed one. fill: `packed`.
     pixels: uint8, an image [·, image_width, 3] in one dimension. output: uint8 [S * S * 3], contiguous.
     scratch: uint32 [scratch_size], whatever is in it.
     """
-    _resize(pixels, (top * image_width + left) * 3, image_width * 3, 0, height, width, size, output, scratch)
+    _resize(pixels, (box[0] * image_width + box[1]) * 3, image_width * 3, 0, box[2:], size, fill, output, scratch)
 
 
 @_inner
@@ -144,12 +145,20 @@ def _resize(
     first: int,
     row_stride: int,
     plane_stride: int,
-    height: int,
-    width: int,
+    placed: npt.NDArray[np.int64],
     size: int,
+    fill: int,
     output: npt.NDArray[np.uint8],
     scratch: npt.NDArray[np.uint32],
 ) -> None:
+    """placed: the last six numbers of a placed box."""
+    height, width, new_height, new_width, corner_row, corner_column = placed
+    # Of the output, what the resized box covers; of the box, what that is made of.
+    top, bottom = max(0, -corner_row), min(size, new_height - corner_row)
+    left, right = max(0, -corner_column), min(size, new_width - corner_column)
+    begin_row, end_row = _reach(height, new_height, corner_row + top, corner_row + bottom - 1)
+    begin, end_column = _reach(width, new_width, corner_column + left, corner_column + right - 1)
+    first += begin * (3 if plane_stride == 0 else 1)
     lanes = max(size, _ROWS)
     end = (width + _TAPS) * _ROWS
     block, rest = scratch[:end], scratch[end:]
@@ -159,36 +168,53 @@ def _resize(
     sums, rest = rest[: 3 * lanes], rest[3 * lanes :]
     starts, groups, weights = rest[:size], rest[size : 2 * size], rest[2 * size :]
 
-    taps = _fill_weights(width, size, starts, groups, weights)
-    for first_row in range(0, height, _ROWS):
-        num_rows = min(_ROWS, height - first_row)
+    taps = _fill_weights(width, new_width, corner_column, size, starts, groups, weights)
+    for first_row in range(begin_row, end_row, _ROWS):
+        num_rows = min(_ROWS, end_row - first_row)
         start = first + first_row * row_stride
         if plane_stride == 0:
-            _pack(pixels, start, row_stride, num_rows, width, block)
+            _pack(pixels, start, row_stride, num_rows, end_column - begin, block)
         else:
-            _pack_planes(pixels, start, row_stride, plane_stride, num_rows, width, block)
-        for column in range(size):
+            _pack_planes(pixels, start, row_stride, plane_stride, num_rows, end_column - begin, block)
+        for column in range(left, right):
             _filter(
-                block, int(starts[column]) * _ROWS, _ROWS, int(groups[column]),
+                block, (int(starts[column]) - begin) * _ROWS, _ROWS, int(groups[column]),
                 weights[column * taps : (column + 1) * taps], sums, lanes,
             )  # fmt: skip
             _join(sums, lanes, columns[column * _ROWS : (column + 1) * _ROWS])
         for row in range(num_rows):
             target = narrow[(first_row + row) * size : (first_row + row + 1) * size]
-            for column in range(size):
+            for column in range(left, right):
                 target[column] = columns[column * _ROWS + row]
 
-    taps = _fill_weights(height, size, starts, groups, weights)
-    for row in range(size):
+    taps = _fill_weights(height, new_height, corner_row, size, starts, groups, weights)
+    for row in range(top, bottom):
         _filter(
             narrow, int(starts[row]) * size, size, int(groups[row]), weights[row * taps : (row + 1) * taps], sums, lanes
         )
         _store(sums, lanes, output[row * size * 3 : (row + 1) * size * 3])
+    if bottom - top < size or right - left < size:
+        for row in range(size):
+            for column in range(size):
+                if not (top <= row < bottom and left <= column < right):
+                    for channel in range(3):
+                        output[(row * size + column) * 3 + channel] = (fill >> (8 * channel)) & 255
+
+
+@_inner
+def _reach(box_size: int, new_size: int, first: int, last: int) -> tuple[int, int]:
+    """The source pixels, from and below, that resized pixels from ``first`` to ``last`` are made of, or some more."""
+    half_width = 2 * max(box_size, new_size)
+    begin = ((2 * first + 1) * box_size - half_width) // (2 * new_size) - 1
+    end = ((2 * last + 1) * box_size + half_width) // (2 * new_size) + 2
+    return max(0, begin), min(box_size, end)
 
 
 @_inner
 def _fill_weights(
     box_size: int,
+    new_size: int,
+    first: int,
     size: int,
     starts: npt.NDArray[np.uint32],
     groups: npt.NDArray[np.uint32],
@@ -196,26 +222,27 @@ def _fill_weights(
 ) -> int:
     """PIL's triangle filter: first source pixel, number of groups of taps and weights (2**-22) of each output pixel.
 
+    first: the resized pixel that is output pixel 0. Outputs outside the resized box are left out.
     Returns the taps reserved for each.
     """
-    half_width = 2 * max(box_size, size)  # of the triangle; as the distances, times 2 S: integers
-    taps = 2 * ((max(box_size, size) + size - 1) // size) + 2
+    half_width = 2 * max(box_size, new_size)  # of the triangle; as the distances, times twice the new size: integers
+    taps = 2 * ((max(box_size, new_size) + new_size - 1) // new_size) + 2
     taps += -taps % _TAPS
-    for index in range(size):
-        center = (2 * index + 1) * box_size
-        start = max(0, (center - half_width) // (2 * size) - 1)
-        while abs((2 * start + 1) * size - center) >= half_width:
+    for index in range(max(0, -first), min(size, new_size - first)):
+        center = (2 * (first + index) + 1) * box_size
+        start = max(0, (center - half_width) // (2 * new_size) - 1)
+        while abs((2 * start + 1) * new_size - center) >= half_width:
             start += 1
         stop, total = start, 0
-        while stop < box_size and abs((2 * stop + 1) * size - center) < half_width:
-            total += half_width - abs((2 * stop + 1) * size - center)
+        while stop < box_size and abs((2 * stop + 1) * new_size - center) < half_width:
+            total += half_width - abs((2 * stop + 1) * new_size - center)
             stop += 1
         count = (stop - start + _TAPS - 1) // _TAPS
         starts[index], groups[index] = start, count
         for tap in range(count * _TAPS):
             weight = 0.0
             if start + tap < stop:
-                distance = abs((2 * (start + tap) + 1) * size - center)
+                distance = abs((2 * (start + tap) + 1) * new_size - center)
                 weight = np.floor((half_width - distance) / total * 4194304.0 + 0.5)
             weights[index * taps + tap] = np.uint32(weight)
     return taps

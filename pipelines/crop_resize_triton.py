@@ -12,6 +12,7 @@ Legend: M boxes, S side of the output, h x w a box, T taps: source pixels that a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,11 @@ _ALIGNMENT = tl.constexpr(16)  # bytes, of rows in the scratch
 
 
 def crop_resize_triton(
-    images: PackedImages, rows: npt.NDArray[np.int64], boxes: npt.NDArray[np.int32], output_size: int
+    images: PackedImages,
+    rows: npt.NDArray[np.int64],
+    boxes: npt.NDArray[np.int32],
+    output_size: int,
+    fill: tuple[int, int, int],
 ) -> Tensor:
     """`pipelines.crop_resize.crop_resize` for pixels on a GPU and boxes that are inside their images.
 
@@ -38,19 +43,24 @@ def crop_resize_triton(
     device = images.pixels.device
     output = torch.empty((len(rows), output_size, output_size, 3), dtype=torch.uint8, device=device)
     with torch.cuda.device_of(images.pixels):
-        for launch in launches(images, rows, boxes, output):
+        for launch in launches(images, rows, boxes, output, fill):
             launch.run()
     return output
 
 
 def launches(
-    images: PackedImages, rows: npt.NDArray[np.int64], boxes: npt.NDArray[np.int32], output: Tensor
+    images: PackedImages,
+    rows: npt.NDArray[np.int64],
+    boxes: npt.NDArray[np.int32],
+    output: Tensor,
+    fill: tuple[int, int, int],
 ) -> Iterator[KernelLaunch]:
     """The launches that fill ``output`` uint8 [M, S, S, 3], in order: three for as many boxes as the scratch holds."""
     size, device = output.shape[1], output.device
     if output.numel() == 0:
         return
-    geometry = _geometry(images, rows, boxes, size)
+    geometry = _geometry(images, rows, boxes)
+    colour = dict(zip(("fill_red", "fill_green", "fill_blue"), fill, strict=True))
     pitch = triton.cdiv(3 * size, _ALIGNMENT.value) * _ALIGNMENT.value
     scratch_bytes = geometry[:, _HEIGHT.value] * pitch
     num_weights = (geometry[:, [_HEIGHT_TAPS.value, _WIDTH_TAPS.value]] + 1).sum(axis=1) * size
@@ -68,20 +78,19 @@ def launches(
             "output": output[first:stop],
         }
         max_height = int(geometry[first:stop, _HEIGHT.value].max())
-        yield from _launches_of_a_chunk(buffers, stop - first, size, pitch, max_height, 1 if images.planar else 3)
+        yield from _launches_of_a_chunk(buffers, colour, stop - first, size, pitch, max_height, images.planar)
 
 
-def _geometry(
-    images: PackedImages, rows: npt.NDArray[np.int64], boxes: npt.NDArray[np.int32], size: int
-) -> npt.NDArray[np.int64]:
-    """int64 [M, 7]: the columns that the kernels know, up to ``_WIDTH_TAPS``."""
+def _geometry(images: PackedImages, rows: npt.NDArray[np.int64], boxes: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """int64 [M, 11]: the columns that the kernels know, up to ``_CORNER_COLUMN``."""
     heights, widths = images.heights[rows], images.widths[rows]
-    top, left, box_heights, box_widths = boxes.astype(np.int64).T
+    top, left, *sides = boxes[:, :4].astype(np.int64).T
+    placed = boxes[:, 4:].astype(np.int64).T
     pixel = 1 if images.planar else 3  # bytes from a column to the next
     first = images.offsets[rows] + (top * widths + left) * pixel
     channel_stride = heights * widths if images.planar else np.ones_like(heights)
-    taps = (np.minimum(extent, -(-2 * np.maximum(extent, size) // size)) for extent in (box_heights, box_widths))
-    return np.stack((first, widths * pixel, channel_stride, box_heights, box_widths, *taps), axis=1)
+    taps = (np.minimum(old, -(-2 * np.maximum(old, new) // new)) for old, new in zip(sides, placed, strict=False))
+    return np.stack((first, widths * pixel, channel_stride, *sides, *taps, *placed), axis=1)
 
 
 def _chunks(scratch_bytes: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -96,7 +105,13 @@ def _chunks(scratch_bytes: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 
 def _launches_of_a_chunk(
-    buffers: dict[str, Argument], count: int, size: int, pitch: int, max_height: int, column_stride: int
+    buffers: dict[str, Argument],
+    colour: dict[str, int],
+    count: int,
+    size: int,
+    pitch: int,
+    max_height: int,
+    planar: bool,
 ) -> Iterator[KernelLaunch]:
     tile_lanes = min(_MAX_TILE_LANES, triton.next_power_of_2(3 * size))
     tiles = triton.cdiv(size, tile_lanes)
@@ -108,10 +123,11 @@ def _launches_of_a_chunk(
     )
     across = triton.cdiv(3 * size, tile_lanes)
     tile = {"TILE_ROWS": _TILE_ROWS, "TILE_LANES": tile_lanes}
-    for kernel, ends, num_rows, more in (
-        (_crop_resize_rows, ("pixels", "scratch"), max_height, {"column_stride": column_stride}),
-        (_crop_resize_columns, ("scratch", "output"), size, {}),
-    ):
+    steps: tuple[tuple[Any, tuple[str, str], int, dict[str, int]], ...] = (
+        (_crop_resize_rows, ("pixels", "scratch"), max_height, {"column_stride": 1 if planar else 3}),
+        (_crop_resize_columns, ("scratch", "output"), size, colour),
+    )
+    for kernel, ends, num_rows, more in steps:
         down = triton.cdiv(num_rows, _TILE_ROWS)
         yield KernelLaunch(
             kernel=kernel,
@@ -132,9 +148,13 @@ _HEIGHT = tl.constexpr(3)
 _WIDTH = tl.constexpr(4)
 _HEIGHT_TAPS = tl.constexpr(5)
 _WIDTH_TAPS = tl.constexpr(6)
-_SCRATCH_PLACE = tl.constexpr(7)
-_WEIGHTS_PLACE = tl.constexpr(8)
-_COLUMNS = tl.constexpr(9)
+_NEW_HEIGHT = tl.constexpr(7)
+_NEW_WIDTH = tl.constexpr(8)
+_CORNER_ROW = tl.constexpr(9)
+_CORNER_COLUMN = tl.constexpr(10)
+_SCRATCH_PLACE = tl.constexpr(11)
+_WEIGHTS_PLACE = tl.constexpr(12)
+_COLUMNS = tl.constexpr(13)
 
 _BITS = tl.constexpr(22)  # of a weight, after the binary point
 _HALF = tl.constexpr(1 << 21)
@@ -153,24 +173,26 @@ def _crop_resize_weights(geometry, weights, size, tiles, TILE: tl.constexpr):
     target = weights + tl.load(row + _WEIGHTS_PLACE) + axis * (1 + tl.load(row + _WIDTH_TAPS)) * size
     numbers = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
     is_number = numbers < size
-    # Distances and the triangle's half width, times 2 S: integers.
-    center = (2 * tl.minimum(numbers, size - 1) + 1) * extent
-    half_width = 2 * tl.maximum(extent, size)
-    start = tl.maximum(center - half_width + size, 0) // (2 * size)
+    new = tl.load(row + (_NEW_WIDTH - axis))
+    # Outside the resized box, the nearest pixel in it stands in. Distances and the triangle's half width, times twice
+    # the new size: integers.
+    center = (2 * tl.minimum(tl.maximum(numbers + tl.load(row + (_CORNER_COLUMN - axis)), 0), new - 1) + 1) * extent
+    half_width = 2 * tl.maximum(extent, new)
+    start = tl.maximum(center - half_width + new, 0) // (2 * new)
     tl.store(target + numbers, start.to(tl.int32), mask=is_number)
-    first_distance = (2 * start + 1) * size - center
+    first_distance = (2 * start + 1) * new - center
     total = tl.zeros([TILE], tl.float64)
     for tap in range(0, taps):
-        total += _height_of_triangle(first_distance, start, tap, half_width, extent, size)
+        total += _height_of_triangle(first_distance, start, tap, half_width, extent, new)
     for tap in range(0, taps):
-        share = _height_of_triangle(first_distance, start, tap, half_width, extent, size) / total
+        share = _height_of_triangle(first_distance, start, tap, half_width, extent, new) / total
         weight = (share * 4194304.0 + 0.5).to(tl.int32)
         tl.store(target + (tap + 1) * size + numbers, weight, mask=is_number)
 
 
 @triton.jit
-def _height_of_triangle(first_distance, start, tap, half_width, extent, size):
-    height = tl.maximum(half_width - tl.abs(first_distance + 2 * tap * size), 0)
+def _height_of_triangle(first_distance, start, tap, half_width, extent, new):
+    height = tl.maximum(half_width - tl.abs(first_distance + 2 * tap * new), 0)
     return tl.where(start + tap < extent, height, 0).to(tl.float64)
 
 
@@ -208,10 +230,10 @@ def _crop_resize_rows(
 
 @triton.jit
 def _crop_resize_columns(
-    scratch, output, geometry, weights, size, pitch, down, across,
+    scratch, output, geometry, weights, size, pitch, down, across, fill_red, fill_green, fill_blue,
     TILE_ROWS: tl.constexpr, TILE_LANES: tl.constexpr,
 ):  # fmt: skip
-    """From the scratch to the output [M, S, 3 S]."""
+    """From the scratch to the output [M, S, 3 S], filled around the resized box."""
     box = (tl.program_id(0) // (down * across)).to(tl.int64)
     row = geometry + box * _COLUMNS
     lanes = (tl.program_id(0) % across) * TILE_LANES + tl.arange(0, TILE_LANES)
@@ -230,5 +252,10 @@ def _crop_resize_columns(
         value = tl.load(source, mask=is_inside, other=0)
         total += value.to(tl.int32) * weight[:, None]
         source += pitch
+    place_y, place_x = y + tl.load(row + _CORNER_ROW), lanes // 3 + tl.load(row + _CORNER_COLUMN)
+    is_row_of_box = (place_y >= 0) & (place_y < tl.load(row + _NEW_HEIGHT))
+    is_lane_of_box = (place_x >= 0) & (place_x < tl.load(row + _NEW_WIDTH))
+    fill = tl.where(lanes % 3 == 0, fill_red, tl.where(lanes % 3 == 1, fill_green, fill_blue))
+    value = tl.where(is_row_of_box[:, None] & is_lane_of_box[None, :], total >> _BITS, fill[None, :])
     target = output + box * size * size * 3 + y[:, None] * size * 3 + lanes[None, :]
-    tl.store(target, (total >> _BITS).to(tl.uint8), mask=is_row[:, None] & is_lane[None, :])
+    tl.store(target, value.to(tl.uint8), mask=is_row[:, None] & is_lane[None, :])

@@ -1,4 +1,9 @@
-"""Crop boxes, int32 [B, 4] as (top, left, height, width) in pixels: torchvision's order and algorithm, vectorised."""
+"""Crop boxes in pixels, torchvision's algorithms vectorised, and where a view lies in its resized box.
+
+A box is int32 (top, left, height, width). A placed box has four more columns, (height, width, top, left): the box is
+resized to that height and width, and the view is the square whose upper left corner is there; a view that is larger
+than its resized box is filled around it. All are whole pixels, as Pillow's `resize` and `crop` take them.
+"""
 
 from __future__ import annotations
 
@@ -55,18 +60,37 @@ def random_resized_crop_draws(
 
 
 def full_image_boxes(heights: Sizes, widths: Sizes) -> Boxes:
-    """The whole image, uncropped: LeOCLR's original view. heights, widths: int64 [B]. Returns int32 [B, 4]."""
+    """The whole image, uncropped. heights, widths: int64 [B]. Returns int32 [B, 4]."""
     zeros = np.zeros_like(heights)
     return np.stack((zeros, zeros, heights, widths), axis=-1).astype(np.int32)
 
 
-def center_crop_boxes(heights: Sizes, widths: Sizes, fraction: float) -> Boxes:
-    """The central square with ``fraction`` of the shorter side: Resize(256) + CenterCrop(224) is fraction 0.875.
+def squashed(boxes: Boxes, view_size: int) -> Boxes:
+    """Boxes [..., 4] resized to the view, whatever their aspect: placed boxes [..., 8]."""
+    placed = np.zeros((*boxes.shape[:-1], 8), dtype=np.int32)
+    placed[..., :4], placed[..., 4:6] = boxes, view_size
+    return placed
 
-    heights, widths: int64 [B]. Returns int32 [B, 4].
+
+def center_crops(heights: Sizes, widths: Sizes, view_size: int, shorter_side: int) -> Boxes:
+    """``Resize(shorter_side)``, then ``CenterCrop(view_size)`` of torchvision: placed boxes [B, 8].
+
+    heights, widths: int64 [B]. shorter_side: at least view_size.
     """
-    side = np.maximum(1, np.rint(np.minimum(heights, widths) * fraction))
-    return np.stack(((heights - side) // 2, (widths - side) // 2, side, side), axis=-1).astype(np.int32)
+    return _scaled(heights, widths, shorter_side, np.minimum(heights, widths), view_size)
+
+
+def padded(heights: Sizes, widths: Sizes, view_size: int) -> Boxes:
+    """The whole image, its longer side resized to the view, in the middle of it: placed boxes [B, 8]."""
+    return _scaled(heights, widths, view_size, np.maximum(heights, widths), view_size)
+
+
+def _scaled(heights: Sizes, widths: Sizes, new_side: int, side: Sizes, view_size: int) -> Boxes:
+    """The whole image with one of its sides resized to ``new_side``, the other rounded down as torchvision does."""
+    resized = np.stack([np.maximum(1, new_side * own // side) for own in (heights, widths)], axis=-1)
+    room = resized - view_size
+    corner = np.where(room >= 0, np.rint(room / 2), -(-room // 2))
+    return np.concatenate((full_image_boxes(heights, widths), resized, corner), axis=-1).astype(np.int32)
 
 
 def _central_fallback(heights: Sizes, widths: Sizes, ratio: tuple[float, float]) -> npt.NDArray[np.float64]:

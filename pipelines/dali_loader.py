@@ -64,6 +64,13 @@ class DaliLoader(EncodedLoader):
                 f"DALI is to decode on {self.device}, but this machine has no CUDA device; give --device cpu"
             )
         self._hints = _decoder_hints(self.split, self.order.max_local_batch_size, self.num_threads)
+        squash = self.view_config.original == "squash"
+        self._cuts = [
+            number
+            for number, view in enumerate(self.views)
+            if view.geometry == "center_crop" or (view.geometry == "original" and not squash)
+        ]
+        """The views that are cut out of a resized image, or lie in one that is filled up."""
         # What follows belongs to the decoding thread.
         self._pipeline: Any = None
         self._in_flight: deque[EncodedBatch] = deque()
@@ -134,8 +141,7 @@ class DaliLoader(EncodedLoader):
         """The views of decoded images on the CPU."""
         pixels = np.concatenate([np.asarray(images[row]).reshape(-1) for row in range(len(batch))])
         packed = PackedImages.side_by_side(torch.from_numpy(pixels), batch.heights, batch.widths)
-        rows, size = np.arange(len(batch)), self.view_config.image_size
-        return cut_views(packed, rows, batch.boxes, size, num_threads=self.num_threads)
+        return cut_views(packed, np.arange(len(batch)), batch.boxes, self.view_config, num_threads=self.num_threads)
 
     def try_to_decode(self, batch: EncodedBatch, rows: list[int]) -> None:
         probe = self._built_pipeline(batch_size=len(rows), prefetch=1, num_threads=self.num_threads)
@@ -174,12 +180,15 @@ class DaliLoader(EncodedLoader):
     def _feed_pipeline(
         self, pipeline: Any, images: list[Bytes], boxes: npt.NDArray[np.int32], *, run: bool = True
     ) -> None:
-        """images: B encoded ones; boxes: int32 [B, V, 4]."""
+        """images: B encoded ones; boxes: int32 [B, V, 8]."""
         pipeline.feed_input("encoded", images)
         if self.device.type == "cuda":
             start = np.ascontiguousarray(boxes[..., :2], dtype=np.float32)
             pipeline.feed_input("start", start)
-            pipeline.feed_input("end", start + boxes[..., 2:].astype(np.float32))
+            pipeline.feed_input("end", start + boxes[..., 2:4].astype(np.float32))
+            if self._cuts:
+                pipeline.feed_input("new_size", np.ascontiguousarray(boxes[..., 4:6], dtype=np.float32))
+                pipeline.feed_input("corner", np.ascontiguousarray(boxes[..., 6:], dtype=np.int32))
         if run:
             pipeline.schedule_run()
 
@@ -189,7 +198,8 @@ class DaliLoader(EncodedLoader):
         """
         prefetch = self.config.prefetch_batches
         pipeline = self._built_pipeline(self.order.max_local_batch_size, prefetch, self.num_threads)
-        box = np.broadcast_to(np.array([0, 0, 64, 64], dtype=np.int32), (1, len(self.views), 4))
+        side = self.view_config.image_size
+        box = np.broadcast_to(np.array([0, 0, 64, 64, side, side, 0, 0], dtype=np.int32), (1, len(self.views), 8))
         for _ in range(prefetch):
             self._feed_pipeline(pipeline, [_SMALL_JPEG], box, run=False)
         pipeline.schedule_run()
@@ -234,8 +244,23 @@ class DaliLoader(EncodedLoader):
                     {} if view.geometry == "original" else {"roi_start": start[number], "roi_end": end[number]}
                     for number, view in enumerate(self.views)  # a box of the whole image costs a fifth more than none
                 ]
-                resize = {"resize_x": side, "resize_y": side, "interp_type": types.INTERP_LINEAR, "antialias": True}
-                crops = [fn.resize(images, **box, **resize) for box in boxes]
+                sides = [{"resize_y": side, "resize_x": side} for _ in self.views]
+                if self._cuts:
+                    new_size = fn.external_source(name="new_size", dtype=types.FLOAT, ndim=2)
+                    corner = fn.external_source(name="corner", dtype=types.INT32, ndim=2)
+                    for view in self._cuts:
+                        sides[view] = {"resize_y": new_size[view, 0], "resize_x": new_size[view, 1]}
+                linear = {"interp_type": types.INTERP_LINEAR, "antialias": True}
+                crops = [fn.resize(images, **box, **own, **linear) for box, own in zip(boxes, sides, strict=True)]
+                for view in self._cuts:
+                    crops[view] = fn.slice(
+                        crops[view],
+                        start=corner[view],
+                        shape=[side, side],
+                        axes=[0, 1],
+                        out_of_bounds_policy="pad",
+                        fill_values=[float(value) for value in self.view_config.fill],
+                    )
                 pipeline.set_outputs(fn.stack(*crops), shapes)
         pipeline.build()
         return pipeline

@@ -29,14 +29,14 @@ _MANY_REFUSED = 4
 
 @dataclass(slots=True)
 class EncodedBatch:
-    """A rank's batch: B images with V boxes each. B is 0 where too many were unreadable to go on."""
+    """A rank's batch: B images with V placed boxes each. B is 0 where too many were unreadable to go on."""
 
     epoch: int
     step: int
     indices: Indices  # [B]
     heights: Sizes  # [B]
     widths: Sizes  # [B]
-    boxes: Boxes  # [B, V, 4]
+    boxes: Boxes  # [B, V, 8]
     images: list[Bytes]
     """B times an encoded image, uint8 [num_bytes], or pixels (raw ones, or decoded by Pillow), uint8 [H, W, 3]."""
     unreadable: dict[int, str] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from pipelines.crop_resize_numba import resize_box, scratch_size
+from pipelines.crop_resize_numba import packed, resize_box, scratch_size
 from pipelines.encoded_batches import EncodedBatch
 from pipelines.threads import run_in_threads
 
@@ -65,9 +65,9 @@ def load_turbojpeg() -> ctypes.CDLL:
 class BatchDecoder:
     """Decodes batches in ``num_threads`` threads, each with a decompressor and memory of its own."""
 
-    def __init__(self, num_threads: int, view_size: int) -> None:
+    def __init__(self, num_threads: int, view_size: int, fill: tuple[int, int, int]) -> None:
         self._library = load_turbojpeg()
-        self._view_size = view_size
+        self._view_size, self._fill = view_size, packed(fill)
         self._decompressors = [int(self._library.tjInitDecompress()) for _ in range(num_threads)]
 
     def decode(self, batch: EncodedBatch, crops: Tensor) -> npt.NDArray[np.int64]:
@@ -84,7 +84,7 @@ class BatchDecoder:
         boxes = batch.boxes.astype(np.int64)
         target = crops.numpy().view(np.int8).reshape(-1)  # not uint8: FFCV, imported, makes numba's type read-only
         pixels_size = 3 * int((batch.heights * batch.widths).max()) + 1
-        resize_size = scratch_size(int(batch.heights.max()), int(batch.widths.max()), self._view_size)
+        resize_size = scratch_size(batch.boxes.reshape(-1, 8), self._view_size)
 
         num_threads = min(len(self._decompressors), len(batch))
         num_shares = min(len(batch), _SHARES * num_threads) if num_threads > 1 else 1
@@ -98,7 +98,7 @@ class BatchDecoder:
             for rows in shares:
                 _decode_rows(
                     rows, addresses, num_bytes, is_encoded, sizes, boxes, true_sizes, target, self._view_size,
-                    decompressor, header, pixels, scratch,
+                    self._fill, decompressor, header, pixels, scratch,
                 )  # fmt: skip
 
         run_in_threads(work, num_threads)
@@ -122,7 +122,7 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 @njit(nogil=True, error_model="numpy")
 def _decode_rows(  # type: ignore[no-untyped-def]
-    rows, addresses, num_bytes, is_encoded, sizes, boxes, true_sizes, crops, view_size,
+    rows, addresses, num_bytes, is_encoded, sizes, boxes, true_sizes, crops, view_size, fill,
     decompressor, header, pixels, scratch,
 ):  # fmt: skip
     """Decodes and cuts some images of a batch; those that Pillow has decoded are only cut."""
@@ -150,8 +150,5 @@ def _decode_rows(  # type: ignore[no-untyped-def]
                 continue
             true_sizes[row, 0], true_sizes[row, 1] = height, width
         for view in range(boxes.shape[1]):
-            top, left, box_height, box_width = boxes[row, view]
             first = (row * boxes.shape[1] + view) * length
-            resize_box(
-                image, width, top, left, box_height, box_width, view_size, crops[first : first + length], scratch
-            )
+            resize_box(image, width, boxes[row, view], view_size, fill, crops[first : first + length], scratch)

@@ -53,7 +53,7 @@ class FfcvLoader(EncodedLoader):
             if not len(batch):
                 break
             if self._turbojpeg is None:
-                self._turbojpeg = self._new_decoder(self.num_threads, size)
+                self._turbojpeg = self._new_decoder(self.num_threads, size, self.view_config.fill)
             sizes = self._turbojpeg.decode(batch, crops)
             self._num_decodes += sum(image.ndim == 1 for image in batch.images)
             failed = np.flatnonzero(sizes[:, 0] == 0)

@@ -38,7 +38,7 @@ class DecodedBatch:
     indices: npt.NDArray[np.int64]
     """int64 [B]: index of each image in its split; of the substitute where an image could not be read."""
     boxes: Boxes
-    """int32 [B, V, 4]: (top, left, height, width) of each view in its image, pixels."""
+    """int32 [B, V, 8]: the placed box of each view, see `pipelines.crops`, pixels."""
     unreadable: dict[int, str] = field(default_factory=dict)
     """Index of each image that had to be replaced here -> the reason."""
     is_done: torch.cuda.Event | None = None

@@ -108,7 +108,7 @@ class NvjpegLoader(EncodedLoader):
     def _crops(self, batch: EncodedBatch, images: list[Tensor]) -> Tensor:
         pixels = torch.cat([image.flatten() for image in images]) if images else torch.empty(0, dtype=torch.uint8)
         packed = PackedImages.side_by_side(pixels.to(self.device), batch.heights, batch.widths, planar=True)
-        return cut_views(packed, np.arange(len(images)), batch.boxes, self.view_config.image_size)
+        return cut_views(packed, np.arange(len(images)), batch.boxes, self.view_config)
 
 
 @lru_cache

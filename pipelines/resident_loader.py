@@ -42,7 +42,7 @@ class ResidentLoader(Loader):
             indices = self._resident.source_index[self.order.indices(epoch, step)]
             sizes = images.heights[indices], images.widths[indices]
             boxes = draw_boxes(self.views, self.view_config, *sizes, self.seed, epoch, indices)
-            yield DecodedBatch(cut_views(images, indices, boxes, self.view_config.image_size), indices, boxes)
+            yield DecodedBatch(cut_views(images, indices, boxes, self.view_config), indices, boxes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, weakref_slot=True)

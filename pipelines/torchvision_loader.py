@@ -155,11 +155,13 @@ class _CropDataset(Dataset[_CountedBatch | OSError]):
         crops = np.empty((len(images), len(self.views), size, size, 3), dtype=np.uint8)
         for row, image in enumerate(images):
             for view in range(len(self.views)):
-                top, left, height, width = boxes[row, view].tolist()
+                top, left, height, width, new_height, new_width, y, x = boxes[row, view].tolist()
                 crop = image.crop((left, top, left + width, top + height))
                 # One side at a time, else the order of the two passes would depend on Pillow's version.
-                narrow = crop.resize((size, height), Image.Resampling.BILINEAR)
-                crops[row, view] = np.asarray(narrow.resize((size, size), Image.Resampling.BILINEAR))
+                narrow = crop.resize((new_width, height), Image.Resampling.BILINEAR)
+                canvas = Image.new("RGB", (size, size), self.view_config.fill)
+                canvas.paste(narrow.resize((new_width, new_height), Image.Resampling.BILINEAR), (-x, -y))
+                crops[row, view] = np.asarray(canvas)
         num_decodes = len(images) + len(self.substitutes.unreadable) - num_known
         return DecodedBatch(torch.from_numpy(crops), index_array, boxes, unreadable), num_decodes
 

@@ -45,7 +45,7 @@ LINEAR_TRAIN_VIEWS: ViewRecipe = (View("crop", "random_resized_crop", "flip", nu
 """A random crop with a random flip: training of a linear classifier."""
 
 CENTER_CROP_VIEWS: ViewRecipe = (View("center crop", "center_crop", "none", number=0),)
-"""The central square, as it is: evaluation."""
+"""The central square of the resized image, as it is: evaluation."""
 
 
 def draw_boxes(
@@ -57,19 +57,22 @@ def draw_boxes(
     epoch: int,
     indices: npt.NDArray[np.int64],
 ) -> crops.Boxes:
-    """Boxes of all views: int32 [B, V, 4] as (top, left, height, width), pixels of the source image.
+    """Placed boxes of all views: int32 [B, V, 8], see `pipelines.crops`.
 
     heights, widths, indices: int64 [B]. A pure function of (seed, epoch, index, view) and the image's size.
     """
-    boxes = np.empty((len(indices), len(views), 4), dtype=np.int32)
+    boxes, side = np.empty((len(indices), len(views), 8), dtype=np.int32), config.image_size
     for column, view in enumerate(views):
-        if view.geometry == "original":
-            boxes[:, column] = crops.full_image_boxes(heights, widths)
-        elif view.geometry == "center_crop":
-            boxes[:, column] = crops.center_crop_boxes(heights, widths, config.center_crop_fraction)
+        geometry = config.original if view.geometry == "original" else view.geometry
+        if geometry == "squash":
+            boxes[:, column] = crops.squashed(crops.full_image_boxes(heights, widths), side)
+        elif geometry == "pad":
+            boxes[:, column] = crops.padded(heights, widths, side)
+        elif geometry == "center_crop":
+            shorter = side if view.geometry == "original" else round(side / config.center_crop_fraction)
+            boxes[:, column] = crops.center_crops(heights, widths, side, shorter)
         else:
             draws = crops.random_resized_crop_draws(seed, epoch, indices, crop_stream(view.number))
-            boxes[:, column] = crops.random_resized_crop_boxes(
-                heights, widths, draws, config.crop_scale, config.crop_ratio
-            )
+            cut = crops.random_resized_crop_boxes(heights, widths, draws, config.crop_scale, config.crop_ratio)
+            boxes[:, column] = crops.squashed(cut, side)
     return boxes

@@ -28,6 +28,7 @@ from leoclr_fast.losses import info_nce_triton
 from pipelines import augment_triton, crop_resize_triton
 from pipelines.config import ViewConfig
 from pipelines.crop_resize import PackedImages
+from pipelines.crops import squashed
 from pipelines.kernels import KernelLaunch
 
 TARGETS = (80, 90, 100)
@@ -160,9 +161,9 @@ def _crop_resize(size: int, count: int, *, planar: bool) -> Iterator[tuple[str, 
     first, height, width = (np.full(1, number, dtype=np.int64) for number in (0, 375, 500))
     pixels = torch.empty(3 * 375 * 500, dtype=torch.uint8, device="meta")
     images = PackedImages(pixels=pixels, offsets=first, heights=height, widths=width, planar=planar)
-    boxes = np.full((count, 4), (0, 0, 375, 500), dtype=np.int32)
+    boxes = squashed(np.full((count, 4), (0, 0, 375, 500), dtype=np.int32), size)
     output = torch.empty(count, size, size, 3, dtype=torch.uint8, device="meta")
-    for launch in crop_resize_triton.launches(images, np.zeros(count, dtype=np.int64), boxes, output):
+    for launch in crop_resize_triton.launches(images, np.zeros(count, dtype=np.int64), boxes, output, (0, 0, 0)):
         yield f"S={size} M={count} planar={planar}", launch
 
 

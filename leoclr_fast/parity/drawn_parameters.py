@@ -59,9 +59,9 @@ def drawn_parameters(
     height, width = _IMAGE
     indices = np.arange(draws, dtype=np.int64)
     heights, widths = np.full(draws, height), np.full(draws, width)
-    boxes = draw_boxes(views, config, heights, widths, seed, 0, indices)  # [N, V, 4]
+    boxes = draw_boxes(views, config, heights, widths, seed, 0, indices)  # [N, V, 8]
     cropped = [number for number, view in enumerate(views) if view.geometry == "random_resized_crop"]
-    sides = boxes[:, cropped, 2:].reshape(-1, 2).astype(np.float64)
+    sides = boxes[:, cropped, 2:4].reshape(-1, 2).astype(np.float64)
     drawn = draw_augmentation(views, config, seed, 0, indices)
     factors, jitter = drawn.factors.numpy(), drawn.jitter.numpy()
     histograms = []

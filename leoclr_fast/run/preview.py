@@ -66,7 +66,8 @@ def _contact_sheet(
         draw.text((_GAP + column * pitch, 3), caption, fill=colour, font=font)
     for row, index in enumerate(batch.indices):
         top = _CAPTION + row * pitch
-        sheet.paste(_with_boxes(decode_rgb(split, int(index)), views, batch.boxes[row]), (_GAP, top))
+        boxes = batch.boxes[row]
+        sheet.paste(_with_boxes(decode_rgb(split, int(index)), views, boxes, config.image_size), (_GAP, top))
         for column, view in enumerate(augmented, start=1):
             picture = Image.fromarray(_denormalised(view[row], config)).resize((_CELL, _CELL), Image.Resampling.NEAREST)
             sheet.paste(picture, (_GAP + column * pitch, top))
@@ -77,19 +78,22 @@ def _caption(number: int, name: str) -> str:
     return f"{'query' if number == 0 else 'key'}: {name}"
 
 
-def _with_boxes(image: Image.Image, views: ViewRecipe, boxes: npt.NDArray[np.int32]) -> Image.Image:
-    """The image fitted into a cell, with the box of each view that is not the whole image."""
+def _with_boxes(image: Image.Image, views: ViewRecipe, boxes: npt.NDArray[np.int32], view_size: int) -> Image.Image:
+    """The image fitted into a cell, with what each view shows of it, where that is not the whole image."""
     cell = Image.new("RGB", (_CELL, _CELL), (24, 24, 24))
     scale = _CELL / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     corner = (_CELL - size[0]) // 2, (_CELL - size[1]) // 2
     cell.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
     draw = ImageDraw.Draw(cell)
-    for view, (top, left, height, width) in zip(views, boxes.tolist(), strict=True):
-        if view.geometry == "original":
+    for view, box in zip(views, boxes.astype(np.float64), strict=True):
+        begin = box[:2] + box[2:4] * np.maximum(box[6:], 0) / box[4:6]
+        end = box[:2] + box[2:4] * np.minimum(box[6:] + view_size, box[4:6]) / box[4:6]
+        if (end - begin == (image.height, image.width)).all():
             continue
-        x, y = corner[0] + left * scale, corner[1] + top * scale
-        corners = (x, y, x + max(0, width * scale - 1), y + max(0, height * scale - 1))
+        (top, left), (bottom, right) = begin * scale, end * scale
+        x, y = corner[0] + left, corner[1] + top
+        corners = (x, y, max(x, corner[0] + right - 1), max(y, corner[1] + bottom - 1))
         draw.rectangle(corners, outline=_BOX_COLOURS[view.number % len(_BOX_COLOURS)], width=2)
     return cell
 

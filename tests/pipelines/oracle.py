@@ -36,10 +36,12 @@ def open_by_name(
     *,
     image_size: int = 16,
     device: str = "cpu",
+    original: str = "squash",
     **config: float,
 ) -> Loader:
     """A loader of LeOCLR's views, by default in a shuffled order of batches of 5."""
-    settings, view_config = LoaderConfig(name=name, **config), ViewConfig(image_size=image_size)  # type: ignore[arg-type]
+    settings = LoaderConfig(name=name, **config)  # type: ignore[arg-type]
+    view_config = ViewConfig(image_size=image_size, original=original)  # type: ignore[arg-type]
     order = order or train_order(split)
     return make_loader(split, views, view_config, settings, order, seed=SEED, device=torch.device(device))
 
@@ -52,21 +54,32 @@ def plain_image(data: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
+def cut(image: Image.Image, placed: list[int], size: int, fill: tuple[int, int, int]) -> Image.Image:
+    """A view by Pillow, one side after the other: its order changed with version 13."""
+    top, left, height, width, new_height, new_width, row, column = placed
+    crop = image.crop((left, top, left + width, top + height))
+    narrow = crop.resize((new_width, height), Image.Resampling.BILINEAR)
+    view = Image.new("RGB", (size, size), fill)
+    view.paste(narrow.resize((new_width, new_height), Image.Resampling.BILINEAR), (-column, -row))
+    return view
+
+
 def plain_batch(
-    split: Split, indices: np.ndarray, epoch: int, views: ViewRecipe = LEOCLR_VIEWS
+    split: Split,
+    indices: np.ndarray,
+    epoch: int,
+    views: ViewRecipe = LEOCLR_VIEWS,
+    config: ViewConfig | None = None,
 ) -> dict[str, np.ndarray]:
     """A batch made in the plainest way: image by image, view by view, with Pillow."""
+    config = config or ViewConfig(image_size=16)
     images = [plain_image(split.read(int(index))) for index in indices]
     heights, widths = (np.array([getattr(image, side) for image in images]) for side in ("height", "width"))
-    boxes = draw_boxes(views, ViewConfig(image_size=16), heights, widths, SEED, epoch, indices)
+    boxes = draw_boxes(views, config, heights, widths, SEED, epoch, indices)
     crops = np.zeros((len(images), len(views), 16, 16, 3), dtype=np.uint8)
     for row, image in enumerate(images):
         for column in range(len(views)):
-            top, left, height, width = boxes[row, column].tolist()
-            crop = image.crop((left, top, left + width, top + height))
-            crops[row, column] = crop.resize((16, height), Image.Resampling.BILINEAR).resize(
-                (16, 16), Image.Resampling.BILINEAR
-            )
+            crops[row, column] = cut(image, boxes[row, column].tolist(), 16, config.fill)
     return {"indices": indices, "labels": split.labels[indices], "boxes": boxes, "crops": crops}
 
 

@@ -23,23 +23,34 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import functional as TF
 
 from dataset_tools.sources import open_source
 from pipelines import crop_resize as module
 from pipelines import crop_resize_numba as compiled
 from pipelines import kernels
 from pipelines.crop_resize import PackedImages, crop_resize
-from pipelines.crop_resize_numba import crop_resize_numba, resize_box, scratch_size
-from pipelines.crops import Boxes, full_image_boxes, random_resized_crop_boxes, random_resized_crop_draws
+from pipelines.crop_resize_numba import crop_resize_numba, packed, resize_box, scratch_size
+from pipelines.crops import (
+    Boxes,
+    center_crops,
+    full_image_boxes,
+    padded,
+    random_resized_crop_boxes,
+    random_resized_crop_draws,
+    squashed,
+)
 from pipelines.decode import decode_rgb
 from pipelines.kernels import Impl
+from tests.pipelines.oracle import cut
 from tests.pipelines.pictures import picture
-from tests.tolerances import CROP_RESIZE, Tolerance
+from tests.tolerances import CROP_RESIZE, RESIZE_AND_CENTER_CROP, Tolerance
 from tests.triton_processes import assert_compiles_and_fits, assert_passes_in_the_interpreter, compilations
 
 BILINEAR = Image.Resampling.BILINEAR
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLS: tuple[Impl, ...] = ("triton",) if INTERPRETED else ("torch", "numba")
+FILL = (124, 116, 104)
 each = pytest.mark.parametrize("impl", IMPLS)
 
 
@@ -69,9 +80,7 @@ def in_one_call(image: Image.Image, box: list[int], size: int) -> np.ndarray:
 
 
 def in_single_passes(image: Image.Image, box: list[int], size: int) -> np.ndarray:
-    top, left, height, width = box
-    crop = image.crop((left, top, left + width, top + height))
-    return np.asarray(crop.resize((size, height), BILINEAR).resize((size, size), BILINEAR))
+    return np.asarray(cut(image, box if len(box) == 8 else [*box, size, size, 0, 0], size, FILL))
 
 
 def by_pillow(pixels: np.ndarray, boxes: Boxes, size: int) -> np.ndarray:
@@ -128,6 +137,22 @@ class TestEachImplementation:
             assert np.array_equal(ours, expected)
         image = Image.fromarray(pixels)
         assert_close(ours, np.stack([in_one_call(image, box, size) for box in boxes.tolist()]), CROP_RESIZE)
+
+    @each
+    def test_placed_boxes_equal_pillow(self, impl: Impl) -> None:
+        """What is cut out of a resized image, and what is filled around one: `Resize` and `CenterCrop`, and `pad`."""
+        sizes = [(53, 31, 17), (31, 53, 16), (1, 40, 5), (40, 1, 5), (5, 8, 9)]
+        if not INTERPRETED:
+            sizes += [(225, 230, 224), (375, 500, 224), (8, 1000, 96), (7, 13, 9), (33, 900, 16), (2, 2, 7)]
+        for height, width, size in sizes:
+            pixels, extent = picture(height, width), (np.array([height]), np.array([width]), size)
+            boxes = np.concatenate((padded(*extent), center_crops(*extent, size), center_crops(*extent, size + 3)))
+            expected = by_pillow(pixels, boxes, size)
+            for planar in (False, True):
+                packed = pack(pixels, planar=planar)
+                rows = np.zeros(len(boxes), dtype=np.int64)
+                ours = crop_resize(packed, rows, boxes, size, fill=FILL, impl=impl).numpy()
+                assert np.array_equal(ours, expected), (height, width, size)
 
     @each
     def test_a_box_of_the_output_s_size_is_copied(self, impl: Impl) -> None:
@@ -256,7 +281,7 @@ class TestTorch:
     def test_weights_are_exact_in_tf32(self, size: int) -> None:
         """Integers of at most 11 bits, so that any device's float32 product is exact."""
         sides = torch.tensor([1, 2, 7, 31, 224, 225, 500, 1023])
-        high, low = module._resize_weights(sides, 1023, size)
+        high, low = module._resize_weights(sides, torch.full_like(sides, size), torch.zeros_like(sides), 1023, size)
         assert high.dtype == low.dtype == torch.float32
         assert torch.equal(high, high.round())
         assert torch.equal(low, low.round())
@@ -316,7 +341,8 @@ if INTERPRETED:
         def test_three_launches(self) -> None:
             packed, rows, boxes = TestEachImplementation().many_boxes()
             output = torch.empty(len(rows), 20, 20, 3, dtype=torch.uint8)
-            names = [launch.kernel.fn.__name__ for launch in in_triton.launches(packed, rows, boxes, output)]
+            given = packed, rows, squashed(boxes, 20)
+            names = [launch.kernel.fn.__name__ for launch in in_triton.launches(*given, output, FILL)]
             assert names == ["_crop_resize_weights", "_crop_resize_rows", "_crop_resize_columns"]
 
 
@@ -324,7 +350,7 @@ def arguments(count: int = 50, *, planar: bool = False) -> tuple[PackedImages, n
     """Boxes of images of many sizes."""
     images = [picture(20 + 13 * number, 90 - 7 * number, seed=number) for number in range(10)]
     boxes = [random_boxes(*images[number % 10].shape[:2], 3, number)[2:] for number in range(count)]
-    return pack(*images, planar=planar), np.arange(count) % 10, np.concatenate(boxes)
+    return pack(*images, planar=planar), np.arange(count) % 10, squashed(np.concatenate(boxes), 24)
 
 
 def test_no_byte_beyond_an_image_is_read() -> None:
@@ -364,24 +390,24 @@ print(num_compared)
 class TestNumba:
     @pytest.mark.parametrize("num_threads", [2, 3, 7, 64])
     def test_any_number(self, num_threads: int) -> None:
-        one, many = (crop_resize_numba(*arguments(), 24, number) for number in (1, num_threads))
+        one, many = (crop_resize_numba(*arguments(), 24, FILL, number) for number in (1, num_threads))
         assert torch.equal(one, many)
 
     def test_many_callers_at_once(self) -> None:
         given = arguments()
-        expected = crop_resize_numba(*given, 24, 1)
+        expected = crop_resize_numba(*given, 24, FILL, 1)
         with ThreadPoolExecutor(4) as pool:
-            results = pool.map(lambda _: crop_resize_numba(*given, 24, 2), range(16))
+            results = pool.map(lambda _: crop_resize_numba(*given, 24, FILL, 2), range(16))
         assert all(torch.equal(result, expected) for result in results)
 
     def test_in_a_forked_process(self) -> None:
         """The threads that the parent has are not there."""
-        expected = crop_resize_numba(*arguments(), 24, 2)
+        expected = crop_resize_numba(*arguments(), 24, FILL, 2)
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
 
         def in_child() -> None:
-            sender.send(crop_resize_numba(*arguments(), 24, 2).numpy())
+            sender.send(crop_resize_numba(*arguments(), 24, FILL, 2).numpy())
 
         child = context.Process(target=in_child)
         child.start()
@@ -447,16 +473,18 @@ def test_scratch_is_as_large_as_is_asked_for_and_nothing_is_overrun() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         height, width = rng.integers(1, 150, 2).tolist()
-        (box,) = random_boxes(height, width, 3, int(rng.integers(1 << 30)))[2:]
-        size = int(rng.integers(1, 80))
+        size, extent = int(rng.integers(1, 80)), (np.array([height]), np.array([width]))
+        box = squashed(random_boxes(height, width, 3, int(rng.integers(1 << 30)))[2:], size)
+        box = (box, padded(*extent, size), center_crops(*extent, size, size + 3))[int(rng.integers(3))]
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        needed = scratch_size(int(box[2]), int(box[3]), size)
+        needed = scratch_size(box, size)
         scratch = np.full(needed + 64, 0xDEADBEEF, dtype=np.uint32)
         output = np.full(size * size * 3 + 64, 77, dtype=np.uint8)
-        resize_box(pixels.reshape(-1), width, *box.tolist(), size, output[:-64], scratch[:needed])
+        place = box[0].astype(np.int64)
+        resize_box(pixels.reshape(-1), width, place, size, packed(FILL), output[:-64], scratch[:needed])
         assert (output[-64:] == 77).all()
         assert (scratch[needed:] == 0xDEADBEEF).all()
-        assert np.array_equal(output[:-64].reshape(size, size, 3), by_pillow(pixels, box[None], size)[0])
+        assert np.array_equal(output[:-64].reshape(size, size, 3), by_pillow(pixels, box, size)[0])
 
 
 def test_beside_ffcv() -> None:
@@ -498,3 +526,26 @@ def test_real_photographs(real_data: Path) -> None:
             ours = crop_resize(pack(np.asarray(image)), np.zeros(3, dtype=np.int64), boxes, 224, impl=impl).numpy()
             assert np.array_equal(ours, expected), impl
         assert_close(ours, np.stack([in_one_call(image, box, 224) for box in boxes.tolist()]), CROP_RESIZE)
+
+
+@pytest.mark.real_data
+def test_evaluation_and_originals_are_torchvision_s_on_photographs(real_data: Path) -> None:
+    """`Resize(256)` and `CenterCrop(224)`; and LeOCLR's original, padded, cut, and squashed."""
+    split = open_source(real_data / "imagenet-sample-400.tar").splits["train"]
+    images = [decode_rgb(split, index) for index in range(0, len(split), 8)]
+
+    def padded_by_torchvision(image: Image.Image) -> Image.Image:
+        height, width = (max(1, int(224 * side / max(image.size))) for side in (image.height, image.width))
+        left, top = (224 - width) // 2, (224 - height) // 2
+        return TF.pad(TF.resize(image, [height, width]), [left, top, 224 - width - left, 224 - height - top], FILL)
+
+    sizes = np.array([image.height for image in images]), np.array([image.width for image in images])
+    packed, rows = pack(*map(np.asarray, images)), np.arange(len(images))
+    for boxes, oracle in (
+        (center_crops(*sizes, 224, 256), lambda image: TF.center_crop(TF.resize(image, 256), [224, 224])),
+        (center_crops(*sizes, 224, 224), lambda image: TF.center_crop(TF.resize(image, 224), [224, 224])),
+        (padded(*sizes, 224), padded_by_torchvision),
+        (squashed(full_image_boxes(*sizes), 224), lambda image: TF.resize(image, [224, 224])),
+    ):
+        expected = np.stack([np.asarray(oracle(image)) for image in images])
+        assert_close(crop_resize(packed, rows, boxes, 224, fill=FILL).numpy(), expected, RESIZE_AND_CENTER_CROP)

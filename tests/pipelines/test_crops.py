@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
-from torchvision.transforms import functional as TF
+from torchvision.transforms import RandomResizedCrop
 
 from pipelines.crops import (
     Boxes,
-    center_crop_boxes,
+    center_crops,
     full_image_boxes,
+    padded,
     random_resized_crop_boxes,
     random_resized_crop_draws,
+    squashed,
 )
-from tests.tolerances import CENTER_CROP_PIXELS
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 SIDES = (1, 2, 3, 4, 7, 32, 37, 224, 500, 1023)
@@ -183,38 +183,22 @@ def test_full_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "fraction", "box"),
+    ("height", "width", "evaluation", "center_crop", "pad"),
     [
-        (256, 256, 0.875, [16, 16, 224, 224]),
-        (256, 341, 0.875, [16, 58, 224, 224]),
-        (32, 32, 1.0, [0, 0, 32, 32]),
-        (1, 1000, 0.875, [0, 499, 1, 1]),
-        (2, 1, 0.1, [0, 0, 1, 1]),
-        (5, 9, 1.0, [0, 2, 5, 5]),
+        (500, 375, [341, 256, 58, 16], [298, 224, 37, 0], [224, 168, 0, -28]),
+        (375, 500, [256, 341, 16, 58], [224, 298, 0, 37], [168, 224, -28, 0]),
+        (256, 256, [256, 256, 16, 16], [224, 224, 0, 0], [224, 224, 0, 0]),
+        (333, 335, [256, 257, 16, 16], [224, 225, 0, 0], [222, 224, -1, 0]),
+        (300, 301, [256, 256, 16, 16], [224, 224, 0, 0], [223, 224, 0, 0]),
+        (1, 1000, [256, 256_000, 16, 127_888], [224, 224_000, 0, 111_888], [1, 224, -111, 0]),
     ],
 )
-def test_center_crop(height: int, width: int, fraction: float, box: list[int]) -> None:
-    assert center_crop_boxes(np.array([height]), np.array([width]), fraction).tolist() == [box]
-
-
-def test_center_crop_is_central_and_inside() -> None:
-    sides = np.arange(1, 60)
-    heights, widths = (grid.reshape(-1) for grid in np.meshgrid(sides, sides))
-    for fraction in (0.01, 0.5, 0.875, 1.0):
-        boxes = center_crop_boxes(heights, widths, fraction)
-        assert_inside(boxes, heights, widths)
-        assert np.array_equal(boxes[:, 2], boxes[:, 3])
-        assert (np.abs(heights - boxes[:, 2] - 2 * boxes[:, 0]) <= 1).all()
-        assert (np.abs(widths - boxes[:, 3] - 2 * boxes[:, 1]) <= 1).all()
-
-
-@pytest.mark.parametrize(("height", "width"), [(256, 256), (375, 500), (500, 333), (1200, 1600), (96, 96), (300, 299)])
-def test_center_crop_is_where_torchvision_s_is(height: int, width: int) -> None:
-    """Resize(256) and CenterCrop(224), followed back into the source by two ramps of coordinates."""
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    theirs = CenterCrop(224)(Resize(256)(torch.stack((y, x)).double()))
-    (box,) = center_crop_boxes(np.array([height]), np.array([width]), 224 / 256).tolist()
-    ours = TF.resized_crop(torch.stack((y, x)).double(), *box, [224, 224])
-    # Away from the border, where the antialiasing of a whole image and of a crop differ.
-    difference = (theirs - ours)[:, 2:-2, 2:-2].abs().max().item()
-    assert difference <= CENTER_CROP_PIXELS * (1 + min(height, width) / 256)
+def test_where_a_view_lies_in_its_resized_image(
+    height: int, width: int, evaluation: list[int], center_crop: list[int], pad: list[int]
+) -> None:
+    """torchvision's arithmetic: the longer side is rounded down, half a pixel of the corner to even."""
+    sizes = np.array([height]), np.array([width])
+    found = [center_crops(*sizes, 224, 256), center_crops(*sizes, 224, 224), padded(*sizes, 224)]
+    assert [boxes.tolist() for boxes in found] == [[[0, 0, height, width, *e]] for e in (evaluation, center_crop, pad)]
+    assert {boxes.dtype for boxes in found} == {np.dtype(np.int32)}
+    assert squashed(full_image_boxes(*sizes), 224).tolist() == [[0, 0, height, width, 224, 224, 0, 0]]

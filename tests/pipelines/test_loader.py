@@ -25,11 +25,12 @@ from PIL import Image
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.sources import Split, open_source
+from pipelines.config import ViewConfig
 from pipelines.decode import max_unreadable
 from pipelines.factory import LOADERS, loader_class
 from pipelines.loader import Loader
 from pipelines.order import SequentialOrder, TrainOrder
-from pipelines.views import CENTER_CROP_VIEWS, MOCOV2_VIEWS
+from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS, MOCOV2_VIEWS
 from tests.pipelines.optional_packages import HAS_DALI, HAS_FFCV, needs_dali, needs_ffcv
 from tests.pipelines.oracle import (
     SEED,
@@ -53,7 +54,6 @@ def kinds(*names: str) -> list[object]:
 
 
 ONE_OF_EACH = ("resident-1", "torchvision-0", "torchvision-2", "dali-2", "nvjpeg-2", "ffcv-2")
-EVERY_KIND = (*ONE_OF_EACH, "resident-0", "torchvision-1", "dali-1", "nvjpeg-1", "ffcv-1")
 
 Kind = tuple[str, int]
 OpenLoader = Callable[..., Loader]
@@ -63,7 +63,7 @@ def test_every_loader_is_here() -> None:
     assert {name.split("-")[0] for name in ONE_OF_EACH} == set(LOADERS) - {"synthetic"}
 
 
-@pytest.mark.parametrize("kind", kinds(*EVERY_KIND))
+@pytest.mark.parametrize("kind", kinds(*ONE_OF_EACH))
 class TestEveryLoader:
     def test_equals_the_plainest_way(self, kind: Kind, split: Split, open_loader: OpenLoader) -> None:
         loader = open_loader(split, kind[0], workers=kind[1])
@@ -78,6 +78,15 @@ class TestEveryLoader:
                 assert batch.crops.shape == (5, 3, 16, 16, 3)
                 assert_is(batch, plain_batch(split, indices, epoch))
         assert loader.unreadable == {}
+
+    @pytest.mark.parametrize("original", ["pad", "center_crop", "evaluation"])
+    def test_whole_images_as_squares(self, kind: Kind, original: str, split: Split, open_loader: OpenLoader) -> None:
+        """What is filled up or cut out, to the last bit: LeOCLR's original, and the evaluation's crop."""
+        config = ViewConfig(image_size=16, original="pad" if original == "evaluation" else original)  # type: ignore[arg-type]
+        views = CENTER_CROP_VIEWS if original == "evaluation" else LEOCLR_VIEWS
+        loader = open_loader(split, kind[0], None, views, workers=kind[1], original=config.original)
+        for batch in loader.batches(0):
+            assert_is(batch, plain_batch(split, loader.order.indices(0, batch.step), 0, views, config))
 
     @pytest.mark.parametrize("world_size", [2, 3])
     def test_ranks_share_the_batches(self, kind: Kind, world_size: int, split: Split, open_loader: OpenLoader) -> None:

@@ -28,8 +28,8 @@ def test_fixed_crops_with_the_labels_of_the_order(split: Split, rank: int) -> No
         assert torch.equal(batch.crops, batches[0].crops)
         assert np.array_equal(batch.indices, order.indices(batch.epoch, batch.step))
         assert batch.labels.tolist() == split.labels[batch.indices].tolist()
-        assert batch.boxes.shape == (len(batch.indices), 3, 4)
-        assert (batch.boxes == [0, 0, 16, 16]).all()
+        assert batch.boxes.shape == (len(batch.indices), 3, 8)
+        assert (batch.boxes == [0, 0, 16, 16, 16, 16, 0, 0]).all()
     assert len(batches[0].crops.unique()) > 200
 
 

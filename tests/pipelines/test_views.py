@@ -7,10 +7,12 @@ from pipelines.config import ViewConfig
 from pipelines.counter_rng import crop_stream
 from pipelines.crops import (
     Boxes,
-    center_crop_boxes,
+    center_crops,
     full_image_boxes,
+    padded,
     random_resized_crop_boxes,
     random_resized_crop_draws,
+    squashed,
 )
 from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS, LINEAR_TRAIN_VIEWS, MOCOV2_VIEWS, View, draw_boxes
 
@@ -37,14 +39,27 @@ def test_recipes() -> None:
 
 def test_boxes_of_each_geometry() -> None:
     boxes = boxes_of(LEOCLR_VIEWS, seed=2, epoch=5)
-    assert boxes.shape == (4, 3, 4)
+    assert boxes.shape == (4, 3, 8)
     assert boxes.dtype == np.int32
-    assert np.array_equal(boxes[:, 0], full_image_boxes(HEIGHTS, WIDTHS))
+    assert np.array_equal(boxes[:, 0], squashed(full_image_boxes(HEIGHTS, WIDTHS), 224))
     for column in (1, 2):
         draws = random_resized_crop_draws(2, 5, INDICES, crop_stream(LEOCLR_VIEWS[column].number))
         expected = random_resized_crop_boxes(HEIGHTS, WIDTHS, draws, (0.2, 1.0), (3 / 4, 4 / 3))
-        assert np.array_equal(boxes[:, column], expected)
-    assert np.array_equal(boxes_of(CENTER_CROP_VIEWS)[:, 0], center_crop_boxes(HEIGHTS, WIDTHS, 0.875))
+        assert np.array_equal(boxes[:, column], squashed(expected, 224))
+    assert np.array_equal(boxes_of(CENTER_CROP_VIEWS)[:, 0], center_crops(HEIGHTS, WIDTHS, 224, 256))
+
+
+@pytest.mark.parametrize("original", ["pad", "center_crop"])
+def test_the_original_s_geometry_is_an_option(original: str) -> None:
+    """Of the original alone; the crops and the evaluation stay."""
+    config = ViewConfig(original=original)  # type: ignore[arg-type]
+    boxes, plain = boxes_of(LEOCLR_VIEWS, config=config), boxes_of(LEOCLR_VIEWS)
+    sizes = HEIGHTS, WIDTHS, 224
+    expected = padded(*sizes) if original == "pad" else center_crops(*sizes, 224)
+    assert np.array_equal(boxes[:, 0], expected)
+    assert np.array_equal(boxes[:, 1:], plain[:, 1:])
+    assert np.array_equal(boxes_of(CENTER_CROP_VIEWS, config=config), boxes_of(CENTER_CROP_VIEWS))
+    assert config.fill == (124, 116, 104)
 
 
 def test_both_methods_get_the_same_crops() -> None:
@@ -54,7 +69,7 @@ def test_both_methods_get_the_same_crops() -> None:
 
 def test_crops_differ_by_view_epoch_seed_and_index() -> None:
     boxes = [boxes_of(MOCOV2_VIEWS, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
-    of_one_size = np.concatenate([part[[0, 3]].reshape(-1, 4) for part in boxes])  # images 0 and 3
+    of_one_size = np.concatenate([part[[0, 3]].reshape(-1, 8) for part in boxes])  # images 0 and 3
     assert len(np.unique(of_one_size, axis=0)) == len(of_one_size)
 
 
@@ -65,7 +80,7 @@ def test_an_image_s_boxes_do_not_depend_on_the_batch() -> None:
         alone = draw_boxes(LEOCLR_VIEWS, ViewConfig(), HEIGHTS[part], WIDTHS[part], 0, 0, INDICES[part])
         assert np.array_equal(alone[0], whole[row])
     nothing = draw_boxes(LEOCLR_VIEWS, ViewConfig(), HEIGHTS[:0], WIDTHS[:0], 0, 0, INDICES[:0])
-    assert nothing.shape == (0, 3, 4)
+    assert nothing.shape == (0, 3, 8)
 
 
 def test_the_configuration_is_used() -> None:
@@ -74,12 +89,13 @@ def test_the_configuration_is_used() -> None:
     assert np.array_equal(crops[..., 2], crops[..., 3])
     share = crops[..., 2] * crops[..., 3] / (HEIGHTS * WIDTHS)[:, None]
     assert share.max() < 0.025
-    assert boxes_of(CENTER_CROP_VIEWS, config=config)[:, 0, 2].tolist() == pytest.approx([188, 18, 48, 188])
+    assert boxes_of(CENTER_CROP_VIEWS, config=config)[:, 0, 5].tolist() == [448, 3632, 448, 448]
 
 
 def test_boxes_are_the_same_for_ever() -> None:
     heights, widths = np.array([500, 37, 1]), np.array([375, 300, 9])
-    assert draw_boxes(LEOCLR_VIEWS, ViewConfig(), heights, widths, 0, 0, np.arange(3)).tolist() == [
+    boxes = draw_boxes(LEOCLR_VIEWS, ViewConfig(), heights, widths, 0, 0, np.arange(3))
+    assert boxes[..., :4].tolist() == [
         [[0, 0, 500, 375], [57, 63, 324, 281], [46, 29, 430, 327]],
         [[0, 0, 37, 300], [0, 125, 37, 49], [0, 125, 37, 49]],
         [[0, 0, 1, 9], [0, 5, 1, 2], [0, 2, 1, 2]],
