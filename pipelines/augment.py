@@ -15,6 +15,7 @@ here is what they are tested by.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
@@ -158,25 +159,26 @@ def augment(
         )
     unsuitable = _what_compiled_code_cannot_take(crops, parameters.table, dtype)
     chosen = _KERNELS.choose(impl, {"crops": crops, "parameters": parameters.table}, unsuitable)
-    if config.blur_probability > 0:
-        _require_room_for_blur(config.blur_kernel_size, crops.shape[-2])
+    weights = blur_weights(parameters.sigma, config)
     if chosen == "triton":
         from pipelines.augment_triton import augment_triton
 
-        return augment_triton(crops, parameters.table, config, dtype)
+        return augment_triton(crops, parameters.table, weights, config, dtype)
     if chosen == "numba":
         from pipelines.augment_numba import augment_numba
 
-        return augment_numba(crops, parameters.table, config, torch.get_num_threads()).to(dtype)
+        return augment_numba(crops, parameters.table, weights, config, torch.get_num_threads()).to(dtype)
     crops = crops.flatten(0, -4)  # copies unless each view is one contiguous block
     with torch.autocast("cuda" if crops.is_cuda else "cpu", enabled=False):
         if crops.device.type != "cpu":
-            return _augment_chunk(crops, parameters, config, dtype)
+            return _augment_chunk(crops, parameters, weights, config, dtype)
         # On a CPU the many passes over the pixels should find them in the cache.
         rows = max(1, _CPU_CHUNK_ELEMENTS // crops[0].numel()) if len(crops) else 1
         chunks = [
-            _augment_chunk(part, AugmentParameters(table), config, dtype)
-            for part, table in zip(crops.split(rows), parameters.table.split(rows), strict=True)
+            _augment_chunk(part, AugmentParameters(table), own_weights, config, dtype)
+            for part, table, own_weights in zip(
+                crops.split(rows), parameters.table.split(rows), weights.split(rows), strict=True
+            )
         ]
         return torch.cat(chunks)
 
@@ -202,13 +204,16 @@ def _try_triton(device: torch.device) -> None:
 
     crop = torch.zeros(1, 3, 3, 3, dtype=torch.uint8, device=device)
     table = torch.zeros(1, _COLUMNS, dtype=torch.float64, device=device)
-    augment_triton(crop, table, ViewConfig(image_size=3), torch.float32)
+    config = ViewConfig(image_size=3)
+    augment_triton(crop, table, blur_weights(table[:, -1], config), config, torch.float32)
 
 
 _KERNELS = Kernels(verb="augment", done="augmented", try_numba=_try_numba, try_triton=_try_triton)
 
 
-def _augment_chunk(crops: Tensor, parameters: AugmentParameters, config: ViewConfig, dtype: torch.dtype) -> Tensor:
+def _augment_chunk(
+    crops: Tensor, parameters: AugmentParameters, weights: Tensor, config: ViewConfig, dtype: torch.dtype
+) -> Tensor:
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     images = crops.permute(0, 3, 1, 2).to(compute, memory_format=torch.contiguous_format) / 255
     if config.jitter_probability > 0:
@@ -216,7 +221,7 @@ def _augment_chunk(crops: Tensor, parameters: AugmentParameters, config: ViewCon
     if config.grayscale_probability > 0:
         images = torch.where(_per_sample(parameters.grayscale), _gray(images), images)
     if config.blur_probability > 0:
-        images = gaussian_blur(images, parameters.blur, parameters.sigma, config.blur_kernel_size)
+        images = blur(images, parameters.blur, weights)
     if config.flip_probability > 0:
         images = torch.where(_per_sample(parameters.flip), images.flip(-1), images)
     mean, std = (_per_channel(values, compute, images.device) for values in (config.mean, config.std))
@@ -278,32 +283,40 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     return torch.stack(channels, dim=1).clamp_(0, 1)
 
 
-def gaussian_blur(images: Tensor, blurred: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Gaussian blur with reflected borders and a sigma per sample, as two products with S x S band matrices.
+def blur_weights(sigma: Tensor, config: ViewConfig) -> Tensor:
+    """Weights of the taps at distance 0, 1, … of a blur for each sigma [M], pixels: float64 [M, taps].
 
-    images: float [M, 3, S, S]; blurred: bool [M]; sigma: [M], pixels; kernel_size: odd, taps. A sample that is not
-    blurred meets the identity matrix and keeps its exact values. Returns the same shape.
+    Pillow's: a box of radius r weighs a pixel at distance d with ``clamp(r + 1 - d, 0, 1)``, and three of them, of
+    sigma squared / 3 each, follow one another (Gwosdek, Grewenig, Bruhn, Weickert 2011). Their product is taken in
+    Fourier space. Nothing here waits for the device.
     """
-    side = images.shape[-1]
-    radius = kernel_size // 2
-    _require_room_for_blur(kernel_size, side)
-    taps = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.softmax(-0.5 * (taps / sigma.to(images.dtype).clamp(min=1e-3)[:, None]) ** 2, dim=1)  # [M, k]
-    identity = (taps == 0).to(images.dtype)
-    kernel = torch.where(blurred[:, None], kernel, identity)
+    largest = config.blur_sigma[1] if config.blur_probability > 0 else 0.0
+    reach = math.floor((math.sqrt(4 * largest**2 + 1) - 1) / 2) + 1  # of the largest box
+    variance = sigma.double().square() / 3
+    whole = ((torch.sqrt(12 * variance + 1) - 1) / 2).floor()  # pixels on each side that count fully
+    share = (2 * whole + 1) * (3 * variance - whole * (whole + 1)) / (6 * ((whole + 1).square() - variance))
+    distance = torch.arange(3 * reach + 1, device=sigma.device, dtype=torch.float64)
+    box = ((whole + share)[:, None] + 1 - distance[: reach + 1]).clamp(0, 1)
+    box = box / (1 + 2 * (whole + share))[:, None]
+    size = 6 * reach + 1
+    cosines = torch.cos(2 * math.pi / size * distance[:, None] * torch.arange(size, device=sigma.device))
+    folded = torch.cat((cosines[:1], 2 * cosines[1 : reach + 1]))  # both sides of a box
+    return (box @ folded).pow(3) @ cosines.mT / size
 
-    # matrix[i, j] = sum of the taps t with reflect(i + t) = j; the same pattern for all samples.
-    position = torch.arange(side, device=images.device)[:, None] + taps.to(torch.int64)
-    reflected = position.abs()
-    reflected = torch.where(reflected >= side, 2 * (side - 1) - reflected, reflected)  # [S, k]
-    pattern = F.one_hot(reflected, side).to(images.dtype)  # [S, k, S]
-    matrix = torch.einsum("mk,ikj->mij", kernel, pattern)
+
+def blur(images: Tensor, blurred: Tensor, weights: Tensor) -> Tensor:
+    """Blur with repeated borders, as two products with S x S band matrices.
+
+    images: float [M, 3, S, S]; blurred: bool [M]; weights: [M, taps], of `blur_weights`. A sample that is not blurred
+    meets the identity matrix and keeps its exact values. Returns the same shape.
+    """
+    side, radius = images.shape[-1], weights.shape[1] - 1
+    taps = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.where(blurred[:, None], weights.to(images.dtype)[:, taps.abs()], (taps == 0).to(images.dtype))
+    # matrix[i, j] = sum of the taps t with clamp(i + t) = j; the same pattern for all samples.
+    position = (torch.arange(side, device=images.device)[:, None] + taps).clamp(0, side - 1)  # [S, k]
+    matrix = torch.einsum("mk,ikj->mij", kernel, F.one_hot(position, side).to(images.dtype))
     return matrix[:, None] @ images @ matrix[:, None].mT
-
-
-def _require_room_for_blur(kernel_size: int, side: int) -> None:
-    if kernel_size // 2 >= side:
-        raise ValueError(f"a blur of {kernel_size} taps does not fit images of {side} pixels; set blur_probability 0")
 
 
 def _gray(images: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from pipelines.threads import run_in_threads
 # Of the columns of `AugmentParameters`. Written out once more: a compiled function in numba's cache on the disk is not
 # replaced when a constant of another file changes.
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
-_ORDER, _JITTER, _GRAYSCALE, _BLUR, _FLIP, _SIGMA = 4, 8, 9, 10, 11, 12
+_ORDER, _JITTER, _GRAYSCALE, _BLUR, _FLIP = 4, 8, 9, 10, 11
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(number) for number in (0, 1, 2, 3, 4, 6))
@@ -45,11 +45,11 @@ Doubles = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
 
 
-def augment_numba(crops: Tensor, table: Tensor, config: ViewConfig, num_threads: int) -> Tensor:
+def augment_numba(crops: Tensor, table: Tensor, blur: Tensor, config: ViewConfig, num_threads: int) -> Tensor:
     """`pipelines.augment.augment` in float32.
 
     crops: uint8 [..., S, S, 3] on the CPU, M in all; copied only if the pixels of one do not lie side by side.
-    table: float64 [M, 13]. The blur's taps must fit. Returns float32 [M, 3, S, S] in channels_last.
+    table: float64 [M, 13]. blur: float64 [M, taps], of `blur_weights`. Returns float32 [M, 3, S, S] in channels_last.
     """
     side = crops.shape[-2]
     area, count = side * side, len(table)
@@ -65,7 +65,8 @@ def augment_numba(crops: Tensor, table: Tensor, config: ViewConfig, num_threads:
         starts = (starts[:, None] + stride * np.arange(length)).reshape(-1)
     pixels = crops.as_strided((int(starts.max()) + 3 * area,), (1,)).numpy()
     parameters = table.contiguous().numpy()
-    radius = config.blur_kernel_size // 2
+    weights = np.where(blur.numpy() < _LEAST_WEIGHT, 0, blur.numpy()).astype(np.float32)
+    radius = weights.shape[1] - 1
     probabilities = (
         config.jitter_probability, config.grayscale_probability, config.blur_probability, config.flip_probability
     )  # fmt: skip
@@ -78,11 +79,11 @@ def augment_numba(crops: Tensor, table: Tensor, config: ViewConfig, num_threads:
     shares = iter(range(0, count, step))  # whose `next` no two threads can be in
 
     def work() -> None:
-        scratch = np.empty(3 * area + 4 * side + 3 * radius + 1, dtype=np.float32)
+        scratch = np.empty(3 * area + 4 * side + 2 * radius, dtype=np.float32)
         sums = np.empty(_BLOCK, dtype=np.float64)
         for first in shares:
             stop = min(first + step, count)
-            kernel(pixels, starts, parameters, output, side, radius, switches, mean, std, scratch, sums, first, stop)
+            kernel(pixels, starts, parameters, weights, output, side, switches, mean, std, scratch, sums, first, stop)
 
     run_in_threads(work, num_threads)
     return images
@@ -93,8 +94,8 @@ def compiled_kernel() -> Callable[..., None]:
     """`_augment` as machine code, from numba's cache on the disk where there is one."""
     floats, integer = types.float32[::1], types.int64
     signature = types.void(
-        types.uint8[::1], types.int64[::1], types.float64[:, ::1], floats, integer, integer, types.boolean[::1],
-        floats, floats, floats, types.float64[::1], integer, integer,
+        types.uint8[::1], types.int64[::1], types.float64[:, ::1], types.float32[:, ::1], floats, integer,
+        types.boolean[::1], floats, floats, floats, types.float64[::1], integer, integer,
     )  # fmt: skip
     return compile_by_numba(_augment, signature, "the augmentation")
 
@@ -103,9 +104,9 @@ def _augment(
     pixels: Bytes,
     starts: npt.NDArray[np.int64],
     table: Doubles,
+    blur: Floats,
     output: Floats,
     side: int,
-    radius: int,
     switches: npt.NDArray[np.bool_],
     mean: Floats,
     std: Floats,
@@ -114,13 +115,13 @@ def _augment(
     first: int,
     stop: int,
 ) -> None:
-    """Samples ``first`` to ``stop``. scratch: float32 [3 A + 4 S + 3 radius + 1]; sums: float64 [_BLOCK]."""
+    """Samples ``first`` to ``stop``. scratch: float32 [3 A + 4 S + 2 (taps - 1)]; sums: float64 [_BLOCK]."""
     area = side * side
     planes, rest = scratch[: 3 * area], scratch[3 * area :]
-    lines, rest = rest[: 3 * side], rest[3 * side :]
-    weights, padded = rest[: radius + 1], rest[radius + 1 :]
+    lines, padded = rest[: 3 * side], rest[3 * side :]
     for sample in range(first, stop):
         row = table[sample]
+        weights = blur[sample]
         crop = pixels[starts[sample] : starts[sample] + 3 * area]
         _color(crop, row, switches[0] and row[_JITTER] > 0, planes, area, sums)
         num_planes = 3
@@ -129,7 +130,9 @@ def _augment(
             num_planes = 1
         reach = -1
         if switches[2] and row[_BLUR] > 0:
-            reach = _blur_weights(row[_SIGMA], radius, weights)
+            reach = len(weights) - 1
+            while reach > 0 and weights[reach] == _ZERO:
+                reach -= 1
             for y in range(num_planes * side):
                 _blur_row(planes[y * side : (y + 1) * side], reach, weights, padded)
         flip = switches[3] and row[_FLIP] > 0
@@ -260,29 +263,13 @@ def _to_gray(red: Floats, green: Floats, blue: Floats) -> None:
 
 
 @_inner
-def _blur_weights(sigma: float, radius: int, weights: Floats) -> int:
-    """The weights of the taps at a distance of 0, 1, ...; returns the distance of the last that matters."""
-    sigma = max(sigma, 1e-3)
-    total = 1.0
-    for distance in range(1, radius + 1):
-        total += 2.0 * np.exp(-0.5 * (distance / sigma) ** 2)
-    reach = 0
-    for distance in range(radius + 1):
-        weight = np.exp(-0.5 * (distance / sigma) ** 2) / total
-        weights[distance] = weight
-        if weight >= _LEAST_WEIGHT:
-            reach = distance
-    return reach
-
-
-@_inner
 def _blur_row(row: Floats, reach: int, weights: Floats, padded: Floats) -> None:
     side = len(row)
     for i in range(side):
         padded[reach + i] = row[i]
     for distance in range(1, reach + 1):
-        padded[reach - distance] = row[distance]
-        padded[reach + side - 1 + distance] = row[side - 1 - distance]
+        padded[reach - distance] = row[0]
+        padded[reach + side - 1 + distance] = row[side - 1]
     _weigh(padded[reach : reach + side], weights[0], row)
     distance = 1
     while distance < reach:
@@ -313,8 +300,7 @@ def _blur_column(plane: Floats, y: int, reach: int, weights: Floats, line: Float
 
 @_inner
 def _row(plane: Floats, side: int, y: int) -> Floats:
-    y = abs(y)
-    y = min(y, 2 * (side - 1) - y)
+    y = min(max(y, 0), side - 1)
     return plane[y * side : (y + 1) * side]
 
 

@@ -31,22 +31,24 @@ _BLUR_TILE = 512  # fewer, since six loads of each tap are under way at once
 _PLANE_ELEMENTS = 1 << 24  # of each of the two sets of planes
 
 
-def augment_triton(crops: Tensor, table: Tensor, config: ViewConfig, dtype: torch.dtype) -> Tensor:
+def augment_triton(crops: Tensor, table: Tensor, weights: Tensor, config: ViewConfig, dtype: torch.dtype) -> Tensor:
     """`pipelines.augment.augment` in float32, rounded once to ``dtype``.
 
     crops: uint8 [..., S, S, 3] on a GPU, M in all; copied only if the pixels of one do not lie side by side, or if
-    they have more than two dimensions before them. table: float64 [M, 13]. The blur's taps must fit.
+    they have more than two dimensions before them. table: float64 [M, 13]. weights: float64 [M, taps].
     Returns ``dtype`` [M, 3, S, S] in channels_last. Nothing is waited for.
     """
     side = crops.shape[-2]
     output = torch.empty((len(table), side, side, 3), dtype=dtype, device=crops.device)
     with torch.cuda.device_of(crops):
-        for launch in launches(crops, table, config, output):
+        for launch in launches(crops, table, weights, config, output):
             launch.run()
     return output.permute(0, 3, 1, 2)
 
 
-def launches(crops: Tensor, table: Tensor, config: ViewConfig, output: Tensor) -> Iterator[KernelLaunch]:
+def launches(
+    crops: Tensor, table: Tensor, weights: Tensor, config: ViewConfig, output: Tensor
+) -> Iterator[KernelLaunch]:
     """The launches that fill ``output`` [M, S, S, 3], in order. All shapes are known on the host."""
     side, count = crops.shape[-2], len(table)
     if count == 0:
@@ -84,8 +86,7 @@ def launches(crops: Tensor, table: Tensor, config: ViewConfig, output: Tensor) -
     at_once = max(16, _PLANE_ELEMENTS // (3 * area) // 16 * 16) if blurs else count
     shape = (min(count, at_once), 3, area) if blurs else (1, 1, 1)
     planes, blurred_rows = (torch.empty(shape, dtype=torch.float32, device=crops.device) for _ in range(2))
-    radius = config.blur_kernel_size // 2
-    taps = {"RADIUS": radius, "BLOCK_TAPS": triton.next_power_of_2(radius + 1)}
+    weights = weights.float().contiguous()
     for first in range(0, count, at_once):
         views = min(at_once, count - first)
         yield KernelLaunch(
@@ -100,17 +101,17 @@ def launches(crops: Tensor, table: Tensor, config: ViewConfig, output: Tensor) -
         )  # fmt: skip
         if blurs:
             place: dict[str, Argument] = {"side": side, "first": first, "tiles": blur_tiles}
-            constants = {"TILE": _BLUR_TILE, **taps}
+            constants = {"TILE": _BLUR_TILE, "TAPS": weights.shape[1]}
             yield KernelLaunch(
                 kernel=_blur_rows,
                 grid=(views * blur_tiles,),
-                arguments={"table": table, "planes": planes, "blurred_rows": blurred_rows} | place,
+                arguments={"table": table, "weights": weights, "planes": planes, "blurred_rows": blurred_rows} | place,
                 constants=constants,
             )
             yield KernelLaunch(
                 kernel=_blur_columns,
                 grid=(views * blur_tiles,),
-                arguments={"table": table, "blurred_rows": blurred_rows} | target | place,
+                arguments={"table": table, "weights": weights, "blurred_rows": blurred_rows} | target | place,
                 constants=constants | flips,
             )
 
@@ -124,9 +125,7 @@ _JITTER = tl.constexpr(8)
 _GRAYSCALE = tl.constexpr(9)
 _BLUR = tl.constexpr(10)
 _FLIP = tl.constexpr(11)
-_SIGMA = tl.constexpr(12)
 _COLUMNS = tl.constexpr(13)
-_REACH = tl.constexpr(6.660)  # sigmas; beyond it a tap weighs less than 2^-32 of the middle one
 
 
 @triton.jit
@@ -197,8 +196,7 @@ def _colour(
 
 @triton.jit
 def _blur_rows(
-    table, planes, blurred_rows, side, first, tiles,
-    TILE: tl.constexpr, RADIUS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
+    table, weights, planes, blurred_rows, side, first, tiles, TILE: tl.constexpr, TAPS: tl.constexpr
 ):  # fmt: skip
     """From ``planes`` to ``blurred_rows``, both [M, 3, A]; nothing for a view without blur."""
     number = (tl.program_id(0) // tiles).to(tl.int64)
@@ -209,7 +207,7 @@ def _blur_rows(
         is_pixel = pixels < area
         x = pixels % side
         line = planes + number * 3 * area + (pixels - x)
-        red, green, blue = _blur(line, x, 1, side, area, is_pixel, row, RADIUS, BLOCK_TAPS)
+        red, green, blue = _blur(line, x, 1, side, area, is_pixel, weights + (first + number) * TAPS, TAPS)
         plane = blurred_rows + number * 3 * area + pixels
         tl.store(plane, red, mask=is_pixel)
         tl.store(plane + area, green, mask=is_pixel)
@@ -218,8 +216,8 @@ def _blur_rows(
 
 @triton.jit
 def _blur_columns(
-    table, blurred_rows, output, mean_red, mean_green, mean_blue, std_red, std_green, std_blue, side, first, tiles,
-    TILE: tl.constexpr, RADIUS: tl.constexpr, BLOCK_TAPS: tl.constexpr, FLIPS: tl.constexpr,
+    table, weights, blurred_rows, output, mean_red, mean_green, mean_blue, std_red, std_green, std_blue,
+    side, first, tiles, TILE: tl.constexpr, TAPS: tl.constexpr, FLIPS: tl.constexpr,
 ):  # fmt: skip
     """From ``blurred_rows`` [M, 3, A] to the output; nothing for a view without blur."""
     number = (tl.program_id(0) // tiles).to(tl.int64)
@@ -229,7 +227,7 @@ def _blur_columns(
         area = side * side
         pixels = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
         line = blurred_rows + number * 3 * area + pixels % side
-        red, green, blue = _blur(line, pixels // side, side, side, area, pixels < area, row, RADIUS, BLOCK_TAPS)
+        red, green, blue = _blur(line, pixels // side, side, side, area, pixels < area, weights + sample * TAPS, TAPS)
         _write(
             red, green, blue, row, output, sample, side, pixels,
             mean_red, mean_green, mean_blue, std_red, std_green, std_blue, FLIPS,
@@ -284,32 +282,21 @@ def _jitter(red, green, blue, row, place, mean_gray):
 
 
 @triton.jit
-def _blur(
-    line, position, stride, side, area, is_pixel, row, RADIUS: tl.constexpr, BLOCK_TAPS: tl.constexpr
-):  # fmt: skip
-    """Red, green and blue, blurred along one axis with reflected borders.
+def _blur(line, position, stride, side, area, is_pixel, weights, TAPS: tl.constexpr):
+    """Red, green and blue, blurred along one axis with repeated borders.
 
-    line: where position 0 of the red plane is, for each pixel; stride: from one position to the next.
+    line: where position 0 of the red plane is, for each pixel; stride: from one position to the next; weights: of the
+    taps at distance 0, 1, ….
     """
-    sigma = tl.maximum(tl.load(row + _SIGMA).to(tl.float32), 1e-3)
-    taps = tl.arange(0, BLOCK_TAPS)
-    exponents = taps.to(tl.float32) / sigma
-    halves = tl.where(taps <= RADIUS, tl.exp(-0.5 * exponents * exponents), 0.0)
-    total = 2.0 * tl.sum(halves, axis=0) - 1.0
     middle = line + position * stride
-    red = tl.load(middle, mask=is_pixel, other=0.0)
-    green = tl.load(middle + area, mask=is_pixel, other=0.0)
-    blue = tl.load(middle + 2 * area, mask=is_pixel, other=0.0)
-    weight = 1.0 / total
-    red *= weight
-    green *= weight
-    blue *= weight
-    reach = tl.minimum(sigma * _REACH, 1.0 * RADIUS).to(tl.int32)
-    for distance in range(1, reach + 1):
-        exponent = distance * 1.0 / sigma
-        weight = tl.exp(-0.5 * exponent * exponent) / total
-        before = line + tl.abs(position - distance) * stride
-        after = line + (side - 1 - tl.abs(side - 1 - position - distance)) * stride
+    weight = tl.load(weights)
+    red = weight * tl.load(middle, mask=is_pixel, other=0.0)
+    green = weight * tl.load(middle + area, mask=is_pixel, other=0.0)
+    blue = weight * tl.load(middle + 2 * area, mask=is_pixel, other=0.0)
+    for distance in range(1, TAPS):
+        weight = tl.load(weights + distance)
+        before = line + tl.maximum(position - distance, 0) * stride
+        after = line + tl.minimum(position + distance, side - 1) * stride
         red += weight * (tl.load(before, mask=is_pixel, other=0.0) + tl.load(after, mask=is_pixel, other=0.0))
         before += area
         after += area

@@ -42,7 +42,9 @@ class ViewConfig:
     blur_probability: Share = 0.5
     """Probability of a Gaussian blur. The recipes for 32-pixel images set 0."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Range of the blur's standard deviation, pixels of the view."""
+    """Range of the blur's standard deviation, pixels of the view. The blur is Pillow's, which MoCo-v2 used: three boxes
+    one after the other, whose variances add up to sigma squared at every sigma and size, here without its rounding to
+    8 bits. (SimCLR's is a Gaussian of as many taps as a tenth of the side.)"""
     flip_probability: Share = 0.5
     """Probability of a left-right flip."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -67,11 +69,6 @@ class ViewConfig:
         """The mean colour, 0 to 255: what lies around a view that its image does not fill."""
         red, green, blue = (min(255, max(0, round(255 * value))) for value in self.mean)
         return red, green, blue
-
-    @property
-    def blur_kernel_size(self) -> int:
-        """Taps of the blur: the odd number nearest to a tenth of the side (23 at 224), as SimCLR's."""
-        return max(3, self.image_size // 10 | 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

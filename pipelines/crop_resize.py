@@ -70,8 +70,8 @@ def cut_views(
     rows: int64 [B], which images. boxes: int32 [B, V, 8].
     """
     num_views, boxes = boxes.shape[1], boxes.reshape(-1, boxes.shape[-1])
-    rows = np.repeat(rows, num_views)
-    crops = crop_resize(images, rows, boxes, config.image_size, fill=config.fill, num_threads=num_threads)
+    repeated = np.repeat(rows, num_views)
+    crops = crop_resize(images, repeated, boxes, config.image_size, fill=config.fill, num_threads=num_threads)
     return crops.unflatten(0, (len(rows), num_views))
 
 

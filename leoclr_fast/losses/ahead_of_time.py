@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from leoclr_fast.losses import info_nce_triton
 from pipelines import augment_triton, crop_resize_triton
+from pipelines.augment import blur_weights
 from pipelines.config import ViewConfig
 from pipelines.crop_resize import PackedImages
 from pipelines.crops import squashed
@@ -140,7 +141,9 @@ def _augment(dtype: torch.dtype, side: int, batch_size: int, **changes: Any) -> 
     crops = torch.empty(batch_size, 3, side, side, 3, dtype=torch.uint8, device="meta").transpose(0, 1)
     table = torch.empty(3 * batch_size, 13, dtype=torch.float64, device="meta")
     output = torch.empty(3 * batch_size, side, side, 3, dtype=dtype, device="meta")
-    all_launches = augment_triton.launches(crops, table, replace(ViewConfig(image_size=side), **changes), output)
+    config = replace(ViewConfig(image_size=side), **changes)
+    weights = blur_weights(table[:, -1], config)
+    all_launches = augment_triton.launches(crops, table, weights, config, output)
     for launch in {launch.kernel: launch for launch in all_launches}.values():
         yield f"{_TYPE_NAMES[dtype]} S={side} B={batch_size}", launch
 

@@ -20,35 +20,6 @@ def test_the_defaults_are_moco_v2_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image_size", "kernel_size"),
-    [
-        (224, 23),
-        (96, 9),
-        (64, 7),
-        (32, 3),
-        (192, 19),
-        (112, 11),
-        (256, 25),
-        (448, 45),
-        (100, 11),
-        (60, 7),
-        (8, 3),
-        (1, 3),
-    ],
-)
-def test_blur_kernel_is_the_odd_number_nearest_to_a_tenth(image_size: int, kernel_size: int) -> None:
-    assert ViewConfig(image_size=image_size).blur_kernel_size == kernel_size
-
-
-def test_blur_kernels_of_all_sizes() -> None:
-    for image_size in range(20, 1000):
-        kernel_size = ViewConfig(image_size=image_size).blur_kernel_size
-        assert kernel_size % 2 == 1
-        assert abs(kernel_size - image_size / 10) <= 1
-        assert kernel_size == 2 * (image_size // 10 // 2) + 1  # SimCLR's
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"image_size": 0}, "image size 0 is not allowed: give at least 1 and at most 4096"),
