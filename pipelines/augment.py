@@ -1,7 +1,8 @@
-"""MoCo-v2's photometric augmentation: colour jitter, grayscale, Gaussian blur, flip, normalise; one for all backends.
+"""MoCo-v2's photometric augmentation: colour jitter, grayscale, blur, flip, normalise; one for all backends.
 
 Batched with per-sample parameters, on any device, without a branch that depends on data: every shape is static and
-nothing is read back to the host. Oracle: ``torchvision.transforms.v2.functional`` on float images in [0, 1].
+nothing is read back to the host. Oracle: ``torchvision.transforms.v2.functional`` on float images in [0, 1], and
+for the blur three boxes by NumPy.
 Legend: M samples, S side of a view.
 
 The four jitter operations come in a random order per sample. Brightness, contrast and saturation are all
