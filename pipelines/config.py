@@ -12,6 +12,8 @@ from dataset_tools.limits import Positive, Seconds, Share, require_allowed
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Original = Literal["squash", "pad", "center_crop"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewConfig:
@@ -19,7 +21,7 @@ class ViewConfig:
 
     image_size: Annotated[int, Meta(ge=1, le=4096)] = 224
     """Side of a view, pixels."""
-    original: Literal["squash", "pad", "center_crop"] = "squash"
+    original: Original = "squash"
     """How LeOCLR's uncropped original becomes a square. squash: the whole image is resized to it, whatever its aspect.
     pad: its longer side is, and the mean colour lies around it. center_crop: its shorter side is, and the middle is
     kept."""
