@@ -43,7 +43,7 @@ def test_crops_are_the_same_pixels(size: int) -> None:
         images = packed_noise(device)
         config = ViewConfig(image_size=size)
         boxes = draw_boxes(LEOCLR_VIEWS, config, images.heights, images.widths, 0, 0, indices)
-        crops[device] = crop_resize(images, np.repeat(indices, 3), boxes.reshape(-1, 4), size).cpu()
+        crops[device] = crop_resize(images, np.repeat(indices, 3), boxes.reshape(-1, 8), size).cpu()
     difference = (crops["cpu"].int() - crops["cuda"].int()).abs()
     assert difference.max() <= 1  # sums over more than 60 source pixels are not exact in float32
     assert difference.float().mean() < 1e-3
