@@ -45,7 +45,7 @@ def photographs(count: int, *, planar: bool) -> tuple[PackedImages, np.ndarray, 
     )
     rows = np.arange(count)
     boxes = draw_boxes(LEOCLR_VIEWS, ViewConfig(image_size=224), heights, widths, 0, 0, rows)
-    return images, np.repeat(rows, len(LEOCLR_VIEWS)), boxes.reshape(-1, 8)
+    return images, np.repeat(rows, len(LEOCLR_VIEWS)), boxes[..., :4].reshape(-1, 4)
 
 
 @pytest.mark.parametrize("planar", [False, True])
