@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from leoclr_fast.config_file import from_yaml, to_yaml
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.recipes import RECIPES, get_recipe
 from leoclr_fast.run.folder import RunFolder
+from leoclr_fast.schedules import learning_rate
 from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import LoaderConfig
 from tests.leoclr_fast.training.test_bad_input import pretrain_line, refused
@@ -140,6 +142,24 @@ def test_recipes_hold_the_published_values() -> None:
     small = get_recipe("leoclr_cifar10").result
     assert (small.method.queue_size, small.method.key_momentum, small.method.temperature) == (4096, 0.99, 0.1)
     assert (small.backbone.arch, small.backbone.stem, small.views.blur_probability) == ("resnet18", "small", 0.0)
+    assert (method.query_batchnorm, method.query_batchnorm_group, method.key_batchnorm_group) == ("split", 32, 32)
+
+
+def test_mocos_cifar10_demo_value_for_value() -> None:
+    """args, transforms and schedule of its notebook; epochs count from 1 to 200 there."""
+    demo = get_recipe("mocov2_cifar10_demo")
+    result, method, views = demo.result, demo.result.method, demo.result.views
+    assert (result.epochs, result.batch_size, result.lr) == (200, 512, 0.06)
+    assert (result.optimizer.momentum, result.optimizer.weight_decay) == (0.9, 5e-4)
+    rates = [learning_rate(result.optimizer.schedule, 0.06, 97 * epoch, 97, 200) for epoch in range(200)]
+    assert rates == pytest.approx([0.06 * 0.5 * (1 + math.cos(math.pi * epoch / 200)) for epoch in range(1, 201)])
+    assert (method.projection_dim, method.projection_layers, method.queue_size) == (128, 1, 4096)
+    assert (method.key_momentum, method.temperature) == (0.99, 0.1)
+    assert (method.key_batchnorm, method.key_batchnorm_group) == ("shuffle", 512 // 8)
+    assert (method.query_batchnorm, method.query_batchnorm_group) == ("split", 512 // 8)
+    assert (views.image_size, views.crop_scale, views.blur_probability) == (32, (0.08, 1.0), 0.0)
+    assert (views.mean, views.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert (demo.monitor.knn_k, demo.monitor.knn_temperature, demo.monitor.knn_features) == (200, 0.1, "projection")
 
 
 @pytest.mark.parametrize(
