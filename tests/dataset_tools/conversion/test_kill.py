@@ -272,7 +272,7 @@ def test_kills_between_the_calls_that_change_files(small_case: Case) -> None:
     total = count_calls(small_case)
     chance = random.Random(5)
     assert total > 40
-    calls = [*chance.sample(range(1, total - 20), 4), *chance.sample(range(total - 20, total + 1), 6)]
+    calls = [*chance.sample(range(1, total - 20), 2), *chance.sample(range(total - 20, total + 1), 5)]
     kill_at_each(small_case, calls, chance)
 
 
