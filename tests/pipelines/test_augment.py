@@ -284,7 +284,8 @@ class TestEachImplementation:
         ours = augment(crops, drawn, config, dtype=dtype, impl=impl)
         assert (ours - truth).abs().max() <= AUGMENT[dtype].max
         if sigma == 1e-6:
-            assert_close(ours, augment(crops, parameters(2), config, dtype=dtype, impl=impl), AUGMENT[dtype])
+            plain = augment(crops, parameters(2), config, dtype=dtype, impl=impl)
+            assert_close(ours, plain, AUGMENT[torch.float32])  # it weighs a neighbour by 5e-13
 
     @each
     @pytest.mark.parametrize("size", [33] if INTERPRETED else [32, 33, 224])
