@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,22 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """From the baseline, over the seeds that both have; points, or of a cost its unit."""
+
+    mean: float
+    """Of the means over all runs of each."""
+    std: float | None
+    """Of the differences of the pairs; None for fewer than two."""
+    interval: tuple[float, float] | None
+    """95 %, by Student's t over the pairs, around their mean."""
+
+    def __str__(self) -> str:
+        interval = "" if self.interval is None else f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]"
+        return _mean_std(self.mean, self.std, "+.2f") + interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One metric of one protocol."""
 
@@ -64,10 +80,8 @@ class Row:
     settings: dict[str, Any]
     cells: tuple[Cell, ...]
     """One for each column."""
-    difference: float | None
-    """LeOCLR less MoCo-v2, points, of the means over the runs; None unless there is one column of each."""
-    difference_std: float | None
-    """Over the seeds that both have, of their differences; None for fewer than two."""
+    differences: tuple[Difference | None, ...]
+    """Of each column from the baseline's, where there is one column of the baseline."""
     in_the_paper: str | None
     """"not stated" where the paper has a difference on these images, and does not state for what; a note tells it."""
 
@@ -89,6 +103,8 @@ class EvaluationTable:
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    costs: tuple[Row, ...]
+    """What the training took: hours, kWh, images/s, and the time per image against the baseline's of the same seed."""
     notes: tuple[str, ...]
     """In what the numbers are not what one would think."""
 
@@ -98,28 +114,29 @@ class EvaluationTable:
         return document
 
     def as_markdown(self) -> str:
-        """A table whose columns are padded, and the notes below it."""
-        has_difference = any(row.difference is not None for row in self.rows)
-        has_paper = any(row.in_the_paper for row in self.rows)
-        head = ["evaluation"]
-        for column in self.columns:
-            head += [column.title, "n"]
-        head += ["difference"] * has_difference + ["in the paper"] * has_paper
-        lines = [head]
-        for row in self.rows:
+        """Tables whose columns are padded, and the notes below them."""
+        tables = [_padded(table) for table in self.as_text()]
+        return "\n\n".join([*tables, "\n".join(f"- {note}" for note in self.notes)]).rstrip()
+
+    def as_text(self) -> list[list[list[str]]]:
+        """The table of the accuracies and that of the costs, if there are such: rows of cells, the head first."""
+        return [self._lines(first, rows) for first, rows in (("evaluation", self.rows), ("cost", self.costs)) if rows]
+
+    def _lines(self, first: str, rows: Sequence[Row]) -> list[list[str]]:
+        compared = [place for place in range(len(self.columns)) if any(row.differences[place] for row in rows)]
+        has_paper = any(row.in_the_paper for row in rows)
+        head = [first, *(text for column in self.columns for text in (column.title, "n"))]
+        one = len(compared) == 1
+        head += ["difference" if one else f"difference of {self.columns[place].title}" for place in compared]
+        lines = [head + ["in the paper"] * has_paper]
+        for row in rows:
             cells = [row.label]
             for cell in row.cells:
                 published = "" if cell.published is None else f" (published: {cell.published:.1f})"
                 cells += [_mean_std(cell.mean, cell.std) + published, str(cell.n) if cell.n else ""]
-            if has_difference:
-                cells.append(_mean_std(row.difference, row.difference_std, "+.2f"))
-            if has_paper:
-                cells.append(row.in_the_paper or "")
-            lines.append(cells)
-        widths = [max(len(line[place]) for line in lines) for place in range(len(head))]
-        padded = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
-        rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-        return "\n".join([padded[0], rule, *padded[1:], "", *(f"- {note}" for note in self.notes)]).rstrip()
+            cells += [str(row.differences[place] or "") for place in compared]
+            lines.append(cells + [row.in_the_paper or ""] * has_paper)
+        return lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,28 +170,33 @@ def evaluation_table(paths: Sequence[Path]) -> EvaluationTable:
         raise ValueError("give one run folder or more: leoclr-fast compare RUN_A RUN_B …")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("a run folder is given twice")
-    runs = [read_run(path) for path in paths]
-    notes: list[str] = [problem for run in runs for problem in run.problems]
-    evaluations = {run: _evaluations(run, notes) for run in runs}
-    if not any(evaluations.values()):
+    table = table_of([read_run(path) for path in paths])
+    if not table.rows:
         raise ValueError(
             f"nothing was evaluated in {', '.join(map(str, paths))}; run leoclr-fast knn, linear, finetune, transfer "
             "or detect on them first"
         )
+    return table
+
+
+def table_of(runs: Sequence[RunRecord]) -> EvaluationTable:
+    """The same of runs that were read; without rows where nothing was evaluated."""
+    notes: list[str] = [problem for run in runs for problem in run.problems]
+    evaluations = {run: _evaluations(run, notes) for run in runs}
     groups = _groups(runs)
     columns = tuple(_column(group, groups, notes) for group in groups)
     protocols = {key: evaluation for own in evaluations.values() for key, evaluation in own.items()}
     labels = _labels(protocols)
-    both = _both_methods(groups)
+    ours, baseline = _compared(groups)
     rows = []
     for key, protocol in sorted(protocols.items(), key=lambda item: _rank(item[1], labels[item[0]])):
         for metric in (metric for metric in METRICS if metric in protocol.values):
             found = [[(run, evaluations[run][key]) for run in group if key in evaluations[run]] for group in groups]
             cells = tuple(_cell(group, metric, notes) for group in found)
-            difference, difference_std = _difference(*(cells[place] for place in both)) if both else (None, None)
+            differences = _differences(cells, ours, baseline)
             in_the_paper = None
-            if both and difference is not None and metric == "top1":
-                in_the_paper = _in_the_paper(protocol, [groups[place] for place in both], notes)
+            if len(ours) == 1 and any(differences) and metric == "top1":
+                in_the_paper = _in_the_paper(protocol, [groups[place] for place in (*ours, baseline)], notes)
             rows.append(
                 Row(
                     label=f"{labels[key]}, {METRICS[metric]}",
@@ -183,14 +205,14 @@ def evaluation_table(paths: Sequence[Path]) -> EvaluationTable:
                     untrained=protocol.untrained,
                     settings=protocol.settings,
                     cells=cells,
-                    difference=difference,
-                    difference_std=difference_std,
+                    differences=differences,
                     in_the_paper=in_the_paper,
                 )
             )
+    costs = _costs(groups, ours, baseline)
     if any(row.in_the_paper for row in rows):
         notes += _deviations_from_the_paper(groups, list(protocols.values()))
-    return EvaluationTable(columns=columns, rows=tuple(rows), notes=tuple(dict.fromkeys(notes)))
+    return EvaluationTable(columns=columns, rows=tuple(rows), costs=costs, notes=tuple(dict.fromkeys(notes)))
 
 
 def _evaluations(run: RunRecord, notes: list[str]) -> dict[str, _Evaluation]:
@@ -269,7 +291,7 @@ def _column(group: list[RunRecord], groups: list[list[RunRecord]], notes: list[s
     title = run.method_facts.title
     alike = [other[0] for other in groups if other[0].method == run.method]
     if len(alike) > 1:
-        title += f" {run.recipe}" if len({other.recipe for other in alike}) == len(alike) else f" {run.path.name}"
+        title += f" {_what_sets_apart(run, alike)}"
     seeds = tuple(str(one.setting("result.seed", "?")) for one in group)
     if len(set(seeds)) < len(seeds):
         notes.append(f"{title}: several runs have the same seed, so their spread says less")
@@ -279,17 +301,31 @@ def _column(group: list[RunRecord], groups: list[list[RunRecord]], notes: list[s
     )
 
 
+def _what_sets_apart(run: RunRecord, alike: list[RunRecord]) -> str:
+    """Of a run, among others of its method: its recipe, else the one setting in which they differ, else its name."""
+    if len({other.recipe for other in alike}) == len(alike):
+        return run.recipe
+    names = [name for name in differences([other.setting("result", {}) for other in alike]) if name != "seed"]
+    if len(names) == 1:
+        return f"{names[0].rpartition('.')[2]} {run.setting(f'result.{names[0]}')}"
+    return run.path.name
+
+
 def _cell(found: list[tuple[RunRecord, _Evaluation]], metric: str, notes: list[str]) -> Cell:
-    by_seed: dict[str, float] = {}
-    for run, evaluation in found:
-        if metric in evaluation.values:
-            seed = str(run.setting("result.seed", "?"))
-            by_seed[seed if seed not in by_seed else f"{seed} ({run.path.name})"] = evaluation.values[metric]
-    values = list(by_seed.values())
+    values = [(run, evaluation.values[metric]) for run, evaluation in found if metric in evaluation.values]
     published = None
     for run, one in found[:1]:
         if not one.untrained:
             published = published_values(run, one.evaluator, one.settings, one.sizes, notes).get(metric)
+    return _over_runs(values, published)
+
+
+def _over_runs(found: list[tuple[RunRecord, float]], published: float | None = None) -> Cell:
+    by_seed: dict[str, float] = {}
+    for run, value in found:
+        seed = str(run.setting("result.seed", "?"))
+        by_seed[seed if seed not in by_seed else f"{seed} ({run.path.name})"] = value
+    values = list(by_seed.values())
     return Cell(
         published=published,
         n=len(values),
@@ -299,21 +335,78 @@ def _cell(found: list[tuple[RunRecord, _Evaluation]], metric: str, notes: list[s
     )
 
 
-def _both_methods(groups: list[list[RunRecord]]) -> tuple[int, int] | None:
-    """The places of our method's and the baseline's column, if there is one of each."""
+def _compared(groups: list[list[RunRecord]]) -> tuple[list[int], int]:
+    """The places of our method's columns and of the baseline's; none of ours where there is no one baseline."""
     methods = [group[0].method for group in groups]
     compared = compared_methods([group[0] for group in groups])
-    if compared is None or any(methods.count(name) > 1 for name in compared):
-        return None
-    return methods.index(compared[0]), methods.index(compared[1])
+    if compared is None or methods.count(compared[1]) > 1:
+        return [], 0
+    return [place for place, name in enumerate(methods) if name == compared[0]], methods.index(compared[1])
 
 
-def _difference(ours: Cell, theirs: Cell) -> tuple[float | None, float | None]:
-    """Of the means; and the standard deviation over the seeds that both have."""
+def _differences(cells: Sequence[Cell], ours: list[int], baseline: int) -> tuple[Difference | None, ...]:
+    theirs = cells[baseline]
+    return tuple(_difference(cell, theirs) if place in ours else None for place, cell in enumerate(cells))
+
+
+def _difference(ours: Cell, theirs: Cell) -> Difference | None:
     if ours.mean is None or theirs.mean is None:
-        return None, None
+        return None
     pairs = [ours.by_seed[seed] - theirs.by_seed[seed] for seed in ours.by_seed if seed in theirs.by_seed]
-    return ours.mean - theirs.mean, statistics.stdev(pairs) if len(pairs) > 1 else None
+    std = interval = None
+    if len(pairs) > 1:
+        std, mean = statistics.stdev(pairs), statistics.mean(pairs)
+        half = student_t_975(len(pairs) - 1) * std / math.sqrt(len(pairs))
+        interval = mean - half, mean + half
+    return Difference(mean=ours.mean - theirs.mean, std=std, interval=interval)
+
+
+def student_t_975(degrees_of_freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, to 0.2 %: exact for 1 and 2, else its expansion about the normal quantile
+    (Abramowitz and Stegun, 26.7.5).
+    """
+    if degrees_of_freedom == 1:
+        return math.tan(math.pi * 0.475)
+    if degrees_of_freedom == 2:
+        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / degrees_of_freedom**power for power, term in enumerate(terms, start=1))
+
+
+def _costs(groups: list[list[RunRecord]], ours: list[int], baseline: int) -> tuple[Row, ...]:
+    """What the runs of each column took; of runs that measured speed on noise, too."""
+    of_baseline = {run.setting("result.seed"): run.images_per_s for run in groups[baseline]} if ours else {}
+    measures: dict[str, Callable[[RunRecord], float]] = {
+        "hours": lambda run: run.duration_s / 3600,
+        "kWh": lambda run: run.energy_kwh,
+        "images/s": lambda run: run.images_per_s,
+        "time per image, ratio": lambda run: (
+            of_baseline.get(run.setting("result.seed"), math.nan) / run.images_per_s if run.images_per_s else math.nan
+        ),
+    }
+    rows = []
+    for label, measure in measures.items():
+        found = [[(run, value) for run in group if math.isfinite(value := measure(run))] for group in groups]
+        if any(found):
+            rows.append(
+                Row(
+                    label=label,
+                    evaluator="pretrain",
+                    metric=label,
+                    untrained=False,
+                    settings={},
+                    cells=tuple(_over_runs(group) for group in found),
+                    differences=(None,) * len(groups),
+                    in_the_paper=None,
+                )
+            )
+    return tuple(rows)
 
 
 def _labels(protocols: dict[str, _Evaluation]) -> dict[str, str]:
@@ -401,3 +494,10 @@ def _mean_std(mean: float | None, std: float | None, form: str = ".2f") -> str:
     if mean is None:
         return ""
     return f"{mean:{form}}" if std is None else f"{mean:{form}} ± {std:.2f}"
+
+
+def _padded(lines: list[list[str]]) -> str:
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    padded = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([padded[0], rule, *padded[1:]])

@@ -19,7 +19,7 @@ from leoclr_fast.config_file import differences, flat
 from leoclr_fast.recipes import RECIPES
 from leoclr_fast.report.comparison import differing_environment, find_pairs, speed_range
 from leoclr_fast.report.curves import plots_of
-from leoclr_fast.report.evaluation_table import METRICS
+from leoclr_fast.report.evaluation_table import METRICS, table_of
 from leoclr_fast.report.metrics_file import number
 from leoclr_fast.report.plots import MAX_POINTS, drawn
 from leoclr_fast.report.reference import find_reference
@@ -81,6 +81,7 @@ def page_of(runs: list[RunRecord]) -> str:
         runs=runs,
         sentences=[summary_sentence(run) for run in runs],
         comparison=None if single else _comparison(runs),
+        comparison_tables=[] if single else table_of(runs).as_text(),
         plots=figures,
         expected=f"Expected curve: {reference.source}." if reference is not None else no_reference,
         views=views,

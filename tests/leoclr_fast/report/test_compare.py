@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import t
 
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import BackboneConfig, RunConfig
 from leoclr_fast.recipes import get_recipe
-from leoclr_fast.report.evaluation_table import EvaluationTable, Row, evaluation_table
+from leoclr_fast.report.evaluation_table import EvaluationTable, Row, evaluation_table, student_t_975
 from leoclr_fast.run.folder import RunFolder
 from tests.leoclr_fast.training.test_bad_input import refused
 from tests.leoclr_fast.written_run import end, knn, start, step_record, written_run
@@ -76,12 +77,17 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     assert (left.n, left.mean, left.std) == (3, pytest.approx(83), pytest.approx(statistics.stdev(ours)))
     assert (right.n, right.mean, right.std) == (3, pytest.approx(229 / 3), pytest.approx(statistics.stdev(theirs)))
     assert left.by_seed == {"0": 80, "1": 82, "2": 87}
-    assert linear.difference == pytest.approx(83 - 229 / 3)
-    assert linear.difference_std == pytest.approx(statistics.stdev([5, 4, 11]))
+    difference = linear.differences[0]
+    assert difference is not None
+    assert linear.differences[1] is None
+    assert difference.mean == pytest.approx(83 - 229 / 3)
+    assert difference.std == pytest.approx(statistics.stdev([5, 4, 11]))
+    half = t.ppf(0.975, df=2) * statistics.stdev([5, 4, 11]) / math.sqrt(3)
+    assert difference.interval == pytest.approx((20 / 3 - half, 20 / 3 + half), rel=2e-3)
     assert linear.in_the_paper is None
     finetune = row(table, "finetune 10 %, top-1")
     assert [cell.n for cell in finetune.cells] == [0, 1]
-    assert finetune.difference is None
+    assert finetune.differences == (None, None)
     assert [row.label for row in table.rows] == ["linear, top-1", "linear, top-5", "finetune 10 %, top-1"]
     lines = table.as_markdown().splitlines()
     assert len({len(line) for line in lines[:5]}) == 1
@@ -90,6 +96,31 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     assert any(
         "+5.71, does not stand beside this linear evaluation: it names ResNet-50" in note for note in table.notes
     )
+
+
+def test_every_variant_stands_beside_the_baseline(tmp_path: Path) -> None:
+    """The sum and the mean of LeOCLR's losses: a column each, called by what sets them apart, and what they took."""
+    method, runs = get_recipe("leoclr_cifar10").result.method, []
+    for reduction, top1 in (("sum", 70.0), ("mean", 75.0)):
+        changed = replace(method, loss_reduction=reduction)
+        runs.append(run_of(tmp_path / reduction, summary={**ENDED, "images_per_s": 100.0}, method=changed))
+        add(runs[-1], "linear", LINEAR, top1=top1)
+    runs.append(
+        run_of(tmp_path / "moco", "mocov2_cifar10", summary={**ENDED, "images_per_s": 150.0, "energy_kwh": 2.0})
+    )
+    add(runs[-1], "linear", LINEAR, top1=72.0)
+    table = evaluation_table(runs)
+    titles = ["LeOCLR loss_reduction sum", "LeOCLR loss_reduction mean", "MoCo-v2"]
+    assert [column.title for column in table.columns] == titles
+    found = [difference and difference.mean for difference in row(table, "linear, top-1").differences]
+    assert found == [-2, 3, None]
+    costs = {row.label: [cell.mean for cell in row.cells] for row in table.costs}
+    assert costs["images/s"] == [100, 100, 150]
+    assert costs["time per image, ratio"] == [1.5, 1.5, 1]
+    assert costs["kWh"] == [None, None, 2]
+    head = table.as_markdown().splitlines()[0]
+    assert f"difference of {titles[0]}" in head
+    assert f"difference of {titles[1]}" in head
 
 
 def test_only_what_is_alike_is_averaged(tmp_path: Path) -> None:
@@ -101,7 +132,7 @@ def test_only_what_is_alike_is_averaged(tmp_path: Path) -> None:
     add(short, "linear", LINEAR, top1=60.0)
     add(short, "transfer", {"dataset": "pets"}, top1=50.0, mean_per_class=40.0, metric="mean_per_class")
     table = evaluation_table([run, short])
-    assert [column.title for column in table.columns] == ["LeOCLR a", "LeOCLR b"]
+    assert [column.title for column in table.columns] == ["LeOCLR epochs 200", "LeOCLR epochs 20"]
     found = {row.label: [cell.mean for cell in row.cells] for row in table.rows}
     assert found == {
         "linear [epochs 100], top-1": [80.0, 60.0],
@@ -109,7 +140,7 @@ def test_only_what_is_alike_is_averaged(tmp_path: Path) -> None:
         "linear, untrained, top-1": [30.0, None],
         "transfer pets, mean per class": [None, 40.0],
     }
-    assert all(row.difference is None and row.in_the_paper is None for row in table.rows)
+    assert all(not any(row.differences) and row.in_the_paper is None for row in table.rows)
 
 
 def test_the_newest_of_each_seed_counts_and_seeds_of_an_evaluation_are_one_run(tmp_path: Path) -> None:
@@ -191,7 +222,7 @@ def test_the_papers_gain_is_not_stated_for_a_protocol(
         add(run, "linear", LINEAR, top1=top1, **sizes)
     table = evaluation_table(runs)
     linear, page = row(table, "linear, top-1"), table.as_markdown()
-    assert linear.difference == 5
+    assert [difference and difference.mean for difference in linear.differences] == [5, None]
     assert linear.in_the_paper == (None if note else "not stated")
     assert ("| in the paper |" in page, "| not stated   |" in page) == (not note, not note)
     assert re.search(note or r"the paper reports \+5\.\d+ .*, and does not state (after how|by which)", page)
@@ -291,7 +322,12 @@ def test_compare_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pat
     assert output[0].split("|")[1:7] == [
         f" {name} " for name in ("evaluation   ", "LeOCLR", "n", "MoCo-v2", "n", "difference")
     ]
-    assert document["rows"][0]["difference"] == 1
+    assert document["rows"][0]["differences"][0]["mean"] == 1
     assert [column["runs"] for column in document["columns"]] == [[str(run)] for run in runs]
     assert "is not a run folder" in refused(capsys, "compare", tmp_path / "nowhere", runs[0])
     assert "given twice" in refused(capsys, "compare", runs[0], runs[0])
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 9, 30])
+def test_quantiles_of_student_are_scipys(degrees: int) -> None:
+    assert student_t_975(degrees) == pytest.approx(t.ppf(0.975, df=degrees), rel=2e-3)
