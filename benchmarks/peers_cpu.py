@@ -38,7 +38,7 @@ class PeersBenchmark:
     """Of all sides; torch's default if not given."""
     setting: Annotated[BenchSetting, _Flattened] = _SETTING
     rounds: Annotated[RoundsConfig, _Flattened] = field(
-        default_factory=lambda: RoundsConfig(rounds=11, steps=3, lead_steps=1, warmup_steps=2, max_s=1e9)
+        default_factory=lambda: RoundsConfig(rounds=11, steps=3, lead_steps=1, warmup_steps=2, max_s=1e8)
     )
     loss: LossBenchConfig = field(default_factory=lambda: LossBenchConfig(rounds=33, device="cpu"))
     name: str = "peers_cpu"

@@ -373,7 +373,7 @@ class TestUnreadableImages:
     ) -> None:
         split = damaged(write_split(num_images), *range(num_images))
         order = TrainOrder(num_images=num_images, batch_size=1, seed=SEED)
-        message = rf"none of the {num_images} images can be read; .*a/000\.jpg: cannot identify"
+        message = rf"none of the {num_images} images can be read; .*a/000\.jpg: it is no image"
         with pytest.raises(ValueError, match=message) as raised:
             list(open_loader(split, kind[0], order, workers=kind[1]).batches(0))
         assert "\n" not in str(raised.value)  # no worker's traceback
@@ -388,7 +388,7 @@ class TestUnreadableImages:
         damaged(split, 10)
         message = (
             r"^11 of 23 images cannot be read, more than the 10 that are tolerated \(1 %, at least 10\); the last one "
-            r"is \S*[ab]/0\d\d\.jpg: cannot identify image file .*\. Check the data set\.$"
+            r"is \S*[ab]/0\d\d\.jpg: it is no image .*\. Check the data set\.$"
         )
         with pytest.raises(RuntimeError, match=message):
             list(open_loader(split.subset(np.arange(23)), kind[0], in_order(split), workers=kind[1]).batches(0))

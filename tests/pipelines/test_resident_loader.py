@@ -87,7 +87,7 @@ def test_unreadable_images(split: Split, damage: Callable[..., None]) -> None:
 
 def test_none_can_be_read(split: Split, damage: Callable[..., None]) -> None:
     damage(split, *range(23))
-    with pytest.raises(ValueError, match=r"none of the 23 images can be read; a/000\.jpg: cannot identify"):
+    with pytest.raises(ValueError, match=r"none of the 23 images can be read; a/000\.jpg: it is no image"):
         load_resident_images(split, CPU, 1)
 
 

@@ -399,7 +399,7 @@ class TestWholeFolders:
         root = write_files(tmp_path / "source", {"a/1.jpg": b"", "a/2.jpg": b"x"})
         with pytest.raises(
             ValueError,
-            match=r"none of the 2 images can be used; for example a/1.jpg: it is empty",
+            match=r"none of the 2 images of train can be used; for example a/1.jpg: it is empty",
         ):
             convert(root, tmp_path / "made", ConvertOptions(format="ffcv"), workers=1)
         assert not (tmp_path / "made").exists()
