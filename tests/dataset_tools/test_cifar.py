@@ -76,11 +76,6 @@ def test_pickled_cifar10(tmp_path: Path, protocol: int) -> None:
     check_10(folder.parent)
 
 
-def test_both_forms_have_one_fingerprint(tmp_path: Path) -> None:
-    binary, pickles = write_binary_10(tmp_path / "binary"), write_pickles_10(tmp_path / "pickles")
-    assert open_source(binary).fingerprint == open_source(pickles).fingerprint
-
-
 def test_pickles_as_torchvision_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("torchvision.datasets")
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)

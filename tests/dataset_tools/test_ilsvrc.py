@@ -135,16 +135,6 @@ def test_train_tar_equals_the_unpacked_tree_in_torchvision(tmp_path: Path) -> No
         assert train.read(index) == Path(file).read_bytes()
 
 
-def test_train_tar_is_recognised_by_content_and_may_be_compressed(tmp_path: Path) -> None:
-    path = write_train(tmp_path)
-    other = tmp_path / "other.bin"
-    other.write_bytes(gzip.compress(path.read_bytes()))
-    first, second = open_source(path), open_source(other)
-    assert second.kind == "tar of tars"
-    assert second.fingerprint == first.fingerprint
-    assert second.splits["train"].read(5) == first.splits["train"].read(5)
-
-
 def test_a_tar_with_tars_and_images_is_no_tar_of_tars(write_tar) -> None:
     source = open_source(write_tar({"a/b.tar": inner_tar(WNIDS[0]), "a/1.jpg": b"1"}))
     assert (source.kind, list(source.splits["train"].names)) == ("tar", ["a/1.jpg"])
@@ -203,14 +193,6 @@ def test_val_with_the_labels_of_the_devkit(tmp_path: Path, unpacked: bool, prefi
     assert pickle.loads(pickle.dumps(source.splits["val"])).read(4) == b"val 5"
 
 
-def test_val_of_any_name_and_compression_below_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_val(tmp_path)
-    write_devkit(tmp_path)
-    (tmp_path / "v").write_bytes(gzip.compress(path.read_bytes()))
-    monkeypatch.chdir(tmp_path)
-    check_val(open_source("v"))
-
-
 def test_val_with_the_labels_of_kaggle(tmp_path: Path) -> None:
     path = write_val(tmp_path)
     write_solution(tmp_path)
@@ -242,32 +224,6 @@ def test_a_folder_of_tars_is_one_source(tmp_path: Path, labels: str) -> None:
     test = source.splits["test"]
     assert list(test.names) == [f"test/ILSVRC2012_test_{number:08}.JPEG" for number in (1, 2)]
     assert (test.labels.tolist(), test.classes, test.read(1)) == ([-1, -1], WNIDS, b"00000002.JPEG")
-
-
-def test_a_folder_with_one_of_the_tars(tmp_path: Path) -> None:
-    write_train(tmp_path)
-    assert str(open_source(tmp_path)).endswith("(train 12; 4 classes)")
-    (tmp_path / "ILSVRC2012_img_train.tar").unlink()
-    write_val(tmp_path)
-    write_devkit(tmp_path)
-    check_val(open_source(tmp_path))
-
-
-@pytest.mark.parametrize("prefix", ["", "test/"])
-def test_the_test_tar_alone(tmp_path: Path, prefix: str) -> None:
-    source = open_source(write_test(tmp_path, prefix))
-    assert list(source.splits) == ["test"]
-    assert list(source.splits["test"].names) == [f"test/ILSVRC2012_test_{number:08}.JPEG" for number in (1, 2)]
-    assert source.splits["test"].labels.tolist() == [-1, -1]
-    assert source.classes == ()
-
-
-def test_two_test_tars_are_ambiguous(tmp_path: Path) -> None:
-    write_train(tmp_path)
-    write_test(tmp_path, "")
-    write_test(tmp_path, "", name="ILSVRC2012_img_test.tar")
-    with pytest.raises(ValueError, match=r"ILSVRC2012_img_test.tar, ILSVRC2012_img_test_v.*, which are one split"):
-        open_source(tmp_path)
 
 
 def test_an_unpacked_tree_beside_the_tars_is_what_is_opened(tmp_path: Path, caplog) -> None:

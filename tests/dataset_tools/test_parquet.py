@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_tools.sources import open_source, parquet, spool
-from tests.dataset_tools.made_up import assert_reads_in_processes, assert_unpacked_once, everything, read_all
+from dataset_tools.sources import open_source
+from tests.dataset_tools.made_up import everything
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -84,19 +83,6 @@ def test_a_data_set_of_the_hub(tmp_path: Path, inside: str) -> None:
     }
     assert all(split.labels.dtype == np.int64 for split in source.splits.values())
     assert all(split.classes == source.classes for split in source.splits.values())
-
-
-def test_one_file(tmp_path: Path) -> None:
-    write_hub(tmp_path)
-    for name, split, count in [
-        ("train-00001-of-00002.parquet", "train", 3),
-        ("validation-00000-of-00001.parquet", "val", 2),
-    ]:
-        source = open_source(tmp_path / name)
-        assert {name: len(part) for name, part in source.splits.items()} == {split: count}
-    (tmp_path / "test-00000-of-00001.parquet").rename(tmp_path / "images")
-    source = open_source(tmp_path / "images")
-    assert everything(source) == {"train": [("train/p1.JPEG", -1, picture(90))]}
 
 
 @pytest.mark.parametrize(
@@ -277,13 +263,6 @@ def test_paths_that_cannot_be_names(tmp_path: Path, paths: list[str | None]) -> 
     assert list(source.splits["train"].names) == ["train/000000000.jpg", "train/000000001.png", "train/000000002.webp"]
 
 
-def test_names_of_other_formats(tmp_path: Path) -> None:
-    images = [picture(1, "BMP"), picture(1, "TIFF"), picture(1, "PPM"), b"", b"noise"]
-    train = open_source(write(tmp_path / "x.parquet", {"image": images})).splits["train"]
-    assert [name[-4:] for name in train.names] == [".bmp", ".tif", ".ppm", ".bin", ".bin"]
-    assert [train.read(index) for index in range(5)] == images
-
-
 def test_unpacked_once_and_found_again_without_pyarrow(
     tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
@@ -298,51 +277,6 @@ def test_unpacked_once_and_found_again_without_pyarrow(
     os.utime(file, ns=(1, 1))
     with pytest.raises(RuntimeError, match=r"reading .*\.parquet needs pyarrow: pip install 'leoclr-fast\[parquet\]'"):
         open_source(tmp_path / "data")
-
-
-def test_changed_files_are_unpacked_again(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.parquet", {"image": [picture(1)]})
-    open_source(path)
-    write(path, {"image": [picture(2)]})
-    os.utime(path, ns=(1, 1))
-    assert everything(open_source(path)) == {"train": [("train/000000000.jpg", -1, picture(2))]}
-
-
-def test_damage_in_the_cache_is_repaired(tmp_path: Path, cache_folder: Path, caplog) -> None:
-    write_hub(tmp_path / "data")
-    expected = everything(open_source(tmp_path / "data"))
-    (blob,), (index,) = cache_folder.glob("*.images"), cache_folder.glob("*.npz")
-    for damage in (
-        lambda: index.write_bytes(index.read_bytes()[:100]),
-        lambda: os.truncate(blob, 100),
-        blob.unlink,
-        index.unlink,
-    ):
-        damage()
-        assert everything(open_source(tmp_path / "data")) == expected
-    assert caplog.text.count("made again") == 2
-
-
-def test_no_room_to_unpack(tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "x.parquet", {"image": [os.urandom(1 << 20) for _ in range(12)]})
-    usage = shutil.disk_usage(path)
-    message = rf"no room to unpack {path}: {cache_folder} .* set LEOCLR_CACHE to a folder on a larger disk"
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=spool.SPARE_BYTES + (11 << 20)))
-    monkeypatch.setattr(parquet, "write_chunks", lambda *_: pytest.fail("begun without room"))
-    with pytest.raises(OSError, match=message):
-        open_source(path)
-    monkeypatch.undo()
-    monkeypatch.setenv("LEOCLR_CACHE", str(cache_folder))
-    free = iter([1 << 40, 1 << 40, spool.SPARE_BYTES])
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=next(free)))
-    with pytest.raises(OSError, match=message):
-        open_source(path)
-    assert [file.suffix for file in cache_folder.iterdir()] == [".lock"]
-
-
-def test_processes_that_start_at_once_unpack_once(tmp_path: Path, cache_folder: Path) -> None:
-    path = write(tmp_path / "x.parquet", {"image": [picture(i % 256) for i in range(500)]})
-    assert_unpacked_once(path, cache_folder, 500)
 
 
 @pytest.mark.parametrize(
@@ -363,14 +297,6 @@ def test_damaged_files(tmp_path: Path, cache_folder: Path, damage: Callable[[byt
     with pytest.raises(ValueError, match=rf"{path} is damaged or cut short"):
         open_source(path)
     assert [file.suffix for file in cache_folder.iterdir()] == [".lock"]
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_reads_in_processes(tmp_path: Path, method: str) -> None:
-    images = write_hub(tmp_path)["train"]
-    train = open_source(tmp_path).splits["train"]
-    assert read_all(train) == images
-    assert_reads_in_processes(train, method)
 
 
 def test_memory_does_not_grow_with_the_bytes(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import shutil
 import tarfile
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +60,6 @@ def test_one_folder_around_everything_is_looked_through(write_tar, top: str) -> 
     wrapped = open_source(write_tar({top + name: data for name, data in FILES.items()}, name="wrapped.tar"))
     assert everything(wrapped) == everything(plain)
     assert wrapped.fingerprint == plain.fingerprint
-
-
-def test_without_splits_all_is_train(write_tar) -> None:
-    source = open_source(write_tar({"b/2.jpg": b"2", "a/1.jpg": b"1"}))
-    assert everything(source) == {"train": [("a/1.jpg", 0, b"1"), ("b/2.jpg", 1, b"2")]}
-    flat = open_source(write_tar({"only/2.jpg": b"2", "only/1.jpg": b"1"}, name="one class.tar"))
-    assert (flat.classes, list(flat.splits["train"].names)) == (("only",), ["only/1.jpg", "only/2.jpg"])
-    bare = open_source(write_tar({"2.jpg": b"2", "1.jpg": b"1"}, name="bare.tar"))
-    assert everything(bare) == {"train": [("1.jpg", -1, b"1"), ("2.jpg", -1, b"2")]}
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -218,16 +208,6 @@ def test_a_damaged_cached_index_is_made_again(write_tar, cache_folder: Path, cap
     assert caplog.text.count("is made again") == 3
 
 
-def test_a_large_plain_tar_keeps_its_index(write_tar, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tar = write_tar(FILES)
-    open_source(tar)
-    assert not cache_folder.exists()
-    monkeypatch.setattr(spool, "INDEX_KEPT_FROM", 3)
-    expected = everything(open_source(tar))
-    monkeypatch.setattr(spool.TarIndex, "build", lambda *_: pytest.fail("indexed again"))
-    assert everything(open_source(tar)) == expected
-
-
 def test_a_plain_tar_needs_no_cache(write_tar, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(spool, "INDEX_KEPT_FROM", 0)
     (tmp_path / "file").write_bytes(b"")
@@ -274,15 +254,6 @@ def test_without_a_home_a_cache_of_somebody_else_is_not_used(tmp_path: Path, mon
 def test_processes_that_start_at_once_unpack_once(write_tar, cache_folder: Path) -> None:
     packed = write_tar({f"a/{i}.jpg": b"\xff\xd8" + b"x" * 5000 for i in range(300)}, name="x.tar.xz", mode="w:xz")
     assert_unpacked_once(packed, cache_folder, 300)
-
-
-def test_what_a_killed_process_left_is_overwritten(write_tar, cache_folder: Path) -> None:
-    packed = write_tar(FILES, name="x.tar.gz", mode="w:gz")
-    cache_folder.mkdir()
-    key = spool.cache_entry([packed], ".tar").name
-    (cache_folder / f"{key}.partial").write_bytes(b"half")
-    assert len(open_source(packed).splits["train"]) == 6
-    assert not list(cache_folder.glob("*.partial"))
 
 
 def test_a_bit_that_has_flipped_in_the_cache(write_tar, cache_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -486,13 +457,6 @@ def test_reads_in_worker_processes(write_tar, method: str) -> None:
     assert_reads_in_processes(split, method)
 
 
-def test_reads_in_threads(write_tar) -> None:
-    files = {f"a/{i:03}.jpg": bytes([i]) * (i + 1) for i in range(200)}
-    split = open_source(write_tar(files)).splits["train"]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(split.read, range(200))) == list(files.values())
-
-
 def test_no_file_stays_open(write_tar) -> None:
     path = write_tar({"a/1.jpg": b"1"})
 
@@ -505,12 +469,6 @@ def test_no_file_stays_open(write_tar) -> None:
     assert num_open() == 1
     del split
     assert num_open() == 0
-
-
-def test_memory_of_an_index(write_tar) -> None:
-    files = {f"n{i % 10:08}/n{i % 10:08}_{i:06}.JPEG": b"" for i in range(5000)}
-    source = open_source(write_tar(files))
-    assert len(pickle.dumps(source)) < 80 * 5000
 
 
 @pytest.mark.real_data

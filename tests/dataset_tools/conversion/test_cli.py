@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from dataset_tools.cli import main
 from dataset_tools.command_line import PACKAGES
 from dataset_tools.formats.manifest import Manifest
 from tests.dataset_tools.conversion.pictures import black_png, encoded, flat
-from tests.dataset_tools.made_up import folder_bytes, write_files
+from tests.dataset_tools.made_up import write_files
 
 REPOSITORY = Path(__file__).parents[3]
 NUM_TRAIN, NUM_VAL = 24, 6
@@ -153,16 +152,6 @@ class TestConvert:
         assert "warning" not in out
         assert "4.00 GiB" in out
 
-    def test_again_it_does_nothing(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path) -> None:
-        before = folder_bytes(made)
-        times = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
-        summary, out = document(capsys, "convert", source, made, "--format", "ffcv")
-        assert "made is whole already: nothing to do" in out
-        assert (summary["samples"], summary["quarantined"], summary["images_per_s"]) == (29, 1, None)
-        assert folder_bytes(made) == before
-        assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == times
-        assert [path.name for path in made.parent.iterdir() if "made" in path.name] == ["made"]
-
     def test_errors(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path, tmp_path: Path) -> None:
         other = ("--format", "ffcv", "--quality", 50)
         assert "made is a converted data set already" in refused(capsys, "convert", source, made, *other)
@@ -182,22 +171,12 @@ class TestConvert:
 
 
 class TestVerify:
-    def test_whole(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path) -> None:
-        for flags in ((), ("--deep",), ("--source", source), ("--deep", "--source", source, "--workers", 2)):
-            result, out = document(capsys, "verify", made, *flags)
-            assert result == {"ok": True, "num_problems": 0, "problems": [], "samples": 29}
-            assert f"{made}: whole; 29 samples\n" in out
-
     def test_damaged(self, capsys: pytest.CaptureFixture[str], made: Path) -> None:
         (made / "val.beton").unlink()
         result, out = document(capsys, "verify", made, code=1)
         assert result == {"ok": False, "num_problems": 1, "problems": ["val.beton: it is missing"], "samples": 29}
         assert "val.beton: it is missing\n" in out
         assert f"{made}: NOT whole: 1 problem(s); 29 samples\n" in out
-
-    def test_errors(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path) -> None:
-        assert "is no converted data set: it has no manifest.json" in refused(capsys, "verify", source)
-        assert "--workers -1 is not allowed" in refused(capsys, "verify", made, "--workers", -1)
 
 
 class TestInspect:
@@ -225,14 +204,6 @@ class TestSubset:
         sha256sum = subprocess.run(["sha256sum", out], capture_output=True, text=True, check=True).stdout
         assert sha256sum.split()[0] == result["sha256"]
 
-    def test_list(self, capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
-        published = tmp_path / "published.txt"
-        published.write_text("29.jpg\n25.jpg\n")
-        flags = ("--list", published, "--split", "val", "--out", tmp_path / "list.txt")
-        result, _ = document(capsys, "subset", source, *flags)
-        assert (result["samples"], result["percent"]) == (2, None)
-        assert (tmp_path / "list.txt").read_text() == "val/class1/25.jpg\nval/class2/29.jpg\n"
-
     def test_errors(self, capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
         out = ("--out", tmp_path / "list.txt")
         assert "give either --percent P or --list FILE" in refused(capsys, "subset", source, *out)
@@ -246,15 +217,6 @@ class TestSubset:
 
 
 class TestMerge:
-    def test_parts(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path, tmp_path: Path) -> None:
-        parts = [tmp_path / f"part{number}" for number in (1, 2)]
-        for number, part in enumerate(parts, start=1):
-            document(capsys, "convert", source, part, "--format", "ffcv", "--part", f"{number}/2", "--workers", 1)
-        summary, _ = document(capsys, "merge", *parts, tmp_path / "joined")
-        assert (summary["samples"], summary["quarantined"], summary["destination"]) == (29, 1, str(tmp_path / "joined"))
-        assert folder_bytes(tmp_path / "joined") == folder_bytes(made)
-        assert "these are given: 1/2; give each part once" in refused(capsys, "merge", parts[0], tmp_path / "new")
-
     def test_errors(self, capsys: pytest.CaptureFixture[str], made: Path) -> None:
         for folders in ((), (made,)):
             message = refused(capsys, "merge", *folders)
@@ -286,19 +248,6 @@ class TestMisuse:
         message = refused(capsys, "verfy")
         assert "there is no command 'verfy'. Did you mean verify" in message
         assert "Allowed: convert, verify, inspect, subset, merge." in message
-
-    @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
-    def test_help(self, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
-        code, out, _ = run(capsys, *arguments)
-        assert code == 0
-        for command in ("convert", "verify", "inspect", "subset", "merge"):
-            assert f"  {command} " in out
-
-    @pytest.mark.parametrize("command", ["convert", "verify", "inspect", "subset", "merge"])
-    def test_help_of_a_command(self, capsys: pytest.CaptureFixture[str], command: str) -> None:
-        code, out, _ = run(capsys, command, "--help")
-        assert code == 0
-        assert f"usage: python -m dataset_tools {command}" in out
 
 
 HEAVY = ("torch", "torchvision", "ffcv", "numba", "nvidia", "webdataset", "cv2")
@@ -343,14 +292,6 @@ class TestProcess:
         assert found.returncode == 0, found.stderr
         assert found.stdout.splitlines()[-1] == "[]"
 
-    def test_as_a_module(self, source: Path, tmp_path: Path) -> None:
-        line = [sys.executable, "-m", "dataset_tools", "convert", str(source), str(tmp_path / "made")]
-        flags = ["--format", "ffcv", "--json", "--workers", "1"]
-        found = subprocess.run([*line, *flags], capture_output=True, text=True, cwd=REPOSITORY, timeout=120, check=True)
-        assert json.loads(found.stdout.splitlines()[-1])["samples"] == 29
-        assert found.stderr == ""
-        assert subprocess.run(line, capture_output=True, cwd=REPOSITORY, timeout=120, check=False).returncode == 2
-
     def test_prints_names_that_are_not_utf_8(self, tmp_path: Path) -> None:
         """Also to a terminal that takes nothing else."""
         name = os.fsdecode(b"a/\xff.jpg")
@@ -369,13 +310,3 @@ class TestProcess:
         assert "a/\\udcff.jpg: its bytes are not those that were written\n" in found.stdout
         problems = json.loads(found.stdout.splitlines()[-1])["problems"]
         assert problems[-1] == f"{name}: its bytes are not those that were written"
-
-    @pytest.mark.skipif(find_spec("torch") is None, reason="leoclr-fast needs torch")
-    def test_part_of_leoclr_fast(self, source: Path, tmp_path: Path) -> None:
-        line = [sys.executable, "-m", "leoclr_fast", "convert", str(source), str(tmp_path / "made"), "--format", "ffcv"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        found = subprocess.run(
-            [*line, "--json"], capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=120, check=True
-        )
-        assert json.loads(found.stdout.splitlines()[-1])["samples"] == 29
-        assert Manifest.load(tmp_path / "made").splits["val"].samples == NUM_VAL

@@ -104,23 +104,6 @@ def test_an_unfinished_conversion_continues(unfinished: Path, source: Path, whol
     assert not unfinished.exists()
 
 
-def test_what_is_behind_the_journal_is_forgotten_each_time(
-    unfinished: Path, source: Path, whole: Any, format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A second death, after a journal was saved but before the lines of quarantine.jsonl came anew."""
-    with open(unfinished / "quarantine.jsonl", "ab") as file:
-        file.write(b"x" * 5000)
-    with monkeypatch.context() as patch:
-        patch.setattr(split_conversion.SplitConversion, "tasks", lambda _: [])
-        patch.setattr("dataset_tools.conversion.convert._Conversion._finish", dying_finish)
-        with pytest.raises(StoppedBySignalError):
-            convert(source, unfinished.with_name("made"), options(format), workers=1, journal_every_s=0)
-    state = journal_state(unfinished)
-    assert state["quarantine_bytes"] == (unfinished / "quarantine.jsonl").stat().st_size < 5000
-    convert(source, unfinished.with_name("made"), options(format), workers=2)
-    assert contents(unfinished.with_name("made")) == contents(whole[format])
-
-
 def dying_finish(*_: Any) -> None:
     raise StoppedBySignalError("for the test")
 
@@ -309,21 +292,6 @@ def test_a_flipped_byte_is_found_in_every_file(data: Path, format: str, source: 
     assert flips > 20
 
 
-def test_a_flipped_byte_of_an_image_names_the_sample(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    split = open_converted(data).splits["train"]
-    chance = random.Random(3)
-    for index in chance.sample(range(len(split)), 6):
-        row = split.records.rows(index, index + 1)[0]  # type: ignore[attr-defined]
-        file = split.files[int(row["shard"])].path  # type: ignore[attr-defined]
-        at = int(row["offset"]) + chance.randrange(int(row["num_bytes"]))
-        flip(file, at)
-        assert f"{split.names[index]}: its bytes are not those that were written" in problems(data)
-        assert exit_code("verify", data, "--workers", 1) == 1
-        assert split.names[index] in capsys.readouterr().out
-        flip(file, at)
-    assert exit_code("verify", data) == 0
-
-
 def test_damage_to_what_lies_around_an_image_names_the_sample(data: Path, format: str) -> None:
     split = open_converted(data).splits["train"]
     row = split.records.rows(20, 21)[0]  # type: ignore[attr-defined]
@@ -418,19 +386,6 @@ def test_flips_in_the_header_of_the_records(data: Path, format: str) -> None:
         assert f"{path.name}: its SHA-256 is" in "".join(problems(data)) if at % 100 == 0 else True
         path.write_bytes(content)
     assert refused > 0.9 * header / 40
-
-
-@pytest.mark.parametrize(("column", "value"), [("label", 99), ("shard", -1)])
-def test_records_that_cannot_be(data: Path, column: str, value: int) -> None:
-    path = data / "train.records.safetensors"
-    content = bytearray(path.read_bytes())
-    header = 8 + int.from_bytes(content[:8], "little")
-    begin = header + json.loads(content[8:header])[column]["data_offsets"][0]
-    content[begin + 40 : begin + 44] = value.to_bytes(4, "little", signed=True)
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path} is damaged: (it has labels|sample 10 has the {column} {value})"):
-        convert(data, data.with_name("again"), options("webdataset"))
-    assert any(problem.startswith(path.name) for problem in problems(data))
 
 
 # The source

@@ -28,7 +28,6 @@ from tests.dataset_tools.conversion.trouble import (
     journal_often,
     jpeg,
     mixed_files,
-    until,
 )
 from tests.dataset_tools.made_up import write_tar
 
@@ -257,36 +256,6 @@ def test_a_whole_result_at_the_destination(
     with pytest.raises(FileExistsError):
         merge([expected["webdataset"]], made)
     assert contents(made) == before
-
-
-@pytest.mark.parametrize(("first", "second"), [("convert", "merge"), ("merge", "convert")])
-def test_a_destination_in_use(
-    source: Path, expected: dict[str, Path], tmp_path: Path, commands: Any, first: str, second: str
-) -> None:
-    """The second comer is told at once, and the first one is not disturbed."""
-    made, ready, go = tmp_path / "made", tmp_path / "ready", tmp_path / "go"
-
-    def prepare() -> None:
-        """Wait where nothing but the lock is in the folder."""
-        from dataset_tools.conversion import convert as convert_module
-        from dataset_tools.conversion import merge as merge_module
-
-        def hold(*_: Any) -> None:
-            ready.touch()
-            until(go.exists, 60, "permission to go on")
-
-        convert_module._chosen_splits = lambda source, _: hold() or list(source.splits.values())  # type: ignore
-        merge_module._check_files = hold  # type: ignore
-
-    given = arguments(source, made, "ffcv") if first == "convert" else ["merge", expected["ffcv"], made]
-    holder = commands(*given, prepare=prepare)
-    until(ready.exists, 30, "the first one")
-    with pytest.raises(RuntimeError, match=f"another process is converting into {made}.partial; wait for it, or stop"):
-        run(second, source, expected["ffcv"], made)
-    go.touch()
-    assert holder.wait() == 0, holder.output
-    assert set(os.listdir(made)) == set(os.listdir(expected["ffcv"]))
-    assert not (tmp_path / "made.partial").exists()
 
 
 def test_a_lock_on_a_folder_that_was_removed_meanwhile(tmp_path: Path) -> None:

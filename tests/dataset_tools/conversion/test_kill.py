@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -331,24 +328,6 @@ def test_a_restart_waits_for_a_worker_that_was_only_just_forked(small_case: Case
     small_case.no_orphans()
 
 
-def test_workers_in_the_middle_of_a_long_task_end_with_the_main_process(case: Case) -> None:
-    command = case.start(workers=2, pause_s=30.0)
-    until(lambda: len(command.workers()) == 2, 30, "two workers")
-    assert command.kill(group=False) == -signal.SIGKILL
-    until(lambda: not command.session(), 30, "the end of the workers, whose tasks take half an hour")
-
-
-def test_a_killed_worker_is_replaced(case: Case) -> None:
-    command = case.start(workers=2)
-    until(lambda: images_done(case.destination) > 200, 30, "200 images in the journal")
-    victim = command.workers()[0]
-    os.kill(victim, signal.SIGKILL)
-    until(lambda: f"worker {victim} was killed by SIGKILL" in command.output, 30, "a warning")
-    assert command.wait() == 0
-    assert "done again" in command.output or "takes its place" in command.output
-    case.check()
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("group", [False, True], ids=["main process", "group"])
 def test_a_signal_saves_and_stops(case: Case, name: str, group: bool) -> None:
@@ -362,15 +341,6 @@ def test_a_signal_saves_and_stops(case: Case, name: str, group: bool) -> None:
     assert journaled(case.destination)["train"]["done"] == done > 200
     case.no_orphans()
     assert f"train: {NUM_TRAIN:,} images, {done:,} of them done before" in case.complete(pause_s=0).output
-
-
-def test_a_signal_while_the_space_is_estimated(case: Case) -> None:
-    command = case.start(workers=1, pause_s=0.3)
-    until(command.workers, 30, "a worker")
-    os.kill(command.pid, signal.SIGINT)
-    assert command.wait(30) == 130, command.output
-    assert f"with {NUM_TRAIN:,} images of train left" in command.output
-    case.complete(pause_s=0)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -400,22 +370,3 @@ def test_a_second_signal_interrupts_at_once(case: Case, name: str) -> None:
     assert command.output.endswith("interrupted\n")
     case.no_orphans()
     case.complete(pause_s=0)
-
-
-def test_the_real_command_line(source: Path, tmp_path: Path, expected: Expected) -> None:
-    """A process of its own, as a user starts it: SIGKILL, SIGINT to the group, then the rest."""
-    command = [sys.executable, "-m", "dataset_tools", "convert", source, tmp_path / "made", "--format", "webdataset"]
-    command += ["--shard-size", "128KiB", "--json", "--workers", "2"]
-    log = tmp_path / "log"
-    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        with open(log, "wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        until(lambda: f"train: {NUM_TRAIN:,} images" in log.read_text(), 60, "the beginning")
-        os.killpg(process.pid, number)
-        assert process.wait(60) == code, log.read_text()
-    assert "the same command continues" in log.read_text()
-    done = subprocess.run(command, capture_output=True, timeout=120, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["samples"] > 0.75 * (NUM_TRAIN + NUM_VAL)
-    assert "continuing what an earlier call left" in done.stdout
-    assert contents(tmp_path / "made") == expected[source, "webdataset"]

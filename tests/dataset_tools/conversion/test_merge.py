@@ -63,12 +63,6 @@ def parts(folder: Path) -> list[Path]:
     return [folder / f"part{number}" for number in range(1, NUM_PARTS + 1)]
 
 
-class TestParts:
-    def test_a_part_is_verified_by_itself(self, source: Path, made: Path) -> None:
-        for name in OPTIONS:
-            assert verify(made / name / "part2", source=source, deep=True, workers=1)["problems"] == []
-
-
 class TestJoined:
     @pytest.mark.parametrize("name", ["ffcv", "ffcv shuffled"])
     def test_a_beton_and_all_beside_it_are_those_of_the_whole(self, made: Path, tmp_path: Path, name: str) -> None:
@@ -107,16 +101,6 @@ class TestJoined:
         assert (tmp_path / "joined" / quarantine).read_text() == (made / name / "whole" / quarantine).read_text()
         assert verify(tmp_path / "joined", source=source, deep=True, workers=1)["problems"] == []
 
-    def test_the_order_in_which_parts_are_given_does_not_matter(self, made: Path, tmp_path: Path) -> None:
-        merge(parts(made / "ffcv")[::-1], tmp_path / "joined", workers=1)
-        assert folder_bytes(tmp_path / "joined") == folder_bytes(made / "ffcv" / "whole")
-
-    def test_convert_takes_the_result_for_its_own(self, source: Path, made: Path, tmp_path: Path) -> None:
-        merge(parts(made / "ffcv"), tmp_path / "joined", workers=1)
-        before = folder_bytes(tmp_path / "joined")
-        assert convert(source, tmp_path / "joined", OPTIONS["ffcv"], workers=1)["images_per_s"] is None
-        assert folder_bytes(tmp_path / "joined") == before
-
     def test_a_part_with_larger_pages(self, tmp_path: Path) -> None:
         """Only the middle part has the image that makes pages of 16 MiB; then the whole has them, too."""
         files = {f"a/{number:02}.jpg": encoded(flat((number, 0, 0))) for number in range(9)}
@@ -147,15 +131,6 @@ class TestSplits:
         del found["manifest.json"], expected["manifest.json"]
         assert found == expected
         assert verify(tmp_path / "joined", source=source, deep=True, workers=1)["problems"] == []
-
-    def test_parts_of_train_and_all_of_val(self, source: Path, made: Path, tmp_path: Path) -> None:
-        for number in (1, 2):
-            options = replace(OPTIONS["ffcv"], split="train", part=f"{number}/2")
-            convert(source, tmp_path / f"train{number}", options, workers=1)
-        convert(source, tmp_path / "val", replace(OPTIONS["ffcv"], split="val"), workers=1)
-        merge([tmp_path / "train2", tmp_path / "val", tmp_path / "train1"], tmp_path / "joined", workers=1)
-        joined, whole = Manifest.load(tmp_path / "joined"), Manifest.load(made / "ffcv" / "whole")
-        assert (joined.splits, joined.part) == (whole.splits, None)
 
     def test_different_sources(self, tmp_path: Path) -> None:
         """train of one folder and val of another, with the same classes."""
@@ -221,10 +196,6 @@ class TestRefused:
         convert(root, tmp_path / "test", ConvertOptions(format="ffcv"), workers=1)
         refused([made / "ffcv" / "whole", tmp_path / "test"], "whole and .*test have different class lists")
 
-    def test_a_folder_that_is_none_of_ours(self, made: Path, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"is no converted data set: it has no manifest.json"):
-            merge([made / "ffcv" / "part1", tmp_path], tmp_path / "joined", workers=1)
-
     @pytest.mark.parametrize(
         "file",
         [
@@ -255,15 +226,3 @@ class TestRefused:
         with pytest.raises(FileExistsError, match=r"merge would write into .*, and the part .* is there"):
             merge(given, tmp_path / name, workers=1)
         assert folder_bytes(given[0]) == before
-
-    def test_the_same_again_has_nothing_to_do_and_others_are_refused(self, made: Path, tmp_path: Path) -> None:
-        given = parts(made / "ffcv")
-        merge(given, tmp_path / "joined", workers=1)
-        before = folder_bytes(tmp_path / "joined")
-        assert merge(given, tmp_path / "joined", workers=1)["images_per_s"] is None
-        with pytest.raises(FileExistsError, match="joined is a converted data set already"):
-            merge(parts(made / "webdataset"), tmp_path / "joined", workers=1)
-        assert folder_bytes(tmp_path / "joined") == before
-        (tmp_path / "joined" / "train.beton").write_bytes(b"cut")
-        with pytest.raises(ValueError, match=r"joined was whole, but its train\.beton is missing or cut"):
-            merge(given, tmp_path / "joined", workers=1)

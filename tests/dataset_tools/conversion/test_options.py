@@ -13,7 +13,6 @@ import pytest
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.formats.beton import DECODE_LIMIT_BYTES, DEFAULT_MAX_SIDE, page_bytes_for
-from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.tar_shards import parse_bytes
 from dataset_tools.sources import open_source
 from dataset_tools.sources.converted import open_converted
@@ -57,18 +56,6 @@ class TestSameBytes:
         images = {".beton"} if format == "ffcv" else {".tar", ".idx"}
         assert suffixes == {".json", ".jsonl", ".safetensors"} | images
 
-    def test_wherever_the_source_and_the_result_lie(self, source: Path, tmp_path: Path) -> None:
-        (tmp_path / "elsewhere").symlink_to(source, target_is_directory=True)
-        convert(source, tmp_path / "one", ConvertOptions(format="ffcv"), workers=1)
-        convert(tmp_path / "elsewhere", tmp_path / "deep" / "two", ConvertOptions(format="ffcv"), workers=1)
-        assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "deep" / "two")
-
-    def test_of_defaults_given_in_words(self, source: Path, tmp_path: Path) -> None:
-        convert(source, tmp_path / "one", ConvertOptions(format="ffcv"), workers=1)
-        explicit = ConvertOptions(format="ffcv", order="source", max_side=1057, seed=5, shard_size="1GiB", quality=90)
-        convert(source, tmp_path / "two", explicit, workers=1)
-        assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
-
 
 class TestOrder:
     @pytest.mark.parametrize("format", FORMATS)
@@ -89,19 +76,6 @@ class TestOrder:
             assert orders[0, name] != orders[1, name]
             assert sorted(orders[0, name]) == sorted(orders[1, name])
             assert orders[0, name] != sorted(orders[0, name])
-
-    def test_the_default_is_shuffled_for_webdataset_only(self) -> None:
-        assert ConvertOptions(format="webdataset").settled_order == "shuffled"
-        assert ConvertOptions(format="ffcv").settled_order == "source"
-        assert ConvertOptions(format="webdataset", order="source").settled_order == "source"
-
-
-def test_split(source: Path, tmp_path: Path) -> None:
-    summary = convert(source, tmp_path / "made", ConvertOptions(format="ffcv", split="val"), workers=1)
-    assert list(summary["splits"]) == list(Manifest.load(tmp_path / "made").splits) == ["val"]
-    assert Manifest.load(tmp_path / "made").classes == ("class0", "class1", "class2")
-    with pytest.raises(ValueError, match=r"there is no split 'test' in .*; it has train, val"):
-        convert(source, tmp_path / "other", ConvertOptions(format="ffcv", split="test"), workers=1)
 
 
 def test_shard_size(source: Path, tmp_path: Path) -> None:
@@ -165,12 +139,6 @@ class TestLimits:
             assert min(scaled) >= 1
             assert (scaled == (width, height)) == (max(width, height) <= limit)
 
-    def test_both(self) -> None:
-        options = ConvertOptions(format="ffcv", short_side=256, max_side=400)
-        assert options.target_size(1000, 500) == (400, 200)
-        assert options.target_size(500, 400) == (320, 256)
-        assert options.target_size(300, 1200) == (100, 400)
-
 
 class TestPages:
     def test_page_sizes(self) -> None:
@@ -190,32 +158,6 @@ class TestPages:
 
 class TestIdentity:
     """What is written into the manifest, and must agree for a conversion to be continued."""
-
-    def test_holds_all_that_the_bytes_depend_on(self) -> None:
-        assert ConvertOptions(format="ffcv").identity() == {
-            "format": "ffcv",
-            "split": None,
-            "mode": "auto",
-            "check": "header",
-            "order": "source",
-            "short_side": None,
-            "max_side": 1057,
-            "quality": 90,
-            "part": None,
-        }
-        assert ConvertOptions(format="webdataset", seed=3).identity() == {
-            "format": "webdataset",
-            "split": None,
-            "mode": "auto",
-            "check": "header",
-            "order": "shuffled",
-            "seed": 3,
-            "short_side": None,
-            "max_side": None,
-            "quality": 90,
-            "shard_size": 256 << 20,
-            "part": None,
-        }
 
     @pytest.mark.parametrize(
         ("name", "value"),

@@ -68,13 +68,6 @@ def test_a_mount_point_is_refused_at_once(source: Path) -> None:
         convert(source, "/proc", FFCV)
 
 
-def test_what_fails_before_anything_is_done_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no split 'val'"):
-        convert(source, tmp_path / "made", ConvertOptions(format="ffcv", split="val"))
-    assert not (tmp_path / "made.partial").exists()
-    convert(source, tmp_path / "made", FFCV)
-
-
 def test_whole_already_is_looked_at(source: Path, tmp_path: Path) -> None:
     (source / "a" / "bad.jpg").write_bytes(b"")
     convert(source, tmp_path / "made", FFCV)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -28,7 +27,6 @@ from dataset_tools.formats.records import BLOCK_ROWS, RAW, ROW, SampleRecords
 from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 from dataset_tools.packed_names import PackedNames
-from dataset_tools.sources import open_source
 from dataset_tools.stop_signals import StoppedBySignalError, StopSignals
 from tests.dataset_tools.conversion.pictures import encoded, flat
 from tests.dataset_tools.made_up import write_files
@@ -79,22 +77,6 @@ class TestRecords:
             np.testing.assert_array_equal(column, ours[name])
         assert theirs["hash"].shape == (len(ours), 16)
         assert PackedNames.from_buffers(theirs["name_bytes"].tobytes(), theirs["name_ends"]) == ours.names()
-
-    def test_columns_say_what_is_so(self, made: Path, source: Path) -> None:
-        manifest = Manifest.load(made)
-        for name, split in open_source(source).splits.items():
-            records = SampleRecords.open(made / f"{name}.records.safetensors")
-            files = [(made / file).read_bytes() for file in manifest.splits[name].image_files]
-            assert len(records) == len(split)
-            for index, each in enumerate(records.names()):
-                row = records.rows(index, index + 1)[0]
-                assert each == split.names[row["source_index"]]
-                assert row["label"] == split.labels[row["source_index"]]
-                data = files[row["shard"]][row["offset"] : row["offset"] + row["num_bytes"]]
-                assert data == split.read(int(row["source_index"]))
-                assert row["hash"].tobytes() == hashlib.sha256(data).digest()[:16]
-                assert (row["encoding"], row["handling"], row["height"]) == (0, 0, 20)
-            assert records["position"].tolist() == list(range(len(split)))
 
     @pytest.mark.parametrize("count", [1, 2, 7, 1000])
     def test_round_trip(self, tmp_path: Path, count: int) -> None:
@@ -255,22 +237,6 @@ class TestManifest:
         assert (tmp_path / "manifest.json").read_bytes() == before
         assert before.isascii()
 
-    def test_of_a_conversion(self, made: Path, source: Path) -> None:
-        loaded = Manifest.load(made)
-        original = open_source(source)
-        assert loaded.format == made.name
-        assert loaded.version == 1
-        assert loaded.classes == ("a", "b", "c")
-        assert loaded.source == {"kind": "image folder", "fingerprint": original.fingerprint}
-        assert loaded.options == ConvertOptions(format=made.name, shard_size="64KiB").identity()
-        assert {"leoclr-fast", "pillow", "libjpeg-turbo"} <= loaded.versions.keys()
-        train = loaded.splits["train"]
-        assert (train.samples, train.positions, train.passed_through) == (60, 60, 60)
-        assert (train.reencoded, train.reasons, train.quarantined) == (0, {}, 0)
-        assert (train.encodings, train.max_width, train.max_height) == ({"jpg": 60}, 24, 20)
-        sizes = [len(original.splits["train"].read(index)) for index in range(60)]
-        assert (train.max_bytes, train.total_bytes) == (max(sizes), sum(sizes))
-
     def test_lists_every_file_with_its_sha256(self, made: Path) -> None:
         listed = {"manifest.json", "quarantine.jsonl"}
         for split in Manifest.load(made).splits.values():
@@ -292,16 +258,6 @@ class TestManifest:
         write_content(tmp_path, content_of(tmp_path) | more)
         message = r"manifest.json cannot be used: its version is 2, and this program knows versions up to 1; update leo"
         with pytest.raises(ValueError, match=message):
-            Manifest.load(tmp_path)
-
-    @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b.beton", "", "..", "val.beton", "\0"])
-    def test_files_have_the_names_that_follow_from_their_splits(self, tmp_path: Path, name: str) -> None:
-        manifest().save(tmp_path)
-        content = content_of(tmp_path)
-        content["splits"]["train"]["files"][0]["name"] = name
-        write_content(tmp_path, content)
-        message = f"{name!r} is the name of a file that is to be called 'train.beton'"
-        with pytest.raises(ValueError, match=r"manifest.json cannot be used: in it.*" + re.escape(message)):
             Manifest.load(tmp_path)
 
     @pytest.mark.parametrize("name", ["../victim/train", "/tmp/train", "", ".", "..", "a\x1b[31m", "a\n", "ä" * 101])
@@ -348,9 +304,3 @@ class TestManifest:
             manifest(format="tfrecord")
         with pytest.raises(ValueError, match="format 'ffcv', 0 splits"):
             manifest(splits={})
-
-    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"version": 1}', '{"version": 1, "splits": []}'])
-    def test_what_is_no_manifest_is_refused(self, tmp_path: Path, text: str) -> None:
-        (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(ValueError, match=r"manifest.json cannot be used: "):
-            Manifest.load(tmp_path)

@@ -191,13 +191,6 @@ class TestBetonLayout:
             "train.records.safetensors",
         ]
 
-    def test_an_unneeded_large_page_is_not_made(self, tmp_path: Path) -> None:
-        root = write_files(tmp_path / "source", {"a/1.jpg": encoded(flat((9, 9, 9)))})
-        for options, page in (({"max_side": 0}, 8 << 20), ({"max_side": 100}, 2 << 20), ({"max_side": 2000}, 16 << 20)):
-            target = tmp_path / f"made {page}"
-            convert(root, target, ConvertOptions(format="ffcv", **options), workers=1)
-            assert Manifest.load(target).splits["train"].page_bytes == page
-
 
 @pytest.fixture(scope="module")
 def foreign() -> Iterator[ForeignReaders]:
@@ -264,11 +257,6 @@ class TestFfcv:
         assert (answer["images"][-1] == color(21)).all()
         assert 100 < answer["images"][-2].mean() < 155
 
-    def test_without_labels(self, ffcv_answers: dict[Any, dict[str, Any]]) -> None:
-        answer = ffcv_answers["unlabeled"]
-        assert answer["labels"].tolist() == [-1] * NUM_UNLABELED
-        assert sorted(number_of(answer["images"])) == [NUM_TRAIN + NUM_VAL + index for index in range(NUM_UNLABELED)]
-
     def test_types_are_those_of_ffcv(self, ffcv_answers: dict[Any, dict[str, Any]], mixed_ffcv: Path) -> None:
         found = ffcv_answers["layout"]
         assert found["header"] == HEADER
@@ -313,16 +301,6 @@ class TestWebDataset:
                 assert sample["cls"] == str(original.labels[origin]).encode()
         if name == "train":
             assert [by_name[each] for each in split.names] != list(range(len(original))), "shuffled"
-
-    def test_decoded(self, mixed_webdataset: Path) -> None:
-        webdataset = pytest.importorskip("webdataset")
-        paths = [str(path) for path in shards(mixed_webdataset, "train")]
-        dataset = webdataset.WebDataset(paths, shardshuffle=False).decode("rgb8").to_tuple("jpg;png", "cls")
-        images, labels = zip(*dataset, strict=True)
-        split = open_converted(mixed_webdataset).splits["train"]
-        assert list(labels) == split.labels.tolist()
-        numbers = [int(number_of(image[None])[0]) for image in images]
-        assert numbers == [int(name.split("/")[-1][:3]) for name in split.names]
 
     def test_shards(self, mixed_webdataset: Path) -> None:
         paths = shards(mixed_webdataset, "train")

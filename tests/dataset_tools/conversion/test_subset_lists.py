@@ -104,10 +104,6 @@ class TestPercent:
         with pytest.raises(ValueError, match=r"--percent .* is not allowed: give a number above 0 and at most 100"):
             percent_of(imagenet_like(), percent, 0)
 
-    def test_without_labels(self) -> None:
-        split = NamedSplit([f"{number}.jpg" for number in range(200)], [-1] * 200)
-        assert [len(percent_of(split, percent, 0)) for percent in (5, 0.001)] == [10, 1]
-
 
 class TestWrite:
     def test_file_and_summary(self, tmp_path: Path) -> None:
@@ -125,16 +121,6 @@ class TestWrite:
         }
         assert [each.name for each in tmp_path.iterdir()] == ["two percent.txt"]
         np.testing.assert_array_equal(read_subset_list(path, split), indices)
-
-    def test_replaces_a_list_and_counts_per_class(self, tmp_path: Path) -> None:
-        split, path = imagenet_like(), tmp_path / "list.txt"
-        write_subset_list(path, split, percent_of(split, 50, 0))
-        summary = write_subset_list(path, split, np.array([0, 1, 2]))
-        assert len(path.read_text().splitlines()) == 3
-        assert (summary["min_per_class"], summary["max_per_class"]) == (0, 3)
-        unlabelled = NamedSplit(["1.jpg", "2.jpg"], [-1, -1])
-        summary = write_subset_list(path, unlabelled, np.array([1]))
-        assert (summary["samples"], summary["min_per_class"], summary["max_per_class"]) == (1, 0, 0)
 
     def test_names_that_are_hard_to_write(self, tmp_path: Path) -> None:
         split = NamedSplit(HARD_NAMES, [0] * len(HARD_NAMES), ("a",))

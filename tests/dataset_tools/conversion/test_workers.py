@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import faulthandler
 import gc
-import logging
 import os
 import signal
 import subprocess
@@ -13,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +110,6 @@ def test_few_tasks_are_ahead() -> None:
     assert iter_count == 60
 
 
-def test_it_looks_up_often() -> None:
-    """For the clock and for signals: None at least every quarter of a second, here within a wide margin."""
-    with WorkerPool(lambda task: (time.sleep(4.0), []), 1) as pool:
-        times = [time.monotonic()]
-        for _ in pool.map([0]):
-            times.append(time.monotonic())
-    assert max(later - earlier for earlier, later in pairwise(times)) < 3.0
-    assert len(times) > 4
-
-
 def test_ended_early_nothing_is_left() -> None:
     pool = WorkerPool(lambda task: (task, [b"payload"]), 3)
     generator = pool.map(range(1000))
@@ -182,23 +170,6 @@ def dying_pool(by: signal.Signals, at: Callable[[Pieces], bool]) -> WorkerPool[A
     )
 
 
-def test_a_worker_that_dies_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    """Its task is cut in pieces, which take its place in the order."""
-    flag = tmp_path / "died"
-
-    def at(task: Pieces) -> bool:
-        first = task == (20, 30) and not flag.exists()
-        if first:
-            flag.touch()
-        return first
-
-    with caplog.at_level(logging.WARNING), dying_pool(signal.SIGKILL, at) as pool:
-        assert [task for task, _, _ in results(pool, TENS)] == IN_PIECES
-    assert pool.restarts == 1
-    assert len(caplog.messages) == 1
-    assert "was killed by SIGKILL at images (20, 30); they are done again" in caplog.text
-
-
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGHUP])
 def test_a_worker_that_is_killed_each_time(by: signal.Signals) -> None:
     """By something from outside, such as the lack of memory: no image is to blame, so the work stops."""
@@ -236,22 +207,6 @@ def test_a_worker_that_stands_still(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "has not answered for 2 s and is killed" in caplog.text
     assert pool.restarts >= 1
     assert time.monotonic() - began < 60
-
-
-def test_workers_that_die_at_random_from_outside() -> None:
-    """Idle, busy or answering; each of 400 tasks once and in order."""
-    killed, others = 0, children()
-    with WorkerPool(lambda task: (0, [b"%d" % task] * 100), 3) as pool:
-        found = []
-        for done in pool.map(range(400)):
-            if done is not None:
-                found.append((done.task, done.result, bytes(done.payload)))
-                if done.task % 40 == 20 and (victims := sorted(children() - others)):
-                    os.kill(victims[killed % len(victims)], signal.SIGKILL)
-                    killed += 1
-    assert found == [(task, 0, b"%d" % task * 100) for task in range(400)]
-    assert killed == 10
-    assert 5 <= pool.restarts <= 10
 
 
 def test_a_worker_that_stands_still_in_the_midst_of_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
