@@ -100,7 +100,7 @@ def _knn_is_due(run: Run) -> bool:
     """Whether the step that was finished last is followed by an evaluation; the last one of all has its own."""
     epochs, step_in_epoch = divmod(run.state.step, run.loader.steps_per_epoch)
     every = run.config.monitor.knn_every_epochs
-    return bool(every) and step_in_epoch == 0 and epochs % every == 0 and run.state.step != run.last_step
+    return bool(every) and epochs > 0 and step_in_epoch == 0 and epochs % every == 0 and run.state.step != run.last_step
 
 
 def _wants_knn(run: Run) -> bool:

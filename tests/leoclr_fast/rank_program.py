@@ -139,7 +139,7 @@ def exchange(key_passes: str, ranks: Ranks) -> dict[str, Any]:
         result__method__key_passes=key_passes, result__views__image_size=4,
     )  # fmt: skip
     training = TrainingState.fresh(config, ranks, CPU)
-    training.step = 7
+    training.step = 8
     step = TrainingStep(training, config, CPU)
     (batch,) = noise_batches(config, ranks, 1)
     inputs = step._inputs(batch, step._common)

@@ -565,10 +565,7 @@ class TestNumba:
 
     @pytest.mark.parametrize("num_threads", [2, 3, 7, 64])
     def test_any_number_of_threads(self, num_threads: int) -> None:
-        one, many = (
-            augment_numba(self.crops, self.drawn.table, self.weights, self.config, number)
-            for number in (1, num_threads)
-        )
+        one, many = (augment_numba(*self.given, number) for number in (1, num_threads))
         assert torch.equal(one, many)
 
     def test_many_callers_at_once(self) -> None:
@@ -661,7 +658,7 @@ class TestNumba:
 
 
 def trivial(
-    pixels: Any, starts: Any, table: Any, output: Any, side: Any, radius: Any, switches: Any, mean: Any, std: Any,
+    pixels: Any, starts: Any, table: Any, blur: Any, output: Any, side: Any, switches: Any, mean: Any, std: Any,
     scratch: Any, sums: Any, first: Any, stop: Any,
 ) -> None:  # fmt: skip
     output[0] = 42.0
@@ -678,8 +675,9 @@ class TestNumbasCache:
     def run(self) -> Any:
         output, flags, starts = np.zeros(3, dtype=np.float32), np.zeros(4, dtype=bool), np.zeros(1, dtype=np.int64)
         pixels, table, sums = np.zeros(3, dtype=np.uint8), np.zeros((1, 13)), np.zeros(1)
+        blur = np.zeros((1, 3), dtype=np.float32)
         kernel = compiled.compiled_kernel.__wrapped__()
-        kernel(pixels, starts, table, output, 1, 0, flags, output, output, output, sums, 0, 1)
+        kernel(pixels, starts, table, blur, output, 1, flags, output, output, output, sums, 0, 1)
         assert output[0] == 42
         return kernel
 

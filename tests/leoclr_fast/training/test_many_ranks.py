@@ -126,7 +126,7 @@ class TestSynchronised:
 @pytest.mark.parametrize("key_passes", ["separate", "joint"])
 def test_shuffle_is_the_permutation(key_passes: str, seen: Path) -> None:
     """Which image's key is computed on which rank: the very crops and parameters that the permutation says, in its
-    order, for 11 images in two micro-batches on three ranks, at step 7.
+    order, for 11 images in two micro-batches on three ranks, at step 8 (none of whose groups has a query's images).
     """
     runs = of_ranks(seen, f"exchange-{key_passes}", 3)
     config = tiny_config(result__batch_size=11, result__views__image_size=4)
@@ -138,7 +138,7 @@ def test_shuffle_is_the_permutation(key_passes: str, seen: Path) -> None:
     sizes: list[list[int]] = [[], [], []]
     for pass_number, views in enumerate([(1, 2)] if key_passes == "joint" else [(1,), (2,)]):
         keys = [(view, image) for view in views for image in range(11)]
-        order = permutation(0, 7, len(keys), KEY_SHUFFLE_STREAM + pass_number)
+        order = permutation(0, 8, len(keys), KEY_SHUFFLE_STREAM + pass_number)
         for part in np.split(order, [6 * len(views)]):  # the micro-batches have 6 and 5 images
             for rank, own in enumerate(np.array_split(part, 3)):
                 expected[rank] += [keys[place] for place in own]

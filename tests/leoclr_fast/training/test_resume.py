@@ -13,6 +13,8 @@ import torch
 
 from leoclr_fast.run.checkpoint import list_checkpoints, load_checkpoint, step_of
 from leoclr_fast.run.folder import RunFolder
+from leoclr_fast.training.loop import pretrain
+from tests.leoclr_fast.conftest import tiny_config
 from tests.leoclr_fast.forked_runs import ForkedRun, ForkedRuns, finished_steps, num_starts_of
 from tests.leoclr_fast.tiny_flags import TINY_FLAGS
 from tests.leoclr_fast.written_run import start, step_record, written_run
@@ -140,3 +142,16 @@ def test_another_number_of_ranks_continues_at_the_same_step(runs: ForkedRuns, ti
     found = [(record["step"], record["loss"]) for record in RunFolder(changed).read_metrics("step")]
     assert [step for step, _ in found] == [step for step, _ in expected] == list(range(1, NUM_STEPS + 1))
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("knn", "every_epochs", "steps"),
+    [("auto", 1, [3, 6, 9]), ("auto", 0, []), ("on", 0, [0, 10]), ("on", 1, [0, 3, 6, 9, 10]), ("off", 1, [])],
+)
+def test_knn_of_a_run_that_pauses(
+    knn: str, every_epochs: int, steps: list[int], tiny_data: Path, tmp_path: Path
+) -> None:
+    """None at the start and at the pause, in the middle of the fourth epoch, unless it is asked for."""
+    config = tiny_config(monitor__knn=knn, monitor__knn_every_epochs=every_epochs, result__epochs=6)
+    pretrain(config, tiny_data, tmp_path / "run", max_steps=10)
+    assert [record["step"] for record in RunFolder(tmp_path / "run").read_metrics("knn")] == steps
