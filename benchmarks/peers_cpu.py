@@ -1,5 +1,5 @@
 """On CPU cores: our MoCo-v2 step against lightly's and the published loop's, and the one-pass loss against two cross
-entropies, as `bench train-time --peers` and `bench loss` time them. `python -m benchmarks.peers_cpu --help`
+entropies, as `bench train-time --peers` and `benchmarks.kernels` time them. `python -m benchmarks.peers_cpu --help`
 
 The step: the same network (torchvision's ResNet), the same crops and the same augmentation on all sides (ours, and it
 is timed with the step), the same SGD, queue, batch and number of threads, in float32.
@@ -15,9 +15,9 @@ import torch
 import tyro
 
 from benchmarks.baselines.peers import PEERS
+from benchmarks.kernels import LossBenchConfig, bench_loss, loss_markdown
 from benchmarks.results import RESULTS, Results, made_with
-from leoclr_fast.bench.config import BenchSetting, LossBenchConfig, RoundsConfig, TrainTimeConfig
-from leoclr_fast.bench.kernels import bench_loss, loss_markdown
+from leoclr_fast.bench.config import BenchSetting, RoundsConfig, TrainTimeConfig
 from leoclr_fast.bench.train_time import bench_train_time, train_time_markdown
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.run.environment import environment

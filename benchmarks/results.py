@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dataset_tools.command_line import as_json
 from dataset_tools.files import write_file
 from dataset_tools.versions import installed_version
 from leoclr_fast.bench.page import bench_page, markdown_table, spread
@@ -82,6 +83,12 @@ class Results:
             raise RuntimeError(f"{shown} failed:\n{self.log[-1]}")
         document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return document
+
+
+def print_document(document: dict[str, Any], page: Callable[..., str]) -> None:
+    """What a benchmark without result files has found: its page, with the command, and as JSON in the last line."""
+    print(page(document, shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])))
+    print(as_json(document))
 
 
 def made_with(surroundings: Mapping[str, Any], *packages: str) -> str:

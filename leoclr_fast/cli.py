@@ -49,11 +49,7 @@ COMMANDS = {
     "watch": f"{_HERE}.watch:Watch",
     "doctor": f"{_HERE}.doctor:Doctor",
     "bench loader": f"{_HERE}.bench:BenchLoader",
-    "bench augment": f"{_HERE}.bench:BenchAugment",
-    "bench loss": f"{_HERE}.bench:BenchLoss",
-    "bench step": f"{_HERE}.bench:BenchStep",
     "bench train-time": f"{_HERE}.bench:BenchTrainTime",
-    "bench scaling": f"{_HERE}.bench:BenchScaling",
 }
 """Name → `module:Class`. A name may be of two words; its first word alone lists what follows it."""
 

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig
-from leoclr_fast.bench.config import (
+from benchmarks.kernels import (
     AugmentBenchConfig,
     LossBenchConfig,
-    RoundsConfig,
-    StepBenchConfig,
-    TrainTimeConfig,
+    augment_markdown,
+    bench_augment,
+    bench_loss,
+    loss_markdown,
 )
-from leoclr_fast.bench.kernels import augment_markdown, bench_augment, bench_loss, loss_markdown
-from leoclr_fast.bench.step import bench_step, step_table
+from benchmarks.step import StepBenchConfig, bench_step, step_table
+from leoclr_fast.bench.config import RoundsConfig, TrainTimeConfig
 from leoclr_fast.bench.train_time import bench_train_time, train_time_markdown
 from leoclr_fast.distributed.process_group import resolve_device
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from dataset_tools.limits import Count, CountOrZero, Seconds, Seed, Temperature, require_allowed
+from dataset_tools.limits import Count, CountOrZero, Seconds, Seed, require_allowed
 from leoclr_fast.config import Architecture, MethodName, ResultConfig
 from leoclr_fast.recipes import get_recipe
 
@@ -69,66 +69,6 @@ def _changed(config: Any, **changes: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossBenchConfig:
-    """The sizes of the loss, and how often it is timed."""
-
-    batch_size: Count = 256
-    queue_size: Count = 65536
-    dim: Count = 128
-    """Of the projection."""
-    positives: Count = 2
-    """Keys of each query: 2 are LeOCLR's, 1 is MoCo-v2's."""
-    temperature: Temperature = 0.2
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Of query, keys and queue; a training hands them over in fp32, whatever its own precision."""
-    rounds: Count = 15
-    """Timed calls of each implementation, after two that are not counted."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AugmentBenchConfig:
-    """The views that are augmented, and how often they are timed."""
-
-    method: MethodName = "leoclr"
-    """Whose views: leoclr has three of each image, mocov2 two."""
-    batch_size: Count = 256
-    """Images."""
-    image_size: Annotated[int, Meta(ge=2)] = 224
-    """Side of a view, pixels."""
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of the views that come out; auto is what a training takes there."""
-    rounds: Count = 15
-    """Timed calls of each implementation, after two that are not counted."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepBenchConfig:
-    """Whose steps are taken apart, and how often each part is timed."""
-
-    methods: tuple[MethodName, ...] = ()
-    """Names in `leoclr_fast.method.methods`; by default all."""
-    repeats: Rounds = 20
-    """Timed calls of each part."""
-    warmup: Count = 3
-    """Calls before them, not timed."""
-    max_s: Seconds = 600.0
-    """For everything; when it is over, each part has been timed less often, at least twice."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundsConfig:
     """How long methods are trained and timed, in interleaved rounds."""
 
@@ -187,43 +127,3 @@ class LoaderBenchConfig:
 
     def __post_init__(self) -> None:
         require_allowed(self)
-
-
-Mode = Literal["weak", "strong"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScalingConfig:
-    """The numbers of ranks that are timed, and how long."""
-
-    ranks: tuple[int, ...] = (1, 2)
-    """Numbers of ranks to time. The command starts them itself, one for each GPU, or on the CPU."""
-    mode: Literal["weak", "strong", "both"] = "both"
-    """weak: --batch-size is that of each rank. strong: it is the global one, shared by all ranks."""
-    method: MethodName = "leoclr"
-    rounds: Rounds = 5
-    """Every number of ranks trains once in each; the order rotates from round to round."""
-    steps: Count = 20
-    """Timed steps in a round."""
-    warmup_steps: Count = 5
-    """Steps before them, not timed: the step is made anew in every round."""
-    max_s: Seconds = 1800.0
-    """No new round begins after so many seconds; two are always run."""
-    limit_s: Seconds = 300.0
-    """Ranks that take longer for their share of a round are an error."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
-        if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
-            raise ValueError(f"--ranks {' '.join(map(str, self.ranks))} is not allowed: give different numbers from 1")
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return ("weak", "strong") if self.mode == "both" else (self.mode,)
-
-    def result(self, setting: BenchSetting, mode: Mode, num_ranks: int) -> ResultConfig:
-        """The configuration on so many ranks; weak: the setting's batch on every rank. Raises ValueError for one that
-        cannot be.
-        """
-        alone = setting.result(self.method)
-        return replace(alone, batch_size=alone.batch_size * (num_ranks if mode == "weak" else 1))

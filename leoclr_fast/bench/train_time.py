@@ -41,7 +41,6 @@ from pipelines.factory import shows_images
 Peer = Callable[[BenchSetting, SpeedConfig, torch.device], TimedMethod]
 
 _KWH_PER_J = 1 / 3.6e6
-_PLOT_FORMATS = (".svg", ".png", ".pdf")
 
 
 def bench_train_time(
@@ -262,49 +261,3 @@ def _bottleneck_lines(document: dict[str, Any]) -> list[str]:
 def _title(document: dict[str, Any], method: str) -> str:
     """The name of a method for people; a peer's own."""
     return document["titles"].get(method, method)
-
-
-def plot_train_time(document: dict[str, Any], path: Path) -> None:
-    """Bars of images/s with their 20 % and 80 % quantiles, as SVG, PNG or PDF by the suffix of `path`.
-
-    Raises ValueError for another suffix, or where the file cannot be written.
-    """
-    require_plot_format(path)
-    from matplotlib.figure import Figure
-
-    methods = list(dict.fromkeys(row["method"] for row in document["rows"]))
-    kinds = list(document["speedups"])
-    figure = Figure(figsize=(1.5 + 1.6 * len(methods), 4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(kinds)
-    for place, kind in enumerate(kinds):
-        rows = [row for row in document["rows"] if row["data"] == kind]
-        axes.bar(
-            [methods.index(row["method"]) + (place - (len(kinds) - 1) / 2) * width for row in rows],
-            [row["images_per_s"] for row in rows],
-            0.92 * width,
-            yerr=[
-                [row["images_per_s"] - row["images_per_s_q20"] for row in rows],
-                [row["images_per_s_q80"] - row["images_per_s"] for row in rows],
-            ],
-            capsize=3,
-            label=f"{kind} images",
-        )
-    axes.set_xticks(range(len(methods)), [_title(document, method) for method in methods])
-    axes.set_ylabel("images/s")
-    axes.set_title(document["header"], fontsize=7, wrap=True)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
-
-
-def require_plot_format(path: Path) -> None:
-    """Raises ValueError for a file name that says no format we draw in."""
-    if path.suffix.lower() not in _PLOT_FORMATS:
-        raise ValueError(
-            f"a plot cannot be written as {path.name}: give a name that ends in {', '.join(_PLOT_FORMATS)}"
-        )

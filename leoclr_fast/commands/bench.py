@@ -12,13 +12,9 @@ from rich.console import Console
 
 from dataset_tools.command_line import CommonFlags, say
 from leoclr_fast.bench.config import (
-    AugmentBenchConfig,
     BenchSetting,
     LoaderBenchConfig,
-    LossBenchConfig,
     RoundsConfig,
-    ScalingConfig,
-    StepBenchConfig,
     TrainTimeConfig,
 )
 from leoclr_fast.commands.written_page import command_line, write_page
@@ -38,57 +34,7 @@ class _Bench(CommonFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TrainingBench(_Bench):
-    setting: Annotated[BenchSetting, _Flattened] = field(default_factory=BenchSetting)
-    """The same for every method."""
-    speed: Annotated[SpeedConfig, _Flattened] = field(default_factory=SpeedConfig)
-    """Changes only the speed. Where no --data is given, the images are synthetic, whatever the loader."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchLoss(_Bench):
-    """Time forward and backward of every InfoNCE, in interleaved rounds, beside one cross entropy for each key."""
-
-    config: Annotated[LossBenchConfig, _Flattened] = field(default_factory=LossBenchConfig)
-
-    def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.bench.kernels import bench_loss, loss_markdown
-
-        document = bench_loss(self.config)
-        self._show(console, loss_markdown(document, command_line("bench loss")))
-        return document
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchAugment(_Bench):
-    """Time jitter, grayscale, blur, flip and normalisation of a batch's views by every implementation, interleaved."""
-
-    config: Annotated[AugmentBenchConfig, _Flattened] = field(default_factory=AugmentBenchConfig)
-
-    def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.bench.kernels import augment_markdown, bench_augment
-
-        document = bench_augment(self.config)
-        self._show(console, augment_markdown(document, command_line("bench augment")))
-        return document
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchStep(_TrainingBench):
-    """Time the parts of a training step and the whole of it, on synthetic images."""
-
-    config: Annotated[StepBenchConfig, _Flattened] = field(default_factory=StepBenchConfig)
-
-    def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.bench.step import bench_step, step_markdown
-
-        document = bench_step(self.config, self.setting, self.speed, lambda line: say(console, line))
-        self._show(console, step_markdown(document, command_line("bench step")))
-        return document
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchTrainTime(_TrainingBench):
+class BenchTrainTime(_Bench):
     """Time LeOCLR and MoCo-v2 in interleaved rounds, on synthetic and on real images."""
 
     data: Path | None = None
@@ -96,39 +42,18 @@ class BenchTrainTime(_TrainingBench):
     config: Annotated[TrainTimeConfig, _Flattened] = field(default_factory=TrainTimeConfig)
     rounds: Annotated[RoundsConfig, _Flattened] = field(default_factory=RoundsConfig)
     """How long is measured."""
-    plot: Path | None = None
-    """Draw the rates into this file (.svg, .png or .pdf)."""
+    setting: Annotated[BenchSetting, _Flattened] = field(default_factory=BenchSetting)
+    """The same for every method."""
+    speed: Annotated[SpeedConfig, _Flattened] = field(default_factory=SpeedConfig)
+    """Changes only the speed. Without --data the images are synthetic, whatever the loader."""
 
     def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.bench.train_time import (
-            bench_train_time,
-            plot_train_time,
-            require_plot_format,
-            train_time_markdown,
-        )
+        from leoclr_fast.bench.train_time import bench_train_time, train_time_markdown
 
-        if self.plot is not None:
-            require_plot_format(self.plot)
         document = bench_train_time(
             self.config, self.rounds, self.setting, self.speed, self.data, lambda line: say(console, line)
         )
         self._show(console, train_time_markdown(document, command_line("bench train-time", self.data)))
-        if self.plot is not None:
-            plot_train_time(document, self.plot)
-        return document
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchScaling(_TrainingBench):
-    """Time training on 1 to N ranks of this machine, in interleaved rounds, with its share of communication."""
-
-    config: Annotated[ScalingConfig, _Flattened] = field(default_factory=ScalingConfig)
-
-    def run(self, console: Console) -> dict[str, Any]:
-        from leoclr_fast.bench.scaling import bench_scaling, scaling_markdown
-
-        document = bench_scaling(self.config, self.setting, self.speed, lambda line: say(console, line))
-        self._show(console, scaling_markdown(document, command_line("bench scaling")))
         return document
 
 

@@ -131,7 +131,7 @@ def test_the_parts_that_were_done_are_kept(
 
 
 def test_losses_are_kept_by_precision(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("leoclr_fast.bench.kernels.what_compiling_lacks", lambda device_type: "a compiler")
+    monkeypatch.setattr("benchmarks.kernels.what_compiling_lacks", lambda device_type: "a compiler")
     kept: list[Answer] = []
     config = SuiteConfig(device="cpu", tiny=True, precision="fp32", keep=kept.append, soft_limit_s=5)
     assert benches.run_loss(config, lambda _: None) is kept[-1]

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kernels import LossBenchConfig
 from benchmarks.peers_cpu import PeersBenchmark
-from leoclr_fast.bench.config import BenchSetting, LossBenchConfig, RoundsConfig
+from leoclr_fast.bench.config import BenchSetting, RoundsConfig
 
 
 def test_both_parts_and_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("lightly")
     monkeypatch.setattr(sys, "argv", ["peers_cpu", "--out", str(tmp_path)])
-    monkeypatch.setattr("leoclr_fast.bench.kernels.what_compiling_lacks", lambda device_type: "a compiler")
+    monkeypatch.setattr("benchmarks.kernels.what_compiling_lacks", lambda device_type: "a compiler")
     PeersBenchmark(
         setting=BenchSetting(recipe="mocov2_demo", batch_size=8, queue_size=32, image_size=16, width_multiplier=0.0625),
         rounds=RoundsConfig(rounds=2, steps=1, lead_steps=0, warmup_steps=1),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leoclr_fast.bench.kernels import cross_entropies
+from benchmarks.kernels import cross_entropies
 from leoclr_fast.bench.timing import captured, peak_extra_mib
 from leoclr_fast.losses.info_nce import info_nce
 from pipelines import augment_triton as fused

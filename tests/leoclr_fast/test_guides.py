@@ -6,6 +6,7 @@ import re
 import shlex
 import tomllib
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,6 @@ SMALLER = {
         "--max-images",
         "64",
     ],
-    "bench step": ["--repeats", "2", "--warmup", "1", "--batch-size", "8"],
     "bench loader": ["--rounds", "1", "--loaders", "torchvision", "--max-images", "64", "--workers", "1"],
     "parity": ["--max-images", "40", "--workers", "1"],
 }
@@ -104,6 +104,7 @@ def test_commands_of_the_consoles_are_parsed(guide: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("pages")
 def test_every_command_of_the_guides_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,7 +162,7 @@ def test_every_command_of_the_guide_to_converting_runs(
     assert (tmp_path / "fast/merged/train.beton").read_bytes() == (
         tmp_path / "fast/imagenet-ffcv/train.beton"
     ).read_bytes()
-    assert (tmp_path / "runs" / "leoclr" / "report.html").is_file()
+    assert (tmp_path / "runs" / "leoclr" / "summary.json").is_file()
 
 
 @pytest.mark.parametrize("guide", [*GUIDES, "CONTRIBUTING.md"])
@@ -169,6 +170,8 @@ def test_the_files_that_a_guide_shows_and_links_exist(guide: str) -> None:
     path = ROOT / guide
     linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
     assert all((path.parent / name).exists() for name in linked), linked
+    modules = re.findall(r"python -m (benchmarks[\w.]*)", path.read_text())
+    assert all(find_spec(module) for module in modules if module != "benchmarks.NAME"), modules
 
 
 def test_the_map_is_true() -> None:

@@ -1,4 +1,4 @@
-"""`bench train-time` and `bench step` at a size that a CPU gets through in seconds: the whole path of both."""
+"""`bench train-time` at a size that a CPU gets through in seconds: the whole path."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import torch
 
 import leoclr_fast
 from leoclr_fast.bench import rounds, train_time
-from leoclr_fast.bench.config import BenchSetting, RoundsConfig, StepBenchConfig, TrainTimeConfig
+from leoclr_fast.bench.config import BenchSetting, RoundsConfig, TrainTimeConfig
 from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, TimedMethod, open_batches, training_images
 from leoclr_fast.bench.setting import departures_from_paper, setting_header
 from leoclr_fast.bench.statistics import ratio_interval
-from leoclr_fast.bench.step import WHOLE, bench_step, step_markdown
-from leoclr_fast.bench.train_time import bench_train_time, plot_train_time, train_time_markdown
+from leoclr_fast.bench.train_time import bench_train_time, train_time_markdown
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.method.flops import training_flops_per_image
@@ -70,15 +69,11 @@ def test_a_cpu_says_that_it_is_one_and_what_is_missing(document: dict[str, Any])
     assert document["gpu"] is None
 
 
-def test_page_and_plot(document: dict[str, Any], tmp_path: Path):
+def test_page(document: dict[str, Any]):
     page = train_time_markdown(document, "the command")
     assert page.startswith(f"# LeOCLR next to MoCo-v2: training time\n\nSetting: {document['header']}.\n")
     assert f"step time LeOCLR / MoCo-v2, real images: {document['ratio_real']['median']:.3f}" in page
     assert "- our MoCo-v2 over published MoCo-v2 loop, synthetic images: " in page
-    plot_train_time(document, tmp_path / "new" / "rates.svg")
-    assert (tmp_path / "new" / "rates.svg").read_text().lstrip().startswith("<?xml")
-    with pytest.raises(ValueError, match=r"rates\.txt: give a name that ends in \.svg"):
-        plot_train_time(document, tmp_path / "rates.txt")
     state = {
         "name": "NVIDIA H200", "driver": "580.1", "sm_clock_mhz": "1830", "max_sm_clock_mhz": "1980",
         "temperature_c": "55", "power_limit_w": "700.00",
@@ -107,7 +102,7 @@ def test_the_command_prints_the_document_last(
     flags = (
         "bench train-time --recipe leoclr_demo --batch-size 8 --queue-size 32 --image-size 16 --width-multiplier "
         "0.0625 --device cpu --rounds 2 --steps 1 --lead-steps 0 --warmup-steps 1 --methods mocov2 "
-        f"--data {tiny_data} --markdown {tmp_path}/page.md --plot {tmp_path}/plot.png --json"
+        f"--data {tiny_data} --markdown {tmp_path}/page.md --json"
     ).split()
     monkeypatch.setattr("sys.argv", ["leoclr-fast", *flags])
     assert run_command(flags) == 0
@@ -118,28 +113,6 @@ def test_the_command_prints_the_document_last(
     assert page.startswith("# MoCo-v2: training time\n")
     assert "--data data " in page
     assert str(tiny_data) not in page
-    assert (tmp_path / "plot.png").stat().st_size > 1000
-
-
-def test_step_parts_and_whole():
-    document = bench_step(StepBenchConfig(repeats=2, warmup=1), TINY, CPU)
-    for method, num_keys in (("leoclr", 2), ("mocov2", 1)):
-        rows = [row for row in document["rows"] if row["method"] == method]
-        assert [row["part"] for row in rows] == [
-            "augmentation",
-            "moving average of the key encoder",
-            f"key forward, {num_keys} views",
-            "query forward and backward",
-            "loss forward and backward",
-            "optimizer",
-            "metrics: gradient norm and similarities",
-            "enqueue",
-            WHOLE,
-        ]
-        assert sum(row["share"] for row in rows[:-1]) == pytest.approx(1)
-        assert rows[-1]["images_per_s"] == pytest.approx(8000 / rows[-1]["ms"])
-        assert all(row["ms"] > 0 for row in rows)
-    assert document["header"] in step_markdown(document)
 
 
 class _Recorder(TimedMethod):

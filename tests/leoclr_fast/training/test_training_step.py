@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leoclr_fast.bench.config import AugmentBenchConfig
+from benchmarks.kernels import AugmentBenchConfig
 from leoclr_fast.config import BackboneConfig, MethodConfig, RunConfig, SpeedConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.communication_meter import CommunicationMeter

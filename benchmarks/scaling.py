@@ -1,6 +1,7 @@
 """What more ranks bring: images per second with a batch that grows with them (weak), and with a fixed one (strong).
 
 Every rank is a process of this machine; in each round so many of them as are timed make their step anew and train.
+`python -m benchmarks.scaling --help`
 """
 
 from __future__ import annotations
@@ -9,22 +10,25 @@ import gc
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from multiprocessing import connection
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
+import tyro
 
-from leoclr_fast.bench.config import BenchSetting, Mode, ScalingConfig
+from benchmarks.results import print_document
+from dataset_tools.limits import Count, Seconds, require_allowed
+from leoclr_fast.bench.config import BenchSetting, Rounds
 from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
 from leoclr_fast.bench.processes import OwnProcess
 from leoclr_fast.bench.rounds import SYNTHETIC, endless, training_images
 from leoclr_fast.bench.setting import bench_device, setting_header
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.timing import Say, interleaved, synchronize
-from leoclr_fast.config import ResultConfig, RunConfig, SpeedConfig
+from leoclr_fast.config import MethodName, ResultConfig, RunConfig, SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.communication_meter import CommunicationMeter
@@ -39,6 +43,44 @@ from pipelines.factory import make_loader
 from pipelines.order import TrainOrder
 
 _HOST = "127.0.0.1"
+Mode = Literal["weak", "strong"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingConfig:
+    """The numbers of ranks that are timed, and how long."""
+
+    ranks: tuple[int, ...] = (1, 2)
+    """Numbers of ranks to time. The command starts them itself, one for each GPU, or on the CPU."""
+    mode: Literal["weak", "strong", "both"] = "both"
+    """weak: --batch-size is that of each rank. strong: it is the global one, shared by all ranks."""
+    method: MethodName = "leoclr"
+    rounds: Rounds = 5
+    """Every number of ranks trains once in each; the order rotates from round to round."""
+    steps: Count = 20
+    """Timed steps in a round."""
+    warmup_steps: Count = 5
+    """Steps before them, not timed: the step is made anew in every round."""
+    max_s: Seconds = 1800.0
+    """No new round begins after so many seconds; two are always run."""
+    limit_s: Seconds = 300.0
+    """Ranks that take longer for their share of a round are an error."""
+
+    def __post_init__(self) -> None:
+        require_allowed(self)
+        if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
+            raise ValueError(f"--ranks {' '.join(map(str, self.ranks))} is not allowed: give different numbers from 1")
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return ("weak", "strong") if self.mode == "both" else (self.mode,)
+
+    def result(self, setting: BenchSetting, mode: Mode, num_ranks: int) -> ResultConfig:
+        """The configuration on so many ranks; weak: the setting's batch on every rank. Raises ValueError for one that
+        cannot be.
+        """
+        alone = setting.result(self.method)
+        return replace(alone, batch_size=alone.batch_size * (num_ranks if mode == "weak" else 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,3 +353,20 @@ def _notes(config: ScalingConfig, device: torch.device, threads: int, notes: lis
             "one rank may run as a captured CUDA graph, several here do not; --cuda-graph off compares like with like"
         )
     return [*notes, "the share of communication includes the waiting for slower ranks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingBenchmark:
+    """Time training on 1 to N ranks of this machine, in interleaved rounds, with its share of communication."""
+
+    config: Annotated[ScalingConfig, tyro.conf.arg(name="")] = field(default_factory=ScalingConfig)
+    setting: Annotated[BenchSetting, tyro.conf.arg(name="")] = field(default_factory=BenchSetting)
+    speed: Annotated[SpeedConfig, tyro.conf.arg(name="")] = field(default_factory=SpeedConfig)
+
+    def run(self) -> None:
+        """Measure, and print."""
+        print_document(bench_scaling(self.config, self.setting, self.speed, print), scaling_markdown)
+
+
+if __name__ == "__main__":
+    tyro.cli(ScalingBenchmark).run()

@@ -1,4 +1,5 @@
 """The loss and the augmentation alone: every implementation that runs here, interleaved, with its error and memory.
+`python -m benchmarks.kernels loss|augment --help`
 
 Legend: B queries or images, D dimensions, K negatives, P positives of each query; V views, S side of a view.
 """
@@ -6,18 +7,23 @@ Legend: B queries or images, D dimensions, K negatives, P positives of each quer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
+import tyro
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leoclr_fast.bench.config import AugmentBenchConfig, LossBenchConfig
+from benchmarks.results import print_document
+from dataset_tools.limits import Count, Temperature, require_allowed
 from leoclr_fast.bench.page import bench_page, markdown_table, number, spread
 from leoclr_fast.bench.setting import bench_device
 from leoclr_fast.bench.statistics import quantiles, ratio_interval
 from leoclr_fast.bench.timing import captured, interleaved_ms, peak_extra_mib
+from leoclr_fast.config import MethodName
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.losses.info_nce import InfoNCEImpl, info_nce
 from leoclr_fast.machine.compiling import what_compiling_lacks
@@ -38,6 +44,49 @@ Result = TypeVar("Result")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _CHECKED_VIEWS = 24
 _TRUTH_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossBenchConfig:
+    """The sizes of the loss, and how often it is timed."""
+
+    batch_size: Count = 256
+    queue_size: Count = 65536
+    dim: Count = 128
+    """Of the projection."""
+    positives: Count = 2
+    """Keys of each query: 2 are LeOCLR's, 1 is MoCo-v2's."""
+    temperature: Temperature = 0.2
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of query, keys and queue; a training hands them over in fp32, whatever its own precision."""
+    rounds: Count = 15
+    """Timed calls of each implementation, after two that are not counted."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require_allowed(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AugmentBenchConfig:
+    """The views that are augmented, and how often they are timed."""
+
+    method: MethodName = "leoclr"
+    """Whose views: leoclr has three of each image, mocov2 two."""
+    batch_size: Count = 256
+    """Images."""
+    image_size: Annotated[int, Meta(ge=2)] = 224
+    """Side of a view, pixels."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of the views that come out; auto is what a training takes there."""
+    rounds: Count = 15
+    """Timed calls of each implementation, after two that are not counted."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require_allowed(self)
 
 
 def cross_entropies(query: Tensor, keys: Sequence[Tensor], queue: Tensor, temperature: float) -> Tensor:
@@ -280,3 +329,14 @@ def _relative_error(ours: Tensor, truth: Tensor) -> float:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+if __name__ == "__main__":
+    config = tyro.cli(
+        Annotated[LossBenchConfig, tyro.conf.subcommand("loss")]
+        | Annotated[AugmentBenchConfig, tyro.conf.subcommand("augment")]
+    )
+    if isinstance(config, LossBenchConfig):
+        print_document(bench_loss(config), loss_markdown)
+    else:
+        print_document(bench_augment(config), augment_markdown)

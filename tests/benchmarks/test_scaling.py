@@ -1,20 +1,16 @@
-"""`bench scaling` at a size that a CPU gets through in seconds."""
+"""Scaling at a size that a CPU gets through in seconds."""
 
 from __future__ import annotations
 
-import json
-from contextlib import redirect_stdout
 from dataclasses import replace
-from io import StringIO
 from typing import Any
 
 import numpy as np
 import pytest
 
-from leoclr_fast.bench.config import BenchSetting, ScalingConfig
-from leoclr_fast.bench.scaling import Point, RankProcesses, bench_scaling
+from benchmarks.scaling import Point, RankProcesses, ScalingConfig, bench_scaling, scaling_markdown
+from leoclr_fast.bench.config import BenchSetting
 from leoclr_fast.bench.statistics import quantiles
-from leoclr_fast.cli import run_command
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.method.methods import build_method
@@ -26,17 +22,11 @@ CPU = SpeedConfig(device="cpu", precision="fp32", compile="off")
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """The document and the page of the command on one rank and on two."""
-    page, output = tmp_path_factory.mktemp("scaling") / "scaling.md", StringIO()
-    flags = [
-        "--ranks", "1", "2", "--recipe=leoclr_demo", "--batch-size=9", "--queue-size=64", "--image-size=16",
-        "--width-multiplier=0.0625", "--key-batchnorm=shuffle", "--device=cpu", "--gradient-compression=bf16",
-        "--rounds=2", "--steps=2", "--warmup-steps=1", "--limit-s=120", f"--markdown={page}", "--json",
-    ]  # fmt: skip
-    with redirect_stdout(output):
-        assert run_command(["bench", "scaling", *flags]) == 0
-    return json.loads(output.getvalue().splitlines()[-1]), page.read_text()
+def written() -> tuple[dict[str, Any], str]:
+    """The document and the page, of one rank and of two."""
+    config = ScalingConfig(ranks=(1, 2), rounds=2, steps=2, warmup_steps=1, limit_s=120)
+    document = bench_scaling(config, TINY, CPU)
+    return document, scaling_markdown(document)
 
 
 @pytest.mark.timeout(300)
@@ -69,7 +59,7 @@ def test_bytes_are_what_the_sizes_of_network_and_views_say(written: tuple[dict[s
     for row in written[0]["rows"]:
         local = 9 if row["mode"] == "weak" else 5
         volume = {
-            "all_reduce": 2 * num_gradients + 4 * num_statistics,
+            "all_reduce": 4 * num_gradients + 4 * num_statistics,
             "all_gather": 4 * 2 * 2 * local * result.method.projection_dim,
             "all_to_all": 2 * local * (16 * 16 * 3 + 13 * 8),
         }

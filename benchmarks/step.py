@@ -1,14 +1,20 @@
-"""Where the time of a training step goes: its parts one by one, and the whole as `pretrain` runs it."""
+"""Where the time of a training step goes: its parts one by one, and the whole as `pretrain` runs it.
+`python -m benchmarks.step --help`
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import torch
+import tyro
 from torch.nn.utils import get_total_norm
 
-from leoclr_fast.bench.config import BenchSetting, StepBenchConfig
+from benchmarks.results import print_document
+from dataset_tools.limits import Count, Seconds, require_allowed
+from leoclr_fast.bench.config import BenchSetting, Rounds
 from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
 from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, open_batches, prepare, training_images
 from leoclr_fast.bench.setting import bench_device, departures_from_paper, setting_header
@@ -28,6 +34,23 @@ from pipelines.augment import augmented_views
 from pipelines.batch import CropBatch
 
 WHOLE = "whole step"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBenchConfig:
+    """Whose steps are taken apart, and how often each part is timed."""
+
+    methods: tuple[MethodName, ...] = ()
+    """Names in `leoclr_fast.method.methods`; by default all."""
+    repeats: Rounds = 20
+    """Timed calls of each part."""
+    warmup: Count = 3
+    """Calls before them, not timed."""
+    max_s: Seconds = 600.0
+    """For everything; when it is over, each part has been timed less often, at least twice."""
+
+    def __post_init__(self) -> None:
+        require_allowed(self)
 
 
 def bench_step(
@@ -142,7 +165,7 @@ def _parts(ours: OurMethod, batch: CropBatch, device: torch.device) -> dict[str,
     method = training.method
     if not isinstance(method, MomentumContrast):
         raise ValueError(
-            f"bench step cannot take {method.title} apart, only momentum contrast; give others to train-time"
+            f"{method.title} cannot be taken apart here, only momentum contrast; give others to bench train-time"
         )
     size, seed = result.batch_size, result.seed
     networks: list[Callable[[torch.Tensor], torch.Tensor]] = [method.query_encoder, method.key_encoder]
@@ -204,3 +227,21 @@ def _parts(ours: OurMethod, batch: CropBatch, device: torch.device) -> dict[str,
         "metrics: gradient norm and similarities": metrics,
         "enqueue": lambda: method.enqueue(keys),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBenchmark:
+    """Time the parts of a training step and the whole of it, on synthetic images."""
+
+    config: Annotated[StepBenchConfig, tyro.conf.arg(name="")] = field(default_factory=StepBenchConfig)
+    setting: Annotated[BenchSetting, tyro.conf.arg(name="")] = field(default_factory=BenchSetting)
+    """The same for every method."""
+    speed: Annotated[SpeedConfig, tyro.conf.arg(name="")] = field(default_factory=SpeedConfig)
+
+    def run(self) -> None:
+        """Measure, and print."""
+        print_document(bench_step(self.config, self.setting, self.speed, print), step_markdown)
+
+
+if __name__ == "__main__":
+    tyro.cli(StepBenchmark).run()

@@ -1,21 +1,27 @@
-"""bench loss and bench augment on a CPU, and what they measure with."""
+"""The loss and the augmentation timed on a CPU, and what they are timed with."""
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from leoclr_fast.bench import kernels
-from leoclr_fast.bench.config import AugmentBenchConfig, LossBenchConfig
-from leoclr_fast.bench.kernels import CROSS_ENTROPIES, bench_augment, bench_loss, cross_entropies, timed_rows
+from benchmarks import kernels
+from benchmarks.kernels import (
+    CROSS_ENTROPIES,
+    AugmentBenchConfig,
+    LossBenchConfig,
+    augment_markdown,
+    bench_augment,
+    bench_loss,
+    cross_entropies,
+    loss_markdown,
+    timed_rows,
+)
 from leoclr_fast.bench.timing import interleaved, interleaved_ms, peak_extra_mib
-from leoclr_fast.cli import run_command
 from tests.leoclr_fast.losses.test_info_nce import cross_entropies as published_form
 from tests.leoclr_fast.losses.test_info_nce import unit_vectors
 
@@ -105,61 +111,19 @@ class TestLoss:
             assert row["gradient_error"] < 1e-6
         assert document["logits_mib"] == 5 * 37 * 4 / 2**20
         assert document["queue_mib"] == 37 * 8 * 4 / 2**20
+        page = loss_markdown(document, "the command")
+        assert "| cross entropies |" in page
+        assert "- triton: left out, since it needs a CUDA device." in page
 
     def test_more_queries_than_the_truth_takes_at_once(self) -> None:
         document = bench_loss(replace(LOSS, batch_size=131, precision="bf16", positives=1, rounds=1))
         assert all(row["loss_error"] < 3e-3 and row["gradient_error"] < 2e-2 for row in document["rows"])
-
-    @pytest.mark.parametrize("flag", ["batch-size", "queue-size", "dim", "positives", "rounds"])
-    def test_numbers_that_are_not_allowed(self, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run_command(["bench", "loss", f"--{flag}", "0"]) == 1
-        assert "0 is not allowed: give at least 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("command", "columns"),
-    [
-        (
-            ["loss", "--batch-size", "4", "--queue-size", "16", "--dim", "8"],
-            {"impl", "ms", "peak_extra_mib", "speedup", "loss_error", "gradient_error"},
-        ),
-        (
-            ["augment", "--batch-size", "2", "--image-size", "16", "--method", "mocov2"],
-            {"impl", "ms", "images_per_s", "peak_extra_mib", "speedup", "error"},
-        ),
-    ],
-    ids=lambda given: given[0] if isinstance(given, list) else "",
-)
-def test_the_command_lines(
-    command: list[str], columns: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = tmp_path / "page.md"
-    options = ["--rounds", "1", "--device", "cpu", "--markdown", str(page), "--json"]
-    assert run_command(["bench", *command, *options]) == 0
-    printed = capsys.readouterr().out
-    document = json.loads(printed.splitlines()[-1])
-    assert all(columns <= row.keys() for row in document["rows"])
-    assert document["environment"]["device"] == "cpu"
-    written = page.read_text()
-    assert written.strip() in printed
-    assert all(f"| {row['impl']} |" in written for row in document["rows"])
-    assert "- triton: left out, since it needs a CUDA device." in written
 
 
 def test_augmentation_is_checked_against_float64() -> None:
     document = bench_augment(AugmentBenchConfig(batch_size=3, image_size=16, precision="fp32", device="cpu", rounds=1))
     assert [row["impl"] for row in document["rows"]] == ["torch", "numba"]
     assert all(row["error"] < 2e-5 for row in document["rows"])
+    assert "- triton: left out, since it needs a CUDA device." in augment_markdown(document)
     assert document["views"] == 3
     assert document["crops_mib"] == 9 * 16 * 16 * 3 / 2**20
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [(("--image-size", "1"), "image size 1 is not allowed"), (("--rounds", "0"), "at least 1")],
-)
-def test_augmentations_that_are_not_allowed(
-    change: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_command(["bench", "augment", "--batch-size", "1", *change]) == 1
-    assert message in capsys.readouterr().err
