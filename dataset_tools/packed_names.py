@@ -50,18 +50,14 @@ class PackedNames(Sequence[str]):
 
     def select(self, indices: NDArray[np.int64]) -> PackedNames:
         """The names at `indices` (int64 [M], in [0, N)), in that order."""
-        chunks = [slice(begin, begin + (1 << 12)) for begin in range(0, len(indices), 1 << 12)]  # for little memory
-        offsets = np.zeros(len(indices) + 1, dtype=np.int64)
-        end = 0
-        for chunk in chunks:
-            sizes = self.offsets[indices[chunk] + 1] - self.offsets[indices[chunk]]
-            offsets[1:][chunk] = end + np.cumsum(sizes)
-            end += int(sizes.sum())
-        blob = BytesIO(bytes(end))  # of its final size from the start, since growing it may copy it
-        for chunk in chunks:
-            starts, stops = self.offsets[indices[chunk]].tolist(), self.offsets[indices[chunk] + 1].tolist()
-            blob.write(b"".join([self.blob[start:stop] for start, stop in zip(starts, stops, strict=True)]))
-        return PackedNames.from_buffers(blob.getvalue(), offsets)
+        starts = self.offsets[indices]
+        offsets = np.concatenate(([0], np.cumsum(self.offsets[indices + 1] - starts)))
+        letters, chosen = np.frombuffer(self.blob, dtype=np.uint8), BytesIO()
+        for begin in range(0, len(indices), 1 << 14):  # for little memory
+            ends = offsets[begin : begin + (1 << 14) + 1]
+            shifts = starts[begin : begin + (1 << 14)] - ends[:-1]  # from a letter's place here to that in the blob
+            chosen.write(letters[np.arange(ends[0], ends[-1]) + np.repeat(shifts, np.diff(ends))].tobytes())
+        return PackedNames.from_buffers(chosen.getvalue(), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataset_tools.sources.split import UNLABELED, ImageSource, Split
-from dataset_tools.subsets import class_balanced_order, rank_in_class
+from dataset_tools.subsets import rank_in_class, round_robin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,11 @@ def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
     They are class-balanced, by the seed, and take at most half of any class: there may be fewer of them, or none.
     """
     class_sizes = np.bincount(split.labels)
-    spare = rank_in_class(split.labels, seed) < class_sizes[split.labels] // 2
-    order = class_balanced_order(split.labels, seed)
-    chosen = np.sort(order[spare[order]][:count])
-    return split.subset(np.setdiff1d(np.arange(len(split)), chosen)), split.subset(chosen)
+    rank = rank_in_class(split.labels, seed)
+    order, spare = round_robin(rank, seed), rank < class_sizes[split.labels] // 2
+    is_held_out = np.zeros(len(split), dtype=np.bool_)
+    is_held_out[order[spare[order]][:count]] = True
+    return split.subset(np.flatnonzero(~is_held_out)), split.subset(np.flatnonzero(is_held_out))
 
 
 def _labelled(split: Split) -> bool:

@@ -20,8 +20,12 @@ def class_balanced_order(labels: ArrayLike, seed: int) -> NDArray[np.int64]:
     prefixes are nested. `labels`: integers [N]. `seed`: any integer, taken modulo 2^64. Raises ValueError if
     labels are anything else.
     """
-    rank = rank_in_class(labels, seed)
-    return np.lexsort((_hash(seed, len(rank), stream=1), rank)).astype(np.int64)
+    return round_robin(rank_in_class(labels, seed), seed)
+
+
+def round_robin(rank: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """`class_balanced_order` of samples whose `rank_in_class` by this seed is known."""
+    return _sorted_by(rank, _hash(seed, len(rank), stream=1))
 
 
 def class_balanced_subset(labels: ArrayLike, count: int, seed: int) -> NDArray[np.int64]:
@@ -58,11 +62,19 @@ def rank_in_class(labels: ArrayLike, seed: int) -> NDArray[np.int64]:
 
 def rank_by(draws: NDArray[np.uint64], labels: NDArray[Any]) -> NDArray[np.int64]:
     """int64 [N]: the place, from 0, of each sample among those of its class, sorted by `draws` [N]."""
-    by_class = np.lexsort((draws, labels))
+    by_class = _sorted_by(labels, draws)
     sizes = np.unique(labels, return_counts=True)[1]
     rank = np.empty(len(labels), dtype=np.int64)
     rank[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return rank
+
+
+def _sorted_by(groups: NDArray[Any], draws: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """`np.lexsort((draws, groups))`, int64 [N]; many times as fast where there are few groups, which 16 bits count."""
+    order = np.argsort(draws, kind="stable")
+    if groups.size and groups.min() >= -(1 << 15) and groups.max() < 1 << 15:
+        groups = groups.astype(np.int16)
+    return order[np.argsort(groups[order], kind="stable")].astype(np.int64, copy=False)
 
 
 def _hash(seed: int, count: int, stream: int) -> NDArray[np.uint64]:

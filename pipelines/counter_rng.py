@@ -16,6 +16,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _SHIFT_32 = np.uint64(32)
 _NUM_ROUNDS = 10
+_ROWS_IN_CACHE = 1 << 13
 
 # Streams keep the purposes apart: two streams never share a draw.
 ORDER_STREAM = 0
@@ -64,14 +65,17 @@ def random_words(
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed {seed} is not allowed: give an integer from 0 to 2**64 - 1")
-    num_blocks = -(-num_words // 4)
-    counter = np.empty((len(index), num_blocks, 4), dtype=np.uint64)
-    counter[..., 0] = np.asarray(index, dtype=np.uint64)[:, None]
-    counter[..., 1] = epoch
-    counter[..., 2] = stream
-    counter[..., 3] = np.arange(num_blocks, dtype=np.uint64)
-    words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    return words.reshape(len(index), 4 * num_blocks)[:, :num_words]
+    words = np.empty((len(index), num_words), dtype=np.uint64)
+    for start in range(0, len(index), _ROWS_IN_CACHE):
+        rows = index[start : start + _ROWS_IN_CACHE]
+        counter = np.empty((len(rows), -(-num_words // 4), 4), dtype=np.uint64)
+        counter[..., 0] = np.asarray(rows, dtype=np.uint64)[:, None]
+        counter[..., 1] = epoch
+        counter[..., 2] = stream
+        counter[..., 3] = np.arange(counter.shape[1], dtype=np.uint64)
+        drawn = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
+        words[start : start + len(rows)] = drawn.reshape(len(rows), -1)[:, :num_words]
+    return words
 
 
 def uniform(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -67,14 +68,29 @@ class Split(ABC):
         return f"<{type(self).__name__} {self.name!r}: {len(self)} images, {len(self.classes)} classes>"
 
 
+class _ChosenNames(Sequence[str]):
+    """Some of many names, which are looked up when they are asked for."""
+
+    def __init__(self, names: Sequence[str], indices: NDArray[np.int64]) -> None:
+        self._names, self._indices = names, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _ChosenNames(self._names, self._indices[index])
+        return self._names[int(self._indices[index])]
+
+
 class SubsetSplit(Split):
-    """Some samples of another split. Its memory: 16 bytes and the name for each sample."""
+    """Some samples of another split. Its memory: 16 bytes for each sample."""
 
     def __init__(self, parent: Split, indices: NDArray[np.int64]) -> None:
         self.parent, self.indices = parent, indices
         self.name, self.classes = parent.name, parent.classes
         self.labels = parent.labels[indices]
-        self.names = parent.packed_names().select(indices)
+        self.names = _ChosenNames(parent.names, indices)
 
     def read(self, index: int) -> bytes:
         return self.parent.read(int(self.indices[index]))

@@ -27,6 +27,9 @@ def test_select_pickle_and_equality() -> None:
     packed = PackedNames(NAMES)
     assert list(packed.select(np.array([4, 0, 0]))) == ["z", NAMES[0], NAMES[0]]
     assert len(packed.select(np.array([], dtype=np.int64))) == 0
+    many = PackedNames(str(number) for number in range(40_000))
+    chosen = np.random.default_rng(0).integers(0, 40_000, 50_000)
+    assert list(many.select(chosen)) == [str(number) for number in chosen.tolist()]
     assert pickle.loads(pickle.dumps(packed)) == packed
     assert packed != PackedNames([*NAMES[:-1], "y"])
     assert PackedNames(["ab", "c"]) != PackedNames(["a", "bc"])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dataset_tools.subsets import _hash, _mix, class_balanced_order, class_balanced_subset
+from dataset_tools.subsets import _hash, _mix, class_balanced_order, class_balanced_subset, rank_by
 
 UNEVEN = [0, 0, 0, 0, 1, 1, 2, 2, 2, -1]
 
@@ -49,6 +49,15 @@ def test_subsets_are_nested_sorted_and_typed() -> None:
         assert len(subset) == count
         assert smaller <= set(subset.tolist())
         smaller = set(subset.tolist())
+
+
+@pytest.mark.parametrize("factor", [1, 1000, -(10**12)])
+def test_classes_may_be_any_numbers(factor: int) -> None:
+    labels = np.random.default_rng(0).integers(0, 50, 3000) * factor
+    draws = _hash(5, 3000, stream=0)
+    assert rank_by(draws, labels).tolist() == [
+        int(((labels == label) & (draws < draw)).sum()) for label, draw in zip(labels, draws, strict=True)
+    ]
 
 
 def test_bad_arguments() -> None:

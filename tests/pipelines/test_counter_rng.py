@@ -66,6 +66,8 @@ def test_values_are_the_same_for_ever() -> None:
 
 
 def test_a_draw_depends_on_its_own_coordinates_only() -> None:
+    many = np.arange(20_001)
+    assert (random_words(3, 2, many, 16, 5)[20_000] == random_words(3, 2, many[20_000:], 16, 5)[0]).all()
     indices = np.array([7, 0, 7, 123_456, 2**32 - 1])
     whole = uniform(3, 2, indices, 16, 40)
     assert whole.shape == (5, 40)
