@@ -109,11 +109,23 @@ def parse_flags(kind: type[Parsed], arguments: list[str], prog: str, **options: 
     said = io.StringIO()  # it repeats what was typed
     try:
         with redirect_stderr(said):
-            command = tyro.cli(kind, args=arguments, prog=prog, **options)
+            command = tyro.cli(kind, args=_with_their_values(arguments), prog=prog, **options)
     finally:
         sys.stderr.write(printable(said.getvalue(), colours=True))
     require_allowed(command)
     return command
+
+
+def _with_their_values(arguments: list[str]) -> list[str]:
+    """`--flags "--epochs 3"` as `--flags=--epochs 3`: a word with a blank in it is a value, though it begins with --."""
+    joined: list[str] = []
+    for argument in arguments:
+        is_value = argument.startswith("--") and " " in argument.partition("=")[0]
+        if is_value and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def print_commands(lines: Mapping[str, str]) -> None:

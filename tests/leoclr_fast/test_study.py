@@ -130,8 +130,10 @@ def test_what_another_study_is_at_is_left_to_it(
 
 
 def test_plans_are_flags_and_their_mistakes_are_named() -> None:
-    study = parse_study(["cifar10_study", "--data", "d", "--out", "o", "--seeds", "4", "5", "--epochs", "7"])
-    assert (study.plan.seeds, study.plan.epochs) == ((4, 5), 7)
+    flags = ["--seeds", "4", "5", "--pretrain-flags", "--device cpu --compile=off", "--epochs", "7", "--json"]
+    study = parse_study(["cifar10_study", "--data", "d", "--out", "o", *flags])
+    assert (study.plan.seeds, study.plan.epochs, study.json) == ((4, 5), 7, True)
+    assert study.plan.pretrain_flags == "--device cpu --compile=off"
     assert study.plan.variants == STUDY_PLANS["cifar10_study"]().variants
     with pytest.raises(ValueError, match=r"there is no plan 'cifar_study'\. Did you mean cifar10_study"):
         parse_study(["cifar_study"])
