@@ -1,7 +1,6 @@
-"""What leaves the program for a reader: text to a terminal, text in Markdown, and streams that may be gone.
+"""What leaves the program for a reader: text to a terminal, and streams that may be gone.
 
-A name (of a file, a class, a recipe) may hold anything. On a terminal it can neither move the cursor nor style, and in
-Markdown it is text.
+A name (of a file, a class, a recipe) may hold anything. On a terminal it can neither move the cursor nor style.
 """
 
 from __future__ import annotations
@@ -19,24 +18,12 @@ from rich.segment import Segment
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """All but tab and line feed; what reverses the direction of text; and bytes of names that are no UTF-8."""
 _CONTROL_BUT_COLOURS = re.compile(rf"(?!\x1b\[[\d;]*m){_CONTROL.pattern}")
-_MARKDOWN = re.compile(r"([\\`*{}\[\]<>#|~&!]|(?<!\w)_|_(?!\w))")
 
 
 def printable(text: str, *, colours: bool = False) -> str:
     """The text with control characters as escapes: `\\x1b`. colours: but for the sequences that set them."""
     pattern = _CONTROL_BUT_COLOURS if colours else _CONTROL
     return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-def markdown_text(value: object) -> str:
-    """A value as one line of plain text in Markdown, also in a cell of a table."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(printable(str(value)).split()))
-
-
-def markdown_code(text: str, language: str = "") -> str:
-    """A block of code in Markdown, whatever the text holds."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{printable(text)}\n{fence}"
 
 
 class PlainConsole(Console):

@@ -44,9 +44,9 @@ def compilations(sizes: str) -> list[Any]:
 def assert_compiles_and_fits(sizes: str, kernels: set[str], cache: Path, targets: Sequence[int]) -> None:
     """Compile these kernels, and no others, for GPUs of these compute capabilities: none spills, a block of each fits.
 
-    sizes: which of `leoclr_fast.losses.ahead_of_time`. cache: Triton's, an empty folder.
+    sizes: which of `benchmarks.ahead_of_time`. cache: Triton's, an empty folder.
     """
-    module = "leoclr_fast.losses.ahead_of_time"
+    module = "benchmarks.ahead_of_time"
     code = f"import json; from {module} import compile_all; print(json.dumps(compile_all([{sizes!r}], {targets!r})))"
     command = [sys.executable, "-c", code]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

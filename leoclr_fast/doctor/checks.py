@@ -49,26 +49,15 @@ def _gpu(name: str, function: str) -> Check:
 
 
 CHECKS: tuple[Check, ...] = (
-    Check("python", "packages.python"),
     _heavy("required packages", "packages.required_packages"),
     _gpu("gpus", "gpus.gpus"),
-    _gpu("gpu health", "gpus.gpu_health"),
     _gpu("driver", "gpus.driver"),
     _gpu("nccl", "ranks.nccl"),
     _heavy("gloo", "ranks.gloo"),
-    Check("torchrun", "ranks.torchrun", limit_s=120.0),
-    Check("communication settings", "ranks.communication_settings"),
     Check("c compiler", "packages.c_compiler", limit_s=60.0),
     _heavy("triton", "packages.triton"),
-    Check("pillow", "image_loaders.pillow"),
     *(_heavy(f"loader {name}", "image_loaders.loader", name) for name in ("torchvision", "dali", "ffcv", "nvjpeg")),
-    *(
-        _heavy(f"extra {name}", "packages.extra", name)
-        for name in ("parquet", "imagenet", "export", "detect", "monitor")
-    ),
     Check("cores", "processors.cores", alone=True),
-    _heavy("threads", "processors.threads"),
-    _gpu("numa", "processors.numa"),
     Check("memory", "processors.memory"),
     Check("shared memory", "processors.shared_memory"),
     Check("limits", "processors.limits"),

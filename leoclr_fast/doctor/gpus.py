@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 from leoclr_fast.doctor.result import Result, failed, not_applicable, warning
-
-_HEALTH_FIELDS = ("index", "temperature.gpu", "ecc.errors.uncorrected.volatile.total")
-_HOT_C = 88.0
-_SMI_LIMIT_S = 30.0
 
 
 def gpus() -> Result:
@@ -67,28 +62,6 @@ def explain_no_gpu(
     return failed(signs, "Compare the driver of `nvidia-smi` with the CUDA of torch, and look at `dmesg` for errors.")
 
 
-def gpu_health() -> Result:
-    """What nvidia-smi says: memory errors, temperature, other programs."""
-    fields = _smi(f"--query-gpu={','.join(_HEALTH_FIELDS)}")
-    if fields is None:
-        return not_applicable("nvidia-smi is not here or gives no answer")
-    gpus = [values for values in fields if len(values) == len(_HEALTH_FIELDS)]
-    programs = _smi("--query-compute-apps=pid,used_memory") or []
-    parts = [f"{number}: {temperature} °C, {errors} uncorrected memory errors" for number, temperature, errors in gpus]
-    parts.append(f"{len(programs)} programs on them" + "".join(f", {pid}: {mib} MiB" for pid, mib in programs[:4]))
-    result = Result("; ".join(parts))
-    for number, temperature, errors in gpus:
-        if errors.isdecimal() and int(errors) > 0:
-            remedy = "Restart the machine, and have the GPU exchanged if they come again: `nvidia-smi -q -d ECC`."
-            result.fail(f"GPU {number} has lost bits of its memory", remedy)
-        if temperature.isdecimal() and int(temperature) >= _HOT_C:
-            remedy = "Look at its fans and at `nvidia-smi -q -d PERFORMANCE`."
-            result.warn(f"GPU {number} is so hot that it slows down", remedy)
-    if programs:
-        result.warn("others compute on these GPUs", "Look who with `nvidia-smi`, or choose other GPUs.")
-    return result
-
-
 def driver() -> Result:
     """The driver's CUDA version against that of torch's build."""
     import torch
@@ -112,18 +85,6 @@ def compare_cuda(driver_version: int, build: str) -> Result:
     if of_driver < (major, minor):
         return Result(f"{found}: older, but compatible within CUDA {major}")
     return Result(found)
-
-
-def _smi(query: str) -> list[list[str]] | None:
-    """Rows of nvidia-smi's answer; None where there is none."""
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_LIMIT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0:
-        return None
-    return [[value.strip() for value in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
 
 
 def _driver_cuda_version() -> int | None:

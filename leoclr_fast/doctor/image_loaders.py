@@ -26,24 +26,6 @@ _PACKAGES = {
 """Loader → the packages that it may come from, and how to get one."""
 
 
-def pillow() -> Result:
-    """Encodes and decodes a JPEG, by libjpeg-turbo."""
-    from PIL import __version__, features
-
-    from dataset_tools.images import decode_rgb
-
-    pixel = decode_rgb(draw_jpeg(0)).getpixel((24, 20))
-    assert isinstance(pixel, tuple)
-    found = f"Pillow {__version__}, libjpeg {features.version_codec('jpg')}"
-    if max(abs(got - drawn) for got, drawn in zip(pixel, (96, 100, 44), strict=True)) > 12:
-        return failed(
-            f"{found}: a decoded pixel is {pixel}, not (96, 100, 44)", "Install it again: `pip install pillow`."
-        )
-    if not features.check_feature("libjpeg_turbo"):
-        return warning(f"{found}, without libjpeg-turbo", "Decode faster: `pip install --force-reinstall pillow`.")
-    return Result(f"{found}, with libjpeg-turbo")
-
-
 def loader(name: str) -> Result:
     """One batch of two drawn JPEGs through a loader of ours; the uncropped view is compared with Pillow's resize."""
     import torch

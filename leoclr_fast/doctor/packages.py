@@ -1,10 +1,8 @@
-"""Python, the packages that this one names, and what compiles: the C compiler and Triton."""
+"""The packages that this one needs, and what compiles: the C compiler and Triton."""
 
 from __future__ import annotations
 
 import os
-import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from dataset_tools.versions import installed_version
 from leoclr_fast.doctor.result import Result, failed, not_applicable, warning
@@ -26,70 +23,25 @@ _NOT_INSTALLED = f"{_PROJECT} is not installed as a package"
 _INSTALL = "Install this package: `pip install -e .` in its folder."
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml", "nvidia-ml-py": "pynvml"}
 """Where a package is imported by another name."""
-_USED_BY = {
-    "parquet": "Parquet files",
-    "imagenet": "ImageNet's devkit",
-    "export": "leoclr-fast export",
-    "detect": "leoclr-fast detect",
-    "monitor": "energy, TensorBoard and W&B",
-}
 _SOURCE = "#include <Python.h>\nint answer(void) { return PY_MAJOR_VERSION; }\n"
 _APT = "Install it: `apt-get install gcc g++ python3-dev`."
 
 
-def python() -> Result:
-    """The interpreter, against what pyproject supports."""
-    result = Result(f"Python {platform.python_version()} ({platform.python_implementation()})")
-    try:
-        about = metadata.metadata(_PROJECT)
-    except metadata.PackageNotFoundError:
-        result.warn(_NOT_INSTALLED, _INSTALL)
-        return result
-    allowed = SpecifierSet(about["Requires-Python"] or "")
-    tried = re.findall(r"Python :: 3\.(\d+)$", "\n".join(about.get_all("Classifier") or []), re.MULTILINE)
-    newest = max(map(int, tried), default=sys.version_info[1])
-    if not allowed.contains(platform.python_version(), prereleases=True):
-        needed = str(allowed).lstrip(">=")
-        result.fail(f"{needed} or newer is needed", f"Set up again: `make setup PYTHON=python{needed}`.")
-    elif sys.version_info[:2] > (3, newest):
-        remedy = f"Set up again: `make setup PYTHON=python3.{newest}`."
-        result.warn(f"newer than 3.{newest}, the newest that is supported", remedy)
-    return result
-
-
 def required_packages() -> Result:
     """Those without which nothing trains, torch among them."""
-    required = requirements(None)
+    required = requirements()
     if not required:
         return warning(f"{_NOT_INSTALLED}, so its requirements are not known", _INSTALL)
     return import_all(required, install="pip install -e .")
 
 
-def extra(name: str) -> Result:
-    """The packages of an extra: none need be there, but those that are must work."""
-    wanted = requirements(name)
-    if not wanted:
-        return not_applicable(f"{_NOT_INSTALLED}, so its extras are not known")
-    install = f"pip install 'leoclr-fast[{name}]'"
-    there = [each for each in wanted if installed_version(each.name) is not None]
-    missing = [each.name for each in wanted if each not in there]
-    if not there:
-        return not_applicable(f"not installed; {_USED_BY[name]} would need it: {install}")
-    result = import_all(there, install=install)
-    if missing:
-        result.found += f"; not installed: {', '.join(missing)} ({install})"
-    return result
-
-
-def requirements(extra_name: str | None) -> list[Requirement]:
-    """What the installed package names: for everybody, or for an extra; nothing where it is not installed."""
+def requirements() -> list[Requirement]:
+    """What the installed package names for everybody; nothing where it is not installed."""
     try:
         everything = [Requirement(text) for text in metadata.requires(_PROJECT) or []]
     except metadata.PackageNotFoundError:
         return []
-    if extra_name is None:
-        return [each for each in everything if each.marker is None]
-    return [each for each in everything if each.marker is not None and each.marker.evaluate({"extra": extra_name})]
+    return [each for each in everything if each.marker is None]
 
 
 def import_all(wanted: Sequence[Requirement], *, install: str) -> Result:
@@ -133,7 +85,7 @@ def c_compiler() -> Result:
 
 
 def triton() -> Result:
-    """Compiles one of our kernels; on a GPU it runs the loss and compares it with the plain one."""
+    """On a GPU it runs our loss and compares it with the plain one."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -143,11 +95,7 @@ def triton() -> Result:
     from triton import __version__ as version
 
     if not on_gpu:
-        from leoclr_fast.losses import ahead_of_time
-
-        _, launch = next(ahead_of_time.crop_resize())
-        row = ahead_of_time.compile_launch(launch, 80)
-        return Result(f"{version} compiles our {row['kernel']} for {row['target']}; there is no GPU to run it on")
+        return not_applicable(f"{version}; there is no GPU to run our kernels on")
     from leoclr_fast.losses.info_nce import info_nce
 
     generator = torch.Generator().manual_seed(0)

@@ -1,20 +1,17 @@
-"""What this process may use: cores, threads, memory nodes, memory, the part of it that processes share, and limits."""
+"""What this process may use: cores, memory, the part of it that processes share, and limits."""
 
 from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from leoclr_fast.doctor.control_groups import cpu_quota, memory_left_bytes
 from leoclr_fast.doctor.result import Result, failed, not_applicable
 
 _GIB = 2**30
 _FEW_CORES = 2
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _FEW_FILES, _TOO_FEW_FILES, _FEW_PROCESSES = 4096, 256, 4096
 _LITTLE_MEMORY_GIB, _TOO_LITTLE_MEMORY_GIB = 8.0, 1.0
 _LITTLE_SHARED_GIB, _TOO_LITTLE_SHARED_GIB = 2.0, 0.25
@@ -39,44 +36,6 @@ def cores(root: Path = Path("/")) -> Result:
     if load > installed:
         remedy = "Look who with `top`: figures measured now are worth little."
         result.warn(f"{load:.1f} programs want to run at a time", remedy)
-    return result
-
-
-def threads(environ: Mapping[str, str] = os.environ) -> Result:
-    """Of torch and numba in this process, and the variables that set them."""
-    import numba
-    import torch
-
-    from pipelines.threads import available_cores
-
-    given = {name: environ[name] for name in _THREAD_VARIABLES if name in environ}
-    num_torch, usable = torch.get_num_threads(), available_cores()
-    settings = " ".join(f"{name}={value}" for name, value in given.items()) or "no variable sets them"
-    result = Result(f"torch {num_torch}, numba {numba.config.NUMBA_NUM_THREADS}, on {usable} cores; {settings}")
-    for name, value in given.items():
-        if not all(part.strip().isdecimal() and int(part) > 0 for part in value.split(",")):
-            result.warn(f"{name}={value} is no number of threads", f"`unset {name}`, or give a whole number.")
-    if num_torch > usable:
-        result.warn(f"torch takes {num_torch} threads on {usable} cores", f"`export OMP_NUM_THREADS={usable}`.")
-    return result
-
-
-def numa(root: Path = Path("/")) -> Result:
-    """Memory nodes, and whether this process may use the cores beside each GPU."""
-    import torch
-
-    nodes = _node_cores(root)
-    if len(nodes) < 2:
-        return not_applicable(f"{len(nodes)} memory node: all memory is equally near")
-    mine = os.sched_getaffinity(0)
-    node_of = {gpu: _gpu_node(gpu, root) for gpu in range(torch.cuda.device_count())}
-    parts = [", ".join(f"node {number}: {len(cpus & mine)} of {len(cpus)} cores" for number, cpus in nodes.items())]
-    parts += [f"GPU {gpu} at node {node}" for gpu, node in node_of.items() if node is not None]
-    result = Result("; ".join(parts))
-    for gpu, node in node_of.items():
-        if node in nodes and not nodes[node] & mine:
-            remedy = "Ask for them (SLURM: `--gpu-bind=closest`; by hand: `numactl --cpunodebind`)."
-            result.warn(f"no core beside GPU {gpu} may be used", remedy)
     return result
 
 
@@ -140,32 +99,6 @@ def limits(getrlimit: Callable[[int], tuple[int, int]] = resource.getrlimit, roo
         remedy = "Allow it with `ulimit -l unlimited` (containers: `--ulimit memlock=-1`)."
         result.warn("InfiniBand needs locked memory without a limit", remedy)
     return result
-
-
-def _node_cores(root: Path) -> dict[int, set[int]]:
-    """Number of a node → its cores, in order of the numbers; nodes without a core, or hidden ones, are left out."""
-    nodes = {}
-    for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
-        with suppress(OSError, ValueError):
-            cores: set[int] = set()
-            for part in filter(None, (folder / "cpulist").read_text().strip().split(",")):  # 0-3,8
-                first, _, last = part.partition("-")
-                cores |= set(range(int(first), int(last or first) + 1))
-            nodes[int(folder.name.removeprefix("node"))] = cores
-    return {number: cores for number, cores in sorted(nodes.items()) if cores}
-
-
-def _gpu_node(number: int, root: Path) -> int | None:
-    """The node that the GPU `cuda:number` is at; None where the kernel does not know it."""
-    import torch
-
-    about: Any = torch.cuda.get_device_properties(number)
-    try:
-        address = f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
-        node = int((root / "sys/bus/pci/devices" / address / "numa_node").read_text())
-    except (AttributeError, OSError, ValueError):
-        return None
-    return node if node >= 0 else None
 
 
 def _limit(limit: int, unit: str = "") -> str:

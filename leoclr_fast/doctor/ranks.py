@@ -1,68 +1,15 @@
-"""Whether ranks can start and talk: torchrun, variables of NCCL and gloo, and both of these."""
+"""Whether ranks can talk, by NCCL and by gloo."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-from leoclr_fast.doctor.result import Result, failed, not_applicable, warning
+from leoclr_fast.doctor.result import Result, failed, not_applicable
 
 _LIMIT = timedelta(seconds=30)
-_RENAMED = ("ASYNC_ERROR_HANDLING", "BLOCKING_WAIT", "DESYNC_DEBUG", "ENABLE_TIMING", "ENABLE_MONITORING")
-"""NCCL_… of torch, which are TORCH_NCCL_… today."""
-_SLOW = {
-    "CUDA_LAUNCH_BLOCKING": "every kernel is waited for",
-    "NCCL_P2P_DISABLE": "GPUs do not copy to each other directly",
-    "NCCL_SHM_DISABLE": "GPUs of one machine talk over the network",
-    "NCCL_IB_DISABLE": "InfiniBand is not used",
-    "TORCH_DISTRIBUTED_DEBUG": "every collective is checked",
-}
 _OTHER_TORCH = "Install another torch: see pytorch.org, Get Started."
-
-
-def torchrun() -> Result:
-    """The program that starts ranks, of this Python and not of another."""
-    from torch.distributed.run import get_args_parser
-
-    forwards = any("--signals-to-handle" in action.option_strings for action in get_args_parser()._actions)
-    signals = "forwards SIGUSR1 by --signals-to-handle" if forwards else "forwards SIGTERM, but not SIGUSR1"
-    remedy = "Activate the environment, or: `python -m torch.distributed.run` does the same."
-    where = shutil.which("torchrun")
-    if where is None:
-        return warning(f"not on PATH; this torch {signals}", remedy)
-    with open(where, "rb") as script:
-        first = script.readline(4096).decode(errors="replace").split()
-    python = first[0].removeprefix("#!") if first and first[0].startswith("#!") else ""
-    if "python" in python and Path(python).parent.resolve() != Path(sys.executable).parent.resolve():
-        return warning(f"{where} belongs to another Python ({python})", remedy)
-    return Result(f"{where}, {signals}")
-
-
-def communication_settings(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> Result:
-    """Variables of NCCL, gloo and CUDA that are left over from other machines or from a search for errors."""
-    prefixes = ("NCCL_", "TORCH_NCCL_", "GLOO_", "CUDA_LAUNCH_BLOCKING", "TORCH_DISTRIBUTED_DEBUG")
-    settings = {name: value for name, value in environ.items() if name.startswith(prefixes)}
-    result = Result(" ".join(f"{name}={value}" for name, value in sorted(settings.items())) or "none set")
-    interfaces = _interfaces(root)
-    for name, value in settings.items():
-        unset = f"`unset {name}`."
-        if name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") and not _names_one(value, interfaces):
-            there = ", ".join(interfaces) or "none"
-            result.fail(f"{name}={value} names no interface of this machine ({there})", unset)
-        elif name.removeprefix("NCCL_") in _RENAMED:
-            result.warn(f"{name} has no effect any more", f"Set TORCH_{name} instead.")
-        elif name == "NCCL_IB_DISABLE" and not (root / "sys/class/infiniband").is_dir():
-            continue
-        elif name in _SLOW and value not in ("", "0", "OFF", "off"):
-            result.warn(f"{name}={value}: {_SLOW[name]}, which is slow", unset)
-        elif name == "NCCL_DEBUG" and value.upper() in ("INFO", "TRACE"):
-            result.warn(f"{name}={value} prints a lot", unset)
-    return result
 
 
 def gloo() -> Result:
@@ -130,15 +77,3 @@ def _sum_over(backend: str, store: Any, rank: int, world_size: int, tensor: Any)
     values: list[float] = tensor.cpu().tolist()
     dist.destroy_process_group()
     return values
-
-
-def _interfaces(root: Path) -> list[str]:
-    return sorted(folder.name for folder in (root / "sys/class/net").glob("*"))
-
-
-def _names_one(setting: str, interfaces: list[str]) -> bool:
-    """As NCCL and gloo read it: prefixes, `=` for exact names, `^` for all but these."""
-    if setting.startswith("^"):
-        return True
-    exact, names = setting.startswith("="), [name.strip() for name in setting.lstrip("=").split(",")]
-    return any(interface == name if exact else interface.startswith(name) for name in names for interface in interfaces)

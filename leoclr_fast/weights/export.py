@@ -11,29 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset_tools.files import write_file
 from leoclr_fast.weights.backbone_file import require_new_file
 from leoclr_fast.weights.formats.detectron2 import Detectron2Format
 from leoclr_fast.weights.formats.export_format import ExportFormat
-from leoclr_fast.weights.formats.onnx import OnnxFormat
 from leoclr_fast.weights.formats.safetensors import SafetensorsFormat
 from leoclr_fast.weights.formats.timm import TimmFormat
 from leoclr_fast.weights.formats.torchvision import TorchvisionFormat
-from leoclr_fast.weights.model_card import model_card
 from leoclr_fast.weights.pretrained import Pretrained, load_pretrained
 
 FORMATS: dict[str, ExportFormat] = {
-    exporter.name: exporter
-    for exporter in (TorchvisionFormat(), TimmFormat(), SafetensorsFormat(), Detectron2Format(), OnnxFormat())
+    exporter.name: exporter for exporter in (TorchvisionFormat(), TimmFormat(), SafetensorsFormat(), Detectron2Format())
 }
 _NUM_IMAGES = 4
 
 
 def export(weights: Path, to: str, out: Path) -> dict[str, Any]:
-    """Write the backbone of RUN|WEIGHTS to `out` for the library `to`, and a model card to `out` + `.md`.
+    """Write the backbone of RUN|WEIGHTS to `out` for the library `to`.
 
-    Returns out, card, to, difference (of the features of fixed images, over the largest feature), tolerance, reader,
-    sha256 (of the file), weights, weights_sha256.
+    Returns out, usage (the lines that load it), to, difference (of the features of fixed images, over the largest
+    feature), tolerance, reader, sha256 (of the file), weights, weights_sha256.
     Raises ValueError for an unknown format, a backbone that the format cannot hold, a package that is missing, or an
     `out` that exists or has another ending; RuntimeError if the file does not give the same features. Then nothing is
     left behind.
@@ -48,26 +44,16 @@ def export(weights: Path, to: str, out: Path) -> dict[str, Any]:
     pretrained = load_pretrained(weights)
     refusal = exporter.refusal(pretrained.description.backbone)
     if refusal is not None:
-        raise ValueError(f"{weights} cannot be exported to {to}: {refusal}; safetensors and onnx hold any backbone")
+        raise ValueError(f"{weights} cannot be exported to {to}: {refusal}; safetensors holds any backbone")
     with tempfile.TemporaryDirectory(prefix=f".{out.name[:40]}.", dir=out.parent) as folder:
         temporary = Path(folder) / out.name
         exporter.write(temporary, pretrained)
         difference = _difference(exporter, temporary, pretrained)
         content_sha256 = hashlib.sha256(temporary.read_bytes()).hexdigest()
-        card = out.with_name(f"{out.name}.md")
-        text = model_card(
-            pretrained,
-            exporter,
-            name=out.name,
-            sha256=content_sha256,
-            difference=difference,
-            num_images=_NUM_IMAGES,
-        )
-        write_file(card, text.encode())
         os.replace(temporary, out)
     return {
         "out": str(out),
-        "card": str(card),
+        "usage": exporter.usage(out.name, pretrained),
         "to": to,
         "difference": difference,
         "tolerance": exporter.tolerance,

@@ -210,7 +210,7 @@ def test_what_a_kernel_is_for(name: str, kind: str):
 
 
 def test_our_own_kernels_are_known_by_their_names():
-    ahead_of_time = pytest.importorskip("leoclr_fast.losses.ahead_of_time")
+    ahead_of_time = pytest.importorskip("benchmarks.ahead_of_time")
     kinds: dict[str, set[str]] = {}
     for case, launches in ahead_of_time.CASES.items():
         kind = "loss" if case.startswith("info_nce") else "augmentation"

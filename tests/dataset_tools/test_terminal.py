@@ -1,4 +1,4 @@
-"""Text to terminals and to Markdown, and programs whose output goes nowhere."""
+"""Text to terminals, and programs whose output goes nowhere."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from dataset_tools.cli import run_command
 from dataset_tools.command_line import as_json, run_command_line, say
-from dataset_tools.terminal import PlainConsole, forgiving_streams, markdown_code, markdown_text, printable
+from dataset_tools.terminal import PlainConsole, forgiving_streams, printable
 
 EVIL = "\x1b]0;OWNED\x07\x1b[2J\x9b2J\r\u202e[/][red]"
 
@@ -71,17 +69,6 @@ def test_json_knows_no_nan() -> None:
         as_json({"a": [float("nan"), -float("inf"), 1.5], "b": "NaN\x1b"})
         == '{"a": [null, null, 1.5], "b": "NaN\\u001b"}'
     )
-
-
-@settings(derandomize=True, deadline=None, max_examples=100)
-@given(st.text(max_size=40))
-def test_any_text_is_one_cell_and_one_block_of_markdown(text: str) -> None:
-    cell = markdown_text(text)
-    assert "\n" not in cell
-    assert not any(cell[place] in "|<`[" and cell[place - 1 : place] != "\\" for place in range(len(cell)))
-    fence, *_, last = markdown_code(text).split("\n")
-    assert fence == last
-    assert markdown_code(text).count(fence) == 2
 
 
 def test_output_that_cannot_be_written_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ class ExportFormat(ABC):
 
     @abstractmethod
     def usage(self, file_name: str, pretrained: Pretrained) -> str:
-        """The lines of code that load the file, for the model card."""
+        """The lines of code that load the file."""
 
     @property
     def reader(self) -> str:

@@ -1,4 +1,4 @@
-"""Compiles our Triton kernels for GPUs that are not here: ``python -m leoclr_fast.losses.ahead_of_time``.
+"""Compiles our Triton kernels for GPUs that are not here: ``python -m benchmarks.ahead_of_time``.
 
 What is compiled is what would be launched, with the same tiles and the same knowledge of alignment. Prints one JSON
 document: for each kernel and target, the registers of a thread, the bytes it spills to memory, the shared memory of a
