@@ -117,7 +117,7 @@ def parse_flags(kind: type[Parsed], arguments: list[str], prog: str, **options: 
 
 
 def _with_their_values(arguments: list[str]) -> list[str]:
-    """`--flags "--epochs 3"` as `--flags=--epochs 3`: a word with a blank in it is a value, though it begins with --."""
+    """`--flags "--epochs 3"` as `--flags=--epochs 3`: a word with a blank is a value, though it begins with --."""
     joined: list[str] = []
     for argument in arguments:
         is_value = argument.startswith("--") and " " in argument.partition("=")[0]

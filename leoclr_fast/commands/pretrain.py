@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from dataset_tools.command_line import CommonFlags, parse_flags, say
+from dataset_tools.images import open_image
+from dataset_tools.sources import open_source
+from dataset_tools.splits import choose_splits
 from leoclr_fast.commands.outcome import outcome
 from leoclr_fast.config import MonitorConfig, ResultConfig, RunConfig, SpeedConfig
 from leoclr_fast.recipes import RECIPES, get_recipe
 
 _Flattened = tyro.conf.arg(name="")
+_FITTING = ((48, "leoclr_cifar10"), (128, "leoclr_stl10"))
+"""Up to this many pixels of the shorter side -> the recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,10 @@ def parse_pretrain(arguments: list[str]) -> Pretrain:
         recipe_name, *arguments = arguments
         prog = f"{prog} {recipe_name}"
     elif "-h" not in arguments and "--help" not in arguments:
-        raise ValueError(f"pretrain needs a recipe first: leoclr-fast pretrain RECIPE …; recipes: {', '.join(RECIPES)}")
+        raise ValueError(
+            f"pretrain needs a recipe first: leoclr-fast pretrain RECIPE …; {_suggestion(arguments)}"
+            f"recipes: {', '.join(RECIPES)}"
+        )
     recipe = get_recipe(recipe_name)
     defaults = Pretrain(
         data=tyro.MISSING,
@@ -67,3 +76,22 @@ def parse_pretrain(arguments: list[str]) -> Pretrain:
     of_recipe = (RECIPES[recipe_name].__doc__ or "").strip()
     description = f"{Pretrain.__doc__}\n\nRecipe {recipe_name}: {of_recipe}\n\nAll recipes: {', '.join(RECIPES)}."
     return parse_flags(Pretrain, arguments, prog, default=defaults, description=description)
+
+
+def _suggestion(arguments: list[str]) -> str:
+    """The recipe that fits the data of a command line, by their number and size; nothing where it cannot be told."""
+    place = next((flag.partition("=")[2] for flag in arguments if flag.startswith("--data=")), None)
+    if place is None and "--data" in arguments[:-1]:
+        place = arguments[arguments.index("--data") + 1]
+    if place is None:
+        return ""
+    try:
+        split = choose_splits(open_source(place, quietly=True)).pretrain
+        side = median(min(open_image(split.read(i)).size) for i in range(0, len(split), max(1, len(split) // 16)))
+    except (ValueError, OSError, RuntimeError):
+        return ""
+    name = next((name for limit, name in _FITTING if side <= limit), "leoclr_imagenet_200ep")
+    result = get_recipe(name).result
+    queue_size = len(split) // 2 // result.batch_size * result.batch_size  # half: no image's own keys are in it
+    smaller = f" --method.queue-size {queue_size}" if 0 < queue_size < result.method.queue_size / 2 else ""
+    return f"{name}{smaller} fits the {len(split):,} images of about {side:g} pixels at {place}; "

@@ -10,18 +10,22 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
 
 from dataset_tools.schema import read_json
 from dataset_tools.sources import Split
+from dataset_tools.stop_signals import stop_signals
 from dataset_tools.terminal import PlainConsole
 from leoclr_fast.config_file import differing_fields
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.data import EvaluationLoaders
+from leoclr_fast.evaluate.detection.config import DetectionOptions
 from leoclr_fast.evaluate.protocols import EvaluationOptions, KnnOptions, TrainingOptions
+from leoclr_fast.machine.precision import settled
 from leoclr_fast.run.environment import environment
 from leoclr_fast.run.folder import RunFolder, write_json
 from leoclr_fast.run.stepper import PausedError, Stepper
@@ -33,6 +37,8 @@ from pipelines.factory import settle_loader, shows_images
 log = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 5.0
+
+Options = TypeVar("Options", bound="EvaluationOptions | DetectionOptions")
 
 
 class Result(NamedTuple):
@@ -130,6 +136,17 @@ class Evaluation:
         for folder in self._done_with:
             shutil.rmtree(folder, ignore_errors=True)
         return Result(self.name, document)
+
+
+@contextmanager
+def evaluation_ranks(options: Options) -> Iterator[tuple[Options, Ranks, torch.device]]:
+    """The options with what `auto` means here, the ranks and the device.
+
+    A signal ends what is done here at once; only the steps of a training save first.
+    """
+    with stop_signals(True) as stop, process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
+        stop.patience_s = 0
+        yield settled(options, device), ranks, device
 
 
 @contextmanager

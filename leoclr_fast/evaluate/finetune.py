@@ -15,11 +15,11 @@ from dataset_tools.sources import Split
 from dataset_tools.subset_lists import percent_of, read_subset_list, subset_text, write_subset_list
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.data import open_labelled_data, require_every_class
 from leoclr_fast.evaluate.evaluation import (
     Result,
     data_settings,
+    evaluation_ranks,
     evaluation_views,
     open_evaluation,
     require_real_images,
@@ -27,7 +27,6 @@ from leoclr_fast.evaluate.evaluation import (
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters
 from leoclr_fast.evaluate.grid import GridSearch
 from leoclr_fast.evaluate.protocols import FineTuneProtocol, TrainingOptions
-from leoclr_fast.machine.precision import settled
 from leoclr_fast.weights.pretrained import load_pretrained
 
 _HOLDOUT_FRACTION = 0.1
@@ -46,8 +45,7 @@ def run(
     if options.out is not None and len(protocol.percent) > 1:
         raise ValueError(f"--out is for one share of the labels, but {len(protocol.percent)} are asked for")
     require_real_images(options.loader)
-    with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
-        options = settled(options, device)
+    with evaluation_ranks(options) as (options, ranks, device):
         pretrained = load_pretrained(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images)
         views = evaluation_views(pretrained, protocol.crop_scale, options.image_size)

@@ -21,12 +21,17 @@ from dataset_tools.splits import EvaluationSplits, choose_splits
 from dataset_tools.subsets import limited
 from leoclr_fast.config import MonitorConfig
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.data import EvaluationLoaders
-from leoclr_fast.evaluate.evaluation import Result, evaluation_views, open_evaluation, require_real_images
+from leoclr_fast.evaluate.evaluation import (
+    Result,
+    evaluation_ranks,
+    evaluation_views,
+    open_evaluation,
+    require_real_images,
+)
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.protocols import KnnOptions, KnnProtocol
-from leoclr_fast.machine.precision import encoder_dtype, settled
+from leoclr_fast.machine.precision import encoder_dtype
 from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.loader import Loader
@@ -174,8 +179,7 @@ def run(
     Raises ValueError for what the user can mend.
     """
     require_real_images(options.loader)
-    with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
-        options = settled(options, device)
+    with evaluation_ranks(options) as (options, ranks, device):
         pretrained = load_pretrained(weights, untrained=options.untrained)
         monitor = pretrained.run.read_config().monitor if pretrained.run else MonitorConfig()
         k = monitor.knn_k if protocol.k is None else protocol.k

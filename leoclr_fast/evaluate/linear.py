@@ -22,13 +22,13 @@ from dataset_tools.files import write_file
 from dataset_tools.sources import Split
 from dataset_tools.splits import hold_out
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.data import LabelledData, open_labelled_data
 from leoclr_fast.evaluate.evaluation import (
     Evaluation,
     Result,
     data_settings,
+    evaluation_ranks,
     evaluation_views,
     open_evaluation,
     require_real_images,
@@ -36,7 +36,7 @@ from leoclr_fast.evaluate.evaluation import (
 from leoclr_fast.evaluate.features import encode_batch, extract_features
 from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
 from leoclr_fast.evaluate.protocols import LinearProtocol, TrainingOptions
-from leoclr_fast.machine.precision import encoder_dtype, settled
+from leoclr_fast.machine.precision import encoder_dtype
 from leoclr_fast.run.stepper import Stepper, endless
 from leoclr_fast.run.telemetry import ProgressDisplay
 from leoclr_fast.weights.backbone_file import weights_sha256
@@ -66,8 +66,7 @@ def run(
     Raises ValueError for what the user can mend, BackboneChangedError if the backbone did not stay as it was.
     """
     require_real_images(options.loader)
-    with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device), ExitStack() as stack:
-        options = settled(options, device)
+    with evaluation_ranks(options) as (options, ranks, device), ExitStack() as stack:
         pretrained = load_pretrained(weights, untrained=options.untrained)
         labelled = open_labelled_data(data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images)
         views = evaluation_views(pretrained, protocol.crop_scale, options.image_size)

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from dataset_tools.subsets import limited
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.evaluation import (
     Result,
     data_settings,
+    evaluation_ranks,
     evaluation_views,
     open_evaluation,
     require_real_images,
@@ -22,7 +22,6 @@ from leoclr_fast.evaluate.fine_tuning import Hyperparameters
 from leoclr_fast.evaluate.grid import GridSearch
 from leoclr_fast.evaluate.protocols import TrainingOptions, TransferProtocol
 from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS, open_transfer_data
-from leoclr_fast.machine.precision import settled
 from leoclr_fast.weights.pretrained import load_pretrained
 
 log = logging.getLogger(__name__)
@@ -44,8 +43,7 @@ def run(
     Raises ValueError for what the user can mend.
     """
     require_real_images(options.loader)
-    with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
-        options = settled(options, device)
+    with evaluation_ranks(options) as (options, ranks, device):
         transfer = open_transfer_data(dataset, data)
         published = TRANSFER_SETS[dataset]
         pretrained = load_pretrained(weights, untrained=options.untrained)

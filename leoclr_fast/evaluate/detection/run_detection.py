@@ -14,7 +14,6 @@ from rich.console import Console
 
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImages, ImageDetections
 from leoclr_fast.evaluate.detection.coco import coco_average_precisions, read_coco, require_pycocotools
 from leoclr_fast.evaluate.detection.config import DetectionConfig, DetectionOptions, DetectionProtocol
@@ -22,9 +21,9 @@ from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4
 from leoclr_fast.evaluate.detection.image_batches import BatchReader, ImageRequest, resized_boxes
 from leoclr_fast.evaluate.detection.train_detector import DetectorTraining, build_detector
 from leoclr_fast.evaluate.detection.voc import COCO_THRESHOLDS, published_rounding, read_voc, voc_average_precisions
-from leoclr_fast.evaluate.evaluation import Evaluation, Result, open_evaluation
+from leoclr_fast.evaluate.evaluation import Evaluation, Result, evaluation_ranks, open_evaluation
 from leoclr_fast.evaluate.protocols import TrainingOptions
-from leoclr_fast.machine.precision import encoder_dtype, encoder_precision, settled
+from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
 from leoclr_fast.weights.pretrained import load_pretrained
 
 
@@ -40,8 +39,7 @@ def run(
     Raises ValueError, FileNotFoundError, NonFiniteLossError, OSError (a full disk).
     """
     config, name = protocol.config(), f"detect-{protocol.dataset}"
-    with process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
-        options = settled(options, device)
+    with evaluation_ranks(options) as (options, ranks, device):
         require_pycocotools()  # not only when the training is over
         pretrained = load_pretrained(weights)
         train, test = _read(data, config.train_sets, config), _read(data, (config.test_set,), config)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 
-from dataset_tools.stop_signals import StoppedBySignalError
+from dataset_tools.stop_signals import StoppedAtOnce, StoppedBySignalError
 from leoclr_fast.cli import run_command
 from leoclr_fast.evaluate import linear
 from leoclr_fast.evaluate.accuracy import accuracy
@@ -28,6 +29,7 @@ from leoclr_fast.evaluate.protocols import LinearProtocol, TrainingOptions
 from leoclr_fast.run.checkpoint import list_checkpoints
 from tests.leoclr_fast.evaluate.test_knn import clusters
 from tests.leoclr_fast.evaluated import copy_of, evaluated, kept_results, killed
+from tests.leoclr_fast.long_call import LONG_S, long_call
 from tests.leoclr_fast.training.test_bad_input import refused
 
 SMALL = ["--epochs=6", "--batch-size=16", "--loader=resident"]
@@ -231,6 +233,22 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(
     assert terminated.steps == 12  # type: ignore[attr-defined]
     assert linear.run(weights, tiny_data, protocol, stopped).values == whole
     assert terminated.steps == 12  # type: ignore[attr-defined]
+
+
+def test_a_signal_while_it_is_tested_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch, tiny_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    """The training is kept: the same call goes on with the test."""
+    weights = copy_of(tiny_run, tmp_path)
+    protocol, options = LinearProtocol(epochs=2, lr=3.0), TrainingOptions(device="cpu", out=tmp_path / "linear")
+    with monkeypatch.context() as changed:
+        changed.setattr(linear, "extract_features", long_call(linear.extract_features, 1))
+        start = time.monotonic()
+        with pytest.raises(StoppedAtOnce, match=r"stopped by SIGTERM; what was saved before is kept"):
+            linear.run(weights, tiny_data, protocol, options)
+        assert time.monotonic() - start < LONG_S
+    monkeypatch.setattr(LinearClassifiers, "step", None)
+    assert linear.run(weights, tiny_data, protocol, options).values["lr"] == 3.0
 
 
 def test_max_steps_pauses(capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:

@@ -126,7 +126,8 @@ def test_unknown_names_offer_the_nearest(capsys: pytest.CaptureFixture[str], tin
     message = refused(capsys, "pretrain", "leoclr_cifar", "--data", tiny_data, "--out", tmp_path / "run")
     assert "Did you mean leoclr_cifar10" in message
     assert "Did you mean pretrain" in refused(capsys, "pretrian")
-    assert "needs a recipe first" in refused(capsys, "pretrain", "--data", tiny_data)
+    suggested = f"leoclr-fast pretrain RECIPE …; leoclr_cifar10 fits the 40 images of about 23 pixels at {tiny_data}"
+    assert suggested in refused(capsys, "pretrain", "--data", tiny_data)
     assert run_command(["pretrain", "leoclr_demo", "--data", str(tiny_data), "--out", "x", "--epoks", "3"]) == 2
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,7 @@ from leoclr_fast.training.loop import pretrain
 from leoclr_fast.training.run_log import RunLog
 from leoclr_fast.training.step import TrainingStep
 from tests.leoclr_fast.conftest import tiny_config
-
-LONG_S = 60.0
+from tests.leoclr_fast.long_call import LONG_S, long_call
 
 
 @pytest.mark.parametrize(
@@ -48,7 +44,7 @@ def test_a_signal_is_obeyed_in_every_phase(
     """The phase takes a minute from its `call` on; and when it is over, the same command has the result."""
     config, out = tiny_config(result__epochs=3, monitor__checkpoint_every_epochs=3), tmp_path / "run"
     with monkeypatch.context() as changed:
-        changed.setattr(owner, phase, _long(getattr(owner, phase), call))
+        changed.setattr(owner, phase, long_call(getattr(owner, phase), call))
         start = time.monotonic()
         with pytest.raises(error, match="stopped by SIGTERM"):
             pretrain(config, tiny_data, out)
@@ -58,21 +54,3 @@ def test_a_signal_is_obeyed_in_every_phase(
     summary = pretrain(config, tiny_data, out)
     assert (summary["steps"], summary["complete"]) == (9, True)
     assert [record["step"] for record in RunFolder(out).read_metrics("knn")] == [0, 6, 9]
-
-
-def _long(function: Callable[..., Any], call: int) -> Callable[..., Any]:
-    """The function, in whose `call`-th call a signal comes, and which then goes on for a minute."""
-    calls = 0
-
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-            until = time.monotonic() + LONG_S
-            while time.monotonic() < until:
-                time.sleep(0.01)
-                options.get("go_on", lambda: None)()
-        return function(*arguments, **options)
-
-    return wrapped
