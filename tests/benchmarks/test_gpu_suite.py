@@ -11,18 +11,15 @@ from argparse import Namespace
 from itertools import product
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.gpu_suite import benches, cifar10, gpu_tests, loaders, parity
+from benchmarks.gpu_suite import gpu_tests, parity
 from benchmarks.gpu_suite.__main__ import Suite
-from benchmarks.gpu_suite.gpu_tests import outcomes, run_groups
+from benchmarks.gpu_suite.gpu_tests import run_groups
 from benchmarks.gpu_suite.step_profile import kind_of
-from benchmarks.gpu_suite.suite_config import SECTIONS, Answer, SuiteConfig, UnavailableError
+from benchmarks.gpu_suite.suite_config import SECTIONS, Answer, SuiteConfig
 from benchmarks.gpu_suite.targets import compare_with_targets, targets_markdown
-from dataset_tools.sources import open_source
-from dataset_tools.splits import choose_splits
 from tests.leoclr_fast.conftest import write_tiny_images
 
 CHECKOUT = Path(__file__).parents[2]
@@ -130,24 +127,6 @@ def test_the_parts_that_were_done_are_kept(
     assert written["sections"]["loss"]["result"] == {"fp32": {"rows": []}}
 
 
-def test_losses_are_kept_by_precision(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("benchmarks.kernels.what_compiling_lacks", lambda device_type: "a compiler")
-    kept: list[Answer] = []
-    config = SuiteConfig(device="cpu", tiny=True, precision="fp32", keep=kept.append, soft_limit_s=5)
-    assert benches.run_loss(config, lambda _: None) is kept[-1]
-    assert [set(answer.result) for answer in kept] == [{"fp32"}]
-
-
-def test_results_name_no_path_of_the_machine(tmp_path: Path):
-    flags = {"data": tmp_path / "images.tar", "photographs": None, "out": tmp_path, "name": "x"}
-    suite = Suite(Namespace(**flags, tiny=True, limit_s=1.0, sections=[]))
-    text = f"{CHECKOUT}/tests {sys.prefix}/lib {tmp_path}/images.tar {Path.home()}/.cache 3 images/s"
-    cleaned = suite.results.shown(text)
-    assert cleaned.startswith("./tests (python)/lib images.tar ")
-    assert cleaned.endswith("/.cache 3 images/s")
-    assert str(Path.home()) not in cleaned
-
-
 def test_every_section_has_its_function_and_all_together_fifteen_minutes():
     """With a minute for the start of the machine."""
     for section in SECTIONS.values():
@@ -177,36 +156,6 @@ def test_parity_catches_a_kernel_that_is_off_or_breaks(monkeypatch: pytest.Monke
     answer = parity.run(config, lambda _: None)
     assert answer.result["kernels_that_did_not_run"] == 9  # 6 cases of the loss; the augmentation has no GPU here
     assert "did not run, 6 cases: loss, triton: illegal memory access" in answer.markdown
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float>", "batch-norm"),
-        ("triton_red_fused__native_batch_norm_legit_functional_relu_3", "batch-norm"),
-        ("void at::native::batch_norm_collect_statistics_channels_last_kernel", "batch-norm"),
-        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolution"),
-        ("cudnn_infer_ampere_scudnn_winograd_128x128_ldg1_ldg4", "convolution"),
-        ("void cutlass_cudnn::Kernel<cutlass_tensorop_bf16_s16816wgrad_optimized>", "convolution"),
-        ("nvjet_hsh_128x64_64x6_2x1_v_bz_TNT", "matrix product"),
-        ("void at::native::multi_tensor_apply_kernel<FusedSgdMathFunctor>", "optimizer"),
-        ("triton_per_fused_logsumexp_mul_2", "loss"),
-        ("triton_red_fused__to_copy_var_mean_5", "batch-norm"),
-        ("triton_poi_fused__to_copy_add_mul_relu_rsqrt_sub_var_mean_7", "batch-norm"),
-        ("triton_red_fused_native_batch_norm_backward_threshold_backward_31", "batch-norm"),
-        ("triton_poi_fused__to_copy_12", "pointwise and reduction"),
-        ("triton_poi_fused_convolution_backward_add_3", "pointwise and reduction"),
-        ("triton_poi_fused__to_copy_max_pool2d_with_indices_4", "pooling"),
-        ("triton_tem_fused_convolution_8", "convolution"),
-        ("triton_tem_fused_mm_1", "matrix product"),
-        ("void at::native::unrolled_elementwise_kernel<direct_copy_kernel_cuda>", "copy"),
-        ("Memcpy HtoD (Pinned -> Device)", "copy"),
-        ("void at::native::vectorized_elementwise_kernel<4, relu>", "pointwise and reduction"),
-        ("something_else", "other"),
-    ],
-)
-def test_what_a_kernel_is_for(name: str, kind: str):
-    assert kind_of(name) == kind
 
 
 def test_our_own_kernels_are_known_by_their_names():
@@ -272,40 +221,6 @@ def test_the_captured_step_and_the_kernels_are_tested_first(device: str, monkeyp
     assert names[:2] == ["test_captured_step.py", "test_triton_kernels.py"]
     assert len(names) == len(set(names)) == len(list((CHECKOUT / "tests" / "gpu").glob("test_*.py")))
     assert len(asked) == (1 if device == "cpu" else len(names))
-
-
-def test_few_images_are_copied_until_an_epoch_is_long(tmp_path: Path):
-    data = write_tiny_images(tmp_path / "data", num_train=24, num_val=8)
-    split = choose_splits(open_source(data)).pretrain
-    with loaders.at_least(data, split, 24) as same:
-        assert same == data
-    with loaders.at_least(data, split, 60) as folder:
-        copies = choose_splits(open_source(folder)).pretrain
-        assert len(copies) == 72
-        contents = [copies.read(index) for index in range(72)]
-        assert sorted(contents) == sorted(3 * [split.read(index) for index in range(24)])
-    assert not folder.exists()
-
-
-def test_outcomes_of_a_test_report():
-    report = ElementTree.fromstring(
-        "<testsuites><testsuite>"
-        '<testcase classname="tests.gpu.test_a" name="one" time="1.5"/>'
-        '<testcase classname="tests.gpu.test_a" name="two" time="0"><skipped message="no GPU"/></testcase>'
-        '<testcase classname="tests.gpu.test_b" name="three" time="0"><failure message="2 != 3&#10;more"/></testcase>'
-        '<testcase classname="tests.gpu.test_b.TestC" name="four" time="0"><error message=""/></testcase>'
-        '<testcase time="0"/>'
-        '<testcase classname="" name="tests.gpu.test_c" time="0"><error message="collection failure">In test_c.py\n'
-        "E   ModuleNotFoundError: no scipy\n</error></testcase>"
-        "</testsuite></testsuites>"
-    )
-    assert [(test["name"], test["outcome"], test["reason"]) for test in outcomes(report)] == [
-        ("test_a::one", "passed", ""),
-        ("test_a::two", "skipped", "no GPU"),
-        ("test_b::three", "failed", "2 != 3"),
-        ("test_b.TestC::four", "failed", "error"),
-        ("tests.gpu.test_c", "failed", "E   ModuleNotFoundError: no scipy"),
-    ]
 
 
 def test_targets_are_compared_only_by_what_a_gpu_measured():
@@ -388,9 +303,3 @@ def test_every_section_at_tiny_sizes(tmp_path: Path):
         assert [point["epoch"] for point in curve] == [0, 1]
         assert all(0 <= point["knn_top1"] <= 100 for point in curve)
         assert curve[1]["loss"] > 0
-
-
-def test_sections_that_need_images_say_so():
-    for run in (cifar10.run, loaders.run, loaders.run_parity):
-        with pytest.raises(UnavailableError, match="no data"):
-            run(SuiteConfig(), lambda _: None)

@@ -15,6 +15,7 @@ from leoclr_fast.config import SpeedConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.method.methods import build_method
 
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 TINY = BenchSetting(
     recipe="leoclr_demo", batch_size=9, queue_size=64, image_size=16, width_multiplier=0.0625, key_batchnorm="shuffle"
 )
@@ -29,7 +30,6 @@ def written() -> tuple[dict[str, Any], str]:
     return document, scaling_markdown(document)
 
 
-@pytest.mark.timeout(300)
 def test_rows(written: tuple[dict[str, Any], str]) -> None:
     rows = written[0]["rows"]
     assert [(row["mode"], row["ranks"], row["batch_size"]) for row in rows] == [
@@ -87,7 +87,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match="a global batch of 9 cannot be shared by 10 ranks"):
             bench_scaling(ScalingConfig(ranks=(10,), mode="strong"), TINY, CPU)
 
-    @pytest.mark.timeout(120)
     @pytest.mark.parametrize(
         ("num_ranks", "limit_s", "method", "message"),
         [

@@ -15,17 +15,14 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from safetensors import safe_open
 
 from dataset_tools import demo_data
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
-from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.recipes import RECIPES, get_recipe
 from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.schedules import learning_rate
-from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import LoaderConfig
 from tests.leoclr_fast.training.test_bad_input import pretrain_line, refused
 
@@ -68,20 +65,6 @@ def test_pretrain_then_knn(capsys: pytest.CaptureFixture[str], tiny_data: Path, 
     assert again["top1"] == knn["top1"]
     other, _ = succeeded(capsys, "knn", run, "--data", tiny_data, "--k", 5, "--temperature", 0.2, "--max-images", 9)
     assert (other["k"], other["temperature"], other["bank_images"], other["query_images"]) == (5, 0.2, 9, 9)
-
-
-def test_final_weights_say_what_they_are(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
-    succeeded(capsys, *pretrain_line(tiny_data, tmp_path / "run"))
-    folder = RunFolder(tmp_path / "run")
-    with safe_open(folder.final_weights, "pt") as file:
-        description = json.loads(file.metadata()["leoclr_fast"])
-        names = set(file.keys())
-    assert description["recipe"] == "leoclr_demo"
-    assert description["width_multiplier"] == 0.0625
-    config = folder.read_config()
-    assert names == set(build_backbone(config.result.backbone).state_dict())
-    backbone = load_pretrained(folder.path).backbone
-    assert backbone.bn1.num_batches_tracked == 6
 
 
 def test_every_field_has_a_flag_and_lands_in_the_config(
@@ -180,18 +163,6 @@ def test_a_damaged_config_file_is_refused(text: str, message: str) -> None:
         from_yaml(RunConfig, text, "RUN/config.yaml")
 
 
-def test_without_val_a_part_of_train_is_held_out(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(tiny_data / "train", tmp_path / "data")
-    summary, output = succeeded(capsys, *pretrain_line(tmp_path / "data", tmp_path / "run"))
-    assert "held out of pretraining" in output
-    assert "36 images" in output  # 4 of 40 are kNN's queries
-    knn, _ = succeeded(capsys, "knn", tmp_path / "run", "--data", tmp_path / "data", "--device", "cpu")
-    assert (knn["bank_images"], knn["query_images"]) == (36, 4)
-    assert knn["top1"] == summary["knn_top1"]
-
-
 def test_without_labels_knn_is_null(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -247,15 +218,3 @@ def test_preview_shows_the_boxes_and_all_views(
         capsys, "preview", "--data", tiny_data, "--out", out, "--rows", 2, "--recipe", "mocov2_cifar10"
     )
     assert document["views"] == ["crop 1", "crop 2"]
-
-
-def test_help_lists_commands_recipes_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command([]) == 0
-    overview = capsys.readouterr().out
-    assert all(name in overview for name in (*RECIPES, "demo", "pretrain", "knn", "preview"))
-    assert run_command(["pretrain", "mocov2_stl10", "--help"]) == 0
-    text = capsys.readouterr().out
-    for flag in ("--data", "--out", "--resume", "--epochs", "--batch-size", "--max-images", "--max-steps", "--seed"):
-        assert flag in text
-    for flag in ("--device", "--loader.name", "--method.queue-size", "--views.crop-scale", "--json", "--debug"):
-        assert flag in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,6 @@ from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, TimedMethod, open_bat
 from leoclr_fast.bench.setting import departures_from_paper, setting_header
 from leoclr_fast.bench.statistics import ratio_interval
 from leoclr_fast.bench.train_time import bench_train_time, train_time_markdown
-from leoclr_fast.cli import run_command
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.method.flops import training_flops_per_image
 from pipelines.batch import CropBatch
@@ -60,15 +58,6 @@ def test_ratios_and_speedups_are_those_of_the_pairs(document: dict[str, Any]):
         assert document["speedups"][data][peer] == ratio_interval(times[peer], times["mocov2"])
 
 
-def test_a_cpu_says_that_it_is_one_and_what_is_missing(document: dict[str, Any]):
-    notes = " ".join(document["notes"])
-    for words in ("without a bound", "no MFU", "no energy"):
-        assert words in notes
-    assert not document["paper_setting"]
-    assert "not the paper setting" in document["header"]
-    assert document["gpu"] is None
-
-
 def test_page(document: dict[str, Any]):
     page = train_time_markdown(document, "the command")
     assert page.startswith(f"# LeOCLR next to MoCo-v2: training time\n\nSetting: {document['header']}.\n")
@@ -94,25 +83,6 @@ def test_energy_is_that_of_all_rounds_or_unknown():
     assert row(36.0, None)["energy_per_million_images_kwh"] is None
     assert row(36.0, 36.0)["data_wait_fraction"] == 0.25
     assert row(36.0, 36.0)["images_per_s"] == 80
-
-
-def test_the_command_prints_the_document_last(
-    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    flags = (
-        "bench train-time --recipe leoclr_demo --batch-size 8 --queue-size 32 --image-size 16 --width-multiplier "
-        "0.0625 --device cpu --rounds 2 --steps 1 --lead-steps 0 --warmup-steps 1 --methods mocov2 "
-        f"--data {tiny_data} --markdown {tmp_path}/page.md --json"
-    ).split()
-    monkeypatch.setattr("sys.argv", ["leoclr-fast", *flags])
-    assert run_command(flags) == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["method"] for row in document["rows"]] == ["mocov2"] * 2
-    assert document["ratio_real"] is None
-    page = (tmp_path / "page.md").read_text()
-    assert page.startswith("# MoCo-v2: training time\n")
-    assert "--data data " in page
-    assert str(tiny_data) not in page
 
 
 class _Recorder(TimedMethod):
@@ -212,17 +182,3 @@ def test_mistakes_are_told_before_anything_is_timed(tiny_data: Path, tmp_path: P
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="torchrun started 3 processes"):
         bench_train_time(TrainTimeConfig(), SHORT, TINY, CPU)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rounds": 1}, "rounds 1"),
-        ({"steps": 0}, "steps 0"),
-        ({"warmup_steps": 0}, "warmup steps 0"),
-        ({"max_s": 0}, "max s 0"),
-    ],
-)
-def test_too_little_to_measure(changes: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=message):
-        RoundsConfig(**changes)

@@ -38,9 +38,3 @@ def test_the_noise_of_a_step_is_none(caplog: pytest.LogCaptureFixture) -> None:
         times.add(reports(0.1, own_s))
     times.take()
     assert not caplog.records
-
-
-def test_a_single_rank_has_no_times() -> None:
-    times = RankTimes()
-    times.add(reports(0.1))
-    assert times.take() == {}

@@ -19,7 +19,6 @@ import pytest
 import torch
 from PIL import Image
 
-from leoclr_fast.cli import run_command
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, ImageDetections, annotated_image
 from leoclr_fast.evaluate.detection.coco import coco_average_precisions, read_coco
@@ -79,19 +78,6 @@ class TestPublishedDetector:
         assert expected == 33_234_160
         assert sum(parameter.numel() for parameter in detector.parameters()) == expected
         assert all(parameter.requires_grad for parameter in detector.parameters())  # FREEZE_AT 0
-
-    def test_shapes(self, detector: FasterRCNNC4) -> None:
-        shapes = {name: list(tensor.shape) for name, tensor in detector.named_parameters()}
-        assert shapes["rpn.head.conv.0.0.weight"] == [1024, 1024, 3, 3]
-        assert shapes["rpn.head.cls_logits.weight"] == [15, 1024, 1, 1]
-        assert shapes["rpn.head.bbox_pred.weight"] == [60, 1024, 1, 1]
-        assert shapes["regions.box_head.norm.weight"] == [2048]
-        assert shapes["regions.box_predictor.cls_score.weight"] == [21, 2048]
-        assert shapes["regions.box_predictor.bbox_pred.weight"] == [80, 2048]
-        assert not any(name.startswith("c4.layer4") for name in shapes)
-        res5 = detector.regions.box_head.res5
-        assert [block.conv2.stride for block in res5] == [(2, 2), (1, 1), (1, 1)]  # STRIDE_IN_1X1 False
-        assert [block.conv1.stride for block in res5] == [(1, 1)] * 3
 
     def test_pooling_and_sampling(self, detector: FasterRCNNC4) -> None:
         pool = detector.regions.box_roi_pool
@@ -197,18 +183,6 @@ def test_half_precision_does_not_round_boxes() -> None:
     torch.testing.assert_close(half.float(), exact, rtol=0.02, atol=0.02)
     moved = regions.pooled(features, [boxes[0].bfloat16().float()])
     assert (moved - exact).abs().max() > 0.1
-
-
-def test_half_precision_trains(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path
-) -> None:
-    """The first loss is near that of float32."""
-    losses = {}
-    for name in ("fp32", "bf16"):
-        line = detect_line(backbone_run / "final.safetensors", voc, tmp_path / name, "--iterations=3")
-        succeeded(capsys, *line, "--precision", name, "--max-iterations=1")
-        losses[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
 
 
 def test_images_without_boxes_train_and_are_searched() -> None:
@@ -375,14 +349,6 @@ class TestAveragePrecision:
             precisions = coco_average_precisions(images, detections, ("a",), ignored_are_crowds=False)
             assert precisions["AP50"] == pytest.approx(expected)
             assert precisions["AP75"] == 0
-
-    def test_nothing_found_and_nothing_to_find(self) -> None:
-        empty = (found(), found())
-        assert voc_average_precisions(self.images, empty, 1, [0.5])[0, 0] == 0
-        assert coco_average_precisions(self.images, empty, ("a",), ignored_are_crowds=True)["AP"] == 0
-        without = (truth([], []), truth([], []))
-        assert np.isnan(voc_average_precisions(without, self.detections, 1, [0.5])[0, 0])
-        assert math.isnan(coco_average_precisions(without, self.detections, ("a",), ignored_are_crowds=True)["AP"])
 
     def test_eleven_points(self) -> None:
         """A recall of 3 / 10 reaches the point 0.3, whatever floating point makes of either."""
@@ -579,31 +545,6 @@ def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, b
     assert "holds other files (thesis.tex" in refused(capsys, *detect_line(weights, voc, tmp_path / "mine"))
     with pytest.raises(ValueError, match="give rising numbers of iterations"):
         DetectionProtocol(lr_steps=(5, 3)).config()
-
-
-def test_a_file_of_weights_has_its_detector_beside_it(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path
-) -> None:
-    """It continues there; a damaged checkpoint names that folder, and none of the weights."""
-    weights = tmp_path / "weights.safetensors"
-    weights.write_bytes((backbone_run / "final.safetensors").read_bytes())
-    line = ["detect", weights, "--data", voc, *TINY, "--iterations=2"]
-    part, _ = succeeded(capsys, *line, "--max-iterations=1")
-    folder = tmp_path / "weights.safetensors.evaluations" / "detect-voc"
-    assert (part["complete"], part["iteration"], part["out"]) == (False, 1, str(folder))
-    (checkpoint,) = list_checkpoints(folder)
-    whole = (checkpoint / "state.pt").read_bytes()
-    (checkpoint / "state.pt").write_bytes(whole[:-1])
-    assert run_command([str(argument) for argument in line]) == 1
-    message = capsys.readouterr().err
-    assert f"every checkpoint in {folder} is damaged (" in message
-    (checkpoint / "state.pt").write_bytes(whole)
-    result, output = succeeded(capsys, *line)
-    assert f"resuming from {checkpoint}" in output
-    assert json.loads((folder / "result.json").read_text())["AP"] == result["AP"]
-    folder.with_name("detect-coco").write_text("no folder")
-    message = refused(capsys, "detect", weights, "--data", write_coco(tmp_path / "coco", voc), "--dataset=coco")
-    assert "give --out a folder that the evaluation can work in" in message
 
 
 @pytest.mark.long

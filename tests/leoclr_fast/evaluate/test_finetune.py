@@ -18,8 +18,6 @@ from dataset_tools.sources import open_source
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.evaluate.accuracy import accuracy
-from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters, fine_tune
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 from leoclr_fast.method.backbone import build_backbone
@@ -99,14 +97,6 @@ def test_a_training_is_torchs(tiny_data: Path, tmp_path: Path) -> None:
     assert ours.state_dict().keys() == expected.keys()
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-11, msg=name)
-
-
-def test_it_learns(tiny_data: Path, tmp_path: Path) -> None:
-    """The images that it learned from, by their centre crops: most of them right, where chance is a third."""
-    loader = train_loader(tiny_data)
-    parameters = Hyperparameters(lr=0.02, weight_decay=0.0, momentum=0.9, batch_size=8)
-    network = fine_tuned(backbone_of_seed(0), loader, parameters, tmp_path / "none", 300, "fp32")
-    assert accuracy(*extract_features(network, loader, "fp32", Ranks(), normalized=False)).top1 > 80
 
 
 def test_the_protocol_is_simclrs_with_the_papers_epochs() -> None:
@@ -192,40 +182,6 @@ def test_killed_anywhere_it_ends_the_same(
     networks = [load_file(path / "network.safetensors") for path in (folder, tmp_path / "whole")]
     assert all(torch.equal(networks[0][name], tensor) for name, tensor in networks[1].items())
     assert not list_checkpoints(folder / "final")
-
-
-def test_max_steps_counts_all_trainings(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
-) -> None:
-    """12 steps of each of two trials, then 15: paused in the first, the second and the last; the end is the same. A
-    share that is paused ends the command.
-    """
-    run = copy_of(tiny_run, tmp_path)
-    arguments = ["finetune", run, "--data", tiny_data, "--percent", 100, 50, *SMALL, "--base-lr-grid", 0.1, 1]
-    for steps, training in ((5, "trial-001"), (12, "trial-002"), (18, "trial-002"), (31, "final")):
-        (paused,) = evaluated(capsys, *arguments, "--max-steps", steps)["evaluations"]
-        found = (paused["complete"], paused["step"], paused["training"], paused["percent"])
-        assert found == (False, steps, training, 100)
-    assert kept_results(run) == []
-    assert run_command([*map(str, arguments), "--device=cpu", "--max-steps=31"]) == 0
-    assert "paused after step 31, as --max-steps asks" in capsys.readouterr().out
-    whole, half = evaluated(capsys, *arguments)["evaluations"]
-    assert (whole["percent"], half["percent"]) == (100, 50)
-    arguments.remove(50)
-    (alone,) = evaluated(capsys, *arguments, "--out", tmp_path / "out")["evaluations"]
-    assert alone == whole
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_runs(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path, precision: str
-) -> None:
-    arguments = ["finetune", tiny_run, "--data", tiny_data, "--percent", 100, *SMALL, "--precision", precision]
-    (found,) = evaluated(capsys, *arguments, "--out", tmp_path / "out")["evaluations"]
-    assert 0 <= found["top1"] <= 100
-    assert found["settings"]["precision"] == precision
-    network = load_file(tmp_path / "out" / "network.safetensors")
-    assert network["fc.weight"].dtype == torch.float32
 
 
 def test_lists_that_do_not_fit_are_refused(

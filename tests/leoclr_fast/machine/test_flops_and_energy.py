@@ -116,21 +116,6 @@ def test_the_counter_is_in_millijoules(monkeypatch: pytest.MonkeyPatch):
     assert "gone" in str(meter.missing)
 
 
-def test_a_mig_slice_is_not_billed_for_the_whole_gpu(monkeypatch: pytest.MonkeyPatch):
-    _pretend_gpu(monkeypatch, "NVIDIA A100-SXM4-80GB MIG 1g.10gb", [0])
-    meter = EnergyMeter.of(torch.device("cuda"))
-    assert meter.read_j() is None
-    assert "MIG" in str(meter.missing)
-
-
-def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
-    _pretend_gpu(monkeypatch, "NVIDIA H200", [0])
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    meter = EnergyMeter.of(torch.device("cuda"))
-    assert meter.read_j() is None
-    assert "nvidia-ml-py" in str(meter.missing)
-
-
 def test_energy_of_a_run() -> None:
     assert energy_kwh([{"gpu_energy_j": 1.8e6}, {"gpu_energy_j": 5.4e6}]) == 2.0
     assert energy_kwh([]) is None

@@ -150,6 +150,7 @@ def test_a_crash_and_a_signal_tell_where_and_why(
     assert [record["status"] for record in records(run, "end")] == ["paused", "failed", "stopped", "finished"]
 
 
+@pytest.mark.long
 def test_the_loader_alone_is_a_ceiling(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The report names the command that times it, and shows what that has found."""
     run, jpegs = tmp_path / "run", tmp_path / "jpegs"
@@ -299,20 +300,6 @@ def test_the_command_has_its_ranks_and_machines(
     assert reproducing_command(read_run(run)) == [*expected.split(), "leoclr_demo", "--data", "PATH", "--out", "RUN"]
     paused = written_run(tmp_path / "paused", [start(last_step=20), step_record(10)])
     assert (reproducing_command(read_run(paused)) or [])[-2:] == ["--max-steps", "20"]
-
-
-def test_evaluations_are_kept_and_shown(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    succeeded(capsys, *pretrain_line(tiny_data, run))
-    knn_result, _ = succeeded(capsys, "knn", run, "--data", tiny_data, "--k", 5, "--device", "cpu")
-    document, output = succeeded(capsys, "report", run, "--out", tmp_path / "pages" / "one.html")
-    assert f"report: {tmp_path / 'pages' / 'one.html'}" in output
-    page = (tmp_path / "pages" / "one.html").read_text()
-    assert document["bytes"] == len(page.encode())
-    assert f"top-1 {knn_result['top1']:.2f} %, top-5 {knn_result['top5']:.2f} %" in page
-    assert "k 5, temperature 0.1" in page
-    assert f"weights sha256 {knn_result['weights_sha256'][:12]}…" in page
-    assert "{" not in page[page.index("What evaluators found") : page.index("Every kNN accuracy")]
 
 
 def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from leoclr_fast.config_file import differences
 from leoclr_fast.recipes import get_recipe
 from leoclr_fast.report.comparison import find_pairs, time_ratio
 from leoclr_fast.report.metrics_file import MetricsFile
-from leoclr_fast.report.page import page_of, write_report
+from leoclr_fast.report.page import page_of
 from leoclr_fast.report.plots import thinned
 from leoclr_fast.report.run_record import read_run
 from leoclr_fast.report.sentence import summary_sentence
@@ -206,34 +206,6 @@ def test_thinning_keeps_ends_extremes_and_gaps() -> None:
     assert (thin_x[0], thin_x[-1]) == (0, 99_999)
     assert {12_345, 50_000, 77_777} <= set(thin_x.tolist())
     np.testing.assert_array_equal(thin_y, y[thin_x.astype(int)])
-
-
-def test_a_million_lines_in_five_seconds(tmp_path: Path) -> None:
-    run = written_run(tmp_path / "run", [start()])
-    head, tail = json.dumps(step_record(7)).split('"step": 7')
-    head += '"step": '
-    with open(RunFolder(run).metrics_file, "a") as file:
-        for first in range(1, 1_000_001, 100_000):
-            file.writelines(f"{head}{step}{tail}\n" for step in range(first, first + 100_000))
-        file.write(json.dumps(step_record(1_000_001, loss=math.nan)) + "\n")
-        file.write(json.dumps(step_record(1_000_002, loss=4.25)) + "\n")
-    begin = time.process_time()  # other programs may keep the machine busy
-    document = write_report([run], tmp_path / "report.html")
-    seconds = time.process_time() - begin
-    assert document["runs"][0]["steps"] == 1_000_002
-    assert document["bytes"] < 500_000
-    page = (tmp_path / "report.html").read_text()
-    assert "The log has 1,000,002 step records; 142,8" in page
-    assert "loss is missing or not finite in 1 record, first at step 1,000,001" in page
-    assert ">4.25<" in page  # the last value, in the table behind the curve
-    assert seconds < 5
-
-
-def test_twenty_runs_stay_below_two_megabytes(tmp_path: Path) -> None:
-    records = [step_record(step, loss=math.sin(step), gradient_norm=math.cos(step)) for step in range(1, 2001)]
-    runs = [written_run(tmp_path / f"run{number}", [start(), *records]) for number in range(20)]
-    document = write_report(runs, tmp_path / "report.html")
-    assert document["bytes"] < 2_000_000
 
 
 def test_the_nearest_run_of_the_other_method_is_the_partner(tmp_path: Path) -> None:

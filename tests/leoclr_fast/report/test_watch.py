@@ -128,13 +128,3 @@ def test_a_run_that_changes_while_it_is_read_was_not_killed(
         assert read_run(run).state.kind == "running"
         monkeypatch.setattr(MetricsFile, "update", read_log)
         assert read_run(run).state.kind == ("finished" if when == "it ends" else "running")
-
-
-def test_a_narrow_terminal_and_a_run_without_anything(tmp_path: Path) -> None:
-    console = terminal(width=30)
-    run = written_run(tmp_path / "run", [])
-    assert watch(run, console, once=True)["state"] == "empty"
-    assert "Nothing was logged" in shown(console)
-    append(run, start(), *STEPS)
-    assert watch(run, console, once=True)["step"] == 100
-    assert max(map(len, shown(console).splitlines())) <= 30

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -123,34 +121,6 @@ def test_a_best_that_is_not_there_or_damaged(folder: RunFolder, content: str) ->
     writer = CheckpointWriter(folder, keep=1)
     writer.continue_from(3)
     assert writer.is_best(1.0)
-
-
-def test_without_a_best(folder: RunFolder) -> None:
-    writer = CheckpointWriter(folder, keep=1, keep_best=False)
-    writer.save(1, state(1), 30.0)
-    writer.save(2, state(2))
-    writer.flush()
-    assert kept(folder) == names(2)
-    assert not folder.best_file.exists()
-
-
-def test_an_old_one_that_cannot_be_deleted(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The new one is safe, so training goes on."""
-    writer, delete = CheckpointWriter(folder, keep=1), shutil.rmtree
-
-    def busy(path: Path, **options: Any) -> None:
-        if path.name.startswith("step-"):
-            raise OSError(errno.EBUSY, "Device or resource busy")
-        delete(path, **options)
-
-    monkeypatch.setattr(shutil, "rmtree", busy)
-    for step in (1, 2):
-        writer.save(step, state(step))
-    writer.flush()
-    assert kept(folder) == names(1, 2)
-    assert "step-00000001: Device or resource busy" in caplog.text
 
 
 @pytest.mark.parametrize("dies_at", [1, 2])

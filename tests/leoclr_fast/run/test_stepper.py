@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 
 from dataset_tools.stop_signals import HANDLED, StoppedBySignalError
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.run import stepper
 from leoclr_fast.run.checkpoint import list_checkpoints, step_of
 from leoclr_fast.run.stepper import STOP_LAG_STEPS, PausedError, Stepper, endless
 
@@ -53,15 +51,6 @@ def test_checkpoints_lie_at_the_interval_and_at_the_end(tmp_path: Path) -> None:
     assert trained(steps_of(own.folder)) == [0, 10, 20, 30, 40, 50, 60]  # finished: no step is taken again
     own.delete()
     assert not own.folder.exists()
-
-
-def test_a_young_checkpoint_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step takes 10 s, and a checkpoint is due at an even step when the last one is 25 s old."""
-    now = SimpleNamespace(s=0.0)
-    monkeypatch.setattr(stepper, "time", SimpleNamespace(monotonic=lambda: now.s))
-    own = steps_of(tmp_path, total_steps=9, save_every_steps=2, save_every_s=25.0, keep=9)
-    trained(own, lambda step: setattr(now, "s", now.s + 10))
-    assert saved_steps(tmp_path) == [4, 8, 9]
 
 
 def test_a_paused_training_continues(tmp_path: Path) -> None:

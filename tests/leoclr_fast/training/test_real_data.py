@@ -19,7 +19,8 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize("recipe", ["leoclr_cifar10", pytest.param("mocov2_cifar10", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["leoclr_cifar10", "mocov2_cifar10"])
 def test_cifar10_learns(
     recipe: str,
     real_data: Path,
