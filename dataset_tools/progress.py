@@ -1,8 +1,9 @@
-"""Long work shows how far it is: a bar on a terminal, a line now and then elsewhere."""
+"""Long work shows how far it is, or how long it has been at it: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,6 +44,27 @@ def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[
                     log.info(f"{what}: {done:,} of {total:,} {unit}, {done / passed_s:,.0f} a second, {left} left")
 
         yield advance
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[Callable[[], None]]:
+    """Says after 10 s, and then every 30 s, for how long `what` has been going on, of which nobody knows how far it is.
+
+    Yields a function to be called when that is over, if it is before the end of the `with`.
+    """
+    over, start_s = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        pause_s = QUIET_S
+        while not over.wait(pause_s):
+            pause_s = LINE_EVERY_S
+            log.info(f"{what}: {timedelta(seconds=round(time.monotonic() - start_s))} so far")
+
+    threading.Thread(target=tell, name="waiting", daemon=True).start()
+    try:
+        yield over.set
+    finally:
+        over.set()
 
 
 def _bar(what: str, total: int, unit: str, stack: ExitStack) -> Progress | None:

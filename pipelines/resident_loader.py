@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dataset_tools.progress import progress
 from dataset_tools.sources import Split
 from pipelines.crop_resize import PackedImages, cut_views
 from pipelines.decode import Substitutes, UnreadableImageError, decode_rgb, image_size, none_readable
@@ -115,12 +116,14 @@ def _decode_all(split: Split, device: torch.device, workers: int | None) -> Resi
 
     num_threads = available_cores() if workers is None else max(1, workers)
     with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(measure, range(len(split)), chunksize=64))
+        list(pool.map(measure, range(len(split))))
         sizes = 3 * heights * widths
         offsets = np.cumsum(sizes) - sizes
         _check_memory(int(sizes.sum()), device)
         pixels = np.zeros(int(sizes.sum()), dtype=np.uint8)
-        list(pool.map(decode, range(len(split)), chunksize=64))
+        with progress("decoding, once", len(split)) as advance:
+            for _ in pool.map(decode, range(len(split))):
+                advance(1)
 
     if len(unreadable) == len(split):
         raise none_readable(split, unreadable)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from dataset_tools.command_line import PACKAGES
 
 settings.register_profile("quick", max_examples=40, derandomize=True, deadline=None, database=None)
 settings.register_profile("long", max_examples=100_000, derandomize=True, deadline=None, database=None)
@@ -48,3 +52,17 @@ def real_data() -> Path:
         if not (folder / name).is_file():
             pytest.skip(f"LEOCLR_TEST_DATA={named} has no {name}")
     return folder
+
+
+@pytest.fixture
+def package_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """caplog for the packages' loggers, also where the command line has given them handlers of their own."""
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    kept = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [caplog.handler], False
+        logger.setLevel(logging.INFO)
+    yield caplog
+    for logger, handlers, propagate, level in kept:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from dataset_tools.formats.manifest import is_converted
+from dataset_tools.progress import waiting
 from dataset_tools.sources.cifar import open_cifar
 from dataset_tools.sources.converted import open_converted
 from dataset_tools.sources.ilsvrc import open_any_tar, open_ilsvrc_folder
@@ -49,11 +51,22 @@ def open_source(path: str | os.PathLike[str], *, quietly: bool = False) -> Image
     message says what to do.
     """
     place = Path(path).expanduser()
+    with nullcontext() if quietly else waiting(f"reading what is in {place}"):
+        source = _open(place)
+    if not quietly and os.environ.get("RANK", "0") == "0":
+        for line in source.describe():
+            logger.info("%s", line)
+        for note in source.account.notes:
+            logger.warning("warning: %s", note)
+    return source
+
+
+def _open(place: Path) -> ImageSource:
     if not place.exists():
         raise FileNotFoundError(f"there is nothing at {place}. Give the path of {ALLOWED}.")
     if place.is_dir():
         if is_converted(place):
-            return _said(open_converted(place), quietly)
+            return open_converted(place)
         if place.name.endswith(".partial") and (place / "journal.json").is_file():
             raise ValueError(
                 f"{place} is an unfinished conversion. Give the convert command that began it again: it continues, and "
@@ -68,15 +81,6 @@ def open_source(path: str | os.PathLike[str], *, quietly: bool = False) -> Image
         raise ValueError(f"{place} is neither a file nor a folder. Give the path of {ALLOWED}.")
     source = next(source for opener in openers if (source := opener(place)))
     assert source is not None
-    return _said(source, quietly)
-
-
-def _said(source: ImageSource, quietly: bool) -> ImageSource:
-    if not quietly and os.environ.get("RANK", "0") == "0":
-        for line in source.describe():
-            logger.info("%s", line)
-        for note in source.account.notes:
-            logger.warning("warning: %s", note)
     return source
 
 

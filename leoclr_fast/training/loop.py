@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from dataset_tools.progress import waiting
 from dataset_tools.stop_signals import StoppedBySignalError
 from leoclr_fast.config import RunConfig
 from leoclr_fast.run.checkpoint import list_checkpoints
@@ -50,17 +51,19 @@ def train(run: Run) -> dict[str, Any]:
         _evaluate(run)
     meters, stopping = Meters(run.config, run.step.metric_names, state, run.host, run.loader.device), False
     batches = islice(endless(run.loader.batches, steps_per_epoch, state.step), max(0, run.last_step - state.step))
-    for batch in meters.timed(batches):
-        lr = learning_rate(result.optimizer.schedule, result.lr, state.step, steps_per_epoch, result.epochs)
-        # ---- a single step ------------------------------------------------------------------------------
-        with explained_out_of_memory(run.step, batch):
-            metrics = run.step(batch, lr)
-        # -------------------------------------------------------------------------------------------------
-        run.stop.patience_s = None  # from here on there is something to save
-        stopping = meters.add(metrics, stop=run.stop.requested)
-        _between_steps(run, meters, batch.epoch, lr, stopping=stopping)
-        if stopping:
-            break
+    with waiting("the first batch and step") as begun:
+        for batch in meters.timed(batches):
+            lr = learning_rate(result.optimizer.schedule, result.lr, state.step, steps_per_epoch, result.epochs)
+            # ---- a single step ------------------------------------------------------------------------------
+            with explained_out_of_memory(run.step, batch):
+                metrics = run.step(batch, lr)
+            # -------------------------------------------------------------------------------------------------
+            begun()
+            run.stop.patience_s = None  # from here on there is something to save
+            stopping = meters.add(metrics, stop=run.stop.requested)
+            _between_steps(run, meters, batch.epoch, lr, stopping=stopping)
+            if stopping:
+                break
     if meters.stop() or stopping:
         _save_and_stop(run)
     return _finish(run, meters)

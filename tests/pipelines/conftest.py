@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,15 +100,3 @@ def open_loader(as_beton: Callable[[Split], Split], monkeypatch: pytest.MonkeyPa
             return stack.enter_context(open_by_name(name, split, *given, workers=workers, **options))
 
         yield start
-
-
-@pytest.fixture
-def package_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """caplog for the package's loggers, also where the command line has given them handlers of their own."""
-    logger = logging.getLogger("pipelines")
-    level, propagate, handlers = logger.level, logger.propagate, logger.handlers
-    logger.handlers, logger.propagate = [caplog.handler], False
-    logger.setLevel(logging.INFO)
-    yield caplog
-    logger.handlers, logger.propagate = handlers, propagate
-    logger.setLevel(level)
