@@ -1,6 +1,6 @@
-"""Encoded images by index, a batch at a time: of .betons, tars and folders, with their sizes and read-ahead.
+"""Encoded images by index, many at a time: of .betons, tars and folders, with read-ahead.
 
-Files are read with `os.pread` into one buffer per batch, and not memory-mapped: a mapped file that is truncated while
+Files are read with `os.pread` into one buffer per call, and not memory-mapped: a mapped file that is truncated while
 training kills the process without a word (SIGBUS); here it is an `UnreadableImageError` that names the sample.
 """
 
@@ -15,13 +15,9 @@ from dataset_tools.files import ByteFile, raise_if_of_machine
 from dataset_tools.formats.records import RAW
 from dataset_tools.sources import Split
 from dataset_tools.sources.converted import ConvertedSplit
-from dataset_tools.sources.split import ExtentSplit, SubsetSplit
-from pipelines.decode import UnreadableImageError, image_size
+from dataset_tools.sources.split import ExtentSplit, JoinedSplit, SubsetSplit
 
 Indices = npt.NDArray[np.int64]
-Sizes = npt.NDArray[np.int64]
-
-_UNKNOWN, _UNREADABLE = 0, -1
 
 
 class EncodedImages:
@@ -32,12 +28,12 @@ class EncodedImages:
         buffer: npt.NDArray[np.uint8],
         offsets: Indices,
         unreadable: dict[int, str],
-        is_raw: npt.NDArray[np.bool_],
+        raw_sizes: npt.NDArray[np.int32],
     ) -> None:
-        """buffer: uint8 [total]; offsets: int64 [B + 1]; unreadable: row -> reason; is_raw: bool [B], whether they are
-        pixels, uint8 [H, W, 3].
+        """buffer: uint8 [total]; offsets: int64 [B + 1]; unreadable: row -> reason; raw_sizes: int32 [B, 2], height and
+        width of those that are pixels, uint8 [H, W, 3], and 0 for encoded ones.
         """
-        self.buffer, self.offsets, self.unreadable, self.is_raw = buffer, offsets, unreadable, is_raw
+        self.buffer, self.offsets, self.unreadable, self.raw_sizes = buffer, offsets, unreadable, raw_sizes
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -50,13 +46,8 @@ class EncodedImages:
 class ByteReader(ABC):
     """Images of a split. May be used by several threads at once; holds file descriptors and no image."""
 
-    def __init__(self, split: Split, sizes: npt.NDArray[np.int32] | None = None) -> None:
-        """sizes: int32 [N, 2], height and width of each image; None: they are looked up in its header, once. Memory: 8
-        bytes an image.
-        """
+    def __init__(self, split: Split) -> None:
         self.split = split
-        self._sizes = np.zeros((len(split), 2), dtype=np.int32) if sizes is None else sizes
-        self._reasons: dict[int, str] = {}
 
     @abstractmethod
     def read(self, indices: Indices) -> EncodedImages:
@@ -65,21 +56,9 @@ class ByteReader(ABC):
         Raises nothing for an image that cannot be read: it is in ``unreadable``.
         """
 
-    def will_need(self, indices: Indices) -> None:  # noqa: B027 - a hint
+    @abstractmethod
+    def will_need(self, indices: Indices) -> None:
         """These images will be read soon: the system may fetch them from the disk."""
-
-    def sizes(self, indices: Indices) -> tuple[Sizes, Sizes, dict[int, str]]:
-        """(heights, widths), int64 [B] each, pixels; and row -> reason of those that are unknown: 1 x 1 here."""
-        for index in indices[self._sizes[indices, 0] == _UNKNOWN].tolist():
-            try:
-                self._sizes[index] = image_size(self.split, index)
-            except UnreadableImageError as error:
-                self._reasons[index] = str(error)  # first: other threads look for it when they see the size
-                self._sizes[index] = _UNREADABLE
-        sizes = self._sizes[indices].astype(np.int64)
-        bad = np.flatnonzero(sizes[:, 0] == _UNREADABLE)
-        sizes[bad] = 1
-        return sizes[:, 0], sizes[:, 1], {row: self._reasons[int(indices[row])] for row in bad.tolist()}
 
 
 def open_bytes(split: Split) -> ByteReader:
@@ -88,13 +67,14 @@ def open_bytes(split: Split) -> ByteReader:
     rows = slice(None) if chosen is None else chosen
     if isinstance(base, ConvertedSplit):
         offsets, lengths, shards = (np.array(base.records[name][rows]) for name in ("offset", "num_bytes", "shard"))
-        sizes = np.stack([base.records["height"][rows], base.records["width"][rows]], axis=1).astype(np.int32)
-        is_raw = np.array(base.records["encoding"][rows] == RAW)
-        return ExtentReader(split, base.files, offsets, lengths, shards, is_raw, sizes)
-    if isinstance(base, ExtentSplit):
+        is_raw = np.asarray(base.records["encoding"][rows] == RAW)
+        raw_sizes = is_raw[:, None] * np.stack([base.records[side][rows] for side in ("height", "width")], axis=1)
+        return ExtentReader(split, base.files, offsets, lengths, shards, raw_sizes if is_raw.any() else None)
+    if isinstance(base, ExtentSplit | JoinedSplit):
         offsets, lengths = (np.ascontiguousarray(base.extents[rows, column]) for column in (0, 1))
-        zeros = np.zeros(len(split), dtype=np.int32)
-        return ExtentReader(split, (base.file,), offsets, lengths, zeros, zeros > 0)
+        if isinstance(base, JoinedSplit):
+            return ExtentReader(split, base.files, offsets, lengths, base.file_of[rows])
+        return ExtentReader(split, (base.file,), offsets, lengths, np.zeros(len(split), dtype=np.int32))
     return SplitReader(split)
 
 
@@ -113,7 +93,11 @@ class SplitReader(ByteReader):
                 unreadable[row] = str(error)
         offsets = np.concatenate(([0], np.cumsum([len(piece) for piece in pieces]))).astype(np.int64)
         buffer = np.frombuffer(bytearray().join(pieces), dtype=np.uint8)
-        return EncodedImages(buffer, offsets, unreadable, np.zeros(len(pieces), dtype=np.bool_))
+        return EncodedImages(buffer, offsets, unreadable, np.zeros((len(pieces), 2), dtype=np.int32))
+
+    def will_need(self, indices: Indices) -> None:
+        for index in indices.tolist():
+            self.split.will_need(index)
 
 
 class ExtentReader(ByteReader):
@@ -126,13 +110,14 @@ class ExtentReader(ByteReader):
         offsets: Indices,
         lengths: Indices,
         shards: npt.NDArray[np.int32],
-        is_raw: npt.NDArray[np.bool_],
-        sizes: npt.NDArray[np.int32] | None = None,
+        raw_sizes: npt.NDArray[np.int32] | None = None,
     ) -> None:
-        """offsets, lengths: [N], bytes. shards: [N], in which file an image is. is_raw: [N], whether it is pixels."""
-        super().__init__(split, sizes)
+        """offsets, lengths: [N], bytes. shards: [N], in which file an image is. raw_sizes: [N, 2], as `EncodedImages`
+        has them; None if no image is raw.
+        """
+        super().__init__(split)
         self._files, self._offsets, self._lengths, self._shards = files, offsets, lengths, shards
-        self._is_raw = is_raw
+        self._raw_sizes = raw_sizes
 
     def read(self, indices: Indices) -> EncodedImages:
         offsets, shards = self._offsets[indices], self._shards[indices].astype(np.int64)
@@ -147,7 +132,10 @@ class ExtentReader(ByteReader):
             except OSError as error:
                 raise_if_of_machine(error)
                 unreadable[row] = str(error)
-        return EncodedImages(buffer, ends, unreadable, self._is_raw[indices])
+        no_sizes = np.zeros((len(indices), 2), dtype=np.int32)
+        return EncodedImages(
+            buffer, ends, unreadable, no_sizes if self._raw_sizes is None else self._raw_sizes[indices]
+        )
 
     def will_need(self, indices: Indices) -> None:
         places = (column[indices].tolist() for column in (self._shards, self._offsets, self._lengths))

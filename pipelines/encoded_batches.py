@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,17 @@ class EncodedBatch:
     def __len__(self) -> int:
         return len(self.images)
 
+    @classmethod
+    def joined(cls, pieces: Sequence[EncodedBatch]) -> EncodedBatch:
+        """One batch of some pieces of it; of no image if too many of a piece were unreadable."""
+        unreadable = {index: reason for piece in pieces for index, reason in piece.unreadable.items()}
+        if len(pieces) == 1 or not all(map(len, pieces)):
+            return replace(min(pieces, key=len), unreadable=unreadable)
+        arrays = ("indices", "heights", "widths", "boxes")
+        columns = {name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in arrays}
+        images = [image for piece in pieces for image in piece.images]
+        return cls(pieces[0].epoch, pieces[0].step, **columns, images=images, unreadable=unreadable)
+
 
 class EncodedBatches:
     """Any batch of any epoch; may be used by several threads at once.
@@ -61,20 +72,22 @@ class EncodedBatches:
         order: Order,
         *,
         seed: int,
-        is_plain: Callable[[Bytes], bool],
+        is_plain: Callable[[JpegHeader], bool],
     ) -> None:
-        """is_plain: whether a decoder sees in an encoded image what Pillow sees."""
+        """is_plain: whether a decoder sees in a JPEG that passed `plain_header` what Pillow sees."""
         self.split, self.views, self.view_config, self.order, self.seed = split, views, view_config, order, seed
         self._is_plain = is_plain
         self._reader = open_bytes(split)
         self._substitutes = Substitutes(split)
         self.for_pillow: set[int] = set()
         """Images that Pillow decodes, whatever they are."""
-        self._sizes: dict[int, tuple[int, int]] = {}
 
-    def prepare(self, epoch: int, step: int) -> EncodedBatch:
-        """The batch of this rank. Raises nothing for an image that cannot be read."""
-        indices = self.order.indices(epoch, step).copy()
+    def prepare(self, epoch: int, step: int, indices: Indices | None = None) -> EncodedBatch:
+        """The batch of this rank, or the piece of it with these ``indices``; see `EncodedBatch.joined`.
+
+        Raises nothing for an image that cannot be read.
+        """
+        indices = (self.order.indices(epoch, step) if indices is None else indices).copy()
         images: list[Bytes] = [np.empty(0, dtype=np.uint8)] * len(indices)
         heights, widths = np.ones_like(indices), np.ones_like(indices)
         unreadable: dict[int, str] = {}
@@ -87,14 +100,12 @@ class EncodedBatches:
                     break
                 indices[missing] = np.array(found, dtype=np.int64)
             encoded = self._reader.read(indices[missing])
-            heights[missing], widths[missing], reasons = self._reader.sizes(indices[missing])
             failed = []
             for place, row in enumerate(missing.tolist()):
-                index, size = int(indices[row]), (int(heights[row]), int(widths[row]))
-                reason = encoded.unreadable.get(place) or reasons.get(place)
+                index, reason = int(indices[row]), encoded.unreadable.get(place)
                 if reason is None:
                     try:
-                        images[row], size = self._opened(index, encoded[place], bool(encoded.is_raw[place]), size)
+                        images[row], size = self._opened(index, encoded[place], encoded.raw_sizes[place].tolist())
                         heights[row], widths[row] = size
                     except UnreadableImageError as error:
                         reason = str(error)
@@ -105,20 +116,22 @@ class EncodedBatches:
         boxes = draw_boxes(self.views, self.view_config, heights, widths, self.seed, epoch, indices)
         return EncodedBatch(epoch, step, indices, heights, widths, boxes, images, unreadable)
 
-    def _opened(self, index: int, image: Bytes, is_raw: bool, size: tuple[int, int]) -> tuple[Bytes, tuple[int, int]]:
+    def _opened(self, index: int, image: Bytes, raw_size: Sequence[int]) -> tuple[Bytes, tuple[int, int]]:
         """What is handed out of an image, and its height and width. Raises `UnreadableImageError`."""
-        if is_raw:
-            if len(image) != 3 * size[0] * size[1]:
-                raise UnreadableImageError(f"its {len(image)} bytes are not {size[0]} x {size[1]} pixels")
-            return image.reshape(*size, 3), size
-        if index in self.for_pillow or not self._is_plain(image):
-            pixels = np.asarray(decode_bytes(image.tobytes()))
-            return pixels, (pixels.shape[0], pixels.shape[1])
-        return image, self._sizes.get(index, size)
+        height, width = raw_size
+        if height:
+            if len(image) != 3 * height * width:
+                raise UnreadableImageError(f"its {len(image)} bytes are not {height} x {width} pixels")
+            return image.reshape(height, width, 3), (height, width)
+        header = None if index in self.for_pillow else plain_header(image)
+        if header is not None and self._is_plain(header):
+            return image, (header.height, header.width)
+        pixels = np.asarray(decode_bytes(image.tobytes()))
+        return pixels, (pixels.shape[0], pixels.shape[1])
 
-    def will_need(self, epoch: int, step: int) -> None:
-        """This batch will be prepared soon: the system may fetch it from the disk."""
-        self._reader.will_need(self.order.indices(epoch, step))
+    def will_need(self, indices: Indices) -> None:
+        """These images will be read soon: the system may fetch them from the disk."""
+        self._reader.will_need(indices)
 
     def mark_unreadable(self, index: int, reason: str) -> None:
         """From now on another image takes the place of this one."""
@@ -143,10 +156,6 @@ class EncodedBatches:
     def num_for_pillow(self) -> int:
         """How many images have been marked as ones that Pillow decodes."""
         return len(self.for_pillow)
-
-    def correct_size(self, index: int, height: int, width: int) -> None:
-        """The image is of another size than the data set says."""
-        self._sizes[index] = height, width
 
 
 def plain_header(image: Bytes) -> JpegHeader | None:

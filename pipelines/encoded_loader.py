@@ -1,4 +1,4 @@
-"""Loaders that are given encoded images: threads read ahead, and one more thread decodes them and cuts their views."""
+"""Loaders that are given encoded images: threads read batches in pieces, and one more thread decodes and cuts them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from itertools import chain
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from dataset_tools.conversion.jpeg import JpegHeader
+from pipelines.byte_readers import Indices
 from pipelines.decode import UnreadableImageError, decode_bytes
-from pipelines.encoded_batches import Bytes, EncodedBatch, EncodedBatches, plain_header
+from pipelines.encoded_batches import EncodedBatch, EncodedBatches
 from pipelines.loader import DecodedBatch, Loader
 from pipelines.threads import WorkerThreads, available_cores
 
@@ -23,13 +26,16 @@ T = TypeVar("T")
 _OF_DEVICE = re.compile(
     r"CUDA (runtime |driver )?(API )?error|cudaError|CUDA_ERROR_|out of memory|bad_alloc|annot allocate"
 )
+_LEAST_PIECE = 4
+"""Images that one thread reads: fewer would cost more than they take from the disk."""
 
 
 class EncodedLoader(Loader):
     """A subclass decodes whole batches: see `decode_next`, which the one decoding thread calls for each step.
 
-    Threads read ``config.prefetch_batches`` batches ahead, and as many are decoded ahead. What goes wrong in a thread,
-    and its silence for ``config.stall_timeout_s``, is raised where a batch is waited for.
+    ``config.workers`` threads read ``config.prefetch_batches`` batches ahead, each batch in as many pieces, so that a
+    slow store has as many requests at a time; and as many batches are decoded ahead. What goes wrong in a thread, and
+    its silence for ``config.stall_timeout_s``, is raised where a batch is waited for.
     """
 
     decoder: ClassVar[str]
@@ -55,9 +61,9 @@ class EncodedLoader(Loader):
         raise NotImplementedError
 
     @staticmethod
-    def is_plain(image: Bytes) -> bool:
-        """Whether the decoder sees in an encoded image, uint8 [num_bytes], what Pillow sees. Else Pillow decodes it."""
-        return plain_header(image) is not None
+    def is_plain(header: JpegHeader) -> bool:
+        """Whether the decoder sees what Pillow sees in a JPEG that passed `plain_header`. Else Pillow decodes it."""
+        return True
 
     @property
     def num_for_pillow(self) -> int:
@@ -97,7 +103,7 @@ class EncodedLoader(Loader):
     def _threads(self) -> tuple[WorkerThreads, WorkerThreads]:
         """The readers, and the decoder."""
         if self._readers is None or self._decoder is None:
-            self._readers = WorkerThreads("image reader", min(self.num_threads, self.config.prefetch_batches + 1))
+            self._readers = WorkerThreads("image reader", self.num_threads)
             self._decoder = WorkerThreads(f"{self.decoder} decoder", 1)
         return self._readers, self._decoder
 
@@ -112,13 +118,12 @@ class EncodedLoader(Loader):
 
     # ---- what the readers do --------------------------------------------------------------------------------------
 
-    def _read(self, current: Pass, step: int) -> EncodedBatch:
+    def _read(self, current: Pass, step: int, indices: Indices, later: Indices) -> EncodedBatch:
+        """A piece of a batch. later: images that are read a while after these."""
         if current.cancelled:
             raise CancelledError
-        later = step + self.config.prefetch_batches
-        if later < current.end:
-            self._batches.will_need(current.epoch, later)
-        return self._batches.prepare(current.epoch, step)
+        self._batches.will_need(later)
+        return self._batches.prepare(current.epoch, step, indices)
 
     # ---- what the decoder does ------------------------------------------------------------------------------------
 
@@ -127,19 +132,23 @@ class EncodedLoader(Loader):
         if current.cancelled:
             raise CancelledError
         while len(current.reads) <= self.config.prefetch_batches and current.next_step < current.end:
-            current.reads.append(current.readers.submit(self._read, current, current.next_step))
+            step, later = current.next_step, current.next_step + self.config.prefetch_batches
+            indices = self.order.indices(current.epoch, step)
+            afterwards = self.order.indices(current.epoch, later) if later < current.end else indices[:0]
+            count = max(1, min(self.num_threads, len(indices) // _LEAST_PIECE))
+            pieces = zip(np.array_split(indices, count), np.array_split(afterwards, count), strict=True)
+            current.reads.append([current.readers.submit(self._read, current, step, *piece) for piece in pieces])
             current.next_step += 1
         self._doing = f"reading the images of step {current.next_step - len(current.reads)}"
-        return self._wait_for(current.readers, current.reads.popleft())
+        return EncodedBatch.joined([self._wait_for(current.readers, piece) for piece in current.reads.popleft()])
 
     def has_true_sizes(self, batch: EncodedBatch, sizes: npt.NDArray[np.int64]) -> bool:
-        """Whether the images are as large as the boxes were drawn for; if not, the batch has to be prepared again.
+        """Whether the images are as large as their headers say; if not, the batch has to be prepared again.
 
         sizes: int64 [B, 2], height and width of the decoded images.
         """
         wrong = np.flatnonzero((sizes[:, 0] != batch.heights) | (sizes[:, 1] != batch.widths))
-        for row in wrong.tolist():
-            self._batches.correct_size(int(batch.indices[row]), *sizes[row].tolist())
+        self._batches.for_pillow.update(batch.indices[wrong].tolist())
         return not len(wrong)
 
     def readable_by_pillow(self, batch: EncodedBatch, rows: list[int]) -> list[int]:
@@ -202,7 +211,8 @@ class Pass:
         self.decoding = deque[Future[DecodedBatch]]()
         self.next_step = start_step
         """The first step that is not being read yet."""
-        self.reads = deque[Future[EncodedBatch]]()
+        self.reads = deque[list[Future[EncodedBatch]]]()
+        """The pieces of each batch."""
         self.cancelled = False
 
     @property
@@ -213,5 +223,5 @@ class Pass:
     def cancel(self) -> None:
         """Nobody waits for its batches any more."""
         self.cancelled = True
-        for future in [*list[Future[Any]](self.decoding), *self.reads]:
+        for future in [*list[Future[Any]](self.decoding), *chain.from_iterable(self.reads)]:
             future.cancel()

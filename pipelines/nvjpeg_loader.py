@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from dataset_tools.conversion.jpeg import JpegHeader
 from dataset_tools.sources import Split
 from pipelines.crop_resize import PackedImages, cut_views
-from pipelines.encoded_batches import Bytes, EncodedBatch, plain_header
+from pipelines.encoded_batches import Bytes, EncodedBatch
 from pipelines.encoded_loader import EncodedLoader, Pass
 from pipelines.loader import DecodedBatch
 
@@ -59,10 +60,9 @@ class NvjpegLoader(EncodedLoader):
         return nvjpeg_obstacle(device) if device.type in cls.devices else "it needs a GPU"
 
     @staticmethod
-    def is_plain(image: Bytes) -> bool:
-        """Whether it is a whole JPEG in which nvJPEG sees what Pillow sees: baseline or progressive YCbCr."""
-        header = plain_header(image)
-        return header is not None and len(header.component_ids) == 3
+    def is_plain(header: JpegHeader) -> bool:
+        """Whether it is YCbCr."""
+        return len(header.component_ids) == 3
 
     def decode_next(self, current: Pass) -> DecodedBatch:
         batch = self.next_read(current)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,14 @@ class FolderSplit(Split):
             what = str(error.strerror or error).replace(f"{path}: ", "").replace(path, "it")
             reason = f"cannot read sample {name!r} of {self.root}: {what}"
             raise type(error)(error.errno, reason) from error
+
+    def will_need(self, index: int) -> None:
+        with suppress(OSError):
+            file = os.open(os.path.join(self.root, self.names[index]), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
 
 
 def open_image_folder(root: Path) -> ImageSource:

@@ -46,6 +46,9 @@ class Split(ABC):
     def read(self, index: int) -> bytes:
         """The encoded image (JPEG, PNG …). Raises OSError, naming the sample, if it is gone or cut short."""
 
+    def will_need(self, index: int) -> None:  # noqa: B027 - a hint
+        """This image will be read soon: the system may fetch it from the disk. Raises nothing."""
+
     def check(self) -> None:  # noqa: B027 - few sources have something to check
         """Looks at what is kept of every image: whoever reads many calls it first. Raises ValueError for damage."""
 
@@ -94,6 +97,9 @@ class SubsetSplit(Split):
 
     def read(self, index: int) -> bytes:
         return self.parent.read(int(self.indices[index]))
+
+    def will_need(self, index: int) -> None:
+        self.parent.will_need(int(self.indices[index]))
 
     def check(self) -> None:
         self.parent.check()

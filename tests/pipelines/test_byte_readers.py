@@ -1,9 +1,8 @@
-"""Encoded images by index: the same bytes and sizes from folders, tars and converted data sets."""
+"""Encoded images by index: the same bytes from folders, tars and converted data sets."""
 
 from __future__ import annotations
 
 import errno
-import io
 import os
 import resource
 import tarfile
@@ -22,7 +21,7 @@ from dataset_tools.sources import Split, open_source
 from pipelines.byte_readers import ExtentReader, SplitReader, open_bytes
 from pipelines.decode import decode_rgb
 
-KINDS = ["folder", "tar", "ffcv", "webdataset"]
+KINDS = ["folder", "tar", "tars", "ffcv", "webdataset"]
 
 
 @pytest.fixture
@@ -37,6 +36,12 @@ def open_kind(split: Split, tmp_path: Path) -> Callable[[str], Split]:
             with tarfile.open(tmp_path / "images.tar", "w") as archive:
                 archive.add(folder, arcname="images")
             return open_source(tmp_path / "images.tar").splits["train"]
+        if kind == "tars":
+            (tmp_path / "tars").mkdir()
+            for name in "abc":
+                with tarfile.open(tmp_path / "tars" / f"{name}.tar", "w") as archive:
+                    archive.add(folder / name, arcname=".")
+            return open_source(tmp_path / "tars").splits["train"]
         options = ConvertOptions(format=kind, order="source", shard_size="64KiB")  # type: ignore[arg-type]
         convert(folder, tmp_path / kind, options, workers=1)
         return open_source(tmp_path / kind).splits["train"]
@@ -44,14 +49,9 @@ def open_kind(split: Split, tmp_path: Path) -> Callable[[str], Split]:
     return open_as
 
 
-def true_sizes(split: Split, indices: np.ndarray) -> tuple[list[int], list[int]]:
-    images = [Image.open(io.BytesIO(split.read(int(index)))) for index in indices]
-    return [image.height for image in images], [image.width for image in images]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 class TestEveryReader:
-    def test_bytes_and_sizes_in_any_order(self, kind: str, split: Split, open_kind: Callable[[str], Split]) -> None:
+    def test_bytes_in_any_order(self, kind: str, split: Split, open_kind: Callable[[str], Split]) -> None:
         reader = open_bytes(open_kind(kind))
         assert isinstance(reader, SplitReader if kind == "folder" else ExtentReader)
         for indices in (np.arange(23), np.array([22, 0, 7, 7, 3]), np.array([5])):
@@ -60,9 +60,7 @@ class TestEveryReader:
             assert len(images) == len(indices)
             assert images.unreadable == {}
             assert [images[row].tobytes() for row in range(len(images))] == [split.read(int(i)) for i in indices]
-            heights, widths, unreadable = reader.sizes(indices)
-            assert (heights.tolist(), widths.tolist()) == true_sizes(split, indices)
-            assert (heights.dtype, widths.dtype, unreadable) == (np.int64, np.int64, {})
+            assert images.raw_sizes.tolist() == [[0, 0]] * len(indices)
 
     def test_a_subset_of_a_subset(self, kind: str, split: Split, open_kind: Callable[[str], Split]) -> None:
         part = open_kind(kind).subset([20, 4, 11, 9, 0]).subset([3, 1, 4])  # 9, 4, 0
@@ -70,8 +68,6 @@ class TestEveryReader:
         indices = np.array([2, 0, 1])
         images = reader.read(indices)
         assert [images[row].tobytes() for row in range(3)] == [split.read(i) for i in (0, 9, 4)]
-        heights, widths, _ = reader.sizes(indices)
-        assert (heights.tolist(), widths.tolist()) == true_sizes(split, np.array([0, 9, 4]))
 
     def test_many_threads(self, kind: str, split: Split, open_kind: Callable[[str], Split]) -> None:
         reader = open_bytes(open_kind(kind))
@@ -102,31 +98,26 @@ def test_an_image_that_is_gone_or_no_image(split: Split, damage: Callable[..., N
     damage(split, 5)
     reader = open_bytes(split)
     indices = np.array([1, 2, 5])
+    reader.will_need(indices)
     images = reader.read(indices)
     assert list(images.unreadable) == [1]
     assert "cannot read sample" in images.unreadable[1]
     assert images[1].size == 0
     assert images[2].tobytes() == b"no image"
-    for _ in range(2):  # looked up, and remembered
-        heights, widths, unreadable = reader.sizes(indices)
-        assert (heights[1:].tolist(), widths[1:].tolist()) == ([1, 1], [1, 1])
-        assert sorted(unreadable) == [1, 2]
-        assert "it is no image of a format that is read" in unreadable[2]
 
 
-def test_the_reason_is_there_before_other_threads_look_for_it(split: Split, damage: Callable[..., None]) -> None:
-    damage(split, 5)
-    reader = open_bytes(split)
-    seen: list[int] = []
-
-    class Reasons(dict[int, str]):
-        def __setitem__(self, index: int, reason: str) -> None:
-            seen.append(int(reader._sizes[index, 0]))
-            super().__setitem__(index, reason)
-
-    reader._reasons = Reasons()
-    assert sorted(reader.sizes(np.array([5]))[2]) == [0]
-    assert seen == [0]  # a size that is still unknown makes nobody look for the reason
+@pytest.mark.parametrize("kind", ["folder", "ffcv"])
+def test_read_ahead(kind: str, open_kind: Callable[[str], Split], monkeypatch: pytest.MonkeyPatch) -> None:
+    split, hinted = open_kind(kind), []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *_: hinted.append(os.readlink(f"/proc/self/fd/{file}")))
+    num_open = len(os.listdir("/proc/self/fd"))
+    open_bytes(split.subset([4, 9])).will_need(np.array([1, 0]))
+    assert hinted == (
+        [str(split.root / split.names[index]) for index in (9, 4)]  # type: ignore[attr-defined]
+        if kind == "folder"
+        else 2 * [str(split.files[0].path)]  # type: ignore[attr-defined]
+    )
+    assert len(os.listdir("/proc/self/fd")) <= num_open + (kind == "ffcv")
 
 
 def test_raw_pixels_come_as_they_are(tmp_path: Path) -> None:
@@ -138,11 +129,9 @@ def test_raw_pixels_come_as_they_are(tmp_path: Path) -> None:
     convert(tmp_path / "in", tmp_path / "out", ConvertOptions(format="ffcv"), workers=1)
     reader = open_bytes(open_source(tmp_path / "out").splits["train"])
     images = reader.read(np.array([1, 0]))
-    assert images.is_raw.tolist() == [True, True]
+    assert images.raw_sizes.tolist() == [[7, 5], [7, 5]]
     for row, index in enumerate((1, 0)):
         assert np.array_equal(images[row].reshape(7, 5, 3), pixels[index])
-    heights, widths, _ = reader.sizes(np.array([0]))
-    assert (heights.tolist(), widths.tolist()) == ([7], [5])
 
 
 def test_more_shards_than_a_process_may_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

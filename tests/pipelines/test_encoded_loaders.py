@@ -6,8 +6,10 @@ import os
 import tarfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.jpeg import JpegHeader
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.formats.records import MAX_PIXELS
 from dataset_tools.sources import Split, open_source
+from pipelines import encoded_batches
 from pipelines.decode import UnreadableImageError, decode_bytes
 from pipelines.encoded_batches import EncodedBatches, plain_header
 from pipelines.encoded_loader import EncodedLoader
@@ -35,7 +39,7 @@ OF_ANY_SOURCE = NAMES[:2]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_larger_than_the_data_set_says(name: str, as_beton: Any, split: Split, open_loader: Open) -> None:
-    """The boxes are those of the image's true size."""
+    """The boxes are those of the image's true size, which its own header says."""
     beton = as_beton(split)
     loader = open_loader(beton, name, in_order(split, 6), workers=2)
     for side, wrong in (("width", {3: 7, 12: 1}), ("height", {12: 9000})):
@@ -48,7 +52,42 @@ def test_larger_than_the_data_set_says(name: str, as_beton: Any, split: Split, o
     )
     assert_like_the_oracle(loader, epochs=2)
     assert loader.unreadable == {}
-    assert sorted(loader._batches._sizes) == [3, 12]
+    assert loader._batches.for_pillow == set()
+
+
+@pytest.mark.parametrize("name", OF_ANY_SOURCE)
+def test_a_decoder_that_sees_another_size(name: str, split: Split, open_loader: Open, monkeypatch: Any) -> None:
+    """Than the header says: Pillow decodes the image, and its boxes fit it."""
+    read_header = encoded_batches.read_jpeg_header
+    odd = split.read(4)
+
+    def misread(data: bytes) -> JpegHeader:
+        header = read_header(data)
+        return replace(header, width=header.width + 5) if data == odd else header
+
+    monkeypatch.setattr(encoded_batches, "read_jpeg_header", misread)
+    loader = open_loader(split, name, in_order(split, 6))
+    assert_like_the_oracle(loader, epochs=2)
+    assert loader._batches.for_pillow == {4}
+
+
+@pytest.mark.parametrize("name", OF_ANY_SOURCE)
+def test_all_workers_read_a_batch_and_each_image_once(
+    name: str, split: Split, open_loader: Open, monkeypatch: Any
+) -> None:
+    loader = open_loader(split, name, in_order(split, 20), workers=4)
+    together, reads = threading.Barrier(4, timeout=8), Counter[int]()
+    read_some, read_one = loader._batches._reader.read, type(split).read
+
+    def read_together(indices: Any) -> Any:
+        if len(indices) == 5:
+            together.wait()  # breaks unless four threads read at a time
+        return read_some(indices)
+
+    monkeypatch.setattr(loader._batches._reader, "read", read_together)
+    monkeypatch.setattr(type(split), "read", lambda split, index: reads.update([index]) or read_one(split, index))
+    assert [batch.indices.tolist() for batch in loader.batches(0)] == [list(range(20)), [20, 21, 22]]
+    assert reads == Counter(range(23))
 
 
 @pytest.mark.parametrize(
@@ -119,8 +158,8 @@ def test_what_the_decoder_alone_cannot_read_is_decoded_by_pillow(
     gif = np.frombuffer(encode(Image.fromarray(picture(33, 44, "waves")), "GIF"), dtype=np.uint8)
     original, num_given = EncodedBatches.prepare, [0]
 
-    def prepare(batches: EncodedBatches, epoch: int, step: int) -> Any:
-        batch = original(batches, epoch, step)
+    def prepare(batches: EncodedBatches, *given: Any) -> Any:
+        batch = original(batches, *given)
         for row, index in enumerate(batch.indices.tolist()):
             if index in (5, 6) and index not in batches.for_pillow:
                 batch.images[row] = gif
