@@ -62,13 +62,6 @@ class TestEveryReader:
             assert [images[row].tobytes() for row in range(len(images))] == [split.read(int(i)) for i in indices]
             assert images.raw_sizes.tolist() == [[0, 0]] * len(indices)
 
-    def test_a_subset_of_a_subset(self, kind: str, split: Split, open_kind: Callable[[str], Split]) -> None:
-        part = open_kind(kind).subset([20, 4, 11, 9, 0]).subset([3, 1, 4])  # 9, 4, 0
-        reader = open_bytes(part)
-        indices = np.array([2, 0, 1])
-        images = reader.read(indices)
-        assert [images[row].tobytes() for row in range(3)] == [split.read(i) for i in (0, 9, 4)]
-
     def test_many_threads(self, kind: str, split: Split, open_kind: Callable[[str], Split]) -> None:
         reader = open_bytes(open_kind(kind))
         orders = [np.roll(np.arange(23), shift) for shift in range(16)]

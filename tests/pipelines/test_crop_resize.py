@@ -10,11 +10,9 @@ sizes for its interpreter.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +25,6 @@ from torchvision.transforms import functional as TF
 
 from dataset_tools.sources import open_source
 from pipelines import crop_resize as module
-from pipelines import crop_resize_numba as compiled
-from pipelines import kernels
 from pipelines.crop_resize import PackedImages, crop_resize
 from pipelines.crop_resize_numba import crop_resize_numba, packed, resize_box, scratch_size
 from pipelines.crops import (
@@ -155,27 +151,12 @@ class TestEachImplementation:
                 assert np.array_equal(ours, expected), (height, width, size)
 
     @each
-    def test_a_box_of_the_output_s_size_is_copied(self, impl: Impl) -> None:
-        pixels = picture(100, 120)
-        boxes = np.array([[0, 0, 32, 32], [68, 88, 32, 32], [11, 13, 32, 32]], dtype=np.int32)
-        ours = crop_resize(pack(pixels), np.zeros(3, dtype=np.int64), boxes, 32, impl=impl)
-        for (top, left, height, width), crop in zip(boxes.tolist(), ours.numpy(), strict=True):
-            assert np.array_equal(crop, pixels[top : top + height, left : left + width])
-
-    @each
     def test_exact_halves_round_up(self, impl: Impl) -> None:
         pixels = np.zeros((2, 2, 3), dtype=np.uint8)
         pixels[..., 0] = [[1, 2], [1, 2]]  # mean 1.5
         pixels[..., 1] = [[0, 0], [1, 1]]  # mean 0.5, in the second pass
         whole = full_image_boxes(np.array([2]), np.array([2]))
         assert crop_resize(pack(pixels), np.array([0]), whole, 1, impl=impl).tolist() == [[[[2, 1, 0]]]]
-
-    @each
-    @pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
-    def test_a_flat_image_stays_flat(self, value: int, impl: Impl) -> None:
-        pixels = np.full((37, 53, 3), value, dtype=np.uint8)
-        ours = crop_resize(pack(pixels), np.zeros(4, dtype=np.int64), random_boxes(37, 53, 4), 5, impl=impl)
-        assert (ours == value).all()
 
     @each
     @pytest.mark.parametrize("planar", [False, True])
@@ -393,40 +374,6 @@ class TestNumba:
         one, many = (crop_resize_numba(*arguments(), 24, FILL, number) for number in (1, num_threads))
         assert torch.equal(one, many)
 
-    def test_many_callers_at_once(self) -> None:
-        given = arguments()
-        expected = crop_resize_numba(*given, 24, FILL, 1)
-        with ThreadPoolExecutor(4) as pool:
-            results = pool.map(lambda _: crop_resize_numba(*given, 24, FILL, 2), range(16))
-        assert all(torch.equal(result, expected) for result in results)
-
-    def test_in_a_forked_process(self) -> None:
-        """The threads that the parent has are not there."""
-        expected = crop_resize_numba(*arguments(), 24, FILL, 2)
-        context = multiprocessing.get_context("fork")
-        receiver, sender = context.Pipe(duplex=False)
-
-        def in_child() -> None:
-            sender.send(crop_resize_numba(*arguments(), 24, FILL, 2).numpy())
-
-        child = context.Process(target=in_child)
-        child.start()
-        assert receiver.poll(60)
-        assert np.array_equal(receiver.recv(), expected.numpy())
-        child.join()
-
-    def test_as_many_as_torch_s(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen = []
-        monkeypatch.setattr(compiled, "crop_resize_numba", lambda *given: seen.append(given[-1]))
-        before = torch.get_num_threads()
-        try:
-            for number in (1, 3):
-                torch.set_num_threads(number)
-                crop_resize(*arguments(), 24)
-        finally:
-            torch.set_num_threads(before)
-        assert seen == [1, 3]
-
     def test_it_is_taken_on_a_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for planar in (False, True):
             given = arguments(planar=planar)
@@ -434,38 +381,6 @@ class TestNumba:
             with monkeypatch.context() as patch:
                 patch.setattr(module, "_crop_resize_torch", None)
                 assert torch.equal(crop_resize(*given, 24), expected)
-
-    def test_one_that_does_not_work(
-        self, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
-    ) -> None:
-        def broken() -> None:
-            raise ImportError("Numba needs NumPy 2.0 or less")
-
-        expected = crop_resize(*arguments(), 24, impl="numba")
-        monkeypatch.setattr(compiled, "compiled_kernel", broken)
-        kernels._what_is_wrong.cache_clear()
-        try:
-            for _ in range(2):
-                assert torch.equal(crop_resize(*arguments(), 24), expected)
-            with pytest.raises(ValueError, match=r"does not work on this machine: .*NumPy 2.0 or less"):
-                crop_resize(*arguments(), 24, impl="numba")
-        finally:
-            kernels._what_is_wrong.cache_clear()
-        (record,) = package_log.records
-        assert record.levelname == "WARNING"
-        assert "views are resized by torch, many times slower" in record.getMessage()
-
-    def test_it_is_imported_when_it_is_needed(self) -> None:
-        code = (
-            "import sys; import numpy as np, torch; from pipelines.crop_resize import crop_resize\n"
-            "from pipelines.crop_resize import PackedImages\n"
-            "zero, box = np.zeros(1, dtype=np.int64), np.array([[0, 0, 4, 5]], dtype=np.int32)\n"
-            "pixels = torch.zeros(60, dtype=torch.uint8)\n"
-            "images = PackedImages(pixels=pixels, offsets=zero, heights=zero + 4, widths=zero + 5)\n"
-            "crop_resize(images, zero, box, 8, impl='torch'); assert 'numba' not in sys.modules\n"
-            "crop_resize(images, zero, box, 8); assert 'numba' in sys.modules"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_scratch_is_as_large_as_is_asked_for_and_nothing_is_overrun() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import re
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from dataset_tools.sources import Split
 from pipelines.dali_loader import DaliLoader, _decoder_hints
 from tests.pipelines.optional_packages import needs_dali
-from tests.pipelines.oracle import assert_like_the_oracle, in_order, open_by_name
+from tests.pipelines.oracle import assert_like_the_oracle, open_by_name
 
 Open = Callable[..., DaliLoader]
 
@@ -28,33 +26,6 @@ def test_any_number_of_workers_and_of_batches_ahead(
     """Four steps in an epoch: fewer than what may be decoded and read ahead at 5."""
     loader = open_loader(split, "dali", workers=workers, prefetch_batches=prefetch_batches)
     assert_like_the_oracle(loader, epochs=2)
-
-
-@needs_dali
-def test_one_decode_of_each_image(
-    write_split: Callable[..., Split], open_loader: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The graph has one decoder, and each image is fed to it once: an epoch of N images is N decodes."""
-    split = write_split(24)
-    loader = open_loader(split, "dali", in_order(split))
-    names = {split.read(index): index for index in range(24)}
-    assert len(names) == 24
-    fed: Counter[int] = Counter()
-    original = __import__("nvidia.dali", fromlist=["Pipeline"]).Pipeline.feed_input
-
-    def count(pipeline: Any, name: str, data: Any) -> None:
-        if name == "encoded":
-            fed.update(names[image.tobytes()] for image in data if image.tobytes() in names)
-        original(pipeline, name, data)
-
-    monkeypatch.setattr("nvidia.dali.Pipeline.feed_input", count)
-    for epoch in range(3):
-        fed.clear()
-        assert len(list(loader.batches(epoch))) == 5
-        assert fed == Counter(range(24))
-    graph = loader._pipeline.serialize()  # names of operators, not of their instances, which begin with __
-    assert re.findall(rb"decoders__\w+", graph) == [b"decoders__Image"]
-    assert re.findall(rb"(?<!_)Resize", graph) == []  # on a GPU one for each view: see tests/gpu
 
 
 @needs_dali

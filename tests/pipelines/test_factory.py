@@ -13,7 +13,7 @@ from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.sources import Split, open_source
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.factory import choose_loader, make_loader, settle_loader
-from pipelines.loader import Loader, is_installed
+from pipelines.loader import Loader
 from pipelines.order import TrainOrder
 from pipelines.resident_loader import ResidentLoader, estimate_decoded_bytes
 from pipelines.torchvision_loader import TorchvisionLoader
@@ -123,22 +123,7 @@ class TestAuto:
             make(split, LoaderConfig())
 
 
-def test_settling_replaces_auto_alone(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.loader.is_installed", lambda _: False)
-    auto = LoaderConfig(workers=3, prefetch_batches=5, resident_limit_gib=0.0)
-    settled = settle_loader(split, auto, torch.device("cpu"))
-    assert settled == LoaderConfig(name="torchvision", workers=3, prefetch_batches=5, resident_limit_gib=0.0)
-    for name in ("resident", "synthetic", "no such loader"):
-        named = LoaderConfig(name=name)
-        assert settle_loader(split, named) is named
-
-
 def test_optional_packages_are_not_imported_by_the_way() -> None:
     code = "import sys, pipelines.factory; print([name for name in ('nvidia.dali', 'ffcv') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(("package", "installed"), [("torch", True), ("torch.no_such", False), ("no_such.part", False)])
-def test_is_installed(package: str, installed: bool) -> None:
-    assert is_installed(package) is installed

@@ -38,7 +38,6 @@ from tests.pipelines.oracle import (
     assert_like_the_oracle,
     assert_same,
     in_order,
-    open_by_name,
     plain_batch,
     train_order,
 )
@@ -409,13 +408,3 @@ def test_any_damage(kind: Kind, how: str, split: Split, damage: Callable[..., No
 )
 def test_one_percent_and_at_least_ten(num_images: int, tolerated: int) -> None:
     assert max_unreadable(num_images) == tolerated
-
-
-def test_one_percent_of_many(split: Split) -> None:
-    loader = open_by_name("synthetic", split.subset(np.arange(1200) % 23))
-    for index in range(12):
-        loader.report_unreadable(index, "why")
-        loader.report_unreadable(index, "told already")
-    with pytest.raises(RuntimeError, match="13 of 1200 images cannot be read, more than the 12 that are tolerated"):
-        loader.report_unreadable(12, "why")
-    assert set(loader.unreadable.values()) == {"why"}

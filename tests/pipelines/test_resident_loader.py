@@ -75,22 +75,6 @@ def test_the_copy_goes_with_the_split(write_split: Callable[..., Split]) -> None
     assert copy() is None
 
 
-def test_unreadable_images(split: Split, damage: Callable[..., None]) -> None:
-    damage(split, 4, 5)  # no header
-    damage(split, 22, how="cut short")
-    resident = load_resident_images(split, CPU, 1)
-    assert list(resident.unreadable) == [4, 5, 22]
-    assert all(resident.unreadable.values())
-    replaced = {4: 6, 5: 6, 22: 0}
-    assert resident.source_index.tolist() == [replaced.get(index, index) for index in range(23)]
-
-
-def test_none_can_be_read(split: Split, damage: Callable[..., None]) -> None:
-    damage(split, *range(23))
-    with pytest.raises(ValueError, match=r"none of the 23 images can be read; a/000\.jpg: it is no image"):
-        load_resident_images(split, CPU, 1)
-
-
 @pytest.mark.parametrize("wrong", [(5, 5), (1000, 1), (None, None)])
 def test_a_header_that_lies_harms_no_neighbour(
     wrong: tuple[int | None, int | None], split: Split, monkeypatch: pytest.MonkeyPatch
@@ -156,10 +140,3 @@ class TestEstimate:
         assert estimate_decoded_bytes(split) == pytest.approx(exact, rel=0.02)
         assert len(reads) == 64
         assert {0, 199} <= set(reads)
-
-    def test_unreadable_images_are_left_out(self, split: Split, damage: Callable[..., None]) -> None:
-        damage(split, *range(3, 23))
-        sizes = [image_size(split, index) for index in range(3)]
-        assert estimate_decoded_bytes(split) == int(np.mean([3 * h * w for h, w in sizes]) * 23)
-        damage(split, 0, 1, 2)
-        assert estimate_decoded_bytes(split) == 0

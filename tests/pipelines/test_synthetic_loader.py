@@ -6,7 +6,7 @@ import torch
 
 from dataset_tools.sources import Split
 from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.order import Order, SequentialOrder, TrainOrder
+from pipelines.order import Order, TrainOrder
 from pipelines.synthetic_loader import SyntheticLoader
 from pipelines.views import LEOCLR_VIEWS
 
@@ -31,19 +31,6 @@ def test_fixed_crops_with_the_labels_of_the_order(split: Split, rank: int) -> No
         assert batch.boxes.shape == (len(batch.indices), 3, 8)
         assert (batch.boxes == [0, 0, 16, 16, 16, 16, 0, 0]).all()
     assert len(batches[0].crops.unique()) > 200
-
-
-def test_the_last_batch_may_be_smaller(split: Split) -> None:
-    order = SequentialOrder(num_images=23, batch_size=10)
-    assert [len(batch.crops) for batch in open_synthetic(split, order).batches(0)] == [10, 10, 3]
-
-
-@pytest.mark.parametrize("seed", [0, 2**64 - 1])
-def test_the_seed_decides(split: Split, seed: int) -> None:
-    order = TrainOrder(num_images=23, batch_size=4, seed=0)
-    first, again, other = (next(open_synthetic(split, order, number).batches(0)).crops for number in (seed, seed, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
 
 
 def test_no_image_is_read(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import tempfile
 import time
-from collections import Counter
 from itertools import chain, count, islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,12 +15,10 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from dataset_tools.sources import Split
-from pipelines import decode
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.decode import decode_rgb
 from pipelines.order import SequentialOrder, TrainOrder
@@ -167,19 +164,3 @@ def test_copying_ahead_keeps_the_order(workers: int, split: Split, monkeypatch: 
             for batch, other in zip(batches, expected[start:], strict=True):
                 assert torch.equal(batch.crops, other.crops)
                 assert np.array_equal(batch.indices, other.indices)
-
-
-def test_one_decode_for_each_image(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: Counter[int] = Counter()
-    original = decode.decode_rgb
-
-    def count_decode(split: Split, index: int) -> Image.Image:
-        decoded[index] += 1
-        return original(split, index)
-
-    monkeypatch.setattr(decode, "decode_rgb", count_decode)
-    with open_torchvision(split, 0) as loader:
-        for epoch in (1, 2):
-            seen = np.concatenate([batch.indices for batch in loader.batches(epoch)])
-            assert decoded == Counter(seen.tolist())
-            decoded.clear()

@@ -62,34 +62,10 @@ def test_the_original_s_geometry_is_an_option(original: str) -> None:
     assert config.fill == (124, 116, 104)
 
 
-def test_both_methods_get_the_same_crops() -> None:
-    assert np.array_equal(boxes_of(LEOCLR_VIEWS)[:, 1:], boxes_of(MOCOV2_VIEWS))
-    assert np.array_equal(boxes_of(LEOCLR_VIEWS)[:, 1:2], boxes_of(LINEAR_TRAIN_VIEWS))
-
-
 def test_crops_differ_by_view_epoch_seed_and_index() -> None:
     boxes = [boxes_of(MOCOV2_VIEWS, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     of_one_size = np.concatenate([part[[0, 3]].reshape(-1, 8) for part in boxes])  # images 0 and 3
     assert len(np.unique(of_one_size, axis=0)) == len(of_one_size)
-
-
-def test_an_image_s_boxes_do_not_depend_on_the_batch() -> None:
-    whole = boxes_of(LEOCLR_VIEWS)
-    for row in range(4):
-        part = slice(row, row + 1)
-        alone = draw_boxes(LEOCLR_VIEWS, ViewConfig(), HEIGHTS[part], WIDTHS[part], 0, 0, INDICES[part])
-        assert np.array_equal(alone[0], whole[row])
-    nothing = draw_boxes(LEOCLR_VIEWS, ViewConfig(), HEIGHTS[:0], WIDTHS[:0], 0, 0, INDICES[:0])
-    assert nothing.shape == (0, 3, 8)
-
-
-def test_the_configuration_is_used() -> None:
-    config = ViewConfig(crop_scale=(0.01, 0.02), crop_ratio=(1.0, 1.0), center_crop_fraction=0.5)
-    crops = boxes_of(MOCOV2_VIEWS, config=config)
-    assert np.array_equal(crops[..., 2], crops[..., 3])
-    share = crops[..., 2] * crops[..., 3] / (HEIGHTS * WIDTHS)[:, None]
-    assert share.max() < 0.025
-    assert boxes_of(CENTER_CROP_VIEWS, config=config)[:, 0, 5].tolist() == [448, 3632, 448, 448]
 
 
 def test_boxes_are_the_same_for_ever() -> None:
