@@ -1,4 +1,4 @@
-"""Our loaders against what people use, as `leoclr-fast bench loader` times them: `python -m benchmarks.loaders --help`.
+"""Our loaders against what people use, as `loader_timing` times them: `python -m benchmarks.loaders --help`.
 
 Each makes three views of each image of one epoch, as uint8 on the CPU, from JPEGs that lie in the page cache.
 """
@@ -13,11 +13,10 @@ from pathlib import Path
 import tyro
 
 from benchmarks.convert import write_copies
+from benchmarks.loader_timing import LoaderBenchConfig, bench_loader, loader_markdown
 from benchmarks.results import RESULTS, Results
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
-from leoclr_fast.bench.config import LoaderBenchConfig
-from leoclr_fast.bench.loader import bench_loader, loader_markdown
 from leoclr_fast.bench.page import interval
 from leoclr_fast.bench.statistics import ratio_interval
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.processes import OwnProcess
 from dataset_tools.command_line import as_json
 from dataset_tools.files import write_file
 from dataset_tools.versions import installed_version
 from leoclr_fast.bench.page import bench_page, markdown_table, spread
-from leoclr_fast.bench.processes import OwnProcess
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.timing import interleaved
 from leoclr_fast.run.environment import environment

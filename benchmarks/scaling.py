@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from benchmarks.processes import OwnProcess
 from benchmarks.results import print_document
 from dataset_tools.limits import Count, Seconds, require_allowed
 from leoclr_fast.bench.config import BenchSetting, Rounds
 from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
-from leoclr_fast.bench.processes import OwnProcess
 from leoclr_fast.bench.rounds import SYNTHETIC, endless, training_images
 from leoclr_fast.bench.setting import bench_device, setting_header
 from leoclr_fast.bench.statistics import quantiles

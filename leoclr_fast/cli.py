@@ -48,7 +48,6 @@ COMMANDS = {
     "report": f"{_HERE}.report:Report",
     "watch": f"{_HERE}.watch:Watch",
     "doctor": f"{_HERE}.doctor:Doctor",
-    "bench loader": f"{_HERE}.bench:BenchLoader",
     "bench train-time": f"{_HERE}.bench:BenchTrainTime",
 }
 """Name → `module:Class`. A name may be of two words; its first word alone lists what follows it."""

@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 _SLOWEST_FILES = (
     *("test_faults", "test_fake_gpu", "test_augment", "test_kill", "test_crop_resize", "test_resume"),
-    *("test_many_ranks", "test_gpu_suite", "test_report", "test_info_nce_triton", "test_bench_loader"),
+    *("test_many_ranks", "test_gpu_suite", "test_report", "test_info_nce_triton"),
     *("test_real_data", "test_bench_scaling"),
 )
 

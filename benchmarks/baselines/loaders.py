@@ -1,4 +1,4 @@
-"""What people load images with instead of our loaders, for `bench loader`.
+"""What people load images with instead of our loaders, for `benchmarks.loader_timing`.
 
 They make the views that ours make, of boxes that they draw themselves of the same distribution. FFCV's own decoders
 cannot scale a whole image, so that it makes random crops alone. Legend: B images, V views, S side of a view.
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.loader_implementations import VIEWS, Epochs, LoaderTask, finish, splits, timed
 from dataset_tools.formats.beton import Beton
 from dataset_tools.formats.tar_shards import TarShards
 from dataset_tools.sources import Split
 from dataset_tools.sources.converted import ConvertedSplit
 from dataset_tools.sources.image_folder import FolderSplit
-from leoclr_fast.bench.loader_implementations import VIEWS, Epochs, LoaderTask, finish, splits, timed
 from pipelines.byte_readers import base_of
 from pipelines.decode import decode_rgb
 

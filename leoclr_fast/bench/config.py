@@ -103,27 +103,3 @@ class TrainTimeConfig:
         require_allowed(self)
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods {' '.join(self.methods)} is not allowed: give different methods")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderBenchConfig:
-    """Which loaders are compared, at which task, and how long."""
-
-    loaders: tuple[str, ...] = ()
-    """Of --loader; from a checkout stock-torchvision, stock-ffcv, stock-dali. By default those that can run here."""
-    views: Annotated[int, Meta(ge=2, le=3)] = 3
-    """Of each image: 3 are LeOCLR's, 2 MoCo-v2's."""
-    image_size: Count = 224
-    """Side of a view, pixels."""
-    batch_size: Count = 64
-    rounds: Count = 7
-    """Timed epochs of each loader, after one that is not counted."""
-    max_images: Count | None = None
-    """At most so many images an epoch, a class-balanced choice."""
-    workers: CountOrZero | None = None
-    """Threads or worker processes of each loader; by default one for each core."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)

@@ -115,9 +115,9 @@ def _throughput(runs: list[RunRecord]) -> dict[str, Any]:
             if 0 < wait < 1:
                 if_fed = f"if no step had waited for data (computed from the data wait, {100 * wait:.1f} %)"
                 bars.append(Bar(f"{name}{if_fed}", rate / (1 - wait), True))
-            bars += [Bar(f"{name}{what}, measured by bench loader", ceiling, True) for what, ceiling in ceilings]
+            bars += [Bar(f"{name}{what}, measured", ceiling, True) for what, ceiling in ceilings]
         if not run.synthetic and not ceilings:
-            loader_commands.append(shlex.join(["leoclr-fast", "bench", "loader", "--run", str(run.path)]))
+            loader_commands.append(shlex.join(["python", "-m", "benchmarks.loader_timing", "--run", str(run.path)]))
     found = bottleneck(runs[0])
     command = reproducing_command(runs[0])
     return {
@@ -130,7 +130,7 @@ def _throughput(runs: list[RunRecord]) -> dict[str, Any]:
 
 
 def _loader_ceilings(run: RunRecord) -> list[tuple[str, float]]:
-    """What `bench loader --run` has measured: decoding alone, where the loader decodes, and the loader alone."""
+    """What `benchmarks.loader_timing --run` has measured: the loader alone, and decoding alone, where it decodes."""
     rows = run.loader_bench.rows
     found = [(f"the loader {row.loader} alone", row.images_per_s) for row in rows]
     if all(row.loader != "resident" for row in rows):

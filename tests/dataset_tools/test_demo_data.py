@@ -93,12 +93,6 @@ def test_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("numbers", [{"num_train": 0}, {"num_val": -1}, {"seed": -1}])
-def test_bad_numbers(tmp_path: Path, numbers: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="the demo data needs num_train >= 1"):
-        write_demo_data(tmp_path / "demo", **numbers)
-
-
 def test_classes_are_not_told_by_their_mean_color() -> None:
     """A nearest-mean classifier on the average colour stays near chance."""
     images = [(index % 10, draw_jpeg(index % 10, key=(0, 0, index))) for index in range(400)]

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,12 +25,3 @@ def test_home_and_text_paths(write_tree, monkeypatch: pytest.MonkeyPatch) -> Non
     source = open_source(f"~/{root.name}")
     assert source.path == root
     assert str(source) == f"image folder {root} (train 1; 1 classes)"
-
-
-def test_never_imports_torch() -> None:
-    code = (
-        "import sys, dataset_tools.sources, dataset_tools.splits, dataset_tools.subsets, dataset_tools.demo_data\n"
-        "print({'torch', 'torchvision', 'pipelines', 'leoclr_fast'} & set(sys.modules))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "set()\n"

@@ -65,15 +65,6 @@ def test_a_tenth_is_held_out_of_pretraining_and_bank() -> None:
     assert list(again.queries.names) == list(chosen.queries.names) != list(other.queries.names)
 
 
-def test_holding_out_does_not_touch_unlabeled() -> None:
-    data = source(train=[0, 1] * 10, unlabeled=[-1] * 5)
-    chosen = choose_splits(data, holdout_fraction=0.2)
-    assert chosen.pretrain is data.splits["unlabeled"]
-    assert chosen.bank is not None
-    assert chosen.queries is not None
-    assert (len(chosen.bank), len(chosen.queries)) == (16, 4)
-
-
 def test_at_most_half_of_a_rare_class_is_held_out() -> None:
     chosen = choose_splits(source(train=[0] * 200 + [1] * 4 + [2]))
     assert chosen.queries is not None

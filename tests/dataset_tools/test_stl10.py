@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -47,22 +46,9 @@ def test_equals_torchvision(stl10: Path, parent: bool, monkeypatch: pytest.Monke
     assert source.splits["test"].names[0].startswith("test/")
 
 
-def test_planes_are_stored_column_by_column(stl10: Path) -> None:
-    stored = np.fromfile(stl10 / "train_X.bin", dtype=np.uint8).reshape(-1, 3, 96, 96)
-    pixels = decode_png(open_source(stl10).splits["train"].read(2))
-    assert pixels[10, 70].tolist() == stored[2, :, 70, 10].tolist()
-
-
 def test_without_the_large_unlabeled_file(stl10: Path) -> None:
     (stl10 / "unlabeled_X.bin").unlink()
     assert list(open_source(stl10).splits) == ["train", "test"]
-
-
-def test_pickles_without_pixels(stl10: Path) -> None:
-    train = open_source(stl10).splits["train"]
-    data = pickle.dumps(train)
-    assert len(data) < 2000
-    assert pickle.loads(data).read(3) == train.read(3)
 
 
 def test_damaged_files(stl10: Path) -> None:

@@ -208,27 +208,6 @@ def test_a_damaged_cached_index_is_made_again(write_tar, cache_folder: Path, cap
     assert caplog.text.count("is made again") == 3
 
 
-def test_a_plain_tar_needs_no_cache(write_tar, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(spool, "INDEX_KEPT_FROM", 0)
-    (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setenv("LEOCLR_CACHE", str(tmp_path / "file" / "below"))
-    assert len(open_source(write_tar(FILES)).splits["train"]) == 6
-    packed = write_tar(FILES, name="x.tar.gz", mode="w:gz")
-    with pytest.raises(OSError, match=r"cache folder .* cannot be written .* set LEOCLR_CACHE"):
-        open_source(packed)
-
-
-def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEOCLR_CACHE", "/one")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/two")
-    assert spool.cache_folder() == Path("/one")
-    monkeypatch.delenv("LEOCLR_CACHE")
-    assert spool.cache_folder() == Path("/two/leoclr-fast")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/x")
-    assert spool.cache_folder() == Path("/home/x/.cache/leoclr-fast")
-
-
 def test_without_a_home_a_cache_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("no home")

@@ -35,7 +35,6 @@ SMALLER = {
         "--max-images",
         "64",
     ],
-    "bench loader": ["--rounds", "1", "--loaders", "torchvision", "--max-images", "64", "--workers", "1"],
     "parity": ["--max-images", "40", "--workers", "1"],
 }
 
@@ -80,7 +79,7 @@ def test_commands_within_the_text_are_known(guide: str, capsys: pytest.CaptureFi
 
 def test_everything_can_be_made_small(capsys: pytest.CaptureFixture[str]) -> None:
     """The flags that the README promises."""
-    small = {"--max-images": ["demo", "knn", "preview", "parity", "bench loader", "bench train-time"]}
+    small = {"--max-images": ["demo", "knn", "preview", "parity", "bench train-time"]}
     small |= {"--max-test-images": ["detect"], "--max-iterations": ["detect"]}
     small["--max-steps"] = ["demo", "pretrain", "linear", "finetune", "transfer"]
     small["--max-images"] += small["--max-steps"]

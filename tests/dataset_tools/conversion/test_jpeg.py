@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import struct
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from dataset_tools.conversion.jpeg import DamagedJpegError, JpegHeader, read_jpeg_header
 from dataset_tools.sources import open_source
-from tests.dataset_tools.conversion.pictures import before_tables, encoded, picture
+from tests.dataset_tools.conversion.pictures import encoded, picture
 
 SCAN = b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, 1, 0, 0, 63, 0) + b"\x12\x34\xff\x00\x56"
 END = b"\xff\xd9"
@@ -116,23 +115,6 @@ def test_no_prefix_of_a_jpeg_is_taken_for_a_whole_one() -> None:
         with pytest.raises(DamagedJpegError):
             read_jpeg_header(data[:size])
     assert read_jpeg_header(data).width == 40
-
-
-def test_any_bytes_give_a_header_or_the_one_error() -> None:
-    """Also those that lead astray: each byte of a header changed to each of a few values."""
-    data = before_tables(encoded(picture(), progressive=True), b"\xff\xff")
-    outcomes = set()
-    for at in range(2, 160):
-        for value in (0x00, 0x01, 0x7F, 0xC0, 0xD8, 0xD9, 0xDA, 0xFF):
-            try:
-                outcomes.add(type(read_jpeg_header(data[:at] + bytes([value]) + data[at + 1 :])))
-            except DamagedJpegError as error:
-                outcomes.add(type(error))
-    assert outcomes == {JpegHeader, DamagedJpegError}
-    random = np.random.default_rng(0)
-    for _ in range(2000):
-        with pytest.raises(DamagedJpegError):
-            read_jpeg_header(b"\xff\xd8" + random.bytes(200))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (17, 3), (640, 1), (1, 480), (333, 251)])

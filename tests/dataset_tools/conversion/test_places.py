@@ -47,13 +47,6 @@ def test_a_working_folder_that_is_not_ours_is_left_alone(source: Path, tmp_path:
     assert folder_bytes(foreign) == {"train.beton": b"precious"}
 
 
-def test_a_source_that_has_the_name_of_the_working_folder(source: Path, tmp_path: Path) -> None:
-    named = source.rename(tmp_path / "images.partial")
-    with pytest.raises(ValueError, match=r"images\.partial lies inside the source"):
-        convert(named, tmp_path / "images", FFCV)
-    assert len(list(named.rglob("*.jpg"))) == 12
-
-
 def test_a_link_to_an_empty_folder_is_followed(source: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
@@ -61,11 +54,6 @@ def test_a_link_to_an_empty_folder_is_followed(source: Path, tmp_path: Path) -> 
     assert (tmp_path / "disk" / "manifest.json").is_file()
     assert (tmp_path / "link").is_symlink()
     assert summary["samples"] == 12
-
-
-def test_a_mount_point_is_refused_at_once(source: Path) -> None:
-    with pytest.raises(ValueError, match=r"/proc is a mount point, .* Give a folder inside it"):
-        convert(source, "/proc", FFCV)
 
 
 def test_whole_already_is_looked_at(source: Path, tmp_path: Path) -> None:

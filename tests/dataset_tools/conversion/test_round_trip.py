@@ -398,10 +398,6 @@ def made_photographs(photographs: Path, tmp_path_factory: pytest.TempPathFactory
 class TestPhotographs:
     """400 photographs of ImageNet, as they are."""
 
-    def test_our_own_reader(self, photographs: Path, made_photographs: Path) -> None:
-        for format in ("ffcv", "webdataset"):
-            assert_same_samples(open_source(photographs), made_photographs / format)
-
     @needs_ffcv
     def test_ffcv(self, foreign: ForeignReaders, photographs: Path, made_photographs: Path) -> None:
         """FFCV's crops of the middle are those that OpenCV makes of Pillow's pixels, which are a little more exact."""

@@ -12,8 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import OxfordIIITPet, StanfordCars
 
-from leoclr_fast.evaluate.protocols import TransferProtocol
-from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS, open_transfer_data
+from leoclr_fast.evaluate.transfer_data import open_transfer_data
 from tests.leoclr_fast.evaluated import copy_of, evaluated, kept_results
 from tests.leoclr_fast.training.test_bad_input import refused
 
@@ -154,17 +153,6 @@ def test_birdsnap_goes_without_what_is_gone(tmp_path: Path) -> None:
     (tmp_path / "birds" / "species.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"it lacks species.txt"):
         open_transfer_data("birdsnap", tmp_path / "birds")
-
-
-def test_the_protocol_is_simclrs() -> None:
-    """Seven learning rates from 0.0001 to 0.1, seven weight decays from 1e-6 to 1e-3 and none, 20,000 steps."""
-    protocol = TransferProtocol()
-    assert (protocol.steps, protocol.batch_size, protocol.momentum) == (20_000, 256, 0.9)
-    assert protocol.lr_grid == pytest.approx(np.logspace(-4, -1, 7))
-    assert protocol.weight_decay_grid[0] == 0
-    assert protocol.weight_decay_grid[1:] == pytest.approx(np.logspace(-6, -3, 7))
-    metrics = {name: published.metric for name, published in TRANSFER_SETS.items()}
-    assert [name for name, metric in metrics.items() if metric == "mean_per_class"] == ["pets"]
 
 
 def test_transfer(capsys: pytest.CaptureFixture[str], tiny_run: Path, pets: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 import leoclr_fast.report.page
 import leoclr_fast.training.loop
 import leoclr_fast.training.run_log
+from benchmarks.loader_timing import LoaderBenchConfig, LoaderTiming
 from benchmarks.reference_curves import reference_curves
 from dataset_tools.stop_signals import StoppedBySignalError
 from leoclr_fast.cli import run_command
@@ -159,9 +160,9 @@ def test_the_loader_alone_is_a_ceiling(capsys: pytest.CaptureFixture[str], tmp_p
         capsys,
         *pretrain_line(jpegs, run, "--loader=torchvision", "--loader.workers=0", "--max-steps=2", "--max-images=26"),
     )
-    command = f"leoclr-fast bench loader --run {run}"
+    command = f"python -m benchmarks.loader_timing --run {run}"
     assert command in without_markup((run / "report.html").read_text())
-    document, _ = succeeded(capsys, *command.split()[1:], "--rounds", 2, "--device", "cpu")
+    document = LoaderTiming(run_folder=run, config=LoaderBenchConfig(rounds=2, device="cpu")).run()
     assert json.loads(RunFolder(run).loader_bench_file.read_text()) == document
     assert document["config"]["loaders"] == ["torchvision"]
     asked = {name: document["config"][name] for name in ("views", "workers", "max_images")}
@@ -173,9 +174,9 @@ def test_the_loader_alone_is_a_ceiling(capsys: pytest.CaptureFixture[str], tmp_p
     page = without_markup((run / "report.html").read_text())
     assert command not in page
     alone = document["rows"][0]["images_per_s"]
-    assert f"the loader torchvision alone, measured by bench loader: {alone:,.1f} images/s" in page
+    assert f"the loader torchvision alone, measured: {alone:,.1f} images/s" in page
     decoding = next(row for row in document["ceilings"] if row["loader"] == "decode-only")["images_per_s"]
-    assert f"decoding alone, measured by bench loader: {decoding:,.1f} images/s" in page
+    assert f"decoding alone, measured: {decoding:,.1f} images/s" in page
 
 
 def test_a_report_that_cannot_be_written_harms_no_run(

@@ -1,4 +1,6 @@
-"""How fast images come: our loaders beside those of others, interleaved, each in a process of its own."""
+"""How fast images come: our loaders beside those of others, interleaved, each in a process of its own.
+`python -m benchmarks.loader_timing --help`
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
+from msgspec import Meta
 
-from dataset_tools.limits import unknown
-from dataset_tools.schema import read_json
-from dataset_tools.sources import open_source
-from dataset_tools.splits import choose_splits
-from dataset_tools.subsets import limited
-from leoclr_fast.bench.config import LoaderBenchConfig
-from leoclr_fast.bench.loader_implementations import (
+from benchmarks.baselines.loaders import LOADERS
+from benchmarks.loader_implementations import (
     CEILINGS,
     OURS,
     SHOWING_NO_IMAGES,
@@ -26,9 +25,15 @@ from leoclr_fast.bench.loader_implementations import (
     LoaderTask,
     TimedEpoch,
 )
+from benchmarks.processes import OwnProcess, process_use
+from benchmarks.results import print_document
+from dataset_tools.limits import Count, CountOrZero, require_allowed, unknown
+from dataset_tools.schema import read_json
+from dataset_tools.sources import open_source
+from dataset_tools.splits import choose_splits
+from dataset_tools.subsets import limited
 from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
-from leoclr_fast.bench.processes import OwnProcess, process_use
-from leoclr_fast.bench.setting import baselines, bench_device
+from leoclr_fast.bench.setting import bench_device
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.timing import Say, interleaved
 from leoclr_fast.config_file import as_plain
@@ -37,9 +42,33 @@ from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.method.methods import method_class
 from leoclr_fast.run.documents import DataDescription, Environment
 from leoclr_fast.run.environment import environment
-from leoclr_fast.run.folder import RunFolder
+from leoclr_fast.run.folder import RunFolder, write_json
 from pipelines.factory import settle_loader
 from pipelines.threads import available_cores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderBenchConfig:
+    """Which loaders are compared, at which task, and how long."""
+
+    loaders: tuple[str, ...] = ()
+    """Of --loader, or stock-torchvision, stock-ffcv, stock-dali. By default those that can run here."""
+    views: Annotated[int, Meta(ge=2, le=3)] = 3
+    """Of each image: 3 are LeOCLR's, 2 MoCo-v2's."""
+    image_size: Count = 224
+    """Side of a view, pixels."""
+    batch_size: Count = 64
+    rounds: Count = 7
+    """Timed epochs of each loader, after one that is not counted."""
+    max_images: Count | None = None
+    """At most so many images an epoch, a class-balanced choice."""
+    workers: CountOrZero | None = None
+    """Threads or worker processes of each loader; by default one for each core."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require_allowed(self)
 
 
 @dataclass(slots=True)
@@ -63,12 +92,7 @@ def bench_loader(config: LoaderBenchConfig, data: Sequence[Path], say: Say = lam
     Raises ValueError for data or settings that cannot be, RuntimeError if no loader can run, or one of
     ``config.loaders`` cannot.
     """
-    makers = dict(OURS)
-    try:
-        makers |= baselines("loaders").LOADERS
-    except ValueError:  # an installed package compares its own loaders
-        if set(config.loaders) - makers.keys():
-            raise
+    makers = OURS | LOADERS
     for name in config.loaders:
         if name not in makers:
             raise ValueError(unknown("loader", name, makers))
@@ -247,3 +271,34 @@ def _device_bytes(pid: int) -> int | None:
     except pynvml.NVMLError:
         return None
     return sum(use.usedGpuMemory or 0 for use in uses if use.pid == pid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderTiming:
+    """Time our loaders beside torchvision's, FFCV's and DALI's own, interleaved, each in a process of its own."""
+
+    data: tuple[Path, ...] = ()
+    """The same images in one or several formats, such as an image folder and a .beton made of it: FFCV reads the one,
+    DALI's own reader the other."""
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run", metavar="RUN")] = None
+    """The --out of a pretrain, instead of --data: times its loader on its images, at its views, image size and batch
+    size, and keeps the result there, for its report."""
+    config: Annotated[LoaderBenchConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderBenchConfig)
+
+    def run(self) -> dict[str, Any]:
+        """Measure, print, and keep in the run folder. Returns the document of `bench_loader`."""
+        if bool(self.data) == (self.run_folder is not None):
+            raise ValueError("timing loaders needs images: give --data PATH [PATH …], or --run RUN, and not both")
+        if self.run_folder is None:
+            document = bench_loader(self.config, self.data, print)
+        else:
+            folder = RunFolder(self.run_folder)
+            config, images = as_run_loads(folder, self.config)
+            document = bench_loader(config, [images], print)
+            write_json(folder.loader_bench_file, document)
+        print_document(document, loader_markdown)
+        return document
+
+
+if __name__ == "__main__":
+    tyro.cli(LoaderTiming).run()

@@ -1,4 +1,4 @@
-"""`bench loader`: what it counts is right, who cannot run is named, and all do the whole task."""
+"""`loader_timing`: what it counts is right, who cannot run is named, and all do the whole task."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.loader_implementations import OURS, Epochs, TimedEpoch
+from benchmarks.loader_timing import LoaderBenchConfig, LoaderTiming, bench_loader, loader_markdown
+from benchmarks.processes import OwnProcess, process_use
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
-from leoclr_fast.bench.config import LoaderBenchConfig
-from leoclr_fast.bench.loader import bench_loader, loader_markdown
-from leoclr_fast.bench.loader_implementations import OURS, Epochs, TimedEpoch
-from leoclr_fast.bench.processes import OwnProcess, process_use
-from leoclr_fast.cli import run_command
 from tests.pipelines.optional_packages import HAS_DALI, HAS_FFCV
 from tests.pipelines.pictures import encode, picture, write_images
 
@@ -47,16 +45,14 @@ LOADERS = [
 
 
 @pytest.mark.long
-def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each loader in a process of its own, which takes seconds to start."""
-    page = tmp_path / "page.md"
-    data = [str(images)]
+def test_all_loaders(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each in a process of its own, which takes seconds to start."""
+    data = [images]
     if HAS_FFCV:
-        data.append(str(tmp_path / "ffcv"))
+        data.append(tmp_path / "ffcv")
         convert(images, tmp_path / "ffcv", ConvertOptions(format="ffcv"), workers=1)
-    arguments = ["bench", "loader", "--data", *data, "--loaders", *LOADERS, "--rounds", "2", "--workers", "1"]
-    small = ["--image-size", "16", "--batch-size", "4", "--device", "cpu", "--markdown", str(page), "--json"]
-    assert run_command([*arguments, *small]) == 0
+    config = LoaderBenchConfig(loaders=tuple(LOADERS), rounds=2, workers=1, image_size=16, batch_size=4, device="cpu")
+    LoaderTiming(data=tuple(data), config=config).run()
     output = capsys.readouterr().out
     document = json.loads(output.splitlines()[-1])
     assert sorted(row["loader"] for row in document["rows"]) == sorted(LOADERS)
@@ -73,10 +69,7 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     sizes = [path.stat().st_size for path in images.rglob("*.jpg")]
     read = next(row for row in document["ceilings"] if row["loader"] == "read-only")["bytes_read_per_image"]
     assert read >= min(sizes)  # and some of Python's own
-    written = page.read_text()
-    assert written in output
-    assert str(images) not in written
-    assert written.index("read-only (ceiling)") < written.index("| torchvision |")
+    assert output.index("read-only (ceiling)") < output.index("| torchvision |")
 
 
 class InThisProcess:
@@ -98,10 +91,10 @@ class InThisProcess:
 
 
 def test_who_cannot_run_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leoclr_fast.bench.loader.OwnProcess", InThisProcess)
+    monkeypatch.setattr("benchmarks.loader_timing.OwnProcess", InThisProcess)
     some = {name: OURS[name] for name in ("torchvision", "nvjpeg")}
-    monkeypatch.setattr("leoclr_fast.bench.loader.OURS", some)
-    monkeypatch.setattr("benchmarks.baselines.loaders.LOADERS", {})
+    monkeypatch.setattr("benchmarks.loader_timing.OURS", some)
+    monkeypatch.setattr("benchmarks.loader_timing.LOADERS", {})
     write_images(tmp_path / "pngs", {f"{i}.png": encode(Image.fromarray(picture(9, 9)), "PNG") for i in range(8)})
     config = LoaderBenchConfig(rounds=1, image_size=16, batch_size=4, workers=0, device="cpu")
     document = bench_loader(config, [tmp_path / "pngs"])
@@ -117,32 +110,16 @@ def test_who_cannot_run_is_named(images: Path, tmp_path: Path, monkeypatch: pyte
         bench_loader(replace(config, loaders=("nvjpeg",)), [images])
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ([], "give --data PATH [PATH …], or --run RUN, and not both"),
-        (["--data", "x", "--run", "y"], "give --data PATH [PATH …], or --run RUN, and not both"),
-        (["--run", "y"], "y is not a run folder"),
-    ],
-)
-def test_images_or_a_run(data: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(["bench", "loader", *data]) == 1
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--loaders", "dalli"], "there is no loader 'dalli'. Did you mean dali"),
-        (["--batch-size", "11"], "images has 9 images, fewer than one batch of 11; lower --batch-size"),
-        (["--views", "4"], "views 4 is not allowed: give at least 2 and at most 3"),
-        (["--rounds", "0"], "rounds 0 is not allowed: give at least 1"),
-        (["--max-images", "0"], "max images 0 is not allowed: give at least 1"),
-    ],
-)
-def test_mistakes(flags: list[str], message: str, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(["bench", "loader", "--data", str(images), "--device", "cpu", *flags]) == 1
-    assert message in capsys.readouterr().err
+def test_mistakes(images: Path) -> None:
+    for given in ({}, {"data": (images,), "run_folder": images}):
+        with pytest.raises(ValueError, match=r"give --data PATH .PATH …., or --run RUN, and not both"):
+            LoaderTiming(**given).run()
+    with pytest.raises(ValueError, match=r"there is no loader .dalli.\. Did you mean dali"):
+        bench_loader(LoaderBenchConfig(loaders=("dalli",), device="cpu"), [images])
+    with pytest.raises(ValueError, match="images has 9 images, fewer than one batch of 11; lower --batch-size"):
+        bench_loader(LoaderBenchConfig(batch_size=11, device="cpu"), [images])
+    with pytest.raises(ValueError, match="views 4 is not allowed: give at least 2 and at most 3"):
+        LoaderBenchConfig(views=4)
 
 
 def test_use_of_a_process_and_its_children() -> None:

@@ -1,4 +1,4 @@
-"""What `bench loader` times: our loaders, and the ceilings over them; `benchmarks.baselines.loaders` has others.
+"""What `loader_timing` times: our loaders, and the ceilings over them; `baselines.loaders` has others.
 
 Each is a generator function; each `next` handles all images once and yields a `TimedEpoch`. All but the ceilings make
 the same views of each image, as uint8 on the device: LeOCLR's original and two random crops, or MoCo-v2's two crops.
