@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import random
+import re
+import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dataset_tools.stop_signals import StoppedBySignalError
+from leoclr_fast.cli import parse_command, run_command
 from leoclr_fast.commands.study import parse_study
-from leoclr_fast.study import make_runs, study_runs
+from leoclr_fast.study import LAUNCHER, make_runs, study_runs
 from leoclr_fast.study_plans import STUDY_PLANS, StudyPlan
+from tests.leoclr_fast.test_guides import inline_commands
 
 COMMAND = """
 import json, os, pathlib, signal, sys, time
@@ -141,3 +149,53 @@ def test_plans_are_flags_and_their_mistakes_are_named() -> None:
         study_runs(StudyPlan(variants=("leoclr_demo",), evaluations=("nearest",)), Path("d"), Path("o"))
     with pytest.raises(ValueError, match="--seeds 1 1 is not allowed"):
         StudyPlan(variants=("leoclr_demo",), seeds=(1, 1))
+
+
+@pytest.mark.parametrize("name", STUDY_PLANS)
+def test_every_command_of_a_plan_is_one_that_the_program_takes(name: str) -> None:
+    for run in study_runs(STUDY_PLANS[name](), Path("data"), Path("out")):
+        for step in run.steps:
+            assert parse_command(list(step.words)) is not None
+
+
+def test_the_studies_of_the_guide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their first lines with --print; what is to be typed for a run is printed as it stands."""
+    lines = [line for line in inline_commands("docs/evaluate.md") if line.startswith("leoclr-fast study ")]
+    assert len(lines) == 4
+    for line in lines:
+        words = shlex.split(line.replace("PATH", "images").replace("DIR", str(tmp_path)))
+        assert run_command([*words[1:], *(() if "--print" in words else ("--print",))]) == 0
+        plan = STUDY_PLANS[words[2]]()
+        assert len(capsys.readouterr().out.splitlines()) == len(plan.variants) * len(plan.seeds)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_small_study_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    """SIGKILL to the whole process group, five times; the numbers are the same to the bit, and no step is run twice."""
+    flags = ["--epochs", "2", "--max-images", "300", "--variants", "leoclr_demo", "mocov2_demo", "--evaluations", "knn"]
+    flags += ["linear --epochs 2 --lr-grid 1 3", "--pretrain-flags", "--monitor.checkpoint-every-steps 1"]
+
+    def study(out: Path) -> subprocess.Popen[str]:
+        command = [*LAUNCHER, "study", "demo_study", "--out", str(out), *flags]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    def rows(out: Path) -> Any:
+        return json.loads((out / "study.json").read_text())["rows"]
+
+    assert study(tmp_path / "whole").wait() == 0
+    draw, said = random.Random(0), ""
+    for _ in range(5):
+        process = study(tmp_path / "killed")
+        time.sleep(draw.uniform(5, 40))
+        at_work = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for group in (process.pid, *map(int, at_work)):
+            os.killpg(group, signal.SIGKILL)
+        said += process.communicate()[0]
+    process = study(tmp_path / "killed")
+    said += process.communicate()[0]
+    assert process.returncode == 0
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    begun = re.findall(r"^\[\d+/12\] (.*)", said, re.MULTILINE)
+    assert len(set(begun)) == 12
+    assert len(begun) <= 12 + 5
