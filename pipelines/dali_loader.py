@@ -1,13 +1,12 @@
-"""NVIDIA DALI decodes each image once; on a GPU it also cuts all of its views, on the CPU `crop_resize` does.
+"""NVIDIA DALI decodes each image once, on a GPU or on the CPU, and `crop_resize` cuts all of its views there.
 
-The order, the boxes and the encoded bytes are ours and are fed in, so that the crops are those of every other loader.
-On the CPU they are Pillow's to the last bit; DALI's own resize takes several times as long. On a GPU it is DALI's,
-whose filter reads beyond the box in the outer two pixels of a crop; inside, it differed from Pillow's by at most one
-level when it was tried on a CPU. The GPU path was written without a GPU at hand and has not run yet.
+The order and the encoded bytes are ours and are fed in, and so are the boxes, so that the crops are those of every
+other loader. On the CPU they are Pillow's to the last bit; on a GPU its decoder's rounding is the one difference. The
+GPU path was written without a GPU at hand; but for the device, it is the code that runs on the CPU.
 
 The graph is a classic `Pipeline`: DALI's dynamic mode took 3 to 6 % more CPU time for the same work, and is
-experimental.
-Legend: B images, V views, S side of a view.
+experimental. nvImageCodec, which decodes in it, has a Python package of its own; without a GPU that one hands out no
+tensor of what it decoded (0.9.0), so that nothing around it could have been tried here.
 """
 
 from __future__ import annotations
@@ -20,15 +19,12 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dataset_tools.sources import Split
 from dataset_tools.sources.converted import ConvertedSplit
 from pipelines.byte_readers import base_of
-from pipelines.crop_resize import PackedImages, cut_views
 from pipelines.encoded_batches import Bytes, EncodedBatch
 from pipelines.encoded_loader import EncodedLoader, Pass
 from pipelines.loader import DecodedBatch
@@ -38,7 +34,7 @@ _PREALLOCATED_PIXELS = 1 << 28
 
 
 class DaliLoader(EncodedLoader):
-    """Bytes and boxes in, crops out: one decode of each image, one resize for each view.
+    """Bytes in, crops out: one decode of each image, one resize for each view.
 
     DALI decodes ``prefetch_batches`` ahead, beside as many that are read ahead; only the decoding thread talks to it. A
     batch that DALI cannot decode is fed again without the images at fault.
@@ -64,13 +60,6 @@ class DaliLoader(EncodedLoader):
                 f"DALI is to decode on {self.device}, but this machine has no CUDA device; give --device cpu"
             )
         self._hints = _decoder_hints(self.split, self.order.max_local_batch_size, self.num_threads)
-        squash = self.view_config.original == "squash"
-        self._cuts = [
-            number
-            for number, view in enumerate(self.views)
-            if view.geometry == "center_crop" or (view.geometry == "original" and not squash)
-        ]
-        """The views that are cut out of a resized image, or lie in one that is filled up."""
         # What follows belongs to the decoding thread.
         self._pipeline: Any = None
         self._in_flight: deque[EncodedBatch] = deque()
@@ -85,11 +74,10 @@ class DaliLoader(EncodedLoader):
                 self._drain()
                 self._current = current
             self._feed_ahead(current)
-            while (crops := self._decoded()) is None:
+            while (decoded := self._decoded()) is None:
                 self._feed_again()
-            batch = self._in_flight.popleft()
-            is_done = self.copy_stream.record_event() if crops.is_cuda else None
-            return DecodedBatch(crops, batch.indices, batch.boxes, batch.unreadable, is_done)
+            self._in_flight.popleft()
+            return decoded
         except CancelledError:
             raise
         except BaseException:
@@ -108,44 +96,30 @@ class DaliLoader(EncodedLoader):
         if self._pipeline is None:
             self._doing = "starting DALI"
             self._pipeline = self._started_pipeline()
-        self._feed_pipeline(self._pipeline, batch.images, batch.boxes)
+        self._feed_pipeline(self._pipeline, batch.images)
         self._num_decodes += len(batch)
 
-    def _decoded(self) -> Tensor | None:
-        """uint8 [B, V, S, S, 3], the crops of the oldest batch in flight; None if it has to be fed again."""
+    def _decoded(self) -> DecodedBatch | None:
+        """The oldest batch in flight; None if it has to be fed again."""
         batch = self._in_flight[0]
         self._doing = f"decoding step {batch.step} of epoch {batch.epoch}"
         if not len(batch):
-            size = self.view_config.image_size
-            return torch.empty(0, len(self.views), size, size, 3, dtype=torch.uint8, device=self.device)
+            return self.cut(batch, [])
         try:
-            outputs = self._pipeline.share_outputs()
+            (images,) = self._pipeline.share_outputs()
         except RuntimeError as error:
             self.find_fault(batch, error)
             return None
-        true_sizes = np.asarray(outputs[1].as_tensor())[:, :2].astype(np.int64)  # [B, 2]: height, width
-        if not self.has_true_sizes(batch, true_sizes):
-            crops = None
-        elif self.device.type == "cpu":
-            crops = self._cut(batch, outputs[0])
-        else:
-            with torch.cuda.stream(self.copy_stream):
-                # DALI knows no stream of torch: it would give its memory to the next batch while kernels still read.
-                crops = torch.from_dlpack(outputs[0].as_tensor()).clone()
-            self.copy_stream.synchronize()
-        del outputs
+        decoded = None
+        if self.has_true_sizes(batch, np.array(images.shape(), dtype=np.int64)[:, :2]):
+            decoded = self.cut(batch, (torch.from_dlpack(images[row]) for row in range(len(batch))))
+        del images
         self._pipeline.release_outputs()
-        return crops
-
-    def _cut(self, batch: EncodedBatch, images: Any) -> Tensor:
-        """The views of decoded images on the CPU."""
-        pixels = np.concatenate([np.asarray(images[row]).reshape(-1) for row in range(len(batch))])
-        packed = PackedImages.side_by_side(torch.from_numpy(pixels), batch.heights, batch.widths)
-        return cut_views(packed, np.arange(len(batch)), batch.boxes, self.view_config, num_threads=self.num_threads)
+        return decoded
 
     def try_to_decode(self, batch: EncodedBatch, rows: list[int]) -> None:
         probe = self._built_pipeline(batch_size=len(rows), prefetch=1, num_threads=self.num_threads)
-        self._feed_pipeline(probe, [batch.images[row] for row in rows], batch.boxes[rows])
+        self._feed_pipeline(probe, [batch.images[row] for row in rows])
         probe.share_outputs()
 
     def _feed_again(self) -> None:
@@ -177,18 +151,8 @@ class DaliLoader(EncodedLoader):
         if self.device.type == "cuda":
             import_module("nvidia.dali.backend").ReleaseUnusedMemory()  # it pools what its pipelines have let go
 
-    def _feed_pipeline(
-        self, pipeline: Any, images: list[Bytes], boxes: npt.NDArray[np.int32], *, run: bool = True
-    ) -> None:
-        """images: B encoded ones; boxes: int32 [B, V, 8]."""
+    def _feed_pipeline(self, pipeline: Any, images: list[Bytes], *, run: bool = True) -> None:
         pipeline.feed_input("encoded", images)
-        if self.device.type == "cuda":
-            start = np.ascontiguousarray(boxes[..., :2], dtype=np.float32)
-            pipeline.feed_input("start", start)
-            pipeline.feed_input("end", start + boxes[..., 2:4].astype(np.float32))
-            if self._cuts:
-                pipeline.feed_input("new_size", np.ascontiguousarray(boxes[..., 4:6], dtype=np.float32))
-                pipeline.feed_input("corner", np.ascontiguousarray(boxes[..., 6:], dtype=np.int32))
         if run:
             pipeline.schedule_run()
 
@@ -198,10 +162,8 @@ class DaliLoader(EncodedLoader):
         """
         prefetch = self.config.prefetch_batches
         pipeline = self._built_pipeline(self.order.max_local_batch_size, prefetch, self.num_threads)
-        side = self.view_config.image_size
-        box = np.broadcast_to(np.array([0, 0, 64, 64, side, side, 0, 0], dtype=np.int32), (1, len(self.views), 8))
         for _ in range(prefetch):
-            self._feed_pipeline(pipeline, [_SMALL_JPEG], box, run=False)
+            self._feed_pipeline(pipeline, [_SMALL_JPEG], run=False)
         pipeline.schedule_run()
         for _ in range(prefetch):
             pipeline.share_outputs()
@@ -209,74 +171,40 @@ class DaliLoader(EncodedLoader):
         return pipeline
 
     def _built_pipeline(self, batch_size: int, prefetch: int, num_threads: int) -> Any:
-        """Outputs: on a GPU the crops, uint8 [B, V, S, S, 3], on the CPU the images, B times uint8 [H, W, 3]; and the
-        shapes of the images, float32 [B, 3].
-        """
-        pipeline_class, fn, dali_math, types = _import_dali()
+        """Its output: the images, B times uint8 [H, W, 3], on the device."""
+        pipeline_class, fn, types = _import_dali()
         on_gpu = self.device.type == "cuda"
-        device_index = None
-        if on_gpu:
-            device_index = torch.cuda.current_device() if self.device.index is None else self.device.index
         pipeline = pipeline_class(
-            batch_size=batch_size, num_threads=num_threads, device_id=device_index, prefetch_queue_depth=prefetch
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device_id=self.device.index if on_gpu else None,
+            prefetch_queue_depth=prefetch,
         )
-        side = self.view_config.image_size
         mixed = {"hw_decoder_load": self.config.hw_decoder_load, "jpeg_fancy_upsampling": True, **self._hints}
         with pipeline:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
             images = fn.decoders.image(
-                encoded,
+                fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True),
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,
                 adjust_orientation=False,  # torchvision does not rotate either
                 **(mixed if on_gpu else {}),
             )
-            shapes = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
-            if not on_gpu:  # our own resize is faster there, and Pillow's to the last bit
-                pipeline.set_outputs(images, shapes)
-            else:
-                # Beyond the image DALI would read memory that is not its own, and boxes come from what a data set says.
-                start = dali_math.min(
-                    fn.external_source(name="start", dtype=types.FLOAT, ndim=2), shapes[:2] - 1
-                )  # [V, 2]
-                end = dali_math.min(fn.external_source(name="end", dtype=types.FLOAT, ndim=2), shapes[:2])
-                boxes = [
-                    {} if view.geometry == "original" else {"roi_start": start[number], "roi_end": end[number]}
-                    for number, view in enumerate(self.views)  # a box of the whole image costs a fifth more than none
-                ]
-                sides = [{"resize_y": side, "resize_x": side} for _ in self.views]
-                if self._cuts:
-                    new_size = fn.external_source(name="new_size", dtype=types.FLOAT, ndim=2)
-                    corner = fn.external_source(name="corner", dtype=types.INT32, ndim=2)
-                    for view in self._cuts:
-                        sides[view] = {"resize_y": new_size[view, 0], "resize_x": new_size[view, 1]}
-                linear = {"interp_type": types.INTERP_LINEAR, "antialias": True}
-                crops = [fn.resize(images, **box, **own, **linear) for box, own in zip(boxes, sides, strict=True)]
-                for view in self._cuts:
-                    crops[view] = fn.slice(
-                        crops[view],
-                        start=corner[view],
-                        shape=[side, side],
-                        axes=[0, 1],
-                        out_of_bounds_policy="pad",
-                        fill_values=[float(value) for value in self.view_config.fill],
-                    )
-                pipeline.set_outputs(fn.stack(*crops), shapes)
+            pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
 
 
-def _import_dali() -> tuple[Any, Any, Any, Any]:
-    """DALI's Pipeline, functions, arithmetic and types. Raises ImportError, with what to do, where it is missing."""
+def _import_dali() -> tuple[Any, Any, Any]:
+    """DALI's Pipeline, functions and types. Raises ImportError, with what to do, where it is missing."""
     try:
-        from nvidia.dali import Pipeline, fn, math, types
+        from nvidia.dali import Pipeline, fn, types
     except ImportError as error:
         raise ImportError(
             f"the loader dali needs NVIDIA DALI, which cannot be imported ({error}). Install it by "
             "`pip install 'leoclr-fast[dali]'` (CUDA 13) or 'leoclr-fast[dali-cu12]'; without it --loader auto, "
             "resident and torchvision work"
         ) from error
-    return Pipeline, fn, math, types
+    return Pipeline, fn, types
 
 
 def _decoder_hints(split: Split, batch_size: int, num_threads: int) -> dict[str, int]:

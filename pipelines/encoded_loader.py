@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, ClassVar, TypeVar
@@ -13,9 +13,11 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from dataset_tools.conversion.jpeg import JpegHeader
 from pipelines.byte_readers import Indices
+from pipelines.crop_resize import PackedImages, cut_views
 from pipelines.decode import UnreadableImageError, decode_bytes
 from pipelines.encoded_batches import EncodedBatch, EncodedBatches
 from pipelines.loader import DecodedBatch, Loader
@@ -103,8 +105,8 @@ class EncodedLoader(Loader):
     def _threads(self) -> tuple[WorkerThreads, WorkerThreads]:
         """The readers, and the decoder."""
         if self._readers is None or self._decoder is None:
-            self._readers = WorkerThreads("image reader", self.num_threads)
-            self._decoder = WorkerThreads(f"{self.decoder} decoder", 1)
+            self._readers = WorkerThreads("image reader", self.num_threads, self.use_device)
+            self._decoder = WorkerThreads(f"{self.decoder} decoder", 1, self.use_device)
         return self._readers, self._decoder
 
     def _decode_ahead(self, current: Pass) -> None:
@@ -151,6 +153,25 @@ class EncodedLoader(Loader):
         self._batches.for_pillow.update(batch.indices[wrong].tolist())
         return not len(wrong)
 
+    def cut(self, batch: EncodedBatch, images: Iterable[Tensor], *, planar: bool = False) -> DecodedBatch:
+        """The views of a batch's images, which are uint8 [H, W, 3], or [3, H, W] where planar, on the device.
+
+        **A decoder's memory is used again only when the kernels that read it have ended, on the host's clock.** So this
+        returns when they have. Order on a stream would not do: decoders have streams of their own, and the hardware's
+        (H100 and later) writes at once, whatever the stream.
+        """
+        with torch.cuda.stream(self.side_stream):  # does nothing for None
+            flat = [image.flatten() for image in images]
+            pixels = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=self.device)
+            packed = PackedImages.side_by_side(pixels, batch.heights, batch.widths, planar=planar)
+            rows = np.arange(len(batch))
+            crops = cut_views(packed, rows, batch.boxes, self.view_config, num_threads=self.num_threads)
+            is_done = None
+            if self.side_stream is not None:
+                is_done = self.side_stream.record_event()
+                is_done.synchronize()
+        return DecodedBatch(crops, batch.indices, batch.boxes, batch.unreadable, is_done)
+
     def readable_by_pillow(self, batch: EncodedBatch, rows: list[int]) -> list[int]:
         """Indices of those of some images that Pillow reads; the others are replaced from now on."""
 
@@ -162,7 +183,7 @@ class EncodedLoader(Loader):
                 return False
             return True
 
-        with ThreadPoolExecutor(self.num_threads) as pool:
+        with ThreadPoolExecutor(self.num_threads, initializer=self.use_device) as pool:
             return batch.indices[rows][list(pool.map(reads, rows))].tolist()
 
     def find_fault(self, batch: EncodedBatch, error: RuntimeError) -> None:

@@ -91,15 +91,15 @@ def settle_loader(split: Split, config: LoaderConfig, device: torch.device | Non
 
 
 def _best_decoder(split: Split, device: torch.device) -> tuple[str, str]:
-    """The first of the loaders that decode in every epoch with no obstacle; and for each other one, why not."""
+    """The first of the loaders that decode in every epoch without an obstacle; and for each other one, why not."""
     classes = [loader_class(name) for name in LOADERS]
     candidates = [loader for loader in classes if device.type in loader.auto_places]
     chosen, reasons = "", []
     for loader in sorted(candidates, key=lambda loader: loader.auto_places[device.type]):
-        if reason := loader.obstacle(split, device):
-            reasons.append(f"{loader.name} ({reason})")
-        elif chosen:
+        if chosen:  # the others are not even tried: that may take a while, and memory of a GPU
             reasons.append(f"{loader.name} ({loader.drawbacks.get(device.type, 'slower')})")
+        elif reason := loader.obstacle(split, device):
+            reasons.append(f"{loader.name} ({reason})")
         else:
             chosen = loader.name
     return chosen, f"not {', '.join(reasons)}"

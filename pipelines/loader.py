@@ -102,6 +102,8 @@ class Loader(ABC):
         self.order = order
         self.seed = seed
         self.device = device
+        if str(device) == "cuda" and torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.unreadable: dict[int, str] = {}
         """Index of each image that could not be read -> the reason."""
         self._num_decodes = 0
@@ -182,10 +184,21 @@ class Loader(ABC):
                 "Check the data set."
             )
 
+    def use_device(self) -> None:
+        """Every thread of a loader calls it first: a thread begins on the first GPU, and what is called there without
+        naming a device, such as pinning memory, would leave some 500 MB of a context on it for every rank.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     @cached_property
-    def copy_stream(self) -> torch.cuda.Stream:
-        """For copies on a GPU beside what it computes."""
-        return torch.cuda.Stream(self.device)
+    def side_stream(self) -> torch.cuda.Stream | None:
+        """For copies and cuts on a GPU beside what it trains; None for a CPU.
+
+        torch has 32 streams of each priority, which it hands out in turn: of these nothing else here takes one, so that
+        it never is the stream on which a step is captured.
+        """
+        return torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     @property
     def _is_copied_ahead(self) -> bool:
@@ -202,9 +215,9 @@ class Loader(ABC):
             decoded.crops = decoded.crops.to(self.device)
         elif not decoded.crops.is_cuda:
             # torch hands pinned memory out again only when its copies are done.
-            with torch.cuda.stream(self.copy_stream):
+            with torch.cuda.stream(self.side_stream):
                 decoded.crops = decoded.crops.to(self.device, non_blocking=True)
-            decoded.is_done = self.copy_stream.record_event()
+                decoded.is_done = torch.cuda.current_stream().record_event()
         return decoded
 
     def _handed_out(self, decoded: DecodedBatch, epoch: int, step: int) -> CropBatch:

@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from dataset_tools.conversion.jpeg import JpegHeader
 from dataset_tools.sources import Split
-from pipelines.crop_resize import PackedImages, cut_views
 from pipelines.encoded_batches import Bytes, EncodedBatch
 from pipelines.encoded_loader import EncodedLoader, Pass
 from pipelines.loader import DecodedBatch
@@ -28,14 +26,14 @@ from pipelines.loader import DecodedBatch
 class NvjpegLoader(EncodedLoader):
     """Bytes in, crops out: one decode of each image, on the device, and one resize for each view.
 
-    As many threads read as batches are ahead; one more thread decodes and cuts on a stream of its own. Raises
-    ValueError for a device that is not a GPU, RuntimeError if nvJPEG does not work there.
+    One thread decodes and cuts, on a stream of its own. Raises ValueError for a device that is not a GPU, RuntimeError
+    if nvJPEG does not work there.
     """
 
     name = "nvjpeg"
     decoder = "nvJPEG"
     auto_places: ClassVar = {"cuda": 2, "cpu": 3}
-    drawbacks: ClassVar = {"cuda": "for machines without DALI"}
+    drawbacks: ClassVar = {"cuda": "for machines without DALI", "cpu": "it needs a GPU"}
     decodes_on_gpu = True
     remedy = (
         "install DALI and take --loader dali, or convert the data with --short-side 400, so that there is less to "
@@ -53,7 +51,6 @@ class NvjpegLoader(EncodedLoader):
             )
         if obstacle := nvjpeg_obstacle(self.device):
             raise RuntimeError(f"the nvjpeg loader cannot be used: {obstacle}; choose --loader torchvision")
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @classmethod
     def obstacle(cls, split: Split, device: torch.device) -> str | None:
@@ -68,11 +65,8 @@ class NvjpegLoader(EncodedLoader):
         batch = self.next_read(current)
         while True:
             self._doing = f"decoding step {batch.step} of epoch {batch.epoch}"
-            with torch.cuda.stream(self._stream):  # does nothing for None
-                if (images := self._images(batch)) is not None:
-                    crops = self._crops(batch, images)
-                    is_done = None if self._stream is None else self._stream.record_event()
-                    return DecodedBatch(crops, batch.indices, batch.boxes, batch.unreadable, is_done)
+            if (images := self._images(batch)) is not None:
+                return self.cut(batch, images, planar=True)
             batch = self._batches.prepare(batch.epoch, batch.step)
 
     def try_to_decode(self, batch: EncodedBatch, rows: list[int]) -> None:
@@ -80,35 +74,35 @@ class NvjpegLoader(EncodedLoader):
 
     def _images(self, batch: EncodedBatch) -> list[Tensor] | None:
         """B images on the device, uint8 [3, H, W]; None if the batch has to be prepared again."""
-        try:
-            decoded = iter(self._decode_jpegs([image for image in batch.images if image.ndim == 1]))
-        except RuntimeError as error:
-            self.find_fault(batch, error)
-            return None
-        self._num_decodes += len(batch)
-        images = [
-            next(decoded) if image.ndim == 1 else torch.tensor(image).permute(2, 0, 1).to(self.device)
-            for image in batch.images
-        ]
+        with torch.cuda.stream(self.side_stream):  # does nothing for None
+            try:
+                decoded = iter(self._decode_jpegs([image for image in batch.images if image.ndim == 1]))
+            except RuntimeError as error:
+                self.find_fault(batch, error)
+                return None
+            self._num_decodes += len(batch)
+            images = [
+                next(decoded) if image.ndim == 1 else torch.tensor(image).permute(2, 0, 1).to(self.device)
+                for image in batch.images
+            ]
         sizes = np.array([image.shape[1:] for image in images], dtype=np.int64).reshape(-1, 2)
         return images if self.has_true_sizes(batch, sizes) else None
 
     def _decode_jpegs(self, images: list[Bytes]) -> list[Tensor]:
         """uint8 [3, H, W] each, on the device. Raises RuntimeError if one of them cannot be decoded."""
-        if not images:
-            return []
-        encoded = [torch.from_numpy(image) for image in images]
-        if self._stream is not None:
-            # torchvision decodes on a stream of its own, which does not wait for this one: what the kernels of the
-            # batch before still read must not be given to the decoder as memory for this batch.
-            self._stream.synchronize()
-        decoded: list[Tensor] = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self.device)
-        return decoded
+        return decode_jpeg([torch.from_numpy(image) for image in images], self.device) if images else []
 
-    def _crops(self, batch: EncodedBatch, images: list[Tensor]) -> Tensor:
-        pixels = torch.cat([image.flatten() for image in images]) if images else torch.empty(0, dtype=torch.uint8)
-        packed = PackedImages.side_by_side(pixels.to(self.device), batch.heights, batch.widths, planar=True)
-        return cut_views(packed, np.arange(len(images)), batch.boxes, self.view_config)
+
+def decode_jpeg(images: list[Tensor], device: torch.device) -> list[Tensor]:
+    """JPEGs, uint8 [num_bytes] on the host, as uint8 [3, H, W] on a device; the current stream waits for them.
+
+    Raises RuntimeError if one of them cannot be decoded, ImportError where torchvision has left its decoder out.
+    """
+    from torchvision.io import ImageReadMode
+    from torchvision.io import decode_jpeg as decode
+
+    decoded: list[Tensor] = decode(images, mode=ImageReadMode.RGB, device=device)
+    return decoded
 
 
 @lru_cache
@@ -117,7 +111,7 @@ def nvjpeg_obstacle(device: torch.device) -> str | None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (200, 100, 50)).save(file, "JPEG")
     try:
-        decode_jpeg([torch.frombuffer(file.getbuffer(), dtype=torch.uint8)], mode=ImageReadMode.RGB, device=device)
-    except RuntimeError as error:
+        decode_jpeg([torch.frombuffer(file.getbuffer(), dtype=torch.uint8)], device)
+    except (RuntimeError, ImportError) as error:
         return f"torchvision cannot decode a JPEG on {device}: {str(error).strip().splitlines()[0]}"
     return None

@@ -49,12 +49,12 @@ class WorkerThreads:
     A thread that hangs keeps the process from ending no longer than `close` waits, unlike one of an executor.
     """
 
-    def __init__(self, name: str, num_threads: int) -> None:
-        """name: what the threads are called in error messages and by debuggers."""
+    def __init__(self, name: str, num_threads: int, at_start: Callable[[], None]) -> None:
+        """name: what the threads are called in error messages and by debuggers. at_start: each calls it first."""
         self.name = name
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._threads = [
-            threading.Thread(target=_work, args=(self._calls,), name=f"{name} {number}", daemon=True)
+            threading.Thread(target=_work, args=(self._calls, at_start), name=f"{name} {number}", daemon=True)
             for number in range(num_threads)
         ]
         for thread in self._threads:
@@ -90,7 +90,8 @@ class WorkerThreads:
                 thread.join(max(0.0, patience - time.monotonic()))
 
 
-def _work(calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
+def _work(calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None], at_start: Callable[[], None]) -> None:
+    at_start()
     while (given := calls.get()) is not None:
         _make(*given)
         del given  # else the last batch would live until the next call

@@ -33,16 +33,11 @@ CROP_RESIZE = Tolerance(max=1, mean=0.3)
 """Levels of 255, against one call of PIL's resize. Up to Pillow 12 nothing differs; from 13 on, boxes that shrink more
 in height are resized the other way round. (1, 0.24 for such a box of a photograph)"""
 
-DALI_CROPS = Tolerance(max=2, mean=0.5)
-"""Levels of 255, DALI's crops on the CPU against the oracle's, without DALI_EDGE. (1, 0.24)"""
-DALI_EDGE = 2
-"""Pixels at each side of a crop, where DALI's filter reads beyond the box. (2)"""
 DALI_GPU_CROPS = Tolerance(max=24, mean=1.5)
-"""The same with nvJPEG's decoders, not measured yet: their inverse transform and chroma differ from libjpeg-turbo's."""
+"""Levels of 255, DALI's decoders on a GPU and our resize against the oracle's, not measured yet: their inverse
+transform differs from libjpeg-turbo's."""
 NVJPEG_CROPS = Tolerance(max=24, mean=1.5)
 """Levels of 255, torchvision's nvJPEG decoder and our resize on a GPU against the oracle's, not measured yet."""
-DALI_CROP_MEAN = 0.5
-"""Mean over a whole crop of a photograph at 224 pixels, edges and all. (0.37)"""
 
 # ---- pipelines: augment, values in [0, 1] before normalisation ---------------------------------------------------
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 _NAMES = ("synchronisations", "launches", "pageable_copies", "graph_launches", "illegal_calls", "graph_nodes")
 _library = ctypes.CDLL("libcuda.so.1")
+_library.fake_gpu_uses.restype = ctypes.c_long
 _library.fake_gpu_set_memory.restype = _library.fake_gpu_memory_used.restype = ctypes.c_size_t
 
 
@@ -18,6 +19,12 @@ def counts() -> dict[str, int]:
     values = (ctypes.c_long * len(_NAMES))()
     _library.fake_gpu_counts(values)
     return dict(zip(_NAMES, values, strict=True))
+
+
+def uses(device: int) -> int:
+    """How many calls a device has needed a context for: memory, also pinned, streams, events, copies, kernels."""
+    count: int = _library.fake_gpu_uses(device)
+    return count
 
 
 class Counted(dict[str, int]):

@@ -11,16 +11,24 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import warnings
+from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
 
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.sources import open_source
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import RunConfig
 from leoclr_fast.distributed.collectives import Ranks
@@ -30,11 +38,18 @@ from leoclr_fast.training.out_of_memory import OutOfMemoryError, explained_out_o
 from leoclr_fast.training.state import TrainingState
 from leoclr_fast.training.step import TrainingStep
 from pipelines.batch import CropBatch
-from tests.fake_gpu.gpu import counted, free_memory
+from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.dali_loader import DaliLoader
+from pipelines.factory import make_loader
+from pipelines.loader import Loader
+from pipelines.order import TrainOrder
+from pipelines.views import LEOCLR_VIEWS
+from tests.fake_gpu.gpu import counted, free_memory, logged, uses
 from tests.leoclr_fast.conftest import tiny_config
 from tests.leoclr_fast.held_port import held_port
 from tests.leoclr_fast.rank_program import noise_batches
 from tests.leoclr_fast.training.test_training_step import crop_batches, first_images
+from tests.pipelines.pictures import encode, picture, write_images
 
 GPU, ALONE = torch.device("cuda", 0), Ranks()
 NUM_COUNTED = 2
@@ -268,6 +283,73 @@ def _agree_over_a_store(port: int) -> None:
     Ranks.any_says = any_says  # type: ignore[method-assign]
 
 
+# ---- loaders --------------------------------------------------------------------------------------------------------
+
+
+def loader(name: str, use_device: str = "as it is") -> dict[str, Any]:
+    """Two epochs of a loader whose rank has the second GPU. use_device: `never` takes it from the loader's threads.
+
+    nvJPEG and DALI do not run here: torchvision decodes on the CPU in their place, and copies.
+    """
+    torch.cuda.set_device(1)
+    torch.ones(1, device="cuda").sum()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        write_images(Path(folder) / "images", {f"{n}.jpg": _jpeg(20 + n, 30) for n in range(24)})
+        source = Path(folder) / "images"
+        if name == "ffcv":
+            convert(source, Path(folder) / "ffcv", ConvertOptions(format="ffcv"), workers=1)
+            source = Path(folder) / "ffcv"
+        split = open_source(source, quietly=True).splits["train"]
+        order = TrainOrder(num_images=len(split), batch_size=8, seed=0)
+        if use_device == "never":
+            stack.enter_context(mock.patch.object(Loader, "use_device"))
+        stack.enter_context(mock.patch("pipelines.nvjpeg_loader.decode_jpeg", _decoded_and_copied))
+        stack.enter_context(mock.patch.object(DaliLoader, "_built_pipeline", lambda dali, *_, **__: _Pipeline(dali)))
+        views, config = ViewConfig(image_size=16), LoaderConfig(name=name, workers=2)
+        before = [uses(device) for device in range(2)]
+        opened = make_loader(split, LEOCLR_VIEWS, views, config, order, seed=0, device=torch.device("cuda"))
+        with opened as loader:
+            list(loader.batches(0))  # what is imported and compiled
+            with logged() as lines, counted() as happened:
+                places = {str(batch.crops.device) for batch in loader.batches(1)}
+        used = [uses(device) - count for device, count in enumerate(before)]
+        waits = sorted(line for line in lines if line.startswith("SYNC"))
+        return {**happened, "places": sorted(places), "used": used, "waits": waits, "steps": order.steps_per_epoch}
+
+
+def _jpeg(height: int, width: int) -> bytes:
+    return encode(Image.fromarray(picture(height, width, "waves")), "JPEG")
+
+
+def _decoded_and_copied(images: list[Any], device: torch.device) -> list[torch.Tensor]:
+    return [image.pin_memory().to(device, non_blocking=True) for image in decode_jpeg(images, ImageReadMode.RGB)]
+
+
+class _Pipeline:
+    """What the DALI loader asks of a pipeline."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._device, self._fed = loader.device, deque[list[torch.Tensor]]()
+
+    def feed_input(self, _: str, images: list[Any]) -> None:
+        decoded = _decoded_and_copied([torch.from_numpy(image.copy()) for image in images], self._device)
+        self._fed.append([image.permute(1, 2, 0) for image in decoded])
+
+    def schedule_run(self) -> None:
+        pass
+
+    def share_outputs(self) -> tuple[_Images]:
+        return (_Images(self._fed.popleft()),)
+
+    def release_outputs(self) -> None:
+        pass
+
+
+class _Images(list[torch.Tensor]):
+    def shape(self) -> list[tuple[int, ...]]:
+        return [tuple(image.shape) for image in self]
+
+
 def generated(what: str, *arguments: str) -> dict[str, Any]:
     """What inductor writes; see `generated_code`."""
     from tests.fake_gpu import generated_code
@@ -304,7 +386,7 @@ def _parsed(changes: tuple[str, ...]) -> dict[str, Any]:
 
 CASES: tuple[Callable[..., Any], ...] = (
     two_ranks, captured, eager, other_sizes, memory_for_no_graph, capture_that_is_refused, control, control_in_capture,
-    generated, command, in_memory,
+    generated, command, in_memory, loader,
 )  # fmt: skip
 
 

@@ -75,12 +75,16 @@ static int num_devices = setting("FAKE_GPU_DEVICES", 1), capability = setting("F
 
 enum Counter { SYNCHRONISATIONS, LAUNCHES, PAGEABLE_COPIES, GRAPH_LAUNCHES, ILLEGAL_CALLS, GRAPH_NODES, NUM_COUNTERS };
 static long counters[NUM_COUNTERS];
+static const int MAX_DEVICES = 16;
+static long uses[MAX_DEVICES];  // calls for which a device needs a context
 static bool is_logging = false;
 static std::vector<string> log_lines;
 
 static void note(const string& line) {
   if (is_logging) log_lines.push_back(line);
 }
+
+static void use_device() { uses[current_device % MAX_DEVICES]++; }
 
 // ---- for the tests: fake_gpu.py -------------------------------------------------------------------------------------
 
@@ -89,6 +93,7 @@ void fake_gpu_counts(long* out) {
   LOCKED;
   memcpy(out, counters, sizeof(counters));
 }
+long fake_gpu_uses(int device) { return uses[device]; }
 size_t fake_gpu_set_memory(size_t bytes) {
   std::swap(memory_total, bytes);
   return bytes;
@@ -141,6 +146,7 @@ static bool is_prohibited() {
   if (is_prohibited()) return illegal(cudaErrorStreamCaptureUnsupported, string(__func__) + " during a capture")
 
 static void put(Stream* stream, const string& what) {
+  use_device();
   if (stream->capture) {
     stream->seen[stream]++;
     stream->capture->graph->num_nodes++;
@@ -281,6 +287,7 @@ static bool lies_in(const std::map<char*, size_t>& blocks, const void* pointer) 
 }
 
 static cudaError_t allocate(void** pointer, size_t size) {
+  use_device();
   size_t rounded = size ? (size + 4095) / 4096 * 4096 : 4096;
   void* block = memory_used + rounded > memory_total ? MAP_FAILED
                                                       : mmap(nullptr, rounded, PROT_READ | PROT_WRITE,
@@ -334,6 +341,7 @@ cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) {
 cudaError_t cudaHostAlloc(void** pointer, size_t size, unsigned) {
   LOCKED;
   NOT_IN_A_CAPTURE;
+  use_device();
   if (posix_memalign(pointer, 4096, size ? size : 1)) return cudaErrorMemoryAllocation;
   return pinned_memory[(char*)*pointer] = size ? size : 1, cudaSuccess;
 }
@@ -420,6 +428,7 @@ static void see(Clock& clock, const Clock& other) {
 
 extern "C" {
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int priority) {
+  use_device();
   auto* made = new Stream;
   made->priority = priority;
   return *stream = (cudaStream_t)made, cudaSuccess;
@@ -536,6 +545,7 @@ cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t call
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  use_device();
   return *event = (cudaEvent_t) new Event, cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }

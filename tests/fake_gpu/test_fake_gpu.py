@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.loader import is_installed
 from tests.fake_gpu.build import environment, what_it_lacks
 from tests.leoclr_fast.conftest import write_tiny_images
 
@@ -102,6 +103,21 @@ def test_two_ranks(seen: Mapping[str, Any]) -> None:
         assert happened["launches"] < 20
     (automatic, _) = seen["two_ranks auto shuffle plain 0"]
     assert automatic["means"].endswith("no CUDA graph (none was ever tried with several ranks; --cuda-graph on does)")
+
+
+def test_loaders_stay_on_their_device() -> None:
+    """On the second of two GPUs. Only who decodes on the GPU waits for it: once a batch, for what has been cut."""
+    optional = {"nvidia.dali": ["loader dali"], "ffcv": ["loader ffcv", "loader ffcv never"]}
+    cases = [case for package, own in optional.items() if is_installed(package) for case in own]
+    found = ran(*cases, "loader nvjpeg", "loader torchvision", "loader resident", "loader synthetic")
+    if "loader ffcv never" in cases:  # pinned memory of a thread that began on the first GPU
+        assert found.pop("loader ffcv never")["used"][0] > 0
+    for case, happened in found.items():
+        assert happened["places"] == ["cuda:1"], case
+        assert happened["used"][0] == 0 < happened["used"][1], case
+        assert happened["pageable_copies"] == happened["illegal_calls"] == 0, case
+        waits_for_cuts = case in ("loader nvjpeg", "loader dali")
+        assert happened["waits"] == (happened["steps"] if waits_for_cuts else 0) * ["SYNC event"], case
 
 
 def test_what_is_forbidden_is_seen(seen: Mapping[str, Any]) -> None:

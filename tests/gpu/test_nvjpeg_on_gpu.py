@@ -22,11 +22,13 @@ from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.sources import Split, open_source
 from pipelines import nvjpeg_loader
 from pipelines.config import LoaderConfig, ViewConfig
+from pipelines.crop_resize import cut_views
 from pipelines.factory import choose_loader, make_loader
 from pipelines.loader import Loader
 from pipelines.nvjpeg_loader import NvjpegLoader
 from pipelines.order import Order, SequentialOrder, TrainOrder
 from pipelines.views import LEOCLR_VIEWS
+from tests.pipelines.optional_packages import needs_dali
 from tests.pipelines.pictures import picture
 from tests.tolerances import NVJPEG_CROPS
 
@@ -95,9 +97,9 @@ def test_from_a_beton(split: Split, tmp_path: Path) -> None:
 def test_nvjpeg_gets_every_plain_jpeg(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, sizes = nvjpeg_loader.decode_jpeg, []
 
-    def counted(images: list[Tensor], **options: Any) -> list[Tensor]:
+    def counted(images: list[Tensor], device: torch.device) -> list[Tensor]:
         sizes.append(len(images))
-        return decode(images, **options)
+        return decode(images, device)
 
     def count_from_now(_: NvjpegLoader) -> None:
         monkeypatch.setattr(nvjpeg_loader, "decode_jpeg", counted)
@@ -108,22 +110,29 @@ def test_nvjpeg_gets_every_plain_jpeg(split: Split, monkeypatch: pytest.MonkeyPa
     assert len(others) == 6
 
 
-def test_a_batch_is_decoded_while_the_one_before_waits_to_be_cut(split: Split) -> None:
-    """The stream stands still before each batch is cut: the decoder, which has a stream of its own, must not have
-    written the next images over these by then.
-    """
+@pytest.mark.parametrize("name", ["nvjpeg", pytest.param("dali", marks=needs_dali)])
+def test_images_are_not_written_over_before_they_are_cut(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is busy whenever a batch is to be cut. Images are of one size and 4:2:0, so that the hardware decodes
+    them, whose writes wait for no stream."""
 
-    def cut_late(loader: NvjpegLoader) -> None:
-        cut = loader._crops
+    def cut_late(*batch: Any, **options: Any) -> Tensor:
+        torch.cuda._sleep(10**8)  # clock cycles: some 60 ms
+        return cut_views(*batch, **options)
 
-        def late(*batch: Any) -> Tensor:
-            assert torch.cuda.current_stream() == loader._stream
-            torch.cuda._sleep(10**8)  # clock cycles: some 60 ms
-            return cut(*batch)
-
-        loader._crops = late  # type: ignore[method-assign]
-
-    assert_like_the_oracle(split, TrainOrder(num_images=len(split), batch_size=6, seed=0), epochs=2, change=cut_late)
+    (tmp_path / "same").mkdir()
+    for index in range(48):
+        waves = Image.fromarray(picture(256, 320, "waves", index))
+        waves.save(tmp_path / "same" / f"{index:02}.jpg", subsampling="4:2:0", quality=90)
+    split = open_source(tmp_path / "same").splits["train"]
+    order = TrainOrder(num_images=48, batch_size=6, seed=0)
+    with open_loader(name, split, order, "cuda") as loader:
+        expected = [batch.crops.cpu() for batch in loader.batches(0)]
+        monkeypatch.setattr("pipelines.encoded_loader.cut_views", cut_late)
+        for _ in range(2):
+            for batch, crops in zip(loader.batches(0), expected, strict=True):
+                assert torch.equal(batch.crops.cpu(), crops)
 
 
 def test_auto_takes_it_without_dali(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,10 +72,10 @@ class TestAuto:
     @pytest.mark.parametrize(
         ("has_dali", "nvjpeg_obstacle", "expected", "others"),
         [
-            (True, None, "dali", "nvjpeg (for machines without DALI), ffcv (it reads .betons alone), "
+            (True, "not looked at", "dali", "nvjpeg (for machines without DALI), ffcv (it decodes on the CPU), "
              "torchvision (it decodes on the CPU)"),
             (False, None, "nvjpeg", "dali (not installed: pip install 'leoclr-fast[dali]'), "
-             "ffcv (it reads .betons alone), torchvision (it decodes on the CPU)"),
+             "ffcv (it decodes on the CPU), torchvision (it decodes on the CPU)"),
             (False, "no driver", "torchvision", "dali (not installed: pip install 'leoclr-fast[dali]'), "
              "nvjpeg (no driver), ffcv (it reads .betons alone)"),
         ],

@@ -15,7 +15,7 @@ from PIL import Image
 from dataset_tools.sources import Split
 from pipelines import nvjpeg_loader
 from pipelines.nvjpeg_loader import NvjpegLoader, nvjpeg_obstacle
-from tests.pipelines.oracle import assert_like_the_oracle, in_order, open_by_name
+from tests.pipelines.oracle import CPU, assert_like_the_oracle, in_order, open_by_name
 from tests.pipelines.pictures import encode, picture, write_images
 
 Open = Callable[..., NvjpegLoader]
@@ -28,9 +28,9 @@ def replace_decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list
     original = nvjpeg_loader.decode_jpeg
 
     def replace(look: Callable[[list[torch.Tensor]], None]) -> None:
-        def decode(images: list[torch.Tensor], **options: Any) -> Any:
+        def decode(images: list[torch.Tensor], device: torch.device) -> Any:
             look(images)
-            return original(images, **options)
+            return original(images, device)
 
         monkeypatch.setattr(nvjpeg_loader, "decode_jpeg", decode)
 
@@ -119,6 +119,18 @@ def test_an_error_that_no_image_explains(split: Split, open_loader: Open, replac
     message = "nvJPEG failed at step 0 of epoch 0: CUDA error: something"
     with pytest.raises(RuntimeError, match=message):
         list(loader.batches(0))
+
+
+def test_a_torchvision_without_its_decoder(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line of why another loader is taken, and one error where it is asked for."""
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    nvjpeg_obstacle.cache_clear()
+    reason = "torchvision cannot decode a JPEG on cpu: cannot import name 'decode_jpeg' from 'torchvision.io'"
+    monkeypatch.setattr(NvjpegLoader, "devices", ("cpu",))
+    assert (NvjpegLoader.obstacle(split, CPU) or "").startswith(reason)
+    with pytest.raises(RuntimeError, match=f"^the nvjpeg loader cannot be used: {reason}.*; choose"):
+        open_by_name("nvjpeg", split)
+    nvjpeg_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize(
