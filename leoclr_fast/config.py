@@ -211,8 +211,6 @@ class MonitorConfig:
     """Further checkpoints within an epoch."""
     keep_checkpoints: Count = 2
     """The newest so many are kept."""
-    keep_best: bool = True
-    """The checkpoint with the best kNN top-1 is kept, too; `best.json` in the run folder names it."""
     join_limit_s: Seconds = 300.0
     """How long ranks wait for each other at the start."""
     collective_timeout_s: Seconds = 600.0

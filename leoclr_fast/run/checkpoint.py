@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,9 @@ class DamagedCheckpointError(RuntimeError):
     """A checkpoint whose files are missing, cut short or changed."""
 
 
-def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], keep: int, *, keep_also: Collection[int] = ()
-) -> Path:
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write `state` as the checkpoint of `step` in `folder` and delete all but the `keep` newest.
 
-    keep_also: steps whose checkpoints stay, however old they are.
     Raises OSError if it cannot be written (a full disk, say); what was there before is then untouched.
     """
     final = folder / f"step-{step:08d}"
@@ -66,18 +62,16 @@ def save_checkpoint(
         newest = list_checkpoints(folder)[-1:]
         kept = f"the last good checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
         raise OSError(error.errno, f"cannot write checkpoint {final}: {error.strerror}; {kept}") from error
-    drop_old_checkpoints(folder, keep, keep_also)
+    _drop_old_checkpoints(folder, keep)
     return final
 
 
-def drop_old_checkpoints(folder: Path, keep: int, keep_also: Collection[int] = ()) -> None:
-    """Delete all checkpoints but the `keep` newest and those of the steps `keep_also`."""
+def _drop_old_checkpoints(folder: Path, keep: int) -> None:
     for old in list_checkpoints(folder)[:-keep]:
-        if step_of(old) not in keep_also:
-            try:
-                shutil.rmtree(old)
-            except OSError as error:  # the new one is safe
-                log.warning("cannot delete the old checkpoint %s: %s", old, error.strerror)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # the new one is safe
+            log.warning("cannot delete the old checkpoint %s: %s", old, error.strerror)
 
 
 def drop_unfinished_checkpoints(folder: Path) -> None:

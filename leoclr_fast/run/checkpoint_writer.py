@@ -9,20 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from msgspec import to_builtins
 from torch import Tensor
 
-from dataset_tools.schema import read_json
 from leoclr_fast.run.checkpoint import (
-    drop_old_checkpoints,
     drop_unfinished_checkpoints,
-    list_checkpoints,
     save_checkpoint,
     set_aside_later_checkpoints,
-    step_of,
 )
-from leoclr_fast.run.documents import Best
-from leoclr_fast.run.folder import RunFolder, write_json
+from leoclr_fast.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -30,22 +24,20 @@ log = logging.getLogger(__name__)
 class CheckpointWriter:
     """Of the first rank. One checkpoint at a time is written; whoever saves the next one waits for it."""
 
-    def __init__(self, folder: RunFolder, keep: int, *, keep_best: bool = True) -> None:
+    def __init__(self, folder: RunFolder, keep: int) -> None:
         self._folder = folder
         self._keep = keep
-        self._keep_best = keep_best
-        self._best: Best | None = None
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
-    def save(self, step: int, state: dict[str, Any], top1: float | None = None) -> None:
-        """Copy `state` and start to write it as the checkpoint of `step`. top1: its kNN accuracy, if that is known.
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy `state` and start to write it as the checkpoint of `step`.
 
         Raises OSError if the checkpoint before could not be written.
         """
         self.flush()
         copy, copied = _on_host(state)
-        self._thread = threading.Thread(target=self._write, args=(step, copy, copied, top1), name="checkpoint writer")
+        self._thread = threading.Thread(target=self._write, args=(step, copy, copied), name="checkpoint writer")
         self._thread.start()
 
     def raise_error(self) -> None:
@@ -66,33 +58,11 @@ class CheckpointWriter:
         """Whether a checkpoint is on its way to the disk."""
         return self._thread is not None and self._thread.is_alive()
 
-    def is_best(self, top1: float) -> bool:
-        """Whether a checkpoint of this accuracy would be the best."""
-        return self._keep_best and (self._best is None or top1 > self._best.knn_top1)
-
-    def mark_best(self, step: int, top1: float) -> None:
-        """Keep the checkpoint of `step`, which is on the disk, if it is the best. Raises OSError."""
-        if not self.is_best(top1):
-            return
-        name = next(path.name for path in list_checkpoints(self._folder.checkpoints) if step_of(path) == step)
-        best = Best(step=step, checkpoint=f"checkpoints/{name}", knn_top1=top1)
-        write_json(self._folder.best_file, to_builtins(best))
-        self._best = best
-        drop_old_checkpoints(self._folder.checkpoints, self._keep, (step,))
-
     def continue_from(self, step: int) -> None:
-        """Take up what the run has kept until `step`, and clear away what a killed process has left half done and what
-        was passed over as damaged. Raises OSError if that cannot be done."""
+        """Clear away what a killed process has left half done and what was passed over as damaged. Raises OSError."""
         checkpoints = self._folder.checkpoints
         drop_unfinished_checkpoints(checkpoints)
         set_aside_later_checkpoints(checkpoints, step)
-        self._best = None
-        try:
-            best = read_json(self._folder.best_file, Best)
-        except (OSError, ValueError):
-            return
-        if best.step <= step and best.step in map(step_of, list_checkpoints(checkpoints)):
-            self._best = best
 
     @contextmanager
     def finished(self) -> Iterator[None]:
@@ -107,14 +77,11 @@ class CheckpointWriter:
             raise
         self.flush()
 
-    def _write(self, step: int, state: dict[str, Any], copied: torch.cuda.Event | None, top1: float | None) -> None:
+    def _write(self, step: int, state: dict[str, Any], copied: torch.cuda.Event | None) -> None:
         try:
             if copied is not None:
                 copied.synchronize()
-            kept = () if self._best is None else (self._best.step,)
-            save_checkpoint(self._folder.checkpoints, step, state, self._keep, keep_also=kept)
-            if top1 is not None:
-                self.mark_best(step, top1)
+            save_checkpoint(self._folder.checkpoints, step, state, self._keep)
         except OSError as error:
             self._error = error
         except Exception as error:  # nothing may get lost in a thread

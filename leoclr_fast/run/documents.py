@@ -101,14 +101,6 @@ class LoaderBench(Struct):
     ceilings: list[Speed] = []
 
 
-class Best(Struct):
-    """`best.json`: the checkpoint with the best kNN."""
-
-    step: Number
-    checkpoint: str
-    knn_top1: float
-
-
 class EvaluationSettings(Struct):
     """What is read of the settings of an evaluation; the others are shown as they are."""
 

@@ -54,7 +54,7 @@ class _File:
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """The files of a run: `config.yaml`, `environment.json`, `data.json` and `preview.png` (what it trains on),
-    `metrics.jsonl`, `checkpoints/`, `best.json` (which of them is the best), `report.html`, after an orderly end
+    `metrics.jsonl`, `checkpoints/`, `report.html`, after an orderly end
     `summary.json` and `final.safetensors`, `evaluations.jsonl` once it was evaluated, and `bench_loader.json` once its
     loader was timed.
     """
@@ -67,7 +67,6 @@ class RunFolder:
     preview_file = _File("preview.png")
     metrics_file = _File("metrics.jsonl")
     checkpoints = _File("checkpoints")
-    best_file = _File("best.json")
     report_file = _File("report.html")
     summary_file = _File("summary.json")
     final_weights = _File("final.safetensors")

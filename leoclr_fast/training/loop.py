@@ -89,13 +89,8 @@ def _between_steps(run: Run, meters: Meters, epoch: int, lr: float, *, stopping:
     with meters.clock.paused():
         if save_due:  # before the evaluation, which may take longer than a scheduler's patience
             _save(run)
-        top1 = _evaluate(run) if knn_due else None
-        if run.writer is not None and top1 is not None:
-            run.writer.flush()
-            if save_due:
-                run.writer.mark_best(step, top1)
-            elif run.writer.is_best(top1):
-                _save(run, top1)
+        if knn_due:
+            _evaluate(run)
         run.log.report()
 
 
@@ -138,10 +133,10 @@ def _log_metrics(run: Run, meters: Meters, *, wait: bool) -> None:
         ) from None
 
 
-def _evaluate(run: Run) -> float | None:
-    """kNN of the encoder, to the log and the display; returns the top-1 in percent."""
+def _evaluate(run: Run) -> None:
+    """kNN of the encoder, to the log and the display."""
     if run.knn is None:
-        return None
+        return
 
     def go_on() -> None:
         if any(run.host.gathered(run.stop.requested)):
@@ -156,13 +151,12 @@ def _evaluate(run: Run) -> float | None:
         f"epoch {epoch:g}: kNN top-1 {knn.top1:.2f} %, top-5 {knn.top5:.2f} % "
         f"(k = {knn.k}, temperature {knn.temperature:g})"
     )
-    return knn.top1
 
 
-def _save(run: Run, top1: float | None = None, *, wait: bool = False) -> None:
-    """On the first rank, start to write a checkpoint. top1: its accuracy, if known. wait: until it is on the disk."""
+def _save(run: Run, *, wait: bool = False) -> None:
+    """On the first rank, start to write a checkpoint. wait: until it is on the disk."""
     if run.writer is not None:
-        run.writer.save(run.state.step, run.state.state_dict(run.config.result), top1)
+        run.writer.save(run.state.step, run.state.state_dict(run.config.result))
         if wait:
             run.writer.flush()
 
@@ -188,7 +182,5 @@ def _finish(run: Run, meters: Meters) -> dict[str, Any]:
         _save(run, wait=True)
     run.stop.patience_s = patience_s(run.ranks)  # everything is saved
     if _wants_knn(run) and _lacks_knn(run):
-        top1 = _evaluate(run)
-        if trained and run.writer is not None and top1 is not None:
-            run.writer.mark_best(step, top1)
+        _evaluate(run)
     return write_summary(run, meters.clock)

@@ -124,7 +124,7 @@ def opened_run(
         enter(failures_explained(ranks, lambda: state.step))
         writer = None
         if ranks.is_main:
-            writer = CheckpointWriter(folder, monitor.keep_checkpoints, keep_best=monitor.keep_best)
+            writer = CheckpointWriter(folder, monitor.keep_checkpoints)
             writer.continue_from(state.step)
             enter(writer.finished())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from pathlib import Path
@@ -55,48 +54,24 @@ def test_steps_that_follow_do_not_change_what_is_saved(folder: RunFolder, monkey
     assert saved["nested"][0]["weights"].tolist() == [5.0, 5.0, 5.0]
 
 
-def test_the_newest_and_the_best_are_kept(folder: RunFolder) -> None:
+def test_the_newest_are_kept(folder: RunFolder) -> None:
     writer = CheckpointWriter(folder, keep=2)
-    for step, top1 in ((1, 20.0), (2, 50.0), (3, 40.0), (4, None), (5, 50.0)):
-        if top1 is None or not writer.is_best(top1):
-            writer.save(step, state(step))
-        else:
-            writer.save(step, state(step), top1)
-        writer.flush()
-    assert kept(folder) == names(2, 4, 5)
-    assert json.loads(folder.best_file.read_text()) == {
-        "step": 2,
-        "checkpoint": "checkpoints/step-00000002",
-        "knn_top1": 50.0,
-    }
-    writer.mark_best(5, 50.5)
-    assert kept(folder) == names(4, 5)
-    assert json.loads(folder.best_file.read_text())["step"] == 5
-
-
-def test_the_best_of_before_is_kept_after_a_resume(folder: RunFolder) -> None:
-    writer = CheckpointWriter(folder, keep=1)
-    writer.save(1, state(1), 30.0)
-    writer.save(2, state(2))
+    for step in (1, 2, 3, 4):
+        writer.save(step, state(step))
     writer.flush()
-    resumed = CheckpointWriter(folder, keep=1)
-    resumed.continue_from(2)
-    assert not resumed.is_best(29.0)
-    resumed.save(3, state(3))
-    resumed.flush()
-    assert kept(folder) == names(1, 3)
+    assert kept(folder) == names(3, 4)
 
 
 @pytest.mark.parametrize(
-    ("keep", "steps", "expected"), [(1, (4, 18), (4, 7)), (2, (4, 16, 18), (4, 7)), (1, (18,), (7,))]
+    ("keep", "steps", "expected"), [(1, (4, 18), (7,)), (2, (4, 16, 18), (4, 7)), (1, (18,), (7,))]
 )
 def test_damaged_ones_do_not_count_as_the_newest(
     folder: RunFolder, keep: int, steps: tuple[int, ...], expected: tuple[int, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The run went on from step 4, the best; what it writes then stays, and so does what was damaged, aside."""
+    """The run went on from step 4; what it writes then stays, and so does what was damaged, aside."""
     writer = CheckpointWriter(folder, keep=len(steps))
     for step in steps:
-        writer.save(step, state(step), 30.0 if step == 4 else None)
+        writer.save(step, state(step))
     writer.flush()
     for step in steps[4 in steps :]:
         (folder.checkpoints / names(step)[0] / "state.pt").write_bytes(b"damaged")
@@ -113,14 +88,6 @@ def test_damaged_ones_do_not_count_as_the_newest(
     aside = sorted(path.name for path in folder.checkpoints.glob("damaged-*"))
     assert aside == [f"damaged-{name}" for name in names(*steps[4 in steps :])]
     assert f"the damaged checkpoint {names(18)[0]} is now" in caplog.text
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"step": 7, "knn_top1": 90}', '{"knn_top1": 90}'])
-def test_a_best_that_is_not_there_or_damaged(folder: RunFolder, content: str) -> None:
-    folder.best_file.write_text(content)
-    writer = CheckpointWriter(folder, keep=1)
-    writer.continue_from(3)
-    assert writer.is_best(1.0)
 
 
 @pytest.mark.parametrize("dies_at", [1, 2])
