@@ -67,15 +67,6 @@ def test_a_batch_of_photographs_equals_the_cpu_s(size: int, planar: bool) -> Non
     assert torch.equal(crop_resize(on_gpu(images), rows, boxes, size, impl="triton").cpu(), expected)
 
 
-def test_any_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines import crop_resize_triton as compiled
-
-    images, rows, boxes = photographs(32, planar=False)
-    expected = crop_resize(images, rows, boxes, 224, impl="numba")
-    monkeypatch.setattr(compiled, "_SCRATCH_BYTES", 1 << 20)
-    assert torch.equal(crop_resize(on_gpu(images), rows, boxes, 224, impl="triton").cpu(), expected)
-
-
 def test_it_is_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     images, rows, boxes = photographs(4, planar=True)
     monkeypatch.setattr(module, "_crop_resize_torch", None)

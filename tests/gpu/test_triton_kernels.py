@@ -114,22 +114,6 @@ class TestLoss:
         self.assert_accurate(query, keys, queue, 0.2, self.call(query, keys, queue)())
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("temperature", "length"), [(0.01, 1.0), (0.2, 45.0)])
-    def test_large_logits(self, temperature: float, length: float, dtype: torch.dtype) -> None:
-        query, keys, queue = self.tensors(64, 4096, 128, 2, dtype, length)
-        loss, gradient = self.call(query, keys, queue, temperature)()
-        truth = cross_entropies(query.double(), [key.double() for key in keys], queue.double(), temperature)
-        assert gradient.isfinite().all()
-        assert ((loss.double() - truth).abs() / truth).item() <= 1e-5
-
-    def test_a_queue_of_another_dtype(self) -> None:
-        query, keys, queue = self.tensors(64, 4096, 128, 2, torch.float32)
-        with torch.autocast("cuda", torch.bfloat16):
-            ours = self.call(query, keys, queue.bfloat16())()
-        assert ours[0].dtype == ours[1].dtype == torch.float32
-        self.assert_accurate(query, keys, queue.bfloat16(), 0.2, ours)
-
-    @pytest.mark.parametrize("dtype", DTYPES)
     def test_extra_memory(self, dtype: torch.dtype) -> None:
         call = self.call(*self.tensors(*PAPER, dtype))
         call()
@@ -192,22 +176,6 @@ class TestAugmentation:
             difference = (ours[rows].double() - truth).abs()
             assert difference.max().item() <= AUGMENT_TRITON_ON_GPU.max
             assert difference.mean().item() <= AUGMENT_TRITON_ON_GPU.mean
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision_is_float32_rounded_once(self, dtype: torch.dtype) -> None:
-        crops, drawn, config = pictures(48, 64).to(GPU), random_parameters(48).to(GPU), ViewConfig(image_size=64)
-        ours, single = (augment(crops, drawn, config, dtype=kind, impl="triton") for kind in (dtype, torch.float32))
-        assert ours.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(ours, single.to(dtype))
-
-    def test_a_sample_without_augmentation_is_only_normalised(self) -> None:
-        config, crops = ViewConfig(image_size=224), pictures(6, 224).to(GPU)
-        drawn = random_parameters(6, jitter=False, grayscale=False, blur=False, flip=[False, True] * 3).to(GPU)
-        ours = augment(crops, drawn, config, impl="triton")
-        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (config.mean, config.std))
-        plain = (crops.cpu().permute(0, 3, 1, 2) / 255 - mean) / std
-        assert torch.equal(ours[::2].cpu(), plain[::2])
-        assert torch.equal(ours[1::2].cpu(), plain[1::2].flip(-1))
 
     def test_auto_takes_it_for_views_as_training_has_them(self) -> None:
         config, crops = ViewConfig(image_size=64), pictures(24, 64).to(GPU)
