@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -41,23 +41,25 @@ class Ranks:
         part = rank_slice(global_size, self.rank, self.world_size)
         return part.stop - part.start
 
-    def all_reduce_sum(self, tensors: Sequence[Tensor], wire_dtype: torch.dtype | None = None) -> None:
-        """Sum tensors of one dtype over the ranks, in place, as one flat buffer.
-
-        Its layout, and so the order of summation, is the same in every step and after every resume. That is why there
-        is no DistributedDataParallel here: from its second step on it sums in buckets by the order in which gradients
-        became ready in the first, so that from 3 ranks on a resumed run would differ in the last bits.
-        wire_dtype: what the tensors are rounded to before they travel; the backend sums in it, too.
-        """
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors of one dtype over the ranks, in place, as one flat buffer: in the same order in every step."""
         if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        if wire_dtype is not None:
-            flat = flat.to(wire_dtype)
         with self._metered("all_reduce", flat):
             dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+
+    def begin_all_reduce_sum(self, buffer: Tensor) -> Callable[[], None]:
+        """Begin to sum a contiguous buffer over the ranks, in place; what is returned waits until that is done."""
+        work = dist.all_reduce(buffer, async_op=True)
+
+        def wait() -> None:
+            with self._metered("all_reduce", buffer):  # the time that nothing else was done in
+                work.wait()
+
+        return wait
 
     def all_gather_rows(self, rows: Tensor, global_size: int) -> Tensor:
         """Rows of all ranks in rank order, [global_size, ...]; each rank gives its `local_size` of them."""

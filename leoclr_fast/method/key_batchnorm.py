@@ -36,19 +36,18 @@ class KeyBatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(
                 images, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
-        if self.mode == "split" and len(sizes := group_sizes(len(images), self.group_size)) > 1:
-            return self._normalise_groups(images, sizes)
         if self.mode == "sync" and self.ranks.world_size > 1:
             return self._normalise_over_ranks(images)
-        return self._normalise(images)
+        sizes = group_sizes(len(images), self.group_size if self.mode == "split" else len(images))
+        if torch.compiler.is_compiling() and sizes[0] == sizes[-1]:
+            return normalise_equal_groups(images, len(sizes), self.weight, self.bias, self.eps)[0]
+        return self._normalise(images) if len(sizes) == 1 else self._normalise_groups(images, sizes)
 
     def _normalise(self, images: Tensor) -> Tensor:
         return F.batch_norm(images, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
     def _normalise_groups(self, images: Tensor, sizes: list[int]) -> Tensor:
         if torch.compiler.is_compiling():
-            if sizes[0] == sizes[-1]:
-                return normalise_equal_groups(images, len(sizes), self.weight, self.bias, self.eps)[0]
             return torch.cat([self._normalise(group) for group in images.split(sizes)])
         normalised = torch.empty_like(images)  # each group writes its part: torch.cat would be one more pass
         mean, deviation = torch.empty_like(self.weight), torch.empty_like(self.weight)

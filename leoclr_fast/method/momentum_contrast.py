@@ -23,9 +23,10 @@ from leoclr_fast.distributed.batch_layout import BatchLayout
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d, replace_batchnorm
 from leoclr_fast.losses.info_nce import info_nce
+from leoclr_fast.machine.precision import encoder_dtype, view_dtype
 from leoclr_fast.method.backbone import Encoder
-from leoclr_fast.method.folded_encoder import FoldedEncoder
 from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
+from leoclr_fast.method.key_encoder_copies import FoldedEncoder, HalfEncoder
 from leoclr_fast.method.key_queue import KeyQueue
 from leoclr_fast.method.key_schedule import KeyOrder, KeySchedule
 from leoclr_fast.method.method import Method, PartialLoss, StepTools
@@ -54,10 +55,11 @@ class MomentumContrast(Method):
         convert_key_batchnorm(self.key_encoder, config, ranks)
         if config.query_batchnorm == "sync" and ranks.world_size > 1:
             replace_batchnorm(self.query_encoder, lambda norm: SyncBatchNorm2d(norm, ranks))
-        elif config.query_batchnorm == "split":
-            replace_batchnorm(self.query_encoder, lambda norm: SplitBatchNorm2d(norm, config.query_batchnorm_group))
+        else:
+            group = config.query_batchnorm_group if config.query_batchnorm == "split" else None
+            replace_batchnorm(self.query_encoder, lambda norm: SplitBatchNorm2d(norm, group))
         self.queue = KeyQueue(config.queue_size, config.projection_dim)
-        self._folded: tuple[FoldedEncoder, ...] = ()  # in a tuple, so that its weights are none of this module's
+        self._copies: tuple[FoldedEncoder | HalfEncoder, ...] = ()  # in a tuple: its weights are none of this module's
 
     @classmethod
     def require(cls, result: ResultConfig) -> None:
@@ -76,12 +78,15 @@ class MomentumContrast(Method):
 
     def prepare(self, speed: SpeedConfig) -> None:
         self.loss_impl = speed.loss_impl
+        dtype = view_dtype(speed.precision)
         if self.config.key_batchnorm == "ema":
-            self._folded = (FoldedEncoder(self.key_encoder),)
+            self._copies = (FoldedEncoder(self.key_encoder, dtype),)
+        elif dtype != encoder_dtype(speed.precision):
+            self._copies = (HalfEncoder(self.key_encoder, dtype),)
 
     @property
     def _key_encoder(self) -> nn.Module:
-        return self._folded[0] if self._folded else self.key_encoder
+        return self._copies[0] if self._copies else self.key_encoder
 
     def plan(self, layout: BatchLayout) -> KeySchedule:
         """Raises ValueError where a shuffle of the configured batch would hide nothing; warns if none was asked for."""
@@ -156,7 +161,14 @@ class MomentumContrast(Method):
             query = encode_query(view)  # [b, D]
             positives = [key[images] for key in keys]
             yield PartialLoss(self.loss(query, positives), len(view), self.similarities(query, positives))
+        self.count_batches(plan.layout.micro_batches)
         self.enqueue(keys)
+
+    def count_batches(self, num_batches: int) -> None:
+        """In the query encoder's batch-norms, as torch's would: in one addition, where they have a hundred."""
+        norms = (m for m in self.query_encoder.modules() if isinstance(m, SplitBatchNorm2d) and m.training)
+        if counters := [norm.num_batches_tracked for norm in norms]:
+            torch._foreach_add_(counters, num_batches)
 
     def forward_sizes(self, plan: KeySchedule, on_gpu: bool) -> list[int]:
         """How many key views go through the key encoder at once.
@@ -178,8 +190,8 @@ class MomentumContrast(Method):
         update_key_encoder(
             self.key_encoder, self.query_encoder, self.config.key_momentum, include_buffers=include_buffers
         )
-        for folded in self._folded:
-            folded.refresh()
+        for copied in self._copies:
+            copied.refresh()
 
     @torch.no_grad()
     def encode_keys(
@@ -224,15 +236,15 @@ class MomentumContrast(Method):
 def update_key_encoder(
     key_encoder: nn.Module, query_encoder: nn.Module, momentum: float, *, include_buffers: bool = False
 ) -> None:
-    """key <- momentum * key + (1 - momentum) * query, in place, for all parameters in one call.
+    """key <- momentum * key + (1 - momentum) * query, in place, for all of them in one call.
 
     The storage never moves, so a captured graph stays valid. include_buffers: also the running statistics of
     batch-norm (EMAN); counters are copied.
     """
-    torch._foreach_lerp_(list(key_encoder.parameters()), list(query_encoder.parameters()), 1 - momentum)
+    pairs = list(zip(key_encoder.parameters(), query_encoder.parameters(), strict=True))
     if include_buffers:
-        for key, query in zip(key_encoder.buffers(), query_encoder.buffers(), strict=True):
-            if key.is_floating_point():
-                key.lerp_(query, 1 - momentum)
-            else:
-                key.copy_(query)
+        buffers = list(zip(key_encoder.buffers(), query_encoder.buffers(), strict=True))
+        pairs += [pair for pair in buffers if pair[0].is_floating_point()]  # type: ignore[arg-type]
+        counters = [pair for pair in buffers if not pair[0].is_floating_point()]
+        torch._foreach_copy_([key for key, _ in counters], [query for _, query in counters])
+    torch._foreach_lerp_([key for key, _ in pairs], [query for _, query in pairs], 1 - momentum)

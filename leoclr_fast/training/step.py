@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from leoclr_fast.config import RunConfig
 from leoclr_fast.distributed.batch_layout import BatchLayout
-from leoclr_fast.distributed.gradient_compression import wire_dtype
+from leoclr_fast.distributed.gradient_buckets import GradientBuckets, wire_dtype
 from leoclr_fast.machine.precision import encoder_precision, require_precision, view_dtype
 from leoclr_fast.training.acceleration import captures_step, compiles_encoders
 from leoclr_fast.training.cuda_graph import CaptureError, StaticFunction, is_out_of_memory
@@ -56,7 +56,7 @@ class TrainingStep:
         averages_statistics = config.result.method.query_batchnorm != "sync"
         buffers = method.kept_encoder.buffers() if averages_statistics else ()
         self._statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
-        self._wire_dtype = wire_dtype(config.speed, ranks, device)
+        self._buckets = GradientBuckets(self._weights, ranks, wire_dtype(config.speed, ranks, device))
         self._common = self._plan(config.result.batch_size)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # sizes stay the same for a whole run
@@ -102,15 +102,17 @@ class TrainingStep:
         rows = []
         # ---- a single training step -------------------------------------------------------------------------
         optimizer.zero_grad()
+        self._buckets.begin(layout.micro_batches)
         for loss, num_images, metrics in method.losses(plan, inputs, self):  # of each micro-batch
             share = num_images / layout.batch_size
             loss = loss * share
             scaler.scale(loss).backward()
             rows.append(torch.stack([value.detach().double() for value in (loss, *(m * share for m in metrics))]))
 
-        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
         own_share = layout.local_size / layout.batch_size
-        self._sum_over_ranks(gradients, own_share)
+        self._average_statistics(own_share)
+        self._buckets.finish()
+        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
         scaler.unscale_(optimizer)
         gradient_norm = get_total_norm(gradients)
         scaler.step(optimizer)
@@ -118,18 +120,11 @@ class TrainingStep:
         # ---- end of the step --------------------------------------------------------------------------------
         return torch.cat([torch.stack(rows).sum(0), (gradient_norm * own_share).double()[None]])
 
-    def _sum_over_ranks(self, gradients: Sequence[Tensor], share: float) -> None:
-        """Gradients, and the mean of the running statistics weighted by the images behind them. share: this rank's."""
-        ranks = self.training.method.ranks
-        if ranks.world_size == 1:
-            return
-        if self._statistics:
+    def _average_statistics(self, share: float) -> None:
+        """Of the running statistics the mean over the ranks, weighted by the images behind them. share: this rank's."""
+        if self._statistics and self.training.method.ranks.world_size > 1:
             torch._foreach_mul_(self._statistics, share)
-        if self._wire_dtype is None:
-            ranks.all_reduce_sum([*gradients, *self._statistics])
-        else:
-            ranks.all_reduce_sum(gradients, self._wire_dtype)
-            ranks.all_reduce_sum(self._statistics)
+            self.training.method.ranks.all_reduce_sum(self._statistics)
 
     # ---- what a method calls, see `StepTools` ---------------------------------------------------------------
 

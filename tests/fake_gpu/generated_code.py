@@ -87,7 +87,7 @@ def of_a_step(precision: str, depths: str, max_pool: str = "ours") -> dict[str, 
     result = BenchSetting(batch_size=BATCH_SIZE, queue_size=1024).result("leoclr")
     speed = SpeedConfig(device="cuda", precision=precision, compile="on", cuda_graph="on")
     config = RunConfig(recipe="guard", result=result, speed=speed)
-    architecture = {"resnet50": (backbone.Bottleneck, tuple(map(int, depths)))}
+    architecture = {"resnet50": (backbone.Bottleneck, tuple(map(int, depths)), {})}
     with mock.patch.dict(backbone.ARCHITECTURES, architecture), _max_pool(max_pool), unbuilt_kernels() as written:
         step = TrainingStep(TrainingState.fresh(config, Ranks(), device), config, device)
         step(crop_batches(config, 1, device)[0], 0.01)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from leoclr_fast.config import RunConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.communication_meter import CommunicationMeter
+from leoclr_fast.distributed.gradient_buckets import GradientBuckets
 from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d
 from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d
@@ -201,14 +202,24 @@ def compressed(ranks: Ranks) -> dict[str, Any]:
         seen[compression]["calls"] = dict(meter.calls)
         seen[compression]["seconds"] = meter.seconds()
     for dtype in (torch.bfloat16, torch.float16):
-        numbers = known_gradients(ranks.rank)
-        ranks.all_reduce_sum(numbers, dtype)
-        seen[f"sum {dtype}"] = numbers
+        seen[f"sum {dtype}"] = summed_gradients(ranks, dtype)
     try:
         trained(tiny_config(speed__gradient_compression="bf16"), ranks, 1)
     except ValueError as error:
         seen["fp64"] = str(error)
     return seen
+
+
+def summed_gradients(ranks: Ranks, dtype: torch.dtype) -> list[Tensor]:
+    """The known gradients of two ranks, as a step gets them."""
+    weights = [nn.Parameter(torch.zeros_like(gradient)) for gradient in known_gradients(ranks.rank)]
+    buckets = GradientBuckets(weights, ranks, dtype, bucket_bytes=100)
+    buckets.begin(1)
+    loss = sum((w * g).sum() for w, g in zip(weights, known_gradients(ranks.rank), strict=True))
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    buckets.finish()
+    return [weight.grad for weight in weights if weight.grad is not None]
 
 
 def known_gradients(rank: int) -> list[Tensor]:

@@ -93,7 +93,7 @@ def test_what_is_ignored_stays_so(tmp_path: Path) -> None:
 class SecondOfTwo(Ranks):
     """Rank 1; rank 0, which is not there, is asked to stop before it has finished its fourth step."""
 
-    def all_reduce_sum(self, tensors: Any, wire_dtype: torch.dtype | None = None) -> None:
+    def all_reduce_sum(self, tensors: Any) -> None:
         calls.append(len(calls) + 1)
         tensors[0] += float(calls[-1] >= 4)
 

@@ -22,8 +22,8 @@ from leoclr_fast.machine import compiling
 from leoclr_fast.machine.compiling import what_compiling_lacks
 from leoclr_fast.machine.precision import settled
 from leoclr_fast.method.backbone import Encoder
-from leoclr_fast.method.folded_encoder import FoldedEncoder
 from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
+from leoclr_fast.method.key_encoder_copies import FoldedEncoder, HalfEncoder
 from leoclr_fast.method.methods import METHODS
 from leoclr_fast.method.momentum_contrast import MomentumContrast
 from leoclr_fast.schedules import learning_rate
@@ -256,7 +256,7 @@ class TestFoldedEncoder:
         encoder = Encoder(backbone, 8).double()
         convert_key_batchnorm(encoder, MethodConfig(key_batchnorm="ema"), Ranks())
         norms = [module for module in encoder.modules() if isinstance(module, KeyBatchNorm2d)]
-        folded = FoldedEncoder(encoder)
+        folded = FoldedEncoder(encoder, torch.float64)
         images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
         for _ in range(2):
             for norm in norms:
@@ -276,11 +276,33 @@ class TestFoldedEncoder:
         training, metrics = train(config, batches)
         unfolded = TrainingState.fresh(config, Ranks(), CPU)
         step = TrainingStep(unfolded, config, CPU)
-        step._folded = None
+        assert isinstance(unfolded.method, MomentumContrast)
+        unfolded.method._copies = ()
         rate = learning_rate("cosine_per_step", config.result.lr, 0, 2 * NUM_STEPS, 1)
         rows = torch.stack([step(batch, 0.9**number * rate) for number, batch in enumerate(batches)])
         torch.testing.assert_close(metrics, rows, rtol=1e-10, atol=0)
         torch.testing.assert_close(training.method.queue.keys, unfolded.method.queue.keys, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ["split", "ema"])
+def test_copies_in_half_precision_are_what_autocast_computes(mode: str) -> None:
+    """To the last bit, in every step; and no weight of theirs is rounded again in a pass."""
+    config = tiny_config(speed__precision="bf16", result__method__key_batchnorm=mode)
+    batches = crop_batches(config, 3)
+    rounded, metrics = train(config, batches)
+    plain = TrainingState.fresh(config, Ranks(), CPU)
+    assert isinstance(rounded.method, MomentumContrast)
+    assert isinstance(plain.method, MomentumContrast)
+    (copied,) = rounded.method._copies
+    assert isinstance(copied, HalfEncoder if mode == "split" else FoldedEncoder)
+    layers = [module for module in copied.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+    assert {weight.dtype for layer in layers for weight in layer.parameters()} == {torch.bfloat16}
+    plain.method._copies = (FoldedEncoder(plain.method.key_encoder, torch.float32),) if mode == "ema" else ()
+    step = TrainingStep(plain, config, CPU)
+    rate = learning_rate("cosine_per_step", config.result.lr, 0, 2 * NUM_STEPS, 1)
+    rows = torch.stack([step(batch, 0.9**number * rate) for number, batch in enumerate(batches)])
+    assert torch.equal(metrics, rows)
+    assert torch.equal(rounded.method.queue.keys, plain.method.queue.keys)
 
 
 @pytest.mark.parametrize(
