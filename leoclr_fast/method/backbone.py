@@ -34,9 +34,21 @@ class Backbone(ResNet):
     feature_dim: int
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.late(self.early(images))
+
+    def early(self, images: Tensor) -> Tensor:
+        """All but the last stage, with a third of the weights and most of the work."""
         channels_last = self.conv1.weight.is_contiguous(memory_format=torch.channels_last)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return super().forward(images.contiguous(memory_format=memory_format))
+        images = images.contiguous(memory_format=memory_format)
+        pooled = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features: Tensor = self.layer3(self.layer2(self.layer1(pooled)))
+        return features
+
+    def late(self, features: Tensor) -> Tensor:
+        """The last stage."""
+        pooled: Tensor = self.fc(self.avgpool(self.layer4(features)).flatten(1))
+        return pooled
 
 
 class NarrowShortcut(nn.Conv2d):
@@ -96,7 +108,14 @@ class Encoder(nn.Module):
         self.projection_head = nn.Sequential(*hidden, nn.Linear(dim, projection_dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        projection = self.projection_head(self.backbone(images))
+        return self._projected(self.backbone(images))
+
+    def late(self, features: Tensor) -> Tensor:
+        """What follows after `Backbone.early`."""
+        return self._projected(self.backbone.late(features))
+
+    def _projected(self, features: Tensor) -> Tensor:
+        projection = self.projection_head(features)
         # Half precision would lose the unit length.
         wide = projection.float() if projection.dtype in (torch.float16, torch.bfloat16) else projection
         return F.normalize(wide, dim=1)

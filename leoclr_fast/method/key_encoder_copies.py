@@ -20,14 +20,14 @@ class HalfEncoder(nn.Module):
     def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
         super().__init__()
         norms = {id(norm): norm for norm in encoder.modules() if isinstance(norm, nn.BatchNorm2d)}
-        self.encoder = deepcopy(encoder, norms)  # type: ignore[arg-type]
+        self.encoder = deepcopy(encoder, norms)
         layers = [
             (source, copied.to(dtype))
             for source, copied in zip(encoder.modules(), self.encoder.modules(), strict=True)
             if isinstance(source, nn.Conv2d | nn.Linear)
         ]
-        self._sources = [weight for source, _ in layers for weight in source.parameters()]
-        self._targets = [weight for _, copied in layers for weight in copied.parameters()]
+        self._sources: list[Tensor] = [weight for source, _ in layers for weight in source.parameters()]
+        self._targets: list[Tensor] = [weight for _, copied in layers for weight in copied.parameters()]
         self.refresh()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class FoldedEncoder(nn.Module):
             setattr(parent, name, nn.Identity())
             convolutions.append(conv)
         self.encoder = folded.to(dtype)
-        self._targets = [conv.weight for conv in convolutions]
+        self._targets: list[Tensor] = [conv.weight for conv in convolutions]
         self._targets += [conv.bias for conv in convolutions if conv.bias is not None]
         self._targets += folded.projection_head.parameters()
         self.refresh()

@@ -241,10 +241,10 @@ def update_key_encoder(
     The storage never moves, so a captured graph stays valid. include_buffers: also the running statistics of
     batch-norm (EMAN); counters are copied.
     """
-    pairs = list(zip(key_encoder.parameters(), query_encoder.parameters(), strict=True))
+    pairs: list[tuple[Tensor, Tensor]] = list(zip(key_encoder.parameters(), query_encoder.parameters(), strict=True))
     if include_buffers:
         buffers = list(zip(key_encoder.buffers(), query_encoder.buffers(), strict=True))
-        pairs += [pair for pair in buffers if pair[0].is_floating_point()]  # type: ignore[arg-type]
+        pairs += [pair for pair in buffers if pair[0].is_floating_point()]
         counters = [pair for pair in buffers if not pair[0].is_floating_point()]
         torch._foreach_copy_([key for key, _ in counters], [query for _, query in counters])
     torch._foreach_lerp_([key for key, _ in pairs], [query for _, query in pairs], 1 - momentum)

@@ -64,7 +64,7 @@ class TrainingStep:
         if compiles_encoders(config.speed, device):
             # What cannot be compiled of the backward pass shows in the forward pass, where it can be done without.
             torch._functorch.config.force_non_lazy_backward_lowering = True
-            self._compiled = {encoder: torch.compile(encoder, dynamic=False) for encoder in method.compiled_encoders()}
+            self._compiled = {encoder: self._compile(encoder) for encoder in method.compiled_encoders()}
         self._runs_compiled = False
         self._is_static = captures_step(config.speed, device, ranks) if static is None else static
         self._static: StaticFunction | None = None
@@ -154,6 +154,15 @@ class TrainingStep:
                 return encoder(images)
 
         return encoded
+
+    def _compile(self, encoder: nn.Module) -> Callable[[Tensor], Tensor]:
+        """With several ranks in two parts where it is trained: the gradients of compiled code come all at once, and
+        those of the last layers, most of the bytes, can travel while the first ones are differentiated."""
+        if self.training.method.ranks.world_size == 1 or encoder is not self.training.method.kept_encoder:
+            return torch.compile(encoder, dynamic=False)
+        kept = self.training.method.kept_encoder
+        early, late = (torch.compile(part, dynamic=False) for part in (kept.backbone.early, kept.late))
+        return lambda images: late(early(images))
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """A tensor of the host, copied without a wait."""
