@@ -24,7 +24,12 @@ from leoclr_fast.run.environment import environment
 
 _Flattened = tyro.conf.arg(name="")
 _SETTING = BenchSetting(
-    recipe="mocov2_imagenet_200ep", arch="resnet18", image_size=96, batch_size=64, key_batchnorm="plain"
+    recipe="mocov2_imagenet_200ep",
+    arch="resnet18",
+    image_size=96,
+    batch_size=64,
+    key_batchnorm="plain",
+    query_batchnorm="plain",
 )
 """Plain batch-norm is what the peers compute on one device: over the whole shuffled batch."""
 
