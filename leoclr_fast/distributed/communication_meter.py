@@ -14,7 +14,8 @@ from torch import Tensor
 class CommunicationMeter:
     """Counts the collectives of one rank. On a GPU their time is measured by events, without waiting for the device.
 
-    The time of a collective includes what this rank waits there for the others.
+    The time of a collective includes what this rank waits there for the others; of one that runs beside the backward
+    pass it is only what the step waits for its end.
     """
 
     def __init__(self) -> None:
