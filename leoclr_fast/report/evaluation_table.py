@@ -125,15 +125,20 @@ class EvaluationTable:
     def _lines(self, first: str, rows: Sequence[Row]) -> list[list[str]]:
         compared = [place for place in range(len(self.columns)) if any(row.differences[place] for row in rows)]
         has_paper = any(row.in_the_paper for row in rows)
-        head = [first, *(text for column in self.columns for text in (column.title, "n"))]
+        counts = [{row.cells[place].n for row in rows} - {0} for place in range(len(self.columns))]
+        head = [first]
+        for column, n in zip(self.columns, counts, strict=True):  # a column of its own where it is not always the same
+            said = f" (n = {max(n)})" if n - {1} else ""
+            head += [column.title, "n"] if len(n) > 1 else [column.title + said]
         one = len(compared) == 1
         head += ["difference" if one else f"difference of {self.columns[place].title}" for place in compared]
         lines = [head + ["in the paper"] * has_paper]
         for row in rows:
             cells = [row.label]
-            for cell in row.cells:
+            for cell, n in zip(row.cells, counts, strict=True):
                 published = "" if cell.published is None else f" (published: {cell.published:.1f})"
-                cells += [_mean_std(cell.mean, cell.std) + published, str(cell.n) if cell.n else ""]
+                cells.append(_mean_std(cell.mean, cell.std) + published)
+                cells += [str(cell.n or "")] if len(n) > 1 else []
             cells += [str(row.differences[place] or "") for place in compared]
             lines.append(cells + [row.in_the_paper or ""] * has_paper)
         return lines

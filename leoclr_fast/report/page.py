@@ -153,7 +153,7 @@ def _comparison(runs: list[RunRecord]) -> dict[str, Any]:
     """Pairs of the two methods, their differences over all pairs, and the runs whose speed is no measure."""
     pairs = find_pairs(runs)
     gains = [pair.gain for pair in pairs if math.isfinite(pair.gain)]
-    over_pairs = "One pair says nothing about chance: give several seeds of each."
+    over_pairs = "One pair says nothing about chance: give several seeds of each." if len(pairs) == 1 else ""
     if len(gains) > 1:
         over_pairs = (
             f"Over {len(gains)} pairs the difference is {statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f} "
