@@ -17,12 +17,13 @@ from msgspec import Meta
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.calls import captured, interleaved_ms
 from benchmarks.results import print_document
 from dataset_tools.limits import Count, Temperature, require_allowed
 from leoclr_fast.bench.page import bench_page, markdown_table, number, spread
 from leoclr_fast.bench.setting import bench_device
 from leoclr_fast.bench.statistics import quantiles, ratio_interval
-from leoclr_fast.bench.timing import captured, interleaved_ms, peak_extra_mib
+from leoclr_fast.bench.timing import peak_extra_mib
 from leoclr_fast.config import MethodName
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.losses.info_nce import InfoNCEImpl, info_nce

@@ -12,6 +12,7 @@ import torch
 import tyro
 from torch.nn.utils import get_total_norm
 
+from benchmarks.calls import interleaved_ms
 from benchmarks.results import print_document
 from dataset_tools.limits import Count, Seconds, require_allowed
 from leoclr_fast.bench.config import BenchSetting, Rounds
@@ -19,7 +20,7 @@ from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, 
 from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, open_batches, prepare, training_images
 from leoclr_fast.bench.setting import bench_device, departures_from_paper, setting_header
 from leoclr_fast.bench.statistics import quantiles
-from leoclr_fast.bench.timing import Say, interleaved_ms
+from leoclr_fast.bench.timing import Say
 from leoclr_fast.config import MethodName, SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.batch_layout import BatchLayout

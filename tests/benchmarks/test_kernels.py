@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import kernels
+from benchmarks.calls import interleaved_ms
 from benchmarks.kernels import (
     CROSS_ENTROPIES,
     AugmentBenchConfig,
@@ -21,7 +22,7 @@ from benchmarks.kernels import (
     loss_markdown,
     timed_rows,
 )
-from leoclr_fast.bench.timing import interleaved, interleaved_ms, peak_extra_mib
+from leoclr_fast.bench.timing import interleaved, peak_extra_mib
 from tests.leoclr_fast.losses.test_info_nce import cross_entropies as published_form
 from tests.leoclr_fast.losses.test_info_nce import unit_vectors
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.calls import captured
 from benchmarks.kernels import cross_entropies
-from leoclr_fast.bench.timing import captured, peak_extra_mib
+from leoclr_fast.bench.timing import peak_extra_mib
 from leoclr_fast.losses.info_nce import info_nce
 from pipelines import augment_triton as fused
 from pipelines.augment import AugmentParameters, augment, draw_augmentation
