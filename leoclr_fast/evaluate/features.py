@@ -16,6 +16,9 @@ from pipelines.augment import augmented_views
 from pipelines.batch import CropBatch
 from pipelines.loader import Loader
 
+_PIXELS_AT_ONCE = 256 * 224 * 224
+"""Of larger images, the network sees a part of a batch at once: its activations take no more memory."""
+
 
 @torch.no_grad()
 def encode_batch(
@@ -28,8 +31,9 @@ def encode_batch(
     (images,) = augmented_views(
         batch, loader.views, loader.view_config, seed=loader.seed, dtype=encoder_dtype(precision)
     )
+    parts = images.split(max(1, _PIXELS_AT_ONCE // (images.shape[2] * images.shape[3])))
     with encoder_precision(precision, loader.device):
-        outputs = network(images)
+        outputs = torch.cat([network(part) for part in parts])
     outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
     outputs = F.normalize(outputs, dim=1) if normalized else outputs
     global_size = len(loader.order.global_indices(batch.epoch, batch.step))
