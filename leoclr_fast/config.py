@@ -83,7 +83,8 @@ class MethodConfig:
     the same within a rank. sync: over the global batch. ema: averaged running statistics (EMAN, CVPR 2021). plain: over
     each rank's batch, which the query's batch-norm sees, too, so that it leaks which key is whose."""
     key_batchnorm_group: Count = 32
-    """shuffle and split: least number of images in a group; MoCo-v2 had 32 on each of 8 GPUs."""
+    """shuffle and split: least number of images in a group; MoCo-v2 had 32 on each of 8 GPUs. A batch that is too small
+    for two such groups has smaller ones, which is said."""
     query_batchnorm: Literal["plain", "split", "sync"] = "plain"
     """Batch-norm of the query encoder. plain: over each rank's images, as DistributedDataParallel leaves it. split:
     over groups of them, as on the GPUs of MoCo-v2. sync: over those of all ranks; with a key_batchnorm of sync (or ema)

@@ -6,7 +6,7 @@ since it follows from the seed and the step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -209,6 +209,15 @@ class KeySchedule:
         images = np.unique(keys % self.layout.batch_size)
         first, last = int(images[0]), int(images[-1])
         return last - first + 1 == len(images) and (first, last + 1) in self._query_groups
+
+
+def fitting_group(config: MethodConfig, layout: BatchLayout, num_keys: int) -> int:
+    """`key_batchnorm_group`, or less where a batch is too small for groups of it that hide what they are to hide."""
+    for size in (config.key_batchnorm_group, 16, 8, 4, 2) if config.key_batchnorm in ("shuffle", "split") else ():
+        smaller = replace(config, key_batchnorm_group=min(size, config.key_batchnorm_group))
+        if KeySchedule(smaller, layout, num_keys).leak() is None:
+            return smaller.key_batchnorm_group
+    return config.key_batchnorm_group
 
 
 def _bounds(sizes: list[int]) -> list[tuple[int, int]]:

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from itertools import product
 from typing import ClassVar
 
 import torch
@@ -28,7 +27,7 @@ from leoclr_fast.method.backbone import Encoder
 from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
 from leoclr_fast.method.key_encoder_copies import FoldedEncoder, HalfEncoder
 from leoclr_fast.method.key_queue import KeyQueue
-from leoclr_fast.method.key_schedule import KeyOrder, KeySchedule
+from leoclr_fast.method.key_schedule import KeyOrder, KeySchedule, fitting_group
 from leoclr_fast.method.method import Method, PartialLoss, StepTools
 from leoclr_fast.method.split_batchnorm import SplitBatchNorm2d
 from pipelines.batch import CropBatch
@@ -46,9 +45,13 @@ class MomentumContrast(Method):
 
     def __init__(self, result: ResultConfig, ranks: Ranks) -> None:
         super().__init__(result, ranks)
-        self.config = config = result.method
-        self.seed, self.batch_size = result.seed, result.batch_size
         self.num_keys = len(self.views) - 1
+        micro_batches = min(result.micro_batches, result.batch_size)
+        layout = BatchLayout(batch_size=result.batch_size, micro_batches=micro_batches, world_size=ranks.world_size)
+        self._wanted_group = result.method.key_batchnorm_group
+        fitting = fitting_group(result.method, layout, self.num_keys)
+        self.config = config = replace(result.method, key_batchnorm_group=fitting)
+        self.seed, self.batch_size = result.seed, result.batch_size
         self.loss_impl: InfoNCEImpl = "auto"
         self.query_encoder = Encoder(result.backbone, config.projection_dim, config.projection_layers)
         self.key_encoder = deepcopy(self.query_encoder).requires_grad_(False)
@@ -91,28 +94,30 @@ class MomentumContrast(Method):
     def plan(self, layout: BatchLayout) -> KeySchedule:
         """Raises ValueError where a shuffle of the configured batch would hide nothing; warns if none was asked for."""
         schedule = KeySchedule(self.config, layout, self.num_keys)
-        if layout.batch_size == self.batch_size and (leak := schedule.leak()):
-            self._report_leak(leak, layout)
+        if layout.batch_size == self.batch_size:
+            mode, group = self.config.key_batchnorm, self.config.key_batchnorm_group
+            if self.ranks.is_main and group != self._wanted_group:
+                log.info(
+                    "key batch-norm %s in groups of %d: a batch of %d on %d ranks in %d micro-batches is too small for "
+                    "groups of %d", mode, group, layout.batch_size, layout.world_size, layout.micro_batches,
+                    self._wanted_group,
+                )  # fmt: skip
+            if leak := schedule.leak():
+                self._report_leak(leak, layout)
         return schedule
 
     def _report_leak(self, leak: str, layout: BatchLayout) -> None:
-        mode, group = self.config.key_batchnorm, self.config.key_batchnorm_group
+        mode = self.config.key_batchnorm
         why = f"{leak}, and a query can recognise its key by the statistics that both were normalised with"
         if mode not in ("shuffle", "split"):
             if self.ranks.is_main:
                 log.warning("key batch-norm %s: %s", mode, why)
             return
-        flags = ["a larger --batch-size", "--method.key-batchnorm ema, or plain to accept that"]
-        for better, size in product(dict.fromkeys((mode, "shuffle")), [group, 16, 8, 4, 2]):
-            config = replace(self.config, key_batchnorm=better, key_batchnorm_group=size)
-            if size <= group and KeySchedule(config, layout, self.num_keys).leak() is None:
-                changes = f"--method.key-batchnorm {better} " * (better != mode)
-                changes += f"--method.key-batchnorm-group {size}" * (size != group)
-                flags.insert(0, changes.strip())
-                break
+        others = "--method.key-batchnorm shuffle, " * (mode == "split" and layout.world_size > 1)
         raise ValueError(
             f"a batch of {layout.batch_size} on {layout.world_size} ranks in {layout.micro_batches} micro-batches "
-            f"cannot be shuffled by key batch-norm {mode} in groups of {group}: {why}; give {', '.join(flags)}"
+            f"cannot be shuffled by key batch-norm {mode}: {why}; give a larger --batch-size, {others}"
+            "--method.key-batchnorm ema, or plain to accept that"
         )
 
     def inputs(

@@ -11,6 +11,7 @@ import pytest
 from leoclr_fast.config import MethodConfig, ResultConfig
 from leoclr_fast.distributed.batch_layout import BatchLayout
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d
 from leoclr_fast.method.key_schedule import KeySchedule
 from leoclr_fast.method.methods import build_method
 from tests.leoclr_fast.method.test_encoders import TINY
@@ -98,15 +99,13 @@ def test_groups_are_the_same_on_any_number_of_ranks() -> None:
 @pytest.mark.parametrize(
     ("world_size", "micro", "size", "changes", "expected"),
     [
-        (1, 1, 63, {}, "give --method.key-batchnorm-group 16, a larger --batch-size"),
-        (2, 1, 64, {"key_batchnorm": "split"}, "give --method.key-batchnorm-group 16, a larger --batch-size"),
         (2, 1, 64, {"key_batchnorm": "split", "key_batchnorm_group": 4}, None),
         (
             2,
             1,
             4,
             {"key_batchnorm": "split", "key_batchnorm_group": 2},
-            "give --method.key-batchnorm shuffle, a larger",
+            "give a larger --batch-size, --method.key-batchnorm shuffle, --method.key-batchnorm ema, or plain",
         ),
         (
             1,
@@ -131,6 +130,24 @@ def test_what_cannot_be_shuffled_is_refused(
     else:
         with pytest.raises(ValueError, match=expected):
             method.plan(layout)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "size", "mode", "group"),
+    [(1, 63, "shuffle", 16), (1, 64, "shuffle", 32), (1, 8, "shuffle", 4), (2, 64, "split", 16), (1, 4, "shuffle", 2)],
+)
+def test_a_small_batch_has_smaller_groups(
+    world_size: int, size: int, mode: str, group: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = MethodConfig(projection_dim=8, queue_size=64, key_batchnorm=mode)  # type: ignore[arg-type]
+    method = build_method(ResultConfig(backbone=TINY, method=config, batch_size=size), Ranks(0, world_size))
+    with caplog.at_level("INFO", "leoclr_fast"):
+        method.plan(BatchLayout(batch_size=size, world_size=world_size))
+    assert [f"key batch-norm {mode} in groups of {group}: a batch of {size} on" in m for m in caplog.messages] == [
+        True
+    ] * (group != 32)
+    sizes = {norm.group_size for norm in method.modules() if isinstance(norm, KeyBatchNorm2d)}
+    assert sizes == {group}
 
 
 @pytest.mark.parametrize(
