@@ -47,12 +47,9 @@ def crop_resize_numba(
     if output.size == 0:
         return torch.from_numpy(output)
     pixels, target = images.pixels.numpy(), output.view(np.int8).reshape(-1)
-    heights, widths = images.heights[rows], images.widths[rows]
-    top, left, box_heights, box_widths = boxes[:, :4].astype(np.int64).T
-    pixel = 1 if images.planar else 3  # bytes from a column to the next
-    first = images.offsets[rows] + (top * widths + left) * pixel
-    memory = np.stack((first, widths * pixel, heights * widths * images.planar), axis=1)
-    geometry = np.concatenate((memory, boxes[:, 2:].astype(np.int64)), axis=1)
+    box_heights, box_widths = boxes[:, 2:4].astype(np.int64).T
+    sizes = images.heights[rows], images.widths[rows]
+    geometry = box_geometry(images.offsets[rows], *sizes, boxes, planar=images.planar)
     needed = scratch_size(boxes, output_size)
     kernel = compiled_kernel()
 
@@ -82,13 +79,29 @@ def compiled_kernel() -> Callable[..., None]:
     return compile_by_numba(resize_boxes, signature, "the resize")
 
 
+def box_geometry(
+    offsets: npt.NDArray[np.int64],
+    heights: npt.NDArray[np.int64],
+    widths: npt.NDArray[np.int64],
+    boxes: npt.NDArray[np.int32],
+    *,
+    planar: bool = False,
+) -> npt.NDArray[np.int64]:
+    """What `resize_boxes` is told of placed boxes [M, 8]. offsets, heights, widths: [M], of the image of each."""
+    top, left = boxes[:, :2].astype(np.int64).T
+    pixel = 1 if planar else 3  # bytes from a column to the next
+    first = offsets + (top * widths + left) * pixel
+    memory = np.stack((first, widths * pixel, heights * widths * planar), axis=1)
+    return np.concatenate((memory, boxes[:, 2:].astype(np.int64)), axis=1)
+
+
 def packed(fill: tuple[int, int, int]) -> int:
     """A colour in one number, red lowest."""
     return fill[0] | fill[1] << 8 | fill[2] << 16
 
 
 def scratch_size(boxes: npt.NDArray[np.int32], size: int) -> int:
-    """How many uint32 `resize_box` needs beside, for these placed boxes [M, 8] and outputs of side ``size``."""
+    """How many uint32 `resize_boxes` needs beside, for these placed boxes [M, 8] and outputs of side ``size``."""
     max_height, max_width = (int(side) for side in boxes[:, 2:4].max(axis=0))
     shrink = max(1, int((-(-boxes[:, 2:4] // boxes[:, 4:6])).max()))
     taps = 2 * shrink + 2 + _TAPS
@@ -106,37 +119,19 @@ def resize_boxes(
     output: npt.NDArray[np.int8],
     scratch: npt.NDArray[np.uint32],
 ) -> None:
-    """`resize_box` for some boxes of many images.
+    """Some boxes of many images: ``PIL.Image.crop``, then ``resize`` with ``BILINEAR`` to the new width, then to the
+    new height, then cut.
 
     pixels: uint8, one dimension. geometry: int64 [M, 9]: the place of a box's first byte in ``pixels``, bytes from a
     row to the next and from a plane to the next (0: the channels lie side by side), and the last six of a placed box.
     numbers: int64 [·], the boxes to do. output: [M * S * S * 3]: bytes of 0 to 255, whatever the type's sign.
-    scratch: uint32 [scratch_size], for the largest of these boxes.
+    fill: `packed`. scratch: uint32 [scratch_size], for the largest of these boxes, whatever is in it.
     """
     length = 3 * size * size
     for number in numbers:
         first, row_stride, plane_stride = geometry[number, :3]
         target = output[number * length : (number + 1) * length]
         _resize(pixels, first, row_stride, plane_stride, geometry[number, 3:], size, fill, target, scratch)
-
-
-@njit(nogil=True, error_model="numpy")
-def resize_box(
-    pixels: npt.NDArray[np.uint8],
-    image_width: int,
-    box: npt.NDArray[np.int64],
-    size: int,
-    fill: int,
-    output: npt.NDArray[np.uint8],
-    scratch: npt.NDArray[np.uint32],
-) -> None:
-    """Equals ``PIL.Image.crop``, then ``resize`` with ``BILINEAR`` to the new width, then to the new height, then cut.
-
-    box: int64 [8], a placed one. fill: `packed`.
-    pixels: uint8, an image [·, image_width, 3] in one dimension. output: uint8 [S * S * 3], contiguous.
-    scratch: uint32 [scratch_size], whatever is in it.
-    """
-    _resize(pixels, (box[0] * image_width + box[1]) * 3, image_width * 3, 0, box[2:], size, fill, output, scratch)
 
 
 @_inner

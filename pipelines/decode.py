@@ -33,6 +33,13 @@ def decode_bytes(encoded: bytes) -> Image.Image:
         return images.decode_rgb(encoded)
 
 
+def require_decodable(encoded: bytes) -> None:
+    """Raises what `decode_bytes` would, of a JPEG in less time: it is decoded at an eighth of its size."""
+    with _reasons(), images.open_image(encoded) as image:
+        image.draft("RGB", (1, 1))  # no other format has such a thing
+        images.rgb(image)
+
+
 def image_size(split: Split, index: int) -> tuple[int, int]:
     """(height, width) of an image, pixels, from its header alone. Raises `UnreadableImageError`."""
     with _reasons(), images.open_image(split.read(index)) as image:

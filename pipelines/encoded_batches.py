@@ -126,7 +126,7 @@ class EncodedBatches:
         header = None if index in self.for_pillow else plain_header(image)
         if header is not None and self._is_plain(header):
             return image, (header.height, header.width)
-        pixels = np.asarray(decode_bytes(image.tobytes()))
+        pixels = np.array(decode_bytes(image.tobytes()))  # a copy, which may be written to: some ask for that
         return pixels, (pixels.shape[0], pixels.shape[1])
 
     def will_need(self, indices: Indices) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dataset_tools.conversion.jpeg import JpegHeader
 from pipelines.byte_readers import Indices
 from pipelines.crop_resize import PackedImages, cut_views
-from pipelines.decode import UnreadableImageError, decode_bytes
+from pipelines.decode import UnreadableImageError, require_decodable
 from pipelines.encoded_batches import EncodedBatch, EncodedBatches
 from pipelines.loader import DecodedBatch, Loader
 from pipelines.threads import WorkerThreads, available_cores
@@ -177,7 +177,7 @@ class EncodedLoader(Loader):
 
         def reads(row: int) -> bool:
             try:
-                decode_bytes(batch.images[row].tobytes())
+                require_decodable(batch.images[row].tobytes())
             except UnreadableImageError as reason:
                 self._batches.mark_unreadable(int(batch.indices[row]), str(reason))
                 return False

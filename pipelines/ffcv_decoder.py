@@ -9,41 +9,30 @@ Legend: B images of a batch, V views, S side of a view.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from pipelines.crop_resize_numba import packed, resize_box, scratch_size
+from pipelines.crop_resize_numba import box_geometry, compiled_kernel, packed, scratch_size
 from pipelines.encoded_batches import EncodedBatch
-from pipelines.threads import run_in_threads
+from pipelines.threads import WorkerThreads
 
-_SHARES = 8  # that each thread takes, about: some images are larger than others
+_SHARES = 4  # of a batch that each thread takes, about: some images are larger than others
 _PIXEL_RGB, _ACCURATE_DCT = 0, 4096  # TJPF_RGB, TJFLAG_ACCURATEDCT
-
-_ADDRESS = types.intp
-_read_header = types.ExternalFunction(
-    "tjDecompressHeader3", types.int32(_ADDRESS, _ADDRESS, types.uint64, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS)
-)
-_decompress = types.ExternalFunction(
-    "tjDecompress2",
-    types.int32(
-        _ADDRESS, _ADDRESS, types.uint64, _ADDRESS, types.int32, types.int32, types.int32, types.int32, types.int32
-    ),
-)
 
 
 @cache
 def load_turbojpeg() -> ctypes.CDLL:
-    """The library; compiled code knows its functions by name. Raises ImportError, with the reason, if it is missing."""
+    """The library. Raises ImportError, with the reason, if it is missing."""
     spec = find_spec("ffcv")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     found = [path for folder in folders for path in sorted(folder.glob("_libffcv*.so"))]
@@ -53,8 +42,8 @@ def load_turbojpeg() -> ctypes.CDLL:
         library = ctypes.CDLL(str(found[0]))
         library.tjInitDecompress.restype = ctypes.c_void_p
         library.tjDestroy.argtypes = [ctypes.c_void_p]
-        for name in ("tjDecompressHeader3", "tjDecompress2"):
-            llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+        image, place, number = (ctypes.c_void_p, ctypes.c_ulong), ctypes.c_void_p, ctypes.c_int
+        library.tjDecompress2.argtypes = [ctypes.c_void_p, *image, place, number, number, number, number, number]
     except OSError as error:
         raise ImportError(str(error)) from error
     except AttributeError as error:
@@ -62,93 +51,85 @@ def load_turbojpeg() -> ctypes.CDLL:
     return library
 
 
+@dataclass(slots=True)
+class _Memory:
+    """What one image at a time is decoded and cut with."""
+
+    decompressor: int
+    pixels: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
+    scratch: npt.NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, dtype=np.uint32))
+
+
 class BatchDecoder:
-    """Decodes batches in ``num_threads`` threads, each with a decompressor and memory of its own."""
+    """Decodes several batches at a time in ``num_threads`` threads: they go on to the next one at once."""
 
-    def __init__(self, num_threads: int, view_size: int, fill: tuple[int, int, int]) -> None:
-        self._library = load_turbojpeg()
-        self._view_size, self._fill = view_size, packed(fill)
-        self._decompressors = [int(self._library.tjInitDecompress()) for _ in range(num_threads)]
+    def __init__(
+        self, num_threads: int, view_size: int, fill: tuple[int, int, int], at_start: Callable[[], None]
+    ) -> None:
+        """at_start: each thread calls it first."""
+        self._library, self._resize = load_turbojpeg(), compiled_kernel()
+        self._view_size, self._fill, self._num_shares = view_size, packed(fill), _SHARES * num_threads
+        self._idle = SimpleQueue[_Memory]()
+        for _ in range(num_threads):
+            self._idle.put(_Memory(int(self._library.tjInitDecompress())))
+        self._threads = WorkerThreads("FFCV decoder", num_threads, at_start)
 
-    def decode(self, batch: EncodedBatch, crops: Tensor) -> npt.NDArray[np.int64]:
-        """Fill ``crops``, uint8 [B, V, S, S, 3] on the host, with the views of a batch at its boxes.
+    def start(self, batch: EncodedBatch, crops: Tensor) -> list[Future[list[int]]]:
+        """Begin to fill ``crops``, uint8 [B, V, S, S, 3] on the host, with the views of a batch at its boxes.
 
-        Returns height and width of each image, int64 [B, 2], pixels: 0 where TurboJPEG gave an error or a warning.
-        Where they are not those of the batch, the crops mean nothing.
+        The results of the futures are the rows of which TurboJPEG gave an error or a warning; their crops mean nothing.
         """
-        is_encoded = np.array([image.ndim == 1 for image in batch.images], dtype=np.bool_)
-        addresses = np.array([image.__array_interface__["data"][0] for image in batch.images], dtype=np.int64)
-        num_bytes = np.array([len(image) for image in batch.images], dtype=np.int64)
-        sizes = np.stack((batch.heights, batch.widths), axis=1)
-        true_sizes = sizes.copy()
-        boxes = batch.boxes.astype(np.int64)
+        if not len(batch):
+            return []
+        boxes, num_views = batch.boxes.reshape(-1, 8), batch.boxes.shape[1]
+        heights, widths = np.repeat(batch.heights, num_views), np.repeat(batch.widths, num_views)
+        geometry = box_geometry(np.zeros_like(heights), heights, widths, boxes)
         target = crops.numpy().view(np.int8).reshape(-1)  # not uint8: FFCV, imported, makes numba's type read-only
-        pixels_size = 3 * int((batch.heights * batch.widths).max()) + 1
-        resize_size = scratch_size(batch.boxes.reshape(-1, 8), self._view_size)
+        work = batch, geometry, target, scratch_size(boxes, self._view_size)
+        count = min(len(batch), self._num_shares)
+        return [self._threads.submit(self._decode, range(share, len(batch), count), *work) for share in range(count)]
 
-        num_threads = min(len(self._decompressors), len(batch))
-        num_shares = min(len(batch), _SHARES * num_threads) if num_threads > 1 else 1
-        shares = iter([np.arange(share, len(batch), num_shares) for share in range(num_shares)])
-        decompressors = iter(self._decompressors)
-
-        def work() -> None:
-            decompressor = next(decompressors)
-            header = np.zeros(4, dtype=np.int32)  # width, height, subsampling, colour space
-            pixels, scratch = np.empty(pixels_size, dtype=np.uint8), np.empty(resize_size, dtype=np.uint32)
-            for rows in shares:
-                _decode_rows(
-                    rows, addresses, num_bytes, is_encoded, sizes, boxes, true_sizes, target, self._view_size,
-                    self._fill, decompressor, header, pixels, scratch,
+    def _decode(
+        self,
+        rows: range,
+        batch: EncodedBatch,
+        geometry: npt.NDArray[np.int64],
+        target: npt.NDArray[np.int8],
+        scratch_needed: int,
+    ) -> list[int]:
+        """Some images; those that Pillow has decoded are only cut. Neither library holds Python's lock meanwhile."""
+        memory, num_views, failed = self._idle.get(), batch.boxes.shape[1], list[int]()
+        try:
+            if len(memory.scratch) < scratch_needed:
+                memory.scratch = np.empty(scratch_needed, dtype=np.uint32)
+            for row in rows:
+                image, height, width = batch.images[row], int(batch.heights[row]), int(batch.widths[row])
+                if image.ndim == 1:
+                    if len(memory.pixels) < 3 * height * width:
+                        memory.pixels = np.empty(3 * height * width, dtype=np.uint8)
+                    given, pixels = (_address(image), len(image)), _address(memory.pixels)
+                    size = width, 0, height  # it would scale the image to another one
+                    if self._library.tjDecompress2(
+                        memory.decompressor, *given, pixels, *size, _PIXEL_RGB, _ACCURATE_DCT
+                    ):
+                        failed.append(row)
+                        continue
+                    image = memory.pixels
+                numbers = np.arange(row * num_views, (row + 1) * num_views)
+                self._resize(
+                    image.reshape(-1), geometry, numbers, self._view_size, self._fill, target, memory.scratch
                 )  # fmt: skip
-
-        run_in_threads(work, num_threads)
-        return true_sizes
+        finally:
+            self._idle.put(memory)
+        return failed
 
     def close(self) -> None:
         """When nothing is decoded any more; may be called twice."""
-        while self._decompressors:
-            self._library.tjDestroy(self._decompressors.pop())
+        self._threads.close()
+        while not self._idle.empty():
+            self._library.tjDestroy(self._idle.get().decompressor)
 
 
-@intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
-    """An address as a pointer to bytes."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.CPointer(types.uint8)(types.int64), generate
-
-
-@njit(nogil=True, error_model="numpy")
-def _decode_rows(  # type: ignore[no-untyped-def]
-    rows, addresses, num_bytes, is_encoded, sizes, boxes, true_sizes, crops, view_size, fill,
-    decompressor, header, pixels, scratch,
-):  # fmt: skip
-    """Decodes and cuts some images of a batch; those that Pillow has decoded are only cut."""
-    length = 3 * view_size * view_size
-    place = header.ctypes.data
-    for row in rows:
-        height, width = sizes[row]
-        image = pixels
-        if not is_encoded[row]:
-            image = carray(_pointer(addresses[row]), (3 * height * width,), np.uint8)
-        else:
-            true_sizes[row] = 0
-            if _read_header(
-                decompressor, addresses[row], num_bytes[row], place, place + 4, place + 8, place + 12
-            ) != 0:  # fmt: skip
-                continue
-            if header[0] != width or header[1] != height:  # TurboJPEG would scale it without a word
-                true_sizes[row, 0], true_sizes[row, 1] = header[1], header[0]
-                continue
-            result = _decompress(
-                decompressor, addresses[row], num_bytes[row], pixels.ctypes.data,
-                width, 0, height, _PIXEL_RGB, _ACCURATE_DCT,
-            )  # fmt: skip
-            if result != 0:  # an error, or only a warning: the host looks again, with Pillow
-                continue
-            true_sizes[row, 0], true_sizes[row, 1] = height, width
-        for view in range(boxes.shape[1]):
-            first = (row * boxes.shape[1] + view) * length
-            resize_box(image, width, boxes[row, view], view_size, fill, crops[first : first + length], scratch)
+def _address(array: npt.NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address

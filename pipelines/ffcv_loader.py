@@ -6,24 +6,31 @@ while training kills the process (SIGBUS).
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import Future
 from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dataset_tools.formats.beton import METADATA, METADATA_START, Beton, read_beton_head
 from dataset_tools.sources import Split
 from dataset_tools.sources.converted import ConvertedSplit
 from pipelines.byte_readers import base_of
+from pipelines.encoded_batches import EncodedBatch
 from pipelines.encoded_loader import EncodedLoader, Pass
 from pipelines.loader import DecodedBatch
+
+_Started = tuple[EncodedBatch, Tensor, list[Future[list[int]]]]
+"""A batch, the crops that are being filled, and the threads' answers: see `ffcv_decoder.BatchDecoder.start`."""
 
 
 class FfcvLoader(EncodedLoader):
     """Reads a split of a data set that was converted with ``--format ffcv``, or a subset of one.
 
-    ``config.workers`` threads decode. Raises ImportError where FFCV is missing, ValueError for another kind of split or
-    a damaged .beton.
+    ``config.workers`` threads decode, ``config.prefetch_batches`` batches at a time. Raises ImportError where FFCV is
+    missing, ValueError for another kind of split or a damaged .beton.
     """
 
     name = "ffcv"
@@ -32,40 +39,47 @@ class FfcvLoader(EncodedLoader):
     decoder = "FFCV"
     auto_places: ClassVar = {"cuda": 3, "cpu": 1}
     drawbacks: ClassVar = {"cuda": "it decodes on the CPU"}
+    queues_batches = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _require_sound_beton(self.split)
         self._new_decoder = _import_decoder().BatchDecoder
+        # What follows belongs to the decoding thread.
         self._turbojpeg: Any = None
-        """Belongs to the decoding thread."""
+        self._in_flight: deque[_Started] = deque()
+        self._current: Pass | None = None
+        """The pass whose batches are in flight."""
 
     @classmethod
     def obstacle(cls, split: Split, device: torch.device) -> str | None:
         return super().obstacle(split, device) if _is_beton(base_of(split)[0]) else "it reads .betons alone"
 
     def decode_next(self, current: Pass) -> DecodedBatch:
-        batch = self.next_read(current)
-        on_gpu, size = self.device.type == "cuda", self.view_config.image_size
-        while True:
-            self._doing = f"decoding step {batch.step} of epoch {batch.epoch}"
-            crops = torch.empty(len(batch), len(self.views), size, size, 3, dtype=torch.uint8, pin_memory=on_gpu)
-            if not len(batch):
-                break
-            if self._turbojpeg is None:
-                self._turbojpeg = self._new_decoder(self.num_threads, size, self.view_config.fill)
-            sizes = self._turbojpeg.decode(batch, crops)
-            self._num_decodes += sum(image.ndim == 1 for image in batch.images)
-            failed = np.flatnonzero(sizes[:, 0] == 0)
-            sizes[failed] = np.stack((batch.heights, batch.widths), axis=1)[failed]
-            if self.has_true_sizes(batch, sizes) and not len(failed):
-                break
+        if self._current is not current:
+            self._in_flight.clear()
+            self._current = current
+        while len(self._in_flight) < self.config.prefetch_batches and not current.is_read:
+            self._in_flight.append(self._started(self.next_read(current)))
+        batch, crops, shares = self._in_flight.popleft()
+        self._doing = f"decoding step {batch.step} of epoch {batch.epoch}"
+        while failed := sorted(row for share in shares for row in share.result()):
             # What TurboJPEG refuses or only warns of is up to Pillow, as in the other loaders.
-            self._batches.for_pillow.update(self.readable_by_pillow(batch, failed.tolist()))
-            batch = self._batches.prepare(batch.epoch, batch.step)
+            self._batches.for_pillow.update(self.readable_by_pillow(batch, failed))
+            batch, crops, shares = self._started(self._batches.prepare(batch.epoch, batch.step))
         return self.on_device(DecodedBatch(crops, batch.indices, batch.boxes, batch.unreadable))
 
+    def _started(self, batch: EncodedBatch) -> _Started:
+        if self._turbojpeg is None:
+            fill = self.view_config.fill
+            self._turbojpeg = self._new_decoder(self.num_threads, self.view_config.image_size, fill, self.use_device)
+        shape = len(batch), len(self.views), self.view_config.image_size, self.view_config.image_size, 3
+        crops = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        self._num_decodes += sum(image.ndim == 1 for image in batch.images)
+        return batch, crops, self._turbojpeg.start(batch, crops)
+
     def give_back(self) -> None:
+        self._in_flight.clear()
         if self._turbojpeg is not None:
             self._turbojpeg.close()
             self._turbojpeg = None

@@ -26,7 +26,7 @@ from torchvision.transforms import functional as TF
 from dataset_tools.sources import open_source
 from pipelines import crop_resize as module
 from pipelines.crop_resize import PackedImages, crop_resize
-from pipelines.crop_resize_numba import crop_resize_numba, packed, resize_box, scratch_size
+from pipelines.crop_resize_numba import box_geometry, compiled_kernel, crop_resize_numba, packed, scratch_size
 from pipelines.crops import (
     Boxes,
     center_crops,
@@ -395,8 +395,9 @@ def test_scratch_is_as_large_as_is_asked_for_and_nothing_is_overrun() -> None:
         needed = scratch_size(box, size)
         scratch = np.full(needed + 64, 0xDEADBEEF, dtype=np.uint32)
         output = np.full(size * size * 3 + 64, 77, dtype=np.uint8)
-        place = box[0].astype(np.int64)
-        resize_box(pixels.reshape(-1), width, place, size, packed(FILL), output[:-64], scratch[:needed])
+        geometry, target = box_geometry(np.array([0]), *extent, box), output[:-64].view(np.int8)
+        resize = compiled_kernel()
+        resize(pixels.reshape(-1), geometry, np.array([0]), size, packed(FILL), target, scratch[:needed])
         assert (output[-64:] == 77).all()
         assert (scratch[needed:] == 0xDEADBEEF).all()
         assert np.array_equal(output[:-64].reshape(size, size, 3), by_pillow(pixels, box, size)[0])

@@ -13,7 +13,15 @@ from torchvision.datasets.folder import default_loader
 
 from dataset_tools import images
 from dataset_tools.sources import Split, open_source
-from pipelines.decode import Substitutes, UnreadableImageError, decode_rgb, image_size, none_readable
+from pipelines.decode import (
+    Substitutes,
+    UnreadableImageError,
+    decode_bytes,
+    decode_rgb,
+    image_size,
+    none_readable,
+    require_decodable,
+)
 from tests.pipelines.pictures import picture
 
 PIXELS = picture(21, 34, "waves")
@@ -122,6 +130,14 @@ def test_damaged_images(data: bytes, reason: str) -> None:
     with pytest.raises(UnreadableImageError, match=reason) as raised:
         decode_rgb(MemorySplit(data), 0)
     assert str(raised.value)
+    with pytest.raises(UnreadableImageError, match=reason):
+        require_decodable(data)
+
+
+@pytest.mark.parametrize("data", [JPEG, encoded(format="JPEG", progressive=True), encoded(format="PNG")])
+def test_what_can_be_decoded(data: bytes) -> None:
+    require_decodable(data)
+    assert decode_bytes(data).size == (34, 21)
 
 
 def test_the_size_is_in_the_header() -> None:
