@@ -13,8 +13,8 @@ from dataset_tools.schema import FileContentError, convert
 
 Config = TypeVar("Config")
 
-_RETIRED = {"monitor.silence_limit_s", "monitor.hang_limit_s", "monitor.phase_limit_s"}
-"""Fields of earlier versions, which their runs still name: they are passed over."""
+RETIRED = {"monitor.silence_limit_s", "monitor.hang_limit_s", "monitor.phase_limit_s", "monitor.keep_best"}
+"""Fields of earlier versions, which their runs and scripts still name: they are passed over."""
 
 
 def to_yaml(config: Any) -> str:
@@ -54,7 +54,7 @@ def from_plain(config_type: type[Config], plain: Any, origin: str) -> Config:
     """
     config = convert(plain, config_type, origin)
     known = flat(as_plain(config))
-    unknown = sorted(flat(plain).keys() - known.keys() - _RETIRED)
+    unknown = sorted(flat(plain).keys() - known.keys() - RETIRED)
     if unknown:
         there = [name for name in known if name.rpartition(".")[0] == unknown[0].rpartition(".")[0]]
         raise FileContentError(f"{origin}: unknown field {unknown[0]}; known there: {', '.join(there)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,7 +17,10 @@ from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from leoclr_fast.commands.outcome import outcome
 from leoclr_fast.config import MonitorConfig, ResultConfig, RunConfig, SpeedConfig
+from leoclr_fast.config_file import RETIRED
 from leoclr_fast.recipes import RECIPES, get_recipe
+
+log = logging.getLogger(__name__)
 
 _Flattened = tyro.conf.arg(name="")
 _FITTING = ((48, "leoclr_cifar10"), (128, "leoclr_stl10"))
@@ -75,7 +79,23 @@ def parse_pretrain(arguments: list[str]) -> Pretrain:
     )
     of_recipe = (RECIPES[recipe_name].__doc__ or "").strip()
     description = f"{Pretrain.__doc__}\n\nRecipe {recipe_name}: {of_recipe}\n\nAll recipes: {', '.join(RECIPES)}."
-    return parse_flags(Pretrain, arguments, prog, default=defaults, description=description)
+    return parse_flags(Pretrain, _without_retired(arguments), prog, default=defaults, description=description)
+
+
+def _without_retired(arguments: list[str]) -> list[str]:
+    """The flags that there still are; the others are named."""
+    retired = {f"--{name.replace('_', '-')}" for name in RETIRED}
+    kept, skip = list[str](), False
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        flag, has_value, _ = argument.partition("=")
+        if flag in retired:
+            log.warning("%s is no longer there, and changes nothing", flag)
+            skip = not has_value and not following.startswith("--")
+        elif skip:
+            skip = False
+        else:
+            kept.append(argument)
+    return kept
 
 
 def _suggestion(arguments: list[str]) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 import leoclr_fast.run.checkpoint
 import leoclr_fast.training.loop
 from leoclr_fast.cli import run_command
+from leoclr_fast.commands.pretrain import parse_pretrain
 from leoclr_fast.run.checkpoint import DamagedCheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.run.telemetry import NonFiniteLossError
@@ -356,3 +357,12 @@ def test_precision_of_float64_differs_from_float32_only_by_rounding(tiny_data: P
     for name in ("fp32", "contiguous"):
         torch.testing.assert_close(losses[name], losses["fp64"], rtol=1e-4, atol=0)
     torch.testing.assert_close(losses["torchvision"], losses["fp64"], rtol=1e-12, atol=0)
+
+
+def test_flags_of_earlier_versions_are_passed_over(tiny_data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["--monitor.phase-limit-s=100", "--monitor.hang-limit-s", "9", "--monitor.keep-best", "--seed", "3"]
+    command = parse_pretrain(["leoclr_demo", "--data", str(tiny_data), "--out", "x", *flags])
+    assert command.result.seed == 3
+    assert [message.split()[0] for message in caplog.messages] == [
+        "--monitor.phase-limit-s", "--monitor.hang-limit-s", "--monitor.keep-best",
+    ]  # fmt: skip
