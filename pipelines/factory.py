@@ -13,7 +13,7 @@ from dataset_tools.sources import Split
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.loader import Loader
 from pipelines.order import Order
-from pipelines.resident_loader import ResidentLoader, estimate_decoded_bytes
+from pipelines.resident_loader import ResidentLoader, estimate_decoded_bytes, room_for_pixels
 from pipelines.views import ViewRecipe
 
 log = logging.getLogger(__name__)
@@ -71,16 +71,18 @@ def choose_loader(split: Split, config: LoaderConfig, device: torch.device | Non
     device: by default CUDA where there is some: DALI decodes there, or torchvision's nvJPEG. On a CPU FFCV, which reads
     .betons, is the fastest, then DALI, then torchvision's worker processes (benchmarks/results/loaders_cpu.md).
     """
-    gib = estimate_decoded_bytes(split) / 2**30
+    gib, limit_gib = estimate_decoded_bytes(split) / 2**30, config.resident_limit_gib
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if gib <= config.resident_limit_gib:
+    if gib <= limit_gib:
+        limit_gib = min(limit_gib, room_for_pixels(device) / 2**30)
+    if gib <= limit_gib:
         name, size = ResidentLoader.name, f"take about {gib:.2f}"
         others = "the others decode in every epoch"
     else:
         name, others = _best_decoder(split, device)
         size = f"would take about {gib:.0f}"
-    limit = f"(resident up to {config.resident_limit_gib:g} GiB)"
+    limit = f"(resident up to {limit_gib:g} GiB)"
     log.info("loader %s: the decoded images %s GiB %s; %s", name, size, limit, others)
     return name
 

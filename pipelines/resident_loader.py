@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +21,7 @@ from dataset_tools.sources import Split
 from pipelines.crop_resize import PackedImages, cut_views
 from pipelines.decode import Substitutes, UnreadableImageError, decode_rgb, image_size, none_readable
 from pipelines.loader import DecodedBatch, Loader
+from pipelines.node_memory import made_once, num_local_ranks
 from pipelines.threads import available_cores
 from pipelines.views import draw_boxes
 
@@ -25,7 +30,7 @@ _MEMORY_SHARE = 0.8
 
 
 class ResidentLoader(Loader):
-    """One decode per image and run. Raises ValueError if the decoded split does not fit in memory."""
+    """One decode per image, node and run. Raises ValueError if the decoded split does not fit in memory."""
 
     name = "resident"
     remedy = "everything is decoded already: give it a GPU, or more CPU cores by --loader.workers"
@@ -54,7 +59,7 @@ class ResidentImages:
     unreadable: dict[int, str]
     """Index of each image that could not be decoded -> the reason; its pixels here mean nothing."""
     num_decodes: int
-    """How many images were decoded for it."""
+    """How many images this rank decoded for it: none where another rank of its node did."""
     source_index: npt.NDArray[np.int64]
     """int64 [N]: the image itself, or for an unreadable one the next readable one, which takes its place."""
 
@@ -75,19 +80,49 @@ def estimate_decoded_bytes(split: Split) -> int:
 def load_resident_images(split: Split, device: torch.device, workers: int | None) -> ResidentImages:
     """Decode a split on ``workers`` threads (by default one for each core), or hand out the copy made earlier.
 
-    The loaders of one process share it. Raises ValueError if no image can be read or if the pixels do not fit in
-    memory.
+    The loaders of one process share it, and the ranks of a node the pixels on the host. Raises ValueError if no image
+    can be read or if the pixels do not fit in memory.
     """
     copies = _LOADED.setdefault(split, {})
     if device not in copies:
-        copies[device] = _decode_all(split, device, workers)
+        copies[device] = _loaded(split, device, workers)
     return copies[device]
 
 
 _LOADED: WeakKeyDictionary[Split, dict[torch.device, ResidentImages]] = WeakKeyDictionary()
 
 
-def _decode_all(split: Split, device: torch.device, workers: int | None) -> ResidentImages:
+def _loaded(split: Split, device: torch.device, workers: int | None) -> ResidentImages:
+    if num_local_ranks() == 1:
+        arrays, is_ours = _decode_all(split, device, workers), True
+    else:
+        cores = len(os.sched_getaffinity(0)) if workers is None else workers * num_local_ranks()
+        arrays, is_ours = made_once(_identity(split), lambda: _decode_all(split, device, cores))
+    if not is_ours and device.type == "cuda":  # who decoded has looked before
+        _require_room(len(arrays["pixels"]), device)
+    unreadable: dict[str, str] = json.loads(arrays["unreadable"].tobytes())
+    return ResidentImages(
+        images=PackedImages.side_by_side(
+            torch.from_numpy(arrays["pixels"]).to(device), arrays["heights"], arrays["widths"]
+        ),
+        unreadable={int(index): reason for index, reason in unreadable.items()},
+        num_decodes=int(arrays["num_decodes"][0]) if is_ours else 0,
+        source_index=arrays["source_index"],
+    )
+
+
+def _identity(split: Split) -> str:
+    """Of the images, by their names, labels and some of their bytes: 32 digits, the same on all ranks."""
+    names = split.packed_names()
+    digest = hashlib.sha256(names.blob + names.offsets.tobytes() + split.labels.tobytes())
+    for index in np.linspace(0, len(split) - 1, min(_SIZE_SAMPLES, len(split))).astype(int).tolist():
+        with suppress(OSError):
+            digest.update(split.read(index))
+    return digest.hexdigest()[:32]
+
+
+def _decode_all(split: Split, device: torch.device, workers: int | None) -> dict[str, npt.NDArray[Any]]:
+    """The pixels of all images, and what `ResidentImages` has beside them."""
     heights = np.ones(len(split), dtype=np.int64)
     widths = np.ones(len(split), dtype=np.int64)
     substitutes = Substitutes(split)
@@ -119,7 +154,8 @@ def _decode_all(split: Split, device: torch.device, workers: int | None) -> Resi
         list(pool.map(measure, range(len(split))))
         sizes = 3 * heights * widths
         offsets = np.cumsum(sizes) - sizes
-        _check_memory(int(sizes.sum()), device)
+        for place in dict.fromkeys((device, torch.device("cpu"))):
+            _require_room(int(sizes.sum()), place)
         pixels = np.zeros(int(sizes.sum()), dtype=np.uint8)
         with progress("decoding, once", len(split)) as advance:
             for _ in pool.map(decode, range(len(split))):
@@ -127,26 +163,33 @@ def _decode_all(split: Split, device: torch.device, workers: int | None) -> Resi
 
     if len(unreadable) == len(split):
         raise none_readable(split, unreadable)
-    return ResidentImages(
-        images=PackedImages.side_by_side(torch.from_numpy(pixels).to(device), heights, widths),
-        unreadable=dict(sorted(unreadable.items())),
-        num_decodes=len(decoded),
-        source_index=substitutes.replace(np.arange(len(split), dtype=np.int64)),
-    )
+    return {
+        "pixels": pixels,
+        "heights": heights,
+        "widths": widths,
+        "source_index": substitutes.replace(np.arange(len(split), dtype=np.int64)),
+        "num_decodes": np.array([len(decoded)]),
+        "unreadable": np.frombuffer(json.dumps(dict(sorted(unreadable.items()))).encode(), dtype=np.uint8),
+    }
 
 
-def _check_memory(num_bytes: int, device: torch.device) -> None:
-    available = _available_bytes(device)
+def room_for_pixels(device: torch.device) -> int:
+    """Bytes that decoded images may take on a device, and on the host, where they are decoded."""
+    return int(_MEMORY_SHARE * min(_available_bytes(place) for place in {device, torch.device("cpu")}))
+
+
+def _require_room(num_bytes: int, place: torch.device) -> None:
+    available = _available_bytes(place)
     if num_bytes > _MEMORY_SHARE * available:
         raise ValueError(
-            f"the decoded images take {num_bytes / 2**30:.1f} GiB, but {device} has {available / 2**30:.1f} GiB free "
+            f"the decoded images take {num_bytes / 2**30:.1f} GiB, but {place} has {available / 2**30:.1f} GiB free "
             f"and at most {_MEMORY_SHARE:.0%} of that may be used; choose --loader torchvision"
         )
 
 
-def _available_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def _available_bytes(place: torch.device) -> int:
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0]
     # Not SC_AVPHYS_PAGES: that leaves out the page cache, which a first pass over the data fills.
     with open("/proc/meminfo") as lines:
         sizes_kib = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
