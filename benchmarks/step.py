@@ -169,7 +169,7 @@ def _parts(ours: OurMethod, batch: CropBatch, device: torch.device) -> dict[str,
             f"{method.title} cannot be taken apart here, only momentum contrast; give others to bench train-time"
         )
     size, seed = result.batch_size, result.seed
-    networks: list[Callable[[torch.Tensor], torch.Tensor]] = [method.query_encoder, method.key_encoder]
+    networks: list[Callable[[torch.Tensor], torch.Tensor]] = list(method.compiled_encoders())
     if compiles_encoders(speed, device):
         networks = [torch.compile(network, dynamic=False) for network in networks]
     query_encoder, key_encoder = networks

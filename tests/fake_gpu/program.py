@@ -16,8 +16,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,9 +32,13 @@ from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.sources import open_source
 from leoclr_fast.cli import run_command
-from leoclr_fast.config import RunConfig
+from leoclr_fast.config import BackboneConfig, RunConfig
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.gradient_buckets import GradientBuckets
 from leoclr_fast.distributed.process_group import process_group
+from leoclr_fast.method.backbone import Encoder
+from leoclr_fast.method.key_encoder_copies import HalfEncoder
+from leoclr_fast.method.momentum_contrast import update_key_encoder
 from leoclr_fast.run.telemetry import StepMetrics
 from leoclr_fast.training.out_of_memory import OutOfMemoryError, explained_out_of_memory
 from leoclr_fast.training.state import TrainingState
@@ -179,6 +185,36 @@ def capture_that_is_refused() -> dict[str, Any]:
     return {"warnings": lines, "means": step.means}
 
 
+def launches() -> dict[str, int]:
+    """Of what a step does to all the weights of a ResNet-50 at once."""
+    query = Encoder(BackboneConfig(), 128).to(GPU).to(memory_format=torch.channels_last)
+    key = deepcopy(query).requires_grad_(False)
+    rounded = HalfEncoder(key, torch.bfloat16)
+    buckets = GradientBuckets(list(query.parameters()), SilentRanks(0, 2))
+    for weight in query.parameters():
+        weight.grad = torch.empty_like(weight)
+    buckets.begin(1)
+    actions: dict[str, Callable[[], object]] = {
+        "moving average": lambda: update_key_encoder(key, query, 0.999),
+        "rounding": rounded.refresh,
+        "counters": lambda: torch._foreach_add_([b for b in query.buffers() if not b.is_floating_point()], 1),
+        "gradients": buckets.finish,
+    }
+    done = {}
+    for name, action in actions.items():
+        with counted() as happened:
+            action()
+        done[name] = happened["launches"]
+    return done
+
+
+class SilentRanks(Ranks):
+    """Sum nothing."""
+
+    def begin_all_reduce_sum(self, buffer: torch.Tensor) -> Callable[[], None]:
+        return lambda: None
+
+
 # ---- what must not go unseen ----------------------------------------------------------------------------------------
 
 
@@ -236,15 +272,15 @@ def control_in_capture(name: str) -> dict[str, Any]:
 # ---- two ranks ------------------------------------------------------------------------------------------------------
 
 
-def two_ranks(graph: str, key_batchnorm: str, query_batchnorm: str, failing: str = "") -> list[dict[str, Any]]:
-    """Two ranks' steps. failing: the rank whose capture fails, if any."""
+def two_ranks(graph: str, *others: str) -> list[dict[str, Any]]:
+    """Two ranks' steps. others: batch-norm of the keys and of the queries, the rank whose capture fails, `compiled`."""
     results = []
     with held_port() as port:
         for rank in range(2):
             reader, writer = os.pipe()
             if (process := os.fork()) == 0:
                 os.close(reader)
-                result = _one_of_two(rank, port, graph, key_batchnorm, query_batchnorm, failing)
+                result = _one_of_two(rank, port, graph, *others)
                 os.write(writer, json.dumps(result).encode())
                 os._exit(0)
             os.close(writer)
@@ -252,19 +288,43 @@ def two_ranks(graph: str, key_batchnorm: str, query_batchnorm: str, failing: str
         return [json.loads(pipe.read()) for _, pipe in results if pipe]
 
 
-def _one_of_two(rank: int, port: int, graph: str, key_batchnorm: str, query_batchnorm: str, failing: str) -> Any:
+def _one_of_two(
+    rank: int, port: int, graph: str, key_batchnorm: str, query_batchnorm: str, failing: str = "", compiled: str = ""
+) -> Any:
+    """Each weight's gradient is a bucket of its own."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     changes = {"result__method__query_batchnorm": query_batchnorm, "result__method__key_batchnorm": key_batchnorm}
-    config = gpu_config("leoclr", "bf16", graph, **changes)
-    with process_group("cuda") as (ranks, device):
+    config = gpu_config("leoclr", "bf16", graph, **changes, speed__compile="on" if compiled else "off")
+    with ExitStack() as stack:
+        ranks, device = stack.enter_context(process_group("cuda"))
         _agree_over_a_store(port)
         if failing == str(rank):
             torch.cuda.graph.__enter__ = _refuse  # type: ignore[method-assign]
+        small = partial(GradientBuckets, bucket_bytes=1)
+        stack.enter_context(mock.patch("leoclr_fast.training.step.GradientBuckets", small))
+        if compiled:
+            from tests.fake_gpu.generated_code import unbuilt_kernels
+
+            stack.enter_context(unbuilt_kernels())
         batches = [replace(b, crops=b.crops.to(device)) for b in noise_batches(config, ranks, 2 + NUM_COUNTED)]
-        with told() as lines:
-            happened = trained(config, batches, ranks, static=True if failing else None)
-        return {**happened, "warnings": lines}
+        with told() as lines, logged() as launched:
+            happened = trained(config, batches, ranks, static=True if failing in ("0", "1") else None)
+        return {**happened, "warnings": lines, "sent_early": _sent_early(launched)}
+
+
+def _sent_early(launched: list[str]) -> int:
+    """How many gradients of all steps are being summed when a convolution is still to come before the optimizer."""
+    num_sent = num_waiting = 0
+    for line in launched:
+        if "ncclAllReduce" in line:
+            num_waiting += 1
+        elif "cudnnBackendExecute" in line:
+            num_sent += num_waiting
+            num_waiting = 0
+        elif "FusedSgd" in line:
+            num_waiting = 0
+    return num_sent
 
 
 def _refuse(_: object) -> None:
@@ -386,7 +446,7 @@ def _parsed(changes: tuple[str, ...]) -> dict[str, Any]:
 
 CASES: tuple[Callable[..., Any], ...] = (
     two_ranks, captured, eager, other_sizes, memory_for_no_graph, capture_that_is_refused, control, control_in_capture,
-    generated, command, in_memory, loader,
+    generated, command, in_memory, launches, loader,
 )  # fmt: skip
 
 

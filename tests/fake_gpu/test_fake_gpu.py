@@ -43,7 +43,10 @@ LONG = [
     "captured leoclr fp16 result__micro_batches=5",
     *(f"eager {method} {precision}" for method in ("leoclr", "mocov2") for precision in ("fp32", "fp16", "fp64")),
 ]  # fmt: skip
-LONG_RANKS = ["two_ranks on sync sync", "two_ranks on ema plain", "two_ranks off shuffle sync"]
+LONG_RANKS = [
+    "two_ranks on sync sync", "two_ranks on ema plain", "two_ranks off shuffle sync",
+    "two_ranks on shuffle plain none compiled",
+]  # fmt: skip
 
 
 def ran(*cases: str) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def assert_free(happened: Mapping[str, Any], *, replayed: bool) -> None:
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
     controls = [f"control {name}" for name in CONTROLS] + [f"control_in_capture {name}" for name in CAPTURES]
-    others = ["eager leoclr bf16", "other_sizes", "memory_for_no_graph", "capture_that_is_refused"]
+    others = ["eager leoclr bf16", "other_sizes", "memory_for_no_graph", "capture_that_is_refused", "launches"]
     return ran(*RANKS, *STEPS, *others, *controls, STEM)
 
 
@@ -97,11 +100,13 @@ def test_a_step_goes_on_where_its_capture_fails(seen: Mapping[str, Any]) -> None
 
 
 def test_two_ranks(seen: Mapping[str, Any]) -> None:
-    """The exchange of crops stands before the graph."""
+    """The exchange of crops stands before the graph; gradients travel while others are computed."""
     for happened in seen["two_ranks on shuffle plain"]:
         assert_free(happened | {"launches": 0}, replayed=True)
         assert happened["launches"] < 20
+        assert happened["sent_early"] > 0
     (automatic, _) = seen["two_ranks auto shuffle plain 0"]
+    assert automatic["sent_early"] > 0
     assert automatic["means"].endswith("no CUDA graph (none was ever tried with several ranks; --cuda-graph on does)")
 
 
@@ -118,6 +123,11 @@ def test_loaders_stay_on_their_device() -> None:
         assert happened["pageable_copies"] == happened["illegal_calls"] == 0, case
         waits_for_cuts = case in ("loader nvjpeg", "loader dali")
         assert happened["waits"] == (happened["steps"] if waits_for_cuts else 0) * ["SYNC event"], case
+
+
+def test_all_weights_at_once(seen: Mapping[str, Any]) -> None:
+    """A ResNet-50's 163 tensors, 53 counters of batches, and gradients in four buckets of 25 MiB."""
+    assert seen["launches"] == {"moving average": 1, "rounding": 1, "counters": 1, "gradients": 4}
 
 
 def test_what_is_forbidden_is_seen(seen: Mapping[str, Any]) -> None:
@@ -193,3 +203,4 @@ def test_every_mode() -> None:
             continue
         for of_rank in happened:  # the exchange of crops is no part of the graph
             assert_free(of_rank | {"launches": 0 if replayed else of_rank["launches"]}, replayed=replayed)
+            assert of_rank["sent_early"] > 0, case

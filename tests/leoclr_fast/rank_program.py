@@ -11,10 +11,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -131,6 +133,22 @@ def trained(
         "norms": metrics[:, -1],
         "state": training.method.state_dict(),
     }
+
+
+def resumed(ranks: Ranks) -> list[Any]:
+    """Every value of the state after four steps in float32, in one go, and continued from the state after two; each
+    weight's gradient is a bucket of its own, and so sent as soon as it is there."""
+    config = tiny_config(speed__precision="fp32", result__method__key_batchnorm="shuffle", **SMALL_VIEWS)
+    batches = noise_batches(config, ranks, 4)
+    with mock.patch("leoclr_fast.training.step.GradientBuckets", partial(GradientBuckets, bucket_bytes=1)):
+        whole, first, second = (TrainingState.fresh(config, ranks, CPU) for _ in range(3))
+        for state, part in ((whole, batches), (first, batches[:2]), (second, batches[2:])):
+            if state is second:
+                second.load_state_dict(deepcopy(first.state_dict(config.result)), config.result, "the first")
+            step = TrainingStep(state, config, CPU)
+            for batch in part:
+                step(batch, config.result.lr)
+    return [whole.tensors(), second.tensors()]
 
 
 def exchange(key_passes: str, ranks: Ranks) -> dict[str, Any]:
@@ -260,6 +278,7 @@ def main(data: Path, out: Path) -> None:
             {f"{case}-of-3": partial(trained, trained_config(case)) for case in TRAINED}
             | {f"{case}-static-of-3": partial(trained, trained_config(case), static=True) for case in TRAINED}
             | {f"exchange-{key_passes}": partial(exchange, key_passes) for key_passes in ("separate", "joint")}
+            | {"resumed": resumed}
             | {f"norm-{name}": partial(batch_norms, dtype, form) for name, (dtype, form) in NORMS.items()},
         )
     if os.environ["RANK"] == "2":

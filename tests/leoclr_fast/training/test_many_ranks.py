@@ -123,6 +123,12 @@ class TestSynchronised:
         assert abs(split["losses"][1] / alone["sync-256"]["losses"][1] - 1) > 1e-6
 
 
+def test_a_resumed_run_is_bit_identical_with_many_buckets(seen: Path) -> None:
+    """The sum over three ranks depends on its order, and each of 64 gradients is summed by itself."""
+    for whole, continued in of_ranks(seen, "resumed", 3):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(whole, continued, strict=True))
+
+
 @pytest.mark.parametrize("key_passes", ["separate", "joint"])
 def test_shuffle_is_the_permutation(key_passes: str, seen: Path) -> None:
     """Which image's key is computed on which rank: the very crops and parameters that the permutation says, in its
