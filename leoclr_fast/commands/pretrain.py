@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -85,16 +86,18 @@ def parse_pretrain(arguments: list[str]) -> Pretrain:
 def _without_retired(arguments: list[str]) -> list[str]:
     """The flags that there still are; the others are named."""
     retired = {f"--{name.replace('_', '-')}" for name in RETIRED}
-    kept, skip = list[str](), False
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
-        flag, has_value, _ = argument.partition("=")
-        if flag in retired:
-            log.warning("%s is no longer there, and changes nothing", flag)
-            skip = not has_value and not following.startswith("--")
-        elif skip:
-            skip = False
-        else:
-            kept.append(argument)
+    kept, given = list[str](), list(arguments)
+    while given:
+        flag, has_value, value = given[0].partition("=")
+        if flag not in retired:
+            kept.append(given.pop(0))
+            continue
+        del given[0]
+        if not has_value and given and not given[0].startswith("--"):
+            value = given.pop(0)
+        if not re.fullmatch(r"(\d+(\.\d*)?|True|False)?", value, re.ASCII):
+            raise ValueError(f"{flag} {value} is not allowed: give a number of seconds, or leave it away")
+        log.warning("%s is no longer there, and changes nothing", flag)
     return kept
 
 

@@ -366,3 +366,5 @@ def test_flags_of_earlier_versions_are_passed_over(tiny_data: Path, caplog: pyte
     assert [message.split()[0] for message in caplog.messages] == [
         "--monitor.phase-limit-s", "--monitor.hang-limit-s", "--monitor.keep-best",
     ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"--monitor\.hang-limit-s nan is not allowed"):
+        parse_pretrain(["leoclr_demo", "--monitor.hang-limit-s=nan"])
