@@ -1,7 +1,8 @@
 """On CPU cores: our step as it is, as it was in another checkout, and the peers', each in a process of its own, in
 interleaved rounds. `python -m benchmarks.earlier_step --help`
 
-The same network, sizes and batch-norm on all sides, our augmentation timed with the step, in float32.
+What is timed is the processor time of all threads, which other programs on the machine hardly change. The same network,
+sizes and batch-norm on all sides, our augmentation timed with the step, in float32.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ result = setting.result(method)
 with open_batches(training_images(None, result), [timed.views], result, SYNTHETIC, device) as (batches, _):
     for _ in sys.stdin:
         timed.step(next(batches[timed.views]))
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(int(steps)):
             timed.step(next(batches[timed.views]))
-        print(1000 * (time.perf_counter() - start) / int(steps), flush=True)
+        print(1000 * (time.process_time() - start) / int(steps), flush=True)
 """
 
 
@@ -92,7 +93,7 @@ class EarlierStep:
         try:
             for number, name in interleaved(list(places), self.rounds, warmup=1):
                 step_ms = self._step_ms(programs[name])
-                results.say(f"round {number + 1}/{self.rounds}: {name} {step_ms:,.1f} ms a step")
+                results.say(f"round {number + 1}/{self.rounds}: {name} {step_ms:,.1f} ms of processor time a step")
                 if number >= 0:
                     times[name].append(step_ms)
         finally:
@@ -111,7 +112,7 @@ class EarlierStep:
             f"{made_with(surroundings, 'lightly')} {self.rounds} interleaved "
             f"rounds of {self.steps} steps; {self.arch}, {self.image_size} px, batch {self.batch_size}, plain "
             "batch-norm, augmentation included, float32.\n\n"
-            + markdown_table(("step", "ms", "of the pairs: its time over now's"), rows)
+            + markdown_table(("step", "processor time, ms", "of the pairs: its time over now's"), rows)
         )
         results.write(document, page)
         print(page)
