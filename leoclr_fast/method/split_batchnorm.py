@@ -24,15 +24,23 @@ def normalise_equal_groups(
     """Images [B, C, H, W] normalised in groups of one size, and mean and biased variance of each group, [G, C].
 
     One reduction and one pointwise pass over all groups, for torch.compile: of values and squares, in float32 or
-    float64, whose sums take a quarter of the instructions of torch.var_mean's there.
+    float64, whose sums take a quarter of the instructions of torch.var_mean's there. No tensor of the images' size has
+    five dimensions, which the compiler would lay out anew, and not channels-last.
     """
+    num_images = len(images) // num_groups
     wide = images.double() if images.dtype == torch.float64 else images.float()
-    groups = wide.unflatten(0, (num_groups, -1))  # [G, n, C, H, W]
-    mean, square = (values.mean(dim=(1, 3, 4), keepdim=True) for values in (groups, groups.square()))
-    variance = (square - mean.square()).clamp_min(0)
-    unit = ((groups - mean) * torch.rsqrt(variance + eps)).flatten(0, 1)
+
+    def of_groups(values: Tensor) -> Tensor:
+        return values.mean(dim=(2, 3)).unflatten(0, (num_groups, num_images)).mean(dim=1)
+
+    def of_images(values: Tensor) -> Tensor:
+        return values[:, None].expand(-1, num_images, -1).flatten(0, 1)[:, :, None, None]
+
+    mean = of_groups(wide)
+    variance = (of_groups(wide.square()) - mean.square()).clamp_min(0)
+    unit = (wide - of_images(mean)) * of_images(torch.rsqrt(variance + eps))
     normalised = (unit * weight[:, None, None] + bias[:, None, None]).to(images.dtype)
-    return normalised, mean.flatten(1), variance.flatten(1)
+    return normalised, mean, variance
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):

@@ -17,8 +17,10 @@ from torch._inductor.graph import GraphLowering
 from leoclr_fast.bench.config import BenchSetting
 from leoclr_fast.config import BackboneConfig, RunConfig, SpeedConfig
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.sync_batchnorm import replace_batchnorm
 from leoclr_fast.machine.precision import encoder_precision
 from leoclr_fast.method import backbone
+from leoclr_fast.method.split_batchnorm import SplitBatchNorm2d
 from leoclr_fast.training.state import TrainingState
 from leoclr_fast.training.step import TrainingStep
 from tests.leoclr_fast.training.test_training_step import crop_batches
@@ -98,6 +100,7 @@ def of_the_stem(precision: str, max_pool: str = "ours") -> dict[str, Any]:
     """Of a ResNet-50 to the end of its first block, forward and backward: in seconds."""
     with _max_pool(max_pool):
         network = backbone.build_backbone(BackboneConfig())
+    replace_batchnorm(network, lambda norm: SplitBatchNorm2d(norm, 32))
     stem = [network.conv1, network.bn1, network.relu, network.maxpool, network.layer1[0]]
     module = torch.nn.Sequential(*stem).cuda().to(memory_format=torch.channels_last)
     images = torch.empty(BATCH_SIZE, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
