@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,8 @@ from pipelines.views import draw_boxes
 
 _SIZE_SAMPLES = 64
 _MEMORY_SHARE = 0.8
+_BLOCK = 64
+"""Images that a thread is given at a time: a signal ends the run within these, and a million futures take gigabytes."""
 
 
 class ResidentLoader(Loader):
@@ -151,15 +154,16 @@ def _decode_all(split: Split, device: torch.device, workers: int | None) -> dict
 
     num_threads = available_cores() if workers is None else max(1, workers)
     with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(measure, range(len(split))))
+        blocks = [range(start, min(start + _BLOCK, len(split))) for start in range(0, len(split), _BLOCK)]
+        list(pool.map(partial(_for_each, measure), blocks))
         sizes = 3 * heights * widths
         offsets = np.cumsum(sizes) - sizes
         for place in dict.fromkeys((device, torch.device("cpu"))):
             _require_room(int(sizes.sum()), place)
         pixels = np.zeros(int(sizes.sum()), dtype=np.uint8)
         with progress("decoding, once", len(split)) as advance:
-            for _ in pool.map(decode, range(len(split))):
-                advance(1)
+            for done in pool.map(partial(_for_each, decode), blocks):
+                advance(done)
 
     if len(unreadable) == len(split):
         raise none_readable(split, unreadable)
@@ -171,6 +175,12 @@ def _decode_all(split: Split, device: torch.device, workers: int | None) -> dict
         "num_decodes": np.array([len(decoded)]),
         "unreadable": np.frombuffer(json.dumps(dict(sorted(unreadable.items()))).encode(), dtype=np.uint8),
     }
+
+
+def _for_each(call: Callable[[int], None], block: range) -> int:
+    for index in block:
+        call(index)
+    return len(block)
 
 
 def room_for_pixels(device: torch.device) -> int:
