@@ -5,8 +5,8 @@ other loader. On the CPU they are Pillow's to the last bit; on a GPU its decoder
 GPU path was written without a GPU at hand; but for the device, it is the code that runs on the CPU.
 
 The graph is a classic `Pipeline`: DALI's dynamic mode took 3 to 6 % more CPU time for the same work, and is
-experimental. nvImageCodec, which decodes in it, has a Python package of its own; without a GPU that one hands out no
-tensor of what it decoded (0.9.0), so that nothing around it could have been tried here.
+experimental. nvImageCodec, which decodes in it, has a Python package of its own; its images go to torch by DLPack,
+which needs a driver even for those of its CPU decoder (0.9.0), so that nothing around it could be tried without a GPU.
 """
 
 from __future__ import annotations

@@ -282,7 +282,7 @@ def test_damaged_images_of_a_large_batch(
     monkeypatch.setattr(loader, "_built_pipeline", lambda *given, **named: built.append(1) or original(*given, **named))
     began = time.monotonic()
     (batch,) = loader.batches(0)
-    assert time.monotonic() - began < 60  # on two idle cores, with photographs, it costs less than a second
+    assert time.monotonic() - began < 60  # a wide bound: a pipeline for each of 256 images took minutes
     assert batch.indices[[7, 100, 255]].tolist() == [8, 101, 0]
     assert sorted(loader.unreadable) == [7, 100, 255]
     assert sum("the next image takes its place" in message for message in package_log.messages) == 3
