@@ -120,6 +120,9 @@ class Campaign:
         flags = [f"--monitor.collective-timeout-s={TIMEOUT_S}"] if fault.kind == "freeze a rank for ever" else []
         run = self.start(name, fault.num_ranks, *flags, max_restarts=1 if restarted else 0)
         run.wait_for_step(out, fault.step)
+        while fault.kind == "truncated checkpoint" and len(list_checkpoints(out / "checkpoints")) < 2:
+            assert run.code() is None, run.output()  # one to truncate, and one to go back to
+            time.sleep(0.002)
         saved = newest_step(out)
         injected_s = time.monotonic()
         inject(fault, run)
