@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import is_hypothesis_test, settings
@@ -40,6 +41,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if isinstance(item, pytest.Function) and is_hypothesis_test(item.obj):
                 item.add_marker("long")
                 item.add_marker(pytest.mark.timeout(3600))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, dict[str, Any], dict[str, Any]]:
+    """Names that are not UTF-8, in what a test logged, are escaped: the workers send their reports as UTF-8."""
+    report = yield
+    if report and "sections" in report:
+        report["sections"] = [
+            (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report["sections"]
+        ]
+    return report
 
 
 @pytest.fixture(scope="session")
