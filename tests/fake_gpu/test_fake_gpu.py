@@ -152,6 +152,10 @@ def test_code_of_the_stem(seen: Mapping[str, Any]) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+@pytest.mark.xfail(
+    strict=True,
+    reason="where queries are normalised in groups, six gradients of block outputs are written in float32: 11.7 GB",
+)
 def test_code_of_a_step() -> None:
     """64 images through a ResNet of one bottleneck in each stage; torch's own max-pooling is what the guard would see
     (torch 2.12 to 2.15; before, it makes the same code as ours)."""
