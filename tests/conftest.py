@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,14 @@ def pytest_report_to_serializable() -> Generator[None, dict[str, Any], dict[str,
             (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report["sections"]
         ]
     return report
+
+
+@pytest.fixture(autouse=True)
+def _sigterm_as_before() -> Iterator[None]:
+    """A rank that ends ignores SIGTERM from then on, and tests that are one are no process of their own."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

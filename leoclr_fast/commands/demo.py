@@ -47,6 +47,7 @@ class Demo(CommonFlags):
             changes["epochs"] = self.epochs
         result = replace(recipe.result, **changes)
         config = replace(recipe, result=result, speed=replace(recipe.speed, device=self.device))
+        config = replace(config, monitor=replace(recipe.monitor, knn="on"))  # before and after, whatever --max-steps
         data, run, preview = self.out / "data", self.out / "run", self.out / "preview.png"
         write_demo_data(data)
         views = METHODS[result.method.name].views

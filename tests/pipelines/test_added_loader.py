@@ -34,7 +34,7 @@ class PlainLoader(Loader):
             boxes = draw_boxes(self.views, self.view_config, heights, widths, self.seed, epoch, indices)
             pixels = torch.from_numpy(np.concatenate([images[index].reshape(-1) for index in indices]))
             packed = PackedImages.side_by_side(pixels, heights, widths)
-            crops = cut_views(packed, np.arange(len(indices)), boxes, self.view_config.image_size)
+            crops = cut_views(packed, np.arange(len(indices)), boxes, self.view_config)
             self._num_decodes += len(images)
             yield DecodedBatch(crops, indices, boxes, unreadable)
 
@@ -73,4 +73,4 @@ def test_auto_takes_one_that_asks_for_it(split: Split, package_log: pytest.LogCa
 
     LOADERS["plain"] = FastLoader
     assert choose_loader(split, LoaderConfig(resident_limit_gib=0.0), torch.device("cpu")) == "plain"
-    assert "not ffcv (it reads .betons alone), dali (" in package_log.messages[-1]
+    assert "; not ffcv (slower), dali (slower" in package_log.messages[-1]
