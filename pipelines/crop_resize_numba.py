@@ -168,18 +168,18 @@ def _resize(
         num_rows = min(_ROWS, end_row - first_row)
         start = first + first_row * row_stride
         if plane_stride == 0:
-            _pack(pixels, start, row_stride, num_rows, end_column - begin, block)
+            _pack(pixels, start, row_stride, num_rows, end_column - begin, block[begin * _ROWS :])
         else:
-            _pack_planes(pixels, start, row_stride, plane_stride, num_rows, end_column - begin, block)
+            _pack_planes(pixels, start, row_stride, plane_stride, num_rows, end_column - begin, block[begin * _ROWS :])
         for column in range(left, right):
             _filter(
-                block, (int(starts[column]) - begin) * _ROWS, _ROWS, int(groups[column]),
+                block, int(starts[column]) * _ROWS, _ROWS, int(groups[column]),
                 weights[column * taps : (column + 1) * taps], sums, lanes,
             )  # fmt: skip
             _join(sums, lanes, columns[column * _ROWS : (column + 1) * _ROWS])
         for row in range(num_rows):
             target = narrow[(first_row + row) * size : (first_row + row + 1) * size]
-            for column in range(left, right):
+            for column in range(size):  # all of them, which is quicker than some
                 target[column] = columns[column * _ROWS + row]
 
     taps = _fill_weights(height, new_height, corner_row, size, starts, groups, weights)

@@ -161,8 +161,7 @@ class EncodedLoader(Loader):
         (H100 and later) writes at once, whatever the stream.
         """
         with torch.cuda.stream(self.side_stream):  # does nothing for None
-            flat = [image.flatten() for image in images]
-            pixels = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=self.device)
+            pixels = _end_to_end([image.flatten() for image in images], self.device)
             packed = PackedImages.side_by_side(pixels, batch.heights, batch.widths, planar=planar)
             rows = np.arange(len(batch))
             crops = cut_views(packed, rows, batch.boxes, self.view_config, num_threads=self.num_threads)
@@ -246,3 +245,10 @@ class Pass:
         self.cancelled = True
         for future in [*list[Future[Any]](self.decoding), *chain.from_iterable(self.reads)]:
             future.cancel()
+
+
+def _end_to_end(flat: list[Tensor], device: torch.device) -> Tensor:
+    if flat and device.type == "cpu":
+        # torch.cat's threads would stay awake for a while, and take the cores from those that decode and cut.
+        return torch.from_numpy(np.concatenate([image.numpy() for image in flat]))
+    return torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)
