@@ -14,7 +14,7 @@ from leoclr_fast.config import MethodConfig
 from leoclr_fast.distributed.batch_statistics import batch_statistics
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.sync_batchnorm import replace_batchnorm
-from leoclr_fast.method.split_batchnorm import group_sizes, normalise_equal_groups
+from leoclr_fast.method.split_batchnorm import NormaliseEqualGroups, group_sizes
 
 
 class KeyBatchNorm2d(nn.BatchNorm2d):
@@ -40,7 +40,7 @@ class KeyBatchNorm2d(nn.BatchNorm2d):
             return self._normalise_over_ranks(images)
         sizes = group_sizes(len(images), self.group_size if self.mode == "split" else len(images))
         if torch.compiler.is_compiling() and sizes[0] == sizes[-1]:
-            return normalise_equal_groups(images, len(sizes), self.weight, self.bias, self.eps)[0]
+            return NormaliseEqualGroups.apply(images, len(sizes), self.weight, self.bias, self.eps)[0]
         return self._normalise(images) if len(sizes) == 1 else self._normalise_groups(images, sizes)
 
     def _normalise(self, images: Tensor) -> Tensor:

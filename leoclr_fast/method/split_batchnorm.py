@@ -5,6 +5,8 @@ Legend: B images in a batch, G groups of it, n images of a group, C channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,29 +20,54 @@ def group_sizes(num_images: int, least: int) -> list[int]:
     return [base + (group < extra) for group in range(num_groups)]
 
 
-def normalise_equal_groups(
-    images: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Images [B, C, H, W] normalised in groups of one size, and mean and biased variance of each group, [G, C].
+class NormaliseEqualGroups(torch.autograd.Function):
+    """Batch-norm of G groups of one size, n images each: one reduction and one pointwise pass over all, for
+    torch.compile.
 
-    One reduction and one pointwise pass over all groups, for torch.compile: of values and squares, in float32 or
-    float64, whose sums take a quarter of the instructions of torch.var_mean's there. No tensor of the images' size has
-    five dimensions, which the compiler would lay out anew, and not channels-last.
+    Sums are of values and squares, in float32 or float64: a quarter of the instructions of torch.var_mean's there. The
+    backward pass is written out, as torch's own is, since the one that is derived writes gradients in float32. No
+    tensor of the images' size has five dimensions, which the compiler would lay out anew, and not channels-last.
     """
-    num_images = len(images) // num_groups
-    wide = images.double() if images.dtype == torch.float64 else images.float()
 
-    def of_groups(values: Tensor) -> Tensor:
-        return values.mean(dim=(2, 3)).unflatten(0, (num_groups, num_images)).mean(dim=1)
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [B, C, H, W], normalised, and mean and biased variance of each group, [G, C]."""
+        wide = _wide(images)
+        mean = _mean_of_groups(wide, num_groups)
+        variance = (_mean_of_groups(wide.square(), num_groups) - mean.square()).clamp_min(0)
+        inverse = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(images, weight, mean, inverse)
+        ctx.mark_non_differentiable(mean, variance)
+        unit = (wide - _of_images(mean, images)) * _of_images(inverse, images)
+        normalised = (unit * weight[:, None, None] + bias[:, None, None]).to(images.dtype)
+        return normalised, mean, variance
 
-    def of_images(values: Tensor) -> Tensor:
-        return values[:, None].expand(-1, num_images, -1).flatten(0, 1)[:, :, None, None]
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Of images, weight and bias."""
+        images, weight, mean, inverse = ctx.saved_tensors
+        wide = _wide(grad)
+        unit = (_wide(images) - _of_images(mean, images)) * _of_images(inverse, images)
+        of_bias, of_weight = _mean_of_groups(wide, len(mean)), _mean_of_groups(wide * unit, len(mean))
+        rest = wide - _of_images(of_bias, images) - unit * _of_images(of_weight, images)
+        of_images = (rest * _of_images(weight * inverse, images)).to(images.dtype)
+        num_values = images.numel() // mean.numel()
+        return of_images, None, of_weight.sum(0) * num_values, of_bias.sum(0) * num_values, None
 
-    mean = of_groups(wide)
-    variance = (of_groups(wide.square()) - mean.square()).clamp_min(0)
-    unit = (wide - of_images(mean)) * of_images(torch.rsqrt(variance + eps))
-    normalised = (unit * weight[:, None, None] + bias[:, None, None]).to(images.dtype)
-    return normalised, mean, variance
+
+def _wide(values: Tensor) -> Tensor:
+    return values.double() if values.dtype == torch.float64 else values.float()
+
+
+def _mean_of_groups(values: Tensor, num_groups: int) -> Tensor:
+    return values.mean(dim=(2, 3)).unflatten(0, (num_groups, -1)).mean(dim=1)
+
+
+def _of_images(values: Tensor, images: Tensor) -> Tensor:
+    """What stands for each group, [G, C], for each image: [B, C, 1, 1]."""
+    return values[:, None].expand(-1, len(images) // len(values), -1).flatten(0, 1)[:, :, None, None]
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -68,7 +95,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         assert self.momentum is not None
         sizes = group_sizes(len(images), self.group_size or len(images))
         if torch.compiler.is_compiling() and sizes[0] == sizes[-1]:
-            normalised, means, variances = normalise_equal_groups(images, len(sizes), self.weight, self.bias, self.eps)
+            normalised, means, variances = NormaliseEqualGroups.apply(images, len(sizes), self.weight, self.bias, self.eps)
             with torch.no_grad():
                 num_values = sizes[0] * images.shape[2] * images.shape[3]
                 unbiased = variances.mean(0) * (num_values / (num_values - 1))

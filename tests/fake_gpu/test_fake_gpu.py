@@ -148,22 +148,18 @@ def assert_fast_code(found: Mapping[str, Any], most_gb: float) -> None:
 
 
 def test_code_of_the_stem(seen: Mapping[str, Any]) -> None:
-    assert_fast_code(seen[STEM], most_gb=4.1)
+    assert_fast_code(seen[STEM], most_gb=3.4)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.xfail(
-    strict=True,
-    reason="where queries are normalised in groups, six gradients of block outputs are written in float32: 11.7 GB",
-)
 def test_code_of_a_step() -> None:
-    """64 images through a ResNet of one bottleneck in each stage; torch's own max-pooling is what the guard would see
-    (torch 2.12 to 2.15; before, it makes the same code as ours)."""
+    """64 images, and 128 keys in one pass, through a ResNet of one bottleneck in each stage; torch's own max-pooling is
+    what the guard would see (torch 2.12 to 2.15; before, it makes the same code as ours)."""
     ours, half, torchs = "of_a_step bf16 1111", "of_a_step fp16 1111", "of_the_stem bf16 torchs"
     found = ran(*(f"generated {case}" for case in (ours, half, torchs)))
-    assert_fast_code(found[f"generated {ours}"], most_gb=8.3)
-    assert_fast_code(found[f"generated {half}"], most_gb=8.3)
+    assert_fast_code(found[f"generated {ours}"], most_gb=9.9)
+    assert_fast_code(found[f"generated {half}"], most_gb=9.9)
     seen = found[f"generated {torchs}"]
     has_the_fault = (2, 12) <= tuple(map(int, version("torch").split(".")[:2])) <= (2, 15)
     for fault in ("atomics", "nchw", "float32"):
