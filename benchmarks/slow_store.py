@@ -142,7 +142,7 @@ class SlowStoreBenchmark:
             remarks=[
                 "Nothing is decoded: reading and what comes with it (headers, boxes, joining the pieces) alone. A "
                 "worker reads one image at a time, so that w workers can reach w / wait: 1,600 at 10 ms and 16.",
-                f"{len(os.sched_getaffinity(0))} cores, which other work shared.",
+                f"{len(os.sched_getaffinity(0))} cores.",
             ],
         )
 
