@@ -9,20 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from dataset_tools.files import write_file
+from dataset_tools.versions import installed_version
+from leoclr_fast.config import BackboneConfig
 from leoclr_fast.weights.backbone_file import require_new_file
-from leoclr_fast.weights.formats.detectron2 import Detectron2Format
-from leoclr_fast.weights.formats.export_format import ExportFormat
-from leoclr_fast.weights.formats.safetensors import SafetensorsFormat
-from leoclr_fast.weights.formats.timm import TimmFormat
-from leoclr_fast.weights.formats.torchvision import TorchvisionFormat
+from leoclr_fast.weights.formats import FORMATS, ExportFormat
 from leoclr_fast.weights.pretrained import Pretrained, load_pretrained
-
-FORMATS: dict[str, ExportFormat] = {
-    exporter.name: exporter for exporter in (TorchvisionFormat(), TimmFormat(), SafetensorsFormat(), Detectron2Format())
-}
-_NUM_IMAGES = 4
 
 
 def export(weights: Path, to: str, out: Path) -> dict[str, Any]:
@@ -38,16 +31,19 @@ def export(weights: Path, to: str, out: Path) -> dict[str, Any]:
         raise ValueError(f"there is no export format {to!r}; allowed: {', '.join(FORMATS)}")
     exporter = FORMATS[to]
     require_new_file(out, exporter.ending)
-    missing = exporter.missing_packages()
-    if missing:
-        raise ValueError(f"--to {to} needs {', '.join(missing)}; install them with: pip install 'leoclr-fast[export]'")
+    if installed_version(exporter.package) is None:
+        raise ValueError(f"--to {to} needs {exporter.package}; install it with: pip install 'leoclr-fast[export]'")
     pretrained = load_pretrained(weights)
-    refusal = exporter.refusal(pretrained.description.backbone)
-    if refusal is not None:
-        raise ValueError(f"{weights} cannot be exported to {to}: {refusal}; safetensors holds any backbone")
+    config = pretrained.description.backbone
+    misfits = _misfits(config)
+    if misfits and not exporter.any_backbone:
+        raise ValueError(
+            f"{weights} cannot be exported to {to}: {to}'s {config.arch} has {', and '.join(misfits)}, so it could not "
+            "load the file; safetensors holds any backbone"
+        )
     with tempfile.TemporaryDirectory(prefix=f".{out.name[:40]}.", dir=out.parent) as folder:
         temporary = Path(folder) / out.name
-        exporter.write(temporary, pretrained)
+        write_file(temporary, exporter.content(pretrained))
         difference = _difference(exporter, temporary, pretrained)
         content_sha256 = hashlib.sha256(temporary.read_bytes()).hexdigest()
         os.replace(temporary, out)
@@ -64,15 +60,21 @@ def export(weights: Path, to: str, out: Path) -> dict[str, Any]:
     }
 
 
-def fixed_images(image_size: int) -> Tensor:
-    """The images that exports are compared on: float32 [4, 3, S, S], normal noise, the same every time."""
-    return torch.randn(_NUM_IMAGES, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+def _misfits(config: BackboneConfig) -> list[str]:
+    """In what a backbone differs from the ResNets that libraries build."""
+    misfits = []
+    if config.stem != "imagenet":
+        misfits.append("a 7x7 stem with max-pooling, this backbone the small 3x3 stem")
+    if config.width_multiplier != 1:
+        misfits.append(f"width 1, this backbone width {config.width_multiplier:g}")
+    return misfits
 
 
 @torch.no_grad()
 def _difference(exporter: ExportFormat, path: Path, pretrained: Pretrained) -> float:
-    """Raises RuntimeError if the features differ by more than the format's tolerance."""
-    images = fixed_images(pretrained.description.views.image_size)
+    """Of the features of noise images. Raises RuntimeError if they differ by more than the format's tolerance."""
+    side = pretrained.description.views.image_size
+    images = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(0))
     ours = pretrained.backbone.eval()(images)
     theirs = exporter.features(path, pretrained.description.backbone, images)
     scale = float(ours.abs().max())

@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dataset_tools.files import write_file
-from leoclr_fast.config import BackboneConfig
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.run.tensors import load_tensors
 from leoclr_fast.weights.architecture import recognised_backbone
@@ -27,92 +25,56 @@ _HEADS = {
 
 
 def import_moco(checkpoint: Path, out: Path, arch: str | None = None) -> dict[str, Any]:
-    """Write the query encoder's backbone of `checkpoint` to `out`, a .safetensors file.
-
-    Returns out, arch, stem, width_multiplier, feature_dim, parameters, tensors (of the backbone), head,
-    head_tensors_left_behind, other_tensors_left_behind (of key encoder and queue), epoch, source_sha256,
-    weights_sha256. Raises ValueError as `read_moco_checkpoint`, or if `out` has another ending or exists.
-    """
-    require_new_file(out, ".safetensors")
-    moco = read_moco_checkpoint(checkpoint, arch)
-    backbone = build_backbone(moco.config)
-    backbone.load_state_dict(moco.backbone)
-    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in moco.backbone.items()}
-    after = "" if moco.epoch is None else f" after epoch {moco.epoch}"
-    description = Description(
-        recipe="import-moco",
-        backbone=moco.config,
-        source=f"{checkpoint.name}{after}, sha256 {moco.file_sha256}; projection head of {moco.head}",
-    )
-    write_file(out, backbone_bytes(tensors, description))
-    return {
-        "out": str(out),
-        "arch": moco.config.arch,
-        "stem": moco.config.stem,
-        "width_multiplier": moco.config.width_multiplier,
-        "feature_dim": backbone.feature_dim,
-        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
-        "tensors": len(tensors),
-        "head": moco.head,
-        "head_tensors_left_behind": moco.num_head_tensors,
-        "other_tensors_left_behind": moco.num_other_tensors,
-        "epoch": moco.epoch,
-        "source_sha256": moco.file_sha256,
-        "weights_sha256": weights_sha256(tensors),
-    }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MocoCheckpoint:
-    """A checkpoint in which every tensor is accounted for."""
-
-    backbone: dict[str, Tensor]
-    """The query encoder's, under torchvision's names."""
-    config: BackboneConfig
-    head: str
-    """What the projection head is, which stays behind."""
-    num_head_tensors: int
-    num_other_tensors: int
-    """Of the key encoder and the queue, which stay behind."""
-    epoch: int | None
-    """Finished epochs, where the checkpoint says so."""
-    file_sha256: str
-
-
-def read_moco_checkpoint(path: Path, arch: str | None = None) -> MocoCheckpoint:
-    """Read a checkpoint with `weights_only=True`: nothing in it is executed.
+    """Write the query encoder's backbone of `checkpoint`, in which every tensor is accounted for, to `out`, a
+    .safetensors file. It is read with `weights_only=True`: nothing in it is executed.
 
     arch: the architecture it must be; recognised from the shapes if not given.
-    Raises FileNotFoundError; ValueError if it is another kind of file, or if a tensor is left over, missing, of another
-    shape or not finite.
+    Returns out, arch, stem, width_multiplier, feature_dim, parameters, tensors (of the backbone), head,
+    head_tensors_left_behind, other_tensors_left_behind (of key encoder and queue), epoch, source_sha256,
+    weights_sha256. Raises FileNotFoundError; ValueError if it is another kind of file, if a tensor is left over,
+    missing, of another shape or not finite, or if `out` has another ending or exists.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}; give a MoCo .pth.tar")
-    content = path.read_bytes()
-    document = _loaded(content, path)
-    state = _state(document, path)
+    require_new_file(out, ".safetensors")
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {checkpoint}; give a MoCo .pth.tar")
+    content = checkpoint.read_bytes()
+    document = _loaded(content, checkpoint)
+    state = _state(document, checkpoint)
     query = {name.removeprefix(_QUERY): tensor for name, tensor in state.items() if name.startswith(_QUERY)}
     if not query:
         raise ValueError(
-            f"{path} has no query encoder: none of its {len(state)} tensors ({', '.join(list(state)[:3])}…) is named "
-            "module.encoder_q.…; give a checkpoint of MoCo's main_moco.py"
+            f"{checkpoint} has no query encoder: none of its {len(state)} tensors ({', '.join(list(state)[:3])}…) is "
+            "named module.encoder_q.…; give a checkpoint of MoCo's main_moco.py"
         )
-    backbone = {name: tensor for name, tensor in query.items() if not name.startswith("fc.")}
+    tensors = {name: tensor for name, tensor in query.items() if not name.startswith("fc.")}
     head = {name: tensor for name, tensor in query.items() if name.startswith("fc.")}
-    config = recognised_backbone(backbone, f"the query encoder in {path}", arch)
-    _require_known_head(head, path)
+    config = recognised_backbone(tensors, f"the query encoder in {checkpoint}", arch)
+    _require_known_head(head, checkpoint)
     others = {name: tensor for name, tensor in state.items() if not name.startswith(_QUERY)}
-    _require_known_others(others, query, path)
-    epoch = document.get("epoch")
-    return MocoCheckpoint(
-        backbone=backbone,
-        config=config,
-        head=_HEADS[tuple(sorted(head))],
-        num_head_tensors=len(head),
-        num_other_tensors=len(others),
-        epoch=epoch if isinstance(epoch, int) else None,
-        file_sha256=hashlib.sha256(content).hexdigest(),
-    )
+    _require_known_others(others, query, checkpoint)
+    backbone = build_backbone(config)
+    backbone.load_state_dict(tensors)
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    epoch = document.get("epoch") if isinstance(document.get("epoch"), int) else None
+    after = "" if epoch is None else f" after epoch {epoch}"
+    file_sha256, head_title = hashlib.sha256(content).hexdigest(), _HEADS[tuple(sorted(head))]
+    source = f"{checkpoint.name}{after}, sha256 {file_sha256}; projection head of {head_title}"
+    write_file(out, backbone_bytes(tensors, Description(recipe="import-moco", backbone=config, source=source)))
+    return {
+        "out": str(out),
+        "arch": config.arch,
+        "stem": config.stem,
+        "width_multiplier": config.width_multiplier,
+        "feature_dim": backbone.feature_dim,
+        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "tensors": len(tensors),
+        "head": head_title,
+        "head_tensors_left_behind": len(head),
+        "other_tensors_left_behind": len(others),
+        "epoch": epoch,
+        "source_sha256": file_sha256,
+        "weights_sha256": weights_sha256(tensors),
+    }
 
 
 def _loaded(content: bytes, path: Path) -> Mapping[str, Any]:

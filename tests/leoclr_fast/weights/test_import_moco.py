@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.method.backbone import Encoder
-from leoclr_fast.weights.moco import import_moco, read_moco_checkpoint
+from leoclr_fast.weights.moco import import_moco
 from leoclr_fast.weights.pretrained import load_pretrained
 from tests.leoclr_fast.test_cli import succeeded
 from tests.leoclr_fast.training.test_bad_input import refused
@@ -45,12 +45,13 @@ def test_features_are_those_of_torchvisions_network(
 
 def test_the_architecture_may_be_told(tmp_path: Path) -> None:
     checkpoint = write_moco(tmp_path / "moco.pth.tar", narrow_moco_state())
-    narrow = BackboneConfig(arch="resnet18", width_multiplier=0.125)
-    assert read_moco_checkpoint(checkpoint, "resnet18").config == narrow
+    narrow, out = BackboneConfig(arch="resnet18", width_multiplier=0.125), tmp_path / "moco.safetensors"
+    import_moco(checkpoint, out, "resnet18")
+    assert load_pretrained(out).description.backbone == narrow
     with pytest.raises(ValueError, match=r"exactly a resnet34 of width 0\.125: missing: layer1\.2\.conv1\.weight"):
-        read_moco_checkpoint(checkpoint, "resnet34")
+        import_moco(checkpoint, tmp_path / "other.safetensors", "resnet34")
     with pytest.raises(ValueError, match="there is no architecture 'resnet200'; allowed: resnet18, resnet34, resnet50"):
-        read_moco_checkpoint(checkpoint, "resnet200")
+        import_moco(checkpoint, tmp_path / "other.safetensors", "resnet200")
 
 
 @pytest.mark.parametrize("config", [
@@ -63,9 +64,9 @@ def test_stem_and_width_are_recognised(tmp_path: Path, config: BackboneConfig) -
     state = {f"encoder_q.{name}": tensor for name, tensor in encoder.backbone.state_dict().items()}
     head = encoder.projection_head.state_dict()
     state |= {f"encoder_q.fc.{name}": tensor for name, tensor in head.items()}
-    moco = read_moco_checkpoint(write_moco(tmp_path / "moco.pth.tar", state))
-    assert moco.config == config
-    assert (moco.num_head_tensors, moco.num_other_tensors) == (4, 0)
+    moco = import_moco(write_moco(tmp_path / "moco.pth.tar", state), tmp_path / "moco.safetensors")
+    assert load_pretrained(tmp_path / "moco.safetensors").description.backbone == config
+    assert (moco["head_tensors_left_behind"], moco["other_tensors_left_behind"]) == (4, 0)
 
 
 Q = "module.encoder_q."
@@ -126,7 +127,7 @@ def test_what_does_not_add_up_is_named(tmp_path: Path, harm: Callable[[dict[str,
 def test_other_checkpoints_are_refused(tmp_path: Path, content: Any, expected: str) -> None:
     torch.save(content, tmp_path / "other.pth.tar")
     with pytest.raises(ValueError, match=expected):
-        read_moco_checkpoint(tmp_path / "other.pth.tar")
+        import_moco(tmp_path / "other.pth.tar", tmp_path / "out.safetensors")
 
 
 def test_files_that_are_no_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

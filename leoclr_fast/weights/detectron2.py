@@ -14,60 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dataset_tools.array_pickles import load_array_pickle
-from leoclr_fast.config import BackboneConfig
-from leoclr_fast.method.backbone import build_backbone
-from leoclr_fast.weights.formats.export_format import ExportFormat
-from leoclr_fast.weights.pretrained import Pretrained
 
-AUTHOR = "leoclr-fast"
-_Array = npt.NDArray[Any]
 _IN_BLOCK = (
     (re.compile(r"^bn(\d)\."), r"conv\1.norm."),
     (re.compile(r"^downsample\.0\."), "shortcut."),
     (re.compile(r"^downsample\.1\."), "shortcut.norm."),
 )
-_PIXELS = 255
-
-
-class Detectron2Format(ExportFormat):
-    """Of detectron2's ResNets with STRIDE_IN_1X1 False; `matching_heuristics` let them find their place."""
-
-    name = "detectron2"
-    ending = ".pkl"
-    packages = ("numpy",)
-    tolerance = 0.0
-
-    @property
-    def reader(self) -> str:
-        return "our own strict reader (detectron2 itself was not run)"
-
-    def content(self, pretrained: Pretrained) -> bytes:
-        return detectron2_bytes(pretrained.backbone.state_dict())
-
-    def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:
-        network = build_backbone(config)
-        names = list(network.state_dict())
-        network.load_state_dict(read_detectron2(path, names))
-        return network.eval()(images)
-
-    def usage(self, file_name: str, pretrained: Pretrained) -> str:
-        views, config = pretrained.description.views, pretrained.description.backbone
-        mean = ", ".join(f"{_PIXELS * value:.3f}" for value in views.mean)
-        std = ", ".join(f"{_PIXELS * value:.3f}" for value in views.std)
-        depth, network = re.findall(r"\d+", config.arch)[0], pretrained.backbone
-        blocks = "\n    RES2_OUT_CHANNELS: 64" if int(depth) < 50 else ""
-        if (network.groups, network.base_width) != (1, 64):
-            blocks += f"\n    NUM_GROUPS: {network.groups}\n    WIDTH_PER_GROUP: {network.base_width}"
-        return (
-            f"MODEL:\n  WEIGHTS: {file_name}\n  PIXEL_MEAN: [{mean}]\n  PIXEL_STD: [{std}]\n  RESNETS:\n"
-            f"    DEPTH: {depth}\n    STRIDE_IN_1X1: False{blocks}\n"
-            "INPUT:\n  FORMAT: RGB"
-        )
 
 
 def detectron2_name(name: str) -> str:
@@ -84,7 +40,7 @@ def detectron2_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """The content of a .pkl with the tensors of a backbone."""
     model = {detectron2_name(name): tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
     buffer = io.BytesIO()
-    _ArrayPickler(buffer, protocol=4).dump({"model": model, "__author__": AUTHOR, "matching_heuristics": True})
+    _ArrayPickler(buffer, protocol=4).dump({"model": model, "__author__": "leoclr-fast", "matching_heuristics": True})
     return buffer.getvalue()
 
 
