@@ -9,7 +9,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,24 +33,19 @@ def info_nce(
     kernel, which never holds B x K numbers, and gives no second derivative. `auto` takes `triton` on a GPU, or
     `compiled` where the kernel cannot run, and `eager` on a CPU, for float64, and where a C compiler or Triton is
     missing, which it says.
-    Raises ValueError for shapes that do not fit, an unknown `impl`, or `triton` where it cannot run.
+    Raises ValueError for `triton` where it cannot run.
     """
-    _check_shapes(query, keys, queue, temperature)
     if impl == "auto":
         impl = _choose(query, keys, queue)
     if impl == "eager":
         return info_nce_eager(query, tuple(keys), queue, temperature)
     if impl == "compiled":
         return _compiled()(query, tuple(keys), queue, temperature)
-    if impl == "triton":
-        if importlib.util.find_spec("triton") is None:
-            raise ValueError("loss_impl triton needs the package triton: install it, or choose auto or eager")
-        from leoclr_fast.losses.info_nce_triton import info_nce_triton
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("loss_impl triton needs the package triton: install it, or choose auto or eager")
+    from leoclr_fast.losses.info_nce_triton import info_nce_triton
 
-        return info_nce_triton(query, keys, queue, temperature)
-    raise ValueError(
-        f"InfoNCE implementation {impl!r} is not available; choose {', '.join(get_args(InfoNCEImpl)[:-1])} or triton"
-    )
+    return info_nce_triton(query, keys, queue, temperature)
 
 
 def _choose(query: Tensor, keys: Sequence[Tensor], queue: Tensor) -> Literal["eager", "compiled", "triton"]:
@@ -90,17 +85,3 @@ def _what_is_wrong_with_triton(device: torch.device) -> str | None:
 @cache
 def _compiled() -> Callable[[Tensor, tuple[Tensor, ...], Tensor, float], Tensor]:
     return torch.compile(info_nce_eager, dynamic=False)
-
-
-def _check_shapes(query: Tensor, keys: Sequence[Tensor], queue: Tensor, temperature: float) -> None:
-    if not keys:
-        raise ValueError("InfoNCE needs at least one positive key per query, but `keys` is empty")
-    if query.ndim != 2 or queue.ndim != 2 or queue.shape[1] != query.shape[1]:
-        raise ValueError(
-            f"query {tuple(query.shape)} and queue {tuple(queue.shape)} do not fit: give query [B, D] and queue [K, D]"
-        )
-    for key in keys:
-        if key.shape != query.shape:
-            raise ValueError(f"each key must have the query's shape {tuple(query.shape)}, not {tuple(key.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature} is not allowed: give a positive number")

@@ -39,22 +39,6 @@ def test_value_and_gradient_equal_cross_entropies(B: int, K: int, D: int, P: int
     torch.testing.assert_close(gradient, true_gradient, rtol=1e-11, atol=1e-15)
 
 
-def test_gradient_is_the_closed_form() -> None:
-    """(1 / (B t)) sum_i [(p_i - 1) k_i + (1 - p_i) O], O the softmax-weighted mean of the queue."""
-    query, queue = unit_vectors(6, 16, 0).requires_grad_(), unit_vectors(50, 16, 1)
-    keys, t = [unit_vectors(6, 16, 2), unit_vectors(6, 16, 3)], 0.2
-    (gradient,) = torch.autograd.grad(info_nce(query, keys, queue, t), query)
-    with torch.no_grad():
-        logits = query @ queue.T / t
-        mean_negative = logits.softmax(1) @ queue
-        expected = torch.zeros_like(query)
-        for key in keys:
-            s = (query * key).sum(1) / t
-            p = torch.exp(s - torch.logaddexp(s, logits.logsumexp(1)))[:, None]
-            expected += ((p - 1) * key + (1 - p) * mean_negative) / (6 * t)
-    torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-15)
-
-
 def test_large_logits_do_not_overflow() -> None:
     """Vectors that are not of unit length: logits up to 1e4 stay finite and exact."""
     query, queue = 50 * unit_vectors(5, 8, 0), 50 * unit_vectors(40, 8, 1)
@@ -95,25 +79,3 @@ def test_compiled_equals_eager() -> None:
     torch.testing.assert_close(compiled, eager, rtol=1e-13, atol=0)
     gradients = [torch.autograd.grad(loss, query)[0] for loss in (compiled, eager)]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-11, atol=1e-15)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"keys": []}, "at least one positive"),
-        ({"queue": torch.zeros(9, 7)}, "do not fit"),
-        ({"keys": [torch.zeros(3, 8)]}, "query's shape"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"impl": "triton"}, "(?i)triton"),
-        ({"impl": "fast"}, "not available"),
-    ],
-)
-def test_misuse_is_one_clear_error(change: dict[str, object], message: str) -> None:
-    arguments = {
-        "query": torch.zeros(4, 8),
-        "keys": [torch.zeros(4, 8)],
-        "queue": torch.zeros(9, 8),
-        "temperature": 0.2,
-    }
-    with pytest.raises(ValueError, match=message):
-        info_nce(**(arguments | change))  # type: ignore[arg-type]
