@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from dataset_tools.command_line import say
-from leoclr_fast.commands.evaluation_flags import EvaluationFlags, Flattened
+from leoclr_fast.commands.evaluation_flags import EvaluationFlags, Flattened, say_paused
 from leoclr_fast.evaluate.detection.config import DetectionOptions, DetectionProtocol
 
 
@@ -17,8 +17,8 @@ from leoclr_fast.evaluate.detection.config import DetectionOptions, DetectionPro
 class Detect(EvaluationFlags):
     """Fine-tune Faster R-CNN R50-C4 on VOC07+12 or COCO from a backbone, and report AP, AP50 and AP75.
 
-    The published config of MoCo, unless flags say otherwise; boxes alone, no masks. The same command continues a killed
-    one.
+    The published config of MoCo, unless flags say otherwise; boxes alone, no masks. VOC's AP is that of its 11 points,
+    COCO's its own. The same command continues a killed one.
     """
 
     data: Path
@@ -29,26 +29,14 @@ class Detect(EvaluationFlags):
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.evaluate.detection import run_detection
 
-        _, values = run_detection.run(self.weights, self.data, self.protocol, self.options, console=console)
-        if values:
+        values = run_detection.run(self.weights, self.data, self.protocol, self.options, console=console)
+        if values and not say_paused(console, values):
             say(console, _sentence(values, self.protocol.dataset))
         return values
 
 
 def _sentence(values: dict[str, Any], dataset: str) -> str:
-    if not values["complete"]:
-        return f"stopped at iteration {values['iteration']:,} as asked; the same command without the limit continues"
-
-    def shown(name: str) -> str:
-        return "undefined" if values[name] is None else f"{values[name]:.2f} %"
-
-    text = f"AP {shown('AP')}, AP50 {shown('AP50')}, AP75 {shown('AP75')} (COCO's definition"
-    if dataset == "voc":
-        text += (
-            f"); by VOC2007's 11 points, as detectron2 and MoCo report: AP {shown('AP_11point')}, "
-            f"AP50 {shown('AP50_11point')}, AP75 {shown('AP75_11point')} ("
-        )
-    else:
-        text += "; "
-    of_all = "" if values["whole_test_set"] else ", a part of the set alone"
-    return f"{text}{values['test_images']:,} test images{of_all})"
+    suffix, kind = ("_11point", "VOC2007's 11 points") if dataset == "voc" else ("", "COCO's definition")
+    found = {name: values[name + suffix] for name in ("AP", "AP50", "AP75")}
+    shown = ", ".join(f"{name} {'undefined' if ap is None else f'{ap:.2f} %'}" for name, ap in found.items())
+    return f"{shown} ({kind}; {values['test_images']:,} test images)"

@@ -26,7 +26,7 @@ class Finetune(EvaluationFlags):
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.evaluate import finetune
 
-        _, values = finetune.run(self.weights, self.data, self.protocol, self.options, console=console)
+        values = finetune.run(self.weights, self.data, self.protocol, self.options, console=console)
         for found in values.get("evaluations", ()):
             if not say_paused(console, found):
                 say(

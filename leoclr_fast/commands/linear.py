@@ -26,7 +26,7 @@ class Linear(EvaluationFlags):
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.evaluate import linear
 
-        _, values = linear.run(self.weights, self.data, self.protocol, self.options, console=console)
+        values = linear.run(self.weights, self.data, self.protocol, self.options, console=console)
         if not values or say_paused(console, values):
             return values
         for entry in values["grid"] or ():

@@ -114,11 +114,11 @@ class Ranks:
                 "see the same files"
             )
 
-    def merged(self, own: dict[str, str]) -> dict[str, str]:
-        """The entries of all ranks' dicts."""
+    def merged(self, own: dict[str, Value]) -> dict[str, Value]:
+        """The entries of all ranks' dicts, picklable ones."""
         if self.world_size == 1:
             return own
-        parts: list[dict[str, str]] = [{}] * self.world_size
+        parts: list[dict[str, Value]] = [{}] * self.world_size
         dist.all_gather_object(parts, own)
         return {key: value for part in parts for key, value in part.items()}
 

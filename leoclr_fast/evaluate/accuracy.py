@@ -20,11 +20,11 @@ class Accuracy:
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
-    """Of scores [N, C] against labels, int64 [N]; of several equal scores any may come first."""
+    """Of scores [N, C] against labels, int64 [N]; of several equal scores any may come first, -inf is no prediction."""
     num_classes = scores.shape[1]
-    ranked = scores.topk(min(5, num_classes), dim=1).indices.cpu()
+    best, ranked = (values.cpu() for values in scores.topk(min(5, num_classes), dim=1))
     labels = labels.cpu()
-    hits = ranked == labels[:, None]  # [N, up to 5]
+    hits = (ranked == labels[:, None]) & (best > -torch.inf)  # [N, up to 5]
     images_of = torch.bincount(labels, minlength=num_classes)
     hits_of = torch.bincount(labels[hits[:, 0]], minlength=num_classes)
     present = images_of > 0

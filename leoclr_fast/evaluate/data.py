@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
 from dataset_tools.sources import Split, open_source
 from dataset_tools.sources.layout import first_few
-from dataset_tools.splits import choose_splits
+from dataset_tools.splits import choose_splits, hold_out
 from dataset_tools.subsets import limited
 from leoclr_fast.distributed.collectives import Ranks
 from pipelines.config import LoaderConfig, ViewConfig
@@ -20,6 +20,8 @@ from pipelines.factory import make_loader
 from pipelines.loader import Loader
 from pipelines.order import SequentialOrder, TrainOrder
 from pipelines.views import CENTER_CROP_VIEWS, LINEAR_TRAIN_VIEWS
+
+_MAX_HELD_OUT = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class LabelledData:
     fingerprint: str
     """Of the whole source: SHA-256 over names and labels."""
     note: str
-    """For the user, where a part of train is held out or val lacks classes, else ""."""
+    """For the user, where something is missing, held out, or not as published, else ""."""
 
     def describe(self) -> dict[str, Any]:
         """The fields of a result about its data."""
@@ -65,17 +67,21 @@ def open_labelled_data(path: Path, *, holdout_seed: int, max_images: int | None 
             "train/CLASS/name.jpg"
         )
     require_every_class(splits.bank, str(path))
-    note = splits.note.replace("are kNN's queries", "are what accuracies are reported on")
-    if absent := len(splits.queries.classes) - len(np.unique(splits.queries.labels)):
-        note += f" {splits.queries.name} has no image of {absent:,} of the {len(splits.queries.classes):,} classes."
+    held_out = splits.note.replace("are kNN's queries", "are what accuracies are reported on")
     return LabelledData(
         path=path,
         kind=source.kind,
         train=limited(splits.bank, max_images),
         val=limited(splits.queries, max_images),
         fingerprint=source.fingerprint,
-        note=note.strip(),
+        note=f"{held_out} {lacking(splits.queries)}".strip(),
     )
+
+
+def lacking(split: Split) -> str:
+    """A sentence on the classes that have no image in a split to test on, or ""."""
+    absent = len(split.classes) - len(np.unique(split.labels))
+    return f"{split.name} has no image of {absent:,} of the {len(split.classes):,} classes." if absent else ""
 
 
 def require_every_class(
@@ -94,31 +100,37 @@ def require_every_class(
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationLoaders:
+def hold_out_to_choose(train: Split, seed: int) -> tuple[Split, Split]:
+    """The rest of train, and a tenth of it, at most 10,000 images, by which settings are chosen.
+
+    Raises ValueError if no image can be held out.
+    """
+    rest, held_out = hold_out(train, min(_MAX_HELD_OUT, max(1, len(train) // 10)), seed)
+    if not len(held_out):
+        raise ValueError(
+            "no class has two images or more, so none can be held out to choose among settings with; give a single "
+            "learning rate instead of a grid"
+        )
+    return rest, held_out
+
+
+class EvaluationLoaders(ExitStack):
     """Opens loaders that hand this rank its part of each batch, and closes all of them at the end."""
 
-    views: ViewConfig
-    config: LoaderConfig
-    batch_size: int
-    """Over all ranks."""
-    seed: int
-    device: torch.device
-    ranks: Ranks
-    _open: ExitStack = field(default_factory=ExitStack, init=False)
-    _opened: list[Loader] = field(default_factory=list, init=False)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._open.close()
+    def __init__(
+        self, views: ViewConfig, config: LoaderConfig, batch_size: int, seed: int, device: torch.device, ranks: Ranks
+    ) -> None:
+        """batch_size: over all ranks."""
+        super().__init__()
+        self.ranks = ranks
+        self._views, self._config, self._batch_size, self._seed, self._device = views, config, batch_size, seed, device
+        self._loaders: list[Loader] = []
 
     def center_crops(self, split: Split) -> Loader:
         """Every image once, in the order of the split, its centre cropped."""
         order = SequentialOrder(
             num_images=len(split),
-            batch_size=self.batch_size,
+            batch_size=self._batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )
@@ -132,8 +144,8 @@ class EvaluationLoaders:
         """The shuffled order of a training. keep_incomplete: whether the last batch of an epoch may be smaller."""
         return TrainOrder(
             num_images=len(split),
-            batch_size=self.batch_size,
-            seed=self.seed,
+            batch_size=self._batch_size,
+            seed=self._seed,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             keep_incomplete=keep_incomplete,
@@ -141,10 +153,10 @@ class EvaluationLoaders:
 
     def unreadable_images(self) -> dict[str, str]:
         """Name → reason of the images that could not be read, on all ranks; others stood in for them."""
-        own = {loader.split.names[index]: why for loader in self._opened for index, why in loader.unreadable.items()}
+        own = {loader.split.names[index]: why for loader in self._loaders for index, why in loader.unreadable.items()}
         return self.ranks.merged(own)
 
     def _loader(self, split: Split, views: Any, order: SequentialOrder | TrainOrder) -> Loader:
-        loader = make_loader(split, views, self.views, self.config, order, seed=self.seed, device=self.device)
-        self._opened.append(self._open.enter_context(loader))
+        loader = make_loader(split, views, self._views, self._config, order, seed=self._seed, device=self._device)
+        self._loaders.append(self.enter_context(loader))
         return loader

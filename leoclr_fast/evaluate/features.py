@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,9 @@ def extract_features(
     """
     features, labels = torch.empty(0), torch.empty(len(loader.split), dtype=torch.int64)
     done = 0
-    with eval_mode(backbone), progress(what, len(loader.split)) as advance:
+    with ExitStack() as stack, progress(what, len(loader.split)) as advance:
+        stack.callback(backbone.train, backbone.training)
+        backbone.eval()
         for batch in loader.batches(epoch=0):
             outputs, batch_labels = encode_batch(backbone, batch, loader, precision, ranks, normalized=normalized)
             if done == 0:
@@ -72,14 +74,3 @@ def extract_features(
                 advance(len(outputs))
             go_on()
     return features, labels
-
-
-@contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    """The network in eval mode, and afterwards in the mode it was in."""
-    was_training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(was_training)

@@ -28,15 +28,14 @@ _CLASSIFIER_STD = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hyperparameters:
-    """Of one fine-tuning: SGD with Nesterov momentum and cosine decay to the end of its stepper."""
+    """Of one fine-tuning: SGD with Nesterov momentum 0.9 and cosine decay to the end of its stepper."""
 
     lr: float
     weight_decay: float
     """Not on batch-norm."""
-    momentum: float
     batch_size: int
-    batchnorm_momentum: float = 0.1
-    """Of the running statistics, as torch counts: the weight of the newest batch."""
+    batchnorm_momentum: float | None = 0.1
+    """Of the running statistics, as torch counts: the weight of the newest batch. None: as `TransferProtocol` says."""
     seed: int = 0
     """Draws the classifier's first weights."""
 
@@ -58,12 +57,14 @@ def fine_tune(
     Raises as `Stepper.steps`.
     """
     device = loader.device
-    network = _with_classifier(backbone, num_classes, parameters).to(device, encoder_dtype(precision))
+    network = _with_classifier(backbone, num_classes, parameters.seed).to(device, encoder_dtype(precision))
     network = network.to(memory_format=torch.channels_last).requires_grad_(True).train()
     weights = list(network.parameters())
     statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    for norm in batchnorms(network):
+        norm.momentum = parameters.batchnorm_momentum or min(10 / loader.steps_per_epoch, 0.1)
     groups = decay_groups(network, parameters.weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=parameters.lr, momentum=parameters.momentum, nesterov=True)
+    optimizer = torch.optim.SGD(groups, lr=parameters.lr, momentum=0.9, nesterov=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     share = ranks.local_size(parameters.batch_size) / parameters.batch_size  # of the global batch, on this rank
     epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -121,22 +122,21 @@ def fine_tune(
     return network
 
 
-def _with_classifier(backbone: ResNet, num_classes: int, parameters: Hyperparameters) -> ResNet:
+def _with_classifier(backbone: ResNet, num_classes: int, seed: int) -> ResNet:
     network = deepcopy(backbone)
     network.fc = nn.Linear(network.feature_dim, num_classes)
-    generator = torch.Generator().manual_seed(parameters.seed)
-    nn.init.normal_(network.fc.weight, std=_CLASSIFIER_STD, generator=generator)
+    nn.init.normal_(network.fc.weight, std=_CLASSIFIER_STD, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(network.fc.bias)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = parameters.batchnorm_momentum
     return network
+
+
+def batchnorms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """For an optimizer: batch-norm's scales and shifts without weight decay, all other parameters with it."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    undecayed = [parameter for module in norms for parameter in module.parameters()]
+    undecayed = [parameter for norm in batchnorms(network) for parameter in norm.parameters()]
     ids = {id(parameter) for parameter in undecayed}
     decayed = [parameter for parameter in network.parameters() if id(parameter) not in ids]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,87 +11,84 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
+from dataset_tools.files import write_file
 from dataset_tools.sources import Split
-from dataset_tools.subset_lists import percent_of, read_subset_list, subset_text, write_subset_list
+from dataset_tools.subset_lists import percent_of, read_subset_list, subset_text
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.evaluate.data import open_labelled_data, require_every_class
-from leoclr_fast.evaluate.evaluation import (
-    Result,
-    data_settings,
-    evaluation_ranks,
-    evaluation_views,
-    open_evaluation,
-    require_real_images,
-)
+from leoclr_fast.evaluate.data import LabelledData, open_labelled_data, require_every_class
+from leoclr_fast.evaluate.evaluation import Evaluation, evaluation_of
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters
 from leoclr_fast.evaluate.grid import GridSearch
 from leoclr_fast.evaluate.protocols import FineTuneProtocol, TrainingOptions
-from leoclr_fast.weights.pretrained import load_pretrained
 
-_HOLDOUT_FRACTION = 0.1
+_CHOICES = ("percent", "list", "subset_seed")  # of the labels: a share of them has its own
 
 
 def run(
     weights: Path, data: Path, protocol: FineTuneProtocol, options: TrainingOptions, *, console: Console | None = None
-) -> Result:
+) -> dict[str, Any]:
     """Fine-tune a run's network, or that of a file of weights, once for each share of the labels.
 
     Returns evaluations: for each share top1, top5 and mean_per_class (percent, on val, of the last epoch), what was
-    learned from with its checksum, and what it was made of. Where options.max_steps pauses the fine-tuning of a share,
-    `complete` is False in the last one, and no further share is begun.
+    learned from with its checksum, what it was made of, and as `Evaluation.result`. Where options.max_steps pauses the
+    fine-tuning of a share, `complete` is False in the last one, and no further share is begun.
     Raises ValueError for what the user can mend.
     """
     if options.out is not None and len(protocol.percent) > 1:
         raise ValueError(f"--out is for one share of the labels, but {len(protocol.percent)} are asked for")
-    require_real_images(options.loader)
-    with evaluation_ranks(options) as (options, ranks, device):
-        pretrained = load_pretrained(weights, untrained=options.untrained)
-        labelled = open_labelled_data(data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images)
-        views = evaluation_views(pretrained, protocol.crop_scale, options.image_size)
-        plain = as_plain(protocol)
-        for name in ("percent", "list", "subset_seed"):
-            del plain[name]
+    with evaluation_of(weights, options, console) as evaluation:
+        holdout_seed = evaluation.pretrained.holdout_seed
+        labelled = open_labelled_data(data, holdout_seed=holdout_seed, max_images=options.max_images)
         results = []
         for indices, subset in _subsets(labelled.train, protocol):
-            part, percent = labelled.train.subset(indices), subset["percent"]
-            where = f"{percent:g} % of {data}" if protocol.list is None else f"--list {protocol.list}"
-            require_every_class(part, where, "Learn from more images: a larger --percent, or a longer --list.")
-            epochs = protocol.num_epochs(percent)
-            labels_sha256 = hashlib.sha256(subset_text(labelled.train, indices)).hexdigest()
-            settings = {
-                **plain,
-                "epochs": epochs,
-                **subset,
-                "labels_sha256": labels_sha256,
-                **data_settings(options, views, labelled.fingerprint),
-            }
-            with open_evaluation("finetune", settings, pretrained, ranks, device, options) as evaluation:
-                search = GridSearch(
-                    evaluation=evaluation,
-                    train=part,
-                    val=labelled.val,
-                    views=views,
-                    trials=_trials(protocol),
-                    metric="top1",
-                    holdout_fraction=_HOLDOUT_FRACTION,
-                    epochs=epochs,
-                    console=console,
-                )
-                if ranks.is_main:
-                    write_subset_list(evaluation.path / "labels.txt", labelled.train, indices)
-                about = {"epochs": epochs, "percent": percent, "labels": len(part), "labels_sha256": labels_sha256}
-                about |= {**pretrained.describe(), **labelled.describe()}
-                _, values = evaluation.result(partial(_found, search, about))
-            paused = ranks.from_main(values.get("complete") is False)
-            results.append(values | {"percent": percent} if paused else values)
+            found = _fine_tuned(evaluation, labelled, indices, subset, protocol)
+            paused = evaluation.ranks.from_main(found.get("complete") is False)
+            results.append(found | {"percent": subset["percent"]} if paused else found)
             if paused:
                 break
-        return Result("finetune", {"evaluations": results} if ranks.is_main else {})
+        return {"evaluations": results} if evaluation.ranks.is_main else {}
 
 
-def _found(search: GridSearch, about: dict[str, Any]) -> dict[str, Any]:
-    return search.run() | about
+def _fine_tuned(
+    evaluation: Evaluation,
+    labelled: LabelledData,
+    indices: npt.NDArray[np.int64],
+    subset: dict[str, Any],
+    protocol: FineTuneProtocol,
+) -> dict[str, Any]:
+    """The result of one share. subset: what chose its `indices` in train."""
+    part, percent = labelled.train.subset(indices), subset["percent"]
+    where = f"{percent:g} % of {labelled.path}" if protocol.list is None else f"--list {protocol.list}"
+    require_every_class(part, where, "Learn from more images: a larger --percent, or a longer --list.")
+    names = subset_text(labelled.train, indices)
+    epochs = protocol.num_epochs(percent)
+    chosen = {"epochs": epochs, "labels_sha256": hashlib.sha256(names).hexdigest()}
+    search = GridSearch(
+        evaluation=evaluation,
+        data=replace(labelled, train=part),
+        trials=tuple(
+            Hyperparameters(
+                lr=base_lr * protocol.batch_size / LR_REFERENCE_BATCH_SIZE,
+                weight_decay=protocol.weight_decay,
+                batch_size=protocol.batch_size,
+                seed=protocol.seed,
+            )
+            for base_lr in protocol.base_lr_grid or (protocol.base_lr,)
+        ),
+        metric="top1",
+        epochs=epochs,
+    )
+
+    def compute(folder: Path) -> dict[str, Any]:
+        if evaluation.ranks.is_main:
+            write_file(folder / "labels.txt", names)
+        sizes = {"percent": percent, "labels": len(part), "train_images": len(labelled.train)}
+        return search.run(folder) | chosen | sizes
+
+    settings = {name: value for name, value in as_plain(protocol).items() if name not in _CHOICES}
+    settings |= {**chosen, **subset, **evaluation.view_settings(labelled.fingerprint)}
+    return evaluation.result("finetune", settings, compute)
 
 
 def _subsets(train: Split, protocol: FineTuneProtocol) -> list[tuple[npt.NDArray[np.int64], dict[str, Any]]]:
@@ -103,17 +100,3 @@ def _subsets(train: Split, protocol: FineTuneProtocol) -> list[tuple[npt.NDArray
     return [
         (percent_of(train, percent, seed), {"percent": percent, "subset_seed": seed}) for percent in protocol.percent
     ]
-
-
-def _trials(protocol: FineTuneProtocol) -> tuple[Hyperparameters, ...]:
-    """The learning rates to choose from, which scale with the batch."""
-    return tuple(
-        Hyperparameters(
-            lr=base_lr * protocol.batch_size / LR_REFERENCE_BATCH_SIZE,
-            weight_decay=protocol.weight_decay,
-            momentum=protocol.momentum,
-            batch_size=protocol.batch_size,
-            seed=protocol.seed,
-        )
-        for base_lr in protocol.base_lr_grid or (protocol.base_lr,)
-    )

@@ -7,41 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dataset_tools.files import write_file
 from dataset_tools.sources import Split
-from dataset_tools.splits import hold_out
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.evaluate.accuracy import accuracy
-from leoclr_fast.evaluate.data import LabelledData, open_labelled_data
-from leoclr_fast.evaluate.evaluation import (
-    Evaluation,
-    Result,
-    data_settings,
-    evaluation_ranks,
-    evaluation_views,
-    open_evaluation,
-    require_real_images,
-)
+from leoclr_fast.evaluate.data import LabelledData, hold_out_to_choose, open_labelled_data
+from leoclr_fast.evaluate.evaluation import Evaluation, evaluation_of
 from leoclr_fast.evaluate.features import encode_batch, extract_features
-from leoclr_fast.evaluate.linear_classifiers import LinearClassifiers
 from leoclr_fast.evaluate.protocols import LinearProtocol, TrainingOptions
 from leoclr_fast.machine.precision import encoder_dtype
 from leoclr_fast.run.stepper import Stepper, endless
 from leoclr_fast.run.telemetry import ProgressDisplay
 from leoclr_fast.weights.backbone_file import weights_sha256
-from leoclr_fast.weights.pretrained import load_pretrained
-from pipelines.config import ViewConfig
 from pipelines.order import TrainOrder
 
 Batches = Callable[[int, int], Iterable[Any]]
@@ -49,99 +34,80 @@ Batches = Callable[[int, int], Iterable[Any]]
 Encode = Callable[[Any], tuple[Tensor, Tensor]]
 """A batch → features [B, D] and labels [B] of the global batch, the same on every rank."""
 
-
-class BackboneChangedError(RuntimeError):
-    """A frozen backbone is not what it was: a fault of ours, and the result is void."""
+_FIRST_STD = 0.01  # of the weights, as MoCo's
 
 
 def run(
     weights: Path, data: Path, protocol: LinearProtocol, options: TrainingOptions, *, console: Console | None = None
-) -> Result:
+) -> dict[str, Any]:
     """Linear classification on a run's frozen backbone, or on that of a file of weights.
 
     Returns top1, top5 and mean_per_class (percent, on val, of the last epoch), lr (the chosen one), grid (what each
     learning rate reached on the images held out of train; None where its loss was not finite), the checksums of the
-    backbone before and after, and what it was made of. The evaluator is named linear_cached_features where it is the
-    quick estimate.
-    Raises ValueError for what the user can mend, BackboneChangedError if the backbone did not stay as it was.
+    backbone before and after, what it was made of, and as `Evaluation.result`. The evaluator is named
+    linear_cached_features where it is the quick estimate.
+    Raises ValueError for what the user can mend, RuntimeError if the backbone did not stay as it was.
     """
-    require_real_images(options.loader)
-    with evaluation_ranks(options) as (options, ranks, device), ExitStack() as stack:
-        pretrained = load_pretrained(weights, untrained=options.untrained)
-        labelled = open_labelled_data(data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images)
-        views = evaluation_views(pretrained, protocol.crop_scale, options.image_size)
-        settings = {
-            **as_plain(protocol),
-            "lr_drops": protocol.lr_drops,
-            **data_settings(options, views, labelled.fingerprint),
-        }
-        name = "linear_cached_features" if protocol.cached_features else "linear"
-        evaluation = stack.enter_context(open_evaluation(name, settings, pretrained, ranks, device, options))
-        return evaluation.result(lambda: _evaluate(evaluation, labelled, views, protocol, options, console))
+    with evaluation_of(weights, options, console) as evaluation:
+        holdout_seed = evaluation.pretrained.holdout_seed
+        labelled = open_labelled_data(data, holdout_seed=holdout_seed, max_images=options.max_images)
+        settings = as_plain(protocol) | {"lr_drops": protocol.lr_drops}
+        return evaluation.result(
+            "linear_cached_features" if protocol.cached_features else "linear",
+            settings | evaluation.view_settings(labelled.fingerprint),
+            lambda folder: _evaluate(evaluation, folder, labelled, protocol),
+        )
 
 
-def _evaluate(
-    evaluation: Evaluation,
-    labelled: LabelledData,
-    views: ViewConfig,
-    protocol: LinearProtocol,
-    options: TrainingOptions,
-    console: Console | None,
-) -> dict[str, Any]:
-    ranks, device, dtype = evaluation.ranks, evaluation.device, encoder_dtype(options.precision)
-    backbone = evaluation.pretrained.backbone.to(device, dtype).to(memory_format=torch.channels_last)
+def _evaluate(evaluation: Evaluation, folder: Path, labelled: LabelledData, protocol: LinearProtocol) -> dict[str, Any]:
+    ranks, device, precision = evaluation.ranks, evaluation.device, evaluation.options.precision
+    backbone = evaluation.pretrained.backbone.to(device, encoder_dtype(precision))
+    backbone = backbone.to(memory_format=torch.channels_last)
     freeze(backbone)
     before = weights_sha256(backbone.state_dict())
     train, held_out = labelled.train, None
     if protocol.lr_grid:
-        train, held_out = hold_out(train, min(protocol.holdout_images, max(1, len(train) // 10)), protocol.seed)
-        if not len(held_out):
-            raise ValueError(
-                f"{labelled.path} has no class of two images or more, so none can be held out to choose from "
-                "--lr-grid; give one --lr"
-            )
-    with evaluation.loaders(train, views, protocol.batch_size, protocol.seed) as loaders:
+        train, held_out = hold_out_to_choose(train, protocol.seed)
+    with evaluation.loaders(train, protocol.batch_size, protocol.seed) as loaders:
         order = loaders.train_order(train, keep_incomplete=True)
 
         def features_of(split: Split) -> tuple[Tensor, Tensor]:
-            return extract_features(backbone, loaders.center_crops(split), options.precision, ranks, normalized=False)
+            return extract_features(backbone, loaders.center_crops(split), precision, ranks, normalized=False)
 
         batches: Batches
         encode: Encode
         if protocol.cached_features:
-            batches, encode = _cached_features(*features_of(train), order)
+            batches, encode = _cached(*features_of(train), order)
         else:
             loader = loaders.random_crops(train, order)
-            batches, encode = (
-                loader.batches,
-                lambda batch: encode_batch(backbone, batch, loader, options.precision, ranks),
-            )
-        classifiers = LinearClassifiers(
-            protocol.lrs,
-            backbone.feature_dim,
-            len(train.classes),
-            momentum=protocol.momentum,
-            weight_decay=protocol.weight_decay,
-            seed=protocol.seed,
-            device=device,
-            dtype=dtype,
-        )
+            batches, encode = loader.batches, lambda batch: encode_batch(backbone, batch, loader, precision, ranks)
+        heads = linear_heads(protocol, backbone.feature_dim, len(train.classes), device, encoder_dtype(precision))
         total_steps = protocol.epochs * order.steps_per_epoch
-        with evaluation.display(console, total_steps) as display:
-            display.say(_headline(evaluation, labelled.note, len(train), held_out, protocol))
-            stepper = evaluation.stepper("training", total_steps, order.steps_per_epoch)
-            losses = _train(classifiers, batches, encode, order, protocol, stepper, display)
-        grid = _grid(classifiers, losses, None if held_out is None else features_of(held_out))
-        chosen = _choose(grid, protocol)
+        with evaluation.display(total_steps) as display:
+            rates = ", ".join(f"{lr:g}" for lr in protocol.lrs)
+            chosen_on = f", chosen on {len(held_out):,} images held out of train" if held_out is not None else ""
+            kind = "an estimate on cached centre-crop features" if protocol.cached_features else "MoCo-v2's protocol"
+            display.say(
+                f"linear ({kind}) of {evaluation.pretrained.origin}: {len(train):,} images, {protocol.epochs} epochs, "
+                f"learning rate {rates}{chosen_on}\n{labelled.note}".rstrip()
+            )
+            stepper = evaluation.stepper(folder, "training", total_steps, order.steps_per_epoch)
+            losses = train_heads(heads, batches, encode, order.steps_per_epoch, protocol, stepper, display)
+        grid = _grid(heads, losses, protocol, None if held_out is None else features_of(held_out))
+        good = [index for index, entry in enumerate(grid) if entry["train_loss"] is not None]
+        if not good:
+            tried = " ".join(f"{lr:g}" for lr in protocol.lrs)
+            raise ValueError(f"the loss became infinite or NaN with every learning rate ({tried}); give a lower --lr")
+        # The best on the held-out images; of equals the lower training loss.
+        chosen = max(good, key=lambda index: (grid[index]["holdout_top1"] or 0.0, -losses[index]))
         features, labels = features_of(labelled.val)
-        found = accuracy(F.linear(features, classifiers.weight[chosen], classifiers.bias[chosen]), labels)
+        head = heads[chosen]
+        with torch.no_grad():
+            found = accuracy(head(features), labels)
         after = weights_sha256(backbone.state_dict())
         if after != before:
-            raise BackboneChangedError(f"the frozen backbone changed during linear evaluation: {before} to {after}")
-        if ranks.is_main:
-            tensors = {"fc.weight": classifiers.weight[chosen], "fc.bias": classifiers.bias[chosen]}
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            write_file(evaluation.path / "classifier.safetensors", save(tensors))
+            raise RuntimeError(f"the frozen backbone changed during linear evaluation: {before} to {after}")
+        evaluation.save(folder / "classifier.safetensors", {"fc.weight": head.weight, "fc.bias": head.bias})
         return {
             **asdict(found),
             "lr": protocol.lrs[chosen],
@@ -149,12 +115,10 @@ def _evaluate(
             "holdout_images": 0 if held_out is None else len(held_out),
             "estimate": protocol.cached_features,
             "train_loss": losses[chosen],
-            **evaluation.pretrained.describe(),
             "backbone_sha256_before": before,
             "backbone_sha256_after": after,
             **labelled.describe(),
             "unreadable_images": loaders.unreadable_images(),
-            "world_size": ranks.world_size,
         }
 
 
@@ -164,46 +128,60 @@ def freeze(backbone: nn.Module) -> None:
     backbone.eval()
 
 
-def _cached_features(features: Tensor, labels: Tensor, order: TrainOrder) -> tuple[Batches, Encode]:
+def _cached(features: Tensor, labels: Tensor, order: TrainOrder) -> tuple[Batches, Encode]:
     """Batches of features [N, D] that were computed once: N * D * 4 bytes on the device (10.5 GB for ImageNet,
     ResNet-50).
     """
-    device = features.device
-    labels = labels.to(device)
+    labels = labels.to(features.device)
 
     def batches(epoch: int, start_step: int) -> Iterable[Tensor]:
         for step in range(start_step, order.steps_per_epoch):
-            yield torch.from_numpy(order.global_indices(epoch, step).copy())
+            yield torch.from_numpy(order.global_indices(epoch, step).copy()).to(features.device)
 
-    def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
-        rows = rows.to(device)
-        return features[rows], labels[rows]
-
-    return batches, encode
+    return batches, lambda rows: (features[rows], labels[rows])
 
 
-def _train(
-    classifiers: LinearClassifiers,
+def linear_heads(
+    protocol: LinearProtocol, num_features: int, num_classes: int, device: torch.device, dtype: torch.dtype
+) -> list[nn.Linear]:
+    """The G classifiers, which begin alike: weights of a normal distribution and no bias."""
+    heads = [nn.Linear(num_features, num_classes) for _ in protocol.lrs]
+    for head in heads:
+        nn.init.normal_(head.weight, std=_FIRST_STD, generator=torch.Generator().manual_seed(protocol.seed))
+        nn.init.zeros_(head.bias)
+    return [head.to(device, dtype) for head in heads]
+
+
+def train_heads(
+    heads: list[nn.Linear],
     batches: Batches,
     encode: Encode,
-    order: TrainOrder,
+    steps_per_epoch: int,
     protocol: LinearProtocol,
     stepper: Stepper,
     display: ProgressDisplay,
 ) -> list[float]:
     """All epochs, from the checkpoint on if there is one; returns the mean losses of the last epoch: [G].
 
-    All ranks see the features of all, and take the same step. Raises as `Stepper.steps`.
+    No head sees the others. All ranks see the features of all, and take the same step. Raises as `Stepper.steps`.
     """
-    steps_per_epoch = order.steps_per_epoch
-    epoch_losses = torch.zeros(len(protocol.lrs), dtype=torch.float64, device=classifiers.weight.device)
+    device = heads[0].weight.device
+    optimizer = torch.optim.SGD(
+        [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, protocol.lrs, strict=True)],
+        momentum=0.9,
+        weight_decay=protocol.weight_decay,
+    )
+    epoch_losses = torch.zeros(len(heads), dtype=torch.float64, device=device)
     saved = stepper.load()
     if saved is not None:
-        classifiers.load_state_dict(saved["classifiers"])
+        for head, own in zip(heads, saved["heads"], strict=True):
+            head.load_state_dict(own)
+        optimizer.load_state_dict(saved["optimizer"])
         epoch_losses.copy_(saved["epoch_losses"])
 
     def state() -> dict[str, Any]:
-        return {"classifiers": classifiers.state_dict(), "epoch_losses": epoch_losses}
+        states = [head.state_dict() for head in heads]
+        return {"heads": states, "optimizer": optimizer.state_dict(), "epoch_losses": epoch_losses}
 
     for batch in stepper.steps(lambda step: endless(batches, steps_per_epoch, step), state):
         # ---- a single training step ---------------------------------------------------------------------------------
@@ -212,7 +190,13 @@ def _train(
             epoch_losses.zero_()
         features, labels = encode(batch)
         factor = protocol.lr_factor(epoch)
-        epoch_losses += classifiers.step(features, labels, factor).double() / steps_per_epoch
+        for group, lr in zip(optimizer.param_groups, protocol.lrs, strict=True):
+            group["lr"] = factor * lr
+        losses = torch.stack([F.cross_entropy(head(features), labels) for head in heads])
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+        epoch_losses += losses.detach().double() / steps_per_epoch
         # ---- end of the step ----------------------------------------------------------------------------------------
         if step_in_epoch + 1 == steps_per_epoch:
             finite = [pair for pair in zip(epoch_losses.tolist(), protocol.lrs, strict=True) if math.isfinite(pair[0])]
@@ -221,43 +205,17 @@ def _train(
     return epoch_losses.tolist()
 
 
+@torch.no_grad()
 def _grid(
-    classifiers: LinearClassifiers, losses: list[float], held_out: tuple[Tensor, Tensor] | None
+    heads: list[nn.Linear], losses: list[float], protocol: LinearProtocol, held_out: tuple[Tensor, Tensor] | None
 ) -> list[dict[str, float | None]]:
     """Each learning rate with its accuracy on what was held out of train; None where it came to nothing.
 
     held_out: features [N, D] and labels [N].
     """
-    scores: list[float | None] = [None] * len(losses)
-    if held_out is not None:
-        features, labels = held_out
-        logits = torch.cat([classifiers.logits(part).cpu() for part in features.split(4096)], dim=1)  # [G, N, C]
-        scores = [accuracy(own, labels).top1 for own in logits]
-    finite = [
-        math.isfinite(loss) and bool(weight.isfinite().all())
-        for loss, weight in zip(losses, classifiers.weight, strict=True)
-    ]
-    return [
-        {"lr": lr, "holdout_top1": score if good else None, "train_loss": loss if good else None}
-        for lr, score, loss, good in zip(classifiers.lrs, scores, losses, finite, strict=True)
-    ]
-
-
-def _choose(grid: list[dict[str, float | None]], protocol: LinearProtocol) -> int:
-    """The best on the held-out images; of equals the lower training loss. Raises ValueError if all diverged."""
-    good = [index for index, entry in enumerate(grid) if entry["train_loss"] is not None]
-    if not good:
-        tried = " ".join(f"{lr:g}" for lr in protocol.lrs)
-        raise ValueError(f"the loss became infinite or NaN with every learning rate ({tried}); give a lower --lr")
-    return max(good, key=lambda index: (grid[index]["holdout_top1"] or 0.0, -(grid[index]["train_loss"] or 0.0)))
-
-
-def _headline(
-    evaluation: Evaluation, note: str, num_images: int, held_out: Split | None, protocol: LinearProtocol
-) -> str:
-    rates = ", ".join(f"{lr:g}" for lr in protocol.lrs)
-    chosen_on = f", chosen on {len(held_out):,} images held out of train" if held_out is not None else ""
-    kind = "a quick estimate on cached centre-crop features" if protocol.cached_features else "MoCo-v2's protocol"
-    line = f"{evaluation.name} ({kind}) of {evaluation.pretrained.origin}: {num_images:,} images"
-    line += f", {protocol.epochs} epochs, learning rate {rates}{chosen_on}"
-    return f"{line}\n{note}" if note else line
+    grid: list[dict[str, float | None]] = []
+    for lr, head, loss in zip(protocol.lrs, heads, losses, strict=True):
+        good = math.isfinite(loss) and all(bool(tensor.isfinite().all()) for tensor in head.parameters())
+        score = None if held_out is None or not good else accuracy(head(held_out[0]), held_out[1]).top1
+        grid.append({"lr": lr, "holdout_top1": score, "train_loss": loss if good else None})
+    return grid

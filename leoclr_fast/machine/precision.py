@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,12 +14,7 @@ _HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}
 
 
-class _HasPrecision(Protocol):
-    @property
-    def precision(self) -> Precision: ...
-
-
-Options = TypeVar("Options", bound=_HasPrecision)
+Options = TypeVar("Options")
 
 
 def settled(options: Options, device: torch.device) -> Options:
@@ -28,7 +23,7 @@ def settled(options: Options, device: torch.device) -> Options:
     Raises ValueError, with what to choose instead, for one that the device has no arithmetic of.
     """
     given: Any = options
-    if options.precision == "auto":
+    if given.precision == "auto":
         given = replace(given, precision=automatic_precision(device)[0])
     require_precision(given.precision, device)
     return given

@@ -230,8 +230,6 @@ def _evaluations(run: RunRecord, notes: list[str]) -> dict[str, _Evaluation]:
             notes.append(f"{run.path}: a result of {record['evaluator']} is left out, since it names no settings")
             continue
         settings = {name: value for name, value in record["settings"].items() if name not in _NOT_PROTOCOL}
-        if record.get("whole_test_set") is False:
-            settings["test_images"] = record.get("test_images")
         found = _Evaluation(
             evaluator=record["evaluator"],
             settings=settings,

@@ -119,7 +119,6 @@ class Evaluation(Struct):
     unix_s: Time | None = None
     weights: str = ""
     untrained: bool = False
-    whole_test_set: bool = True
     metric: str | None = None
     test_images: Number | None = None
     classes: Number | list[str] | None = None

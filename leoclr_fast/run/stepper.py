@@ -12,7 +12,6 @@ Legend: a step is finished when the body of that loop is; `Stepper.step` counts 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -135,11 +134,6 @@ class Stepper:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_checkpoint(self.folder, self.step, state, self._keep)
         self._saved_at_s = time.monotonic()
-
-    def delete(self) -> None:
-        """Its training is over: the checkpoints go."""
-        if self._ranks.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def show(self, display: ProgressDisplay, epoch: int, loss: float, lr: float, batch_size: int) -> None:
         """Show a loss and the speed at the end of the loop's body. epoch: of the step that was taken (from 0)."""

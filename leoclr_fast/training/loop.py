@@ -145,11 +145,11 @@ def _evaluate(run: Run) -> None:
     encoder, features = run.state.method.kept_encoder, run.config.monitor.knn_features
     knn = run.knn.run(encoder if features == "projection" else encoder.backbone, go_on)
     epoch = run.state.step / run.loader.steps_per_epoch
-    values = {"top1": knn.top1, "top5": knn.top5, "k": knn.k, "temperature": knn.temperature}
+    values = {"top1": knn.top1, "top5": knn.top5, "k": run.knn.k, "temperature": run.knn.temperature}
     run.log.write("knn", step=run.state.step, epoch=epoch, **values)
     run.display.say(
         f"epoch {epoch:g}: kNN top-1 {knn.top1:.2f} %, top-5 {knn.top5:.2f} % "
-        f"(k = {knn.k}, temperature {knn.temperature:g})"
+        f"(k = {run.knn.k}, temperature {run.knn.temperature:g})"
     )
 
 

@@ -24,7 +24,8 @@ from leoclr_fast.distributed.failures import failures_explained
 from leoclr_fast.distributed.host_group import HostGroup
 from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.distributed.same_start import require_same_everywhere
-from leoclr_fast.evaluate.knn import KnnEvaluation, knn_evaluation
+from leoclr_fast.evaluate.data import EvaluationLoaders
+from leoclr_fast.evaluate.knn import KnnEvaluation
 from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.machine.precision import automatic_precision, settled
 from leoclr_fast.run.checkpoint import list_checkpoints, read_checkpoint, read_newest_checkpoint, state_of, step_of
@@ -142,21 +143,16 @@ def opened_run(
         views = state.method.views
         loader = enter(make_loader(split, views, result.views, loader_config, order, seed=result.seed, device=device))
         knn_images = min(result.max_images or monitor.knn_max_images, monitor.knn_max_images)
-        knn = enter(
-            knn_evaluation(
-                replace(splits, bank=None) if state.synthetic or monitor.knn == "off" else splits,
-                views=result.views,
-                loader=loader_config,
-                batch_size=result.batch_size,
+        knn = None
+        if splits.bank is not None and splits.queries is not None and not state.synthetic and monitor.knn != "off":
+            knn = KnnEvaluation(
+                limited(splits.bank, knn_images),
+                limited(splits.queries, min(knn_images, MAX_KNN_QUERIES)),
+                enter(EvaluationLoaders(result.views, loader_config, result.batch_size, 0, device, ranks)),
                 k=monitor.knn_k,
                 temperature=monitor.knn_temperature,
                 precision=config.speed.precision,
-                device=device,
-                ranks=ranks,
-                max_images=knn_images,
-                max_queries=min(knn_images, MAX_KNN_QUERIES),
             )
-        )
         yield Run(
             config=config,
             ranks=ranks,

@@ -34,7 +34,7 @@ def on(device: str, precision: Any, out: Path) -> TrainingOptions:
 
 def linear_result(run: Path, out: Path, device: str, precision: Any) -> dict[str, Any]:
     protocol = LinearProtocol(epochs=5, batch_size=16, lr_grid=(0.1, 3.0))
-    return linear.run(run, run.parent / "data", protocol, on(device, precision, out)).values
+    return linear.run(run, run.parent / "data", protocol, on(device, precision, out))
 
 
 def test_linear_in_float64_is_the_cpus(run: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ to `OUT/CASE-RANK.pt`.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,11 +20,10 @@ from torch.nn import functional as F
 from torchvision.models.resnet import ResNet
 
 from dataset_tools.sources import open_source
-from dataset_tools.splits import choose_splits
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.process_group import process_group
-from leoclr_fast.evaluate.data import EvaluationLoaders
+from leoclr_fast.evaluate.data import EvaluationLoaders, open_labelled_data
 from leoclr_fast.evaluate.detection.config import DetectionProtocol
 from leoclr_fast.evaluate.detection.image_batches import BatchReader
 from leoclr_fast.evaluate.detection.run_detection import _precisions, detect
@@ -33,7 +31,7 @@ from leoclr_fast.evaluate.detection.train_detector import DetectorTraining, buil
 from leoclr_fast.evaluate.detection.voc import read_voc
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters, fine_tune
-from leoclr_fast.evaluate.knn import knn_evaluation
+from leoclr_fast.evaluate.knn import KnnEvaluation
 from leoclr_fast.method.backbone import build_backbone
 from pipelines.config import LoaderConfig, ViewConfig
 from tests.leoclr_fast.evaluated import steps_of
@@ -76,10 +74,9 @@ def fine_tuned(data: Path, out: Path, ranks: Ranks) -> dict[str, Tensor]:
     """A network after six steps of 9 images in float64, in two epochs: on two ranks 5 and 4 of them."""
     split = open_source(data).splits["train"]
     backbone = frozen(backbone_of(BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)))
-    loaders = EvaluationLoaders(views=VIEWS, config=RESIDENT, batch_size=9, seed=2, device=CPU, ranks=ranks)
-    with loaders:
+    with EvaluationLoaders(VIEWS, RESIDENT, 9, 2, CPU, ranks) as loaders:
         loader = loaders.random_crops(split, loaders.train_order(split))
-        parameters = Hyperparameters(lr=0.05, weight_decay=0.01, momentum=0.9, batch_size=9)
+        parameters = Hyperparameters(lr=0.05, weight_decay=0.01, batch_size=9)
         stepper, display = steps_of(out / f"tuned-on-{ranks.world_size}", 6, ranks)
         network = fine_tune(backbone, 3, loader, parameters, stepper, precision="fp64", ranks=ranks, display=display)
     assert network is not None
@@ -90,27 +87,16 @@ def neighbours(data: Path, _out: Path, ranks: Ranks) -> dict[str, Any]:
     """Features of 12 and 40 images in float64, 9 in a batch, and what kNN makes of them."""
     backbone = backbone_of(BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625))
     backbone.double()
-    with knn_evaluation(
-        choose_splits(open_source(data), holdout_seed=0),
-        views=VIEWS,
-        loader=RESIDENT,
-        batch_size=9,
-        k=5,
-        temperature=0.1,
-        precision="fp64",
-        device=CPU,
-        ranks=ranks,
-    ) as evaluation:
-        assert evaluation is not None
+    with EvaluationLoaders(VIEWS, RESIDENT, 9, 0, CPU, ranks) as loaders:
+        labelled = open_labelled_data(data, holdout_seed=0)
+        evaluation = KnnEvaluation(labelled.train, labelled.val, loaders, k=5, temperature=0.1, precision="fp64")
         accuracy = evaluation.run(backbone)
         features, labels = extract_features(backbone, evaluation.queries, "fp64", ranks)
     return {"top1": accuracy.top1, "top5": accuracy.top5, "features": features, "labels": labels}
 
 
 def detection(voc: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
-    """A detector after four iterations of 5 images in float64, its losses, what it finds and how right that is."""
-    folder = out / f"detector-on-{ranks.world_size}"
-    folder.mkdir(exist_ok=True)
+    """A detector after four iterations of 5 images in float64, what it found before, and how right that was."""
     config = DetectionProtocol(
         train_sets=("VOC2007/trainval",), iterations=4, batch_size=5, lr=1e-3, lr_steps=(3,), warmup_iterations=2,
         train_sides=(64,), test_side=64, max_side=160, anchor_sizes=(16, 24), regions_per_image=8, precise_bn_batches=0,
@@ -124,18 +110,15 @@ def detection(voc: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
         mean=VIEWS.mean, std=VIEWS.std, max_side=160, with_ignored=True, workers=1, device=CPU, dtype=torch.float64
     )
     training = DetectorTraining(
-        config=config, detector=detector, images=train.images, reader=reader, ranks=ranks, precision="fp64",
-        metrics_file=folder / "metrics.jsonl", log_every=1,
-    )  # fmt: skip
+        config=config, detector=detector, images=train.images, reader=reader, ranks=ranks, precision="fp64"
+    )
     start = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     untrained = detect(detector, test, reader, config.test_side, ranks, "fp64")
     with patch.object(torch, "randperm", lambda number, **options: torch.arange(number, **options)):
-        training.run(*steps_of(folder, config.iterations, ranks))
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if ranks.is_main else []
+        training.run(*steps_of(out / f"detector-on-{ranks.world_size}", config.iterations, ranks))
     return {
         "untrained": [(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()) for found in untrained],
         "precisions": _precisions(test, untrained, config) if ranks.is_main else {},
-        "log": log,
         "state": detector.state_dict(),
         "start": start,
     }

@@ -60,7 +60,7 @@ def test_pretrain_then_knn(capsys: pytest.CaptureFixture[str], tiny_data: Path, 
     assert (knn["k"], knn["temperature"], knn["bank_images"], knn["query_images"]) == (3, 0.1, 40, 12)
     assert knn["weights"].endswith("final.safetensors")
     (run / "final.safetensors").unlink()
-    again, _ = succeeded(capsys, "knn", run, "--data", tiny_data, "--device", "cpu")
+    again, _ = succeeded(capsys, "knn", run, "--data", tiny_data, "--device", "cpu", "--out", tmp_path / "again")
     assert again["weights"].endswith("step-00000006")
     assert again["top1"] == knn["top1"]
     other, _ = succeeded(capsys, "knn", run, "--data", tiny_data, "--k", 5, "--temperature", 0.2, "--max-images", 9)
@@ -171,8 +171,8 @@ def test_without_labels_knn_is_null(capsys: pytest.CaptureFixture[str], tiny_dat
     summary, output = succeeded(capsys, *pretrain_line(flat, tmp_path / "run"))
     assert summary["knn_top1"] is None
     assert "no kNN accuracy" in output
-    knn, _ = succeeded(capsys, "knn", tmp_path / "run", "--data", flat, "--device", "cpu")
-    assert knn["top1"] is None
+    message = refused(capsys, "knn", tmp_path / "run", "--data", flat, "--device", "cpu")
+    assert "needs labelled train images" in message
 
 
 @pytest.mark.usefixtures("pages")

@@ -48,10 +48,6 @@ class AnnotatedImages:
             digest.update(image.boxes.tobytes() + image.labels.tobytes() + image.ignored.tobytes())
         return digest.hexdigest()
 
-    @property
-    def num_boxes(self) -> int:
-        return sum(len(image.boxes) for image in self.images)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageDetections:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from msgspec import Meta, Struct
 
 from dataset_tools.schema import read_json
@@ -99,47 +98,39 @@ def require_pycocotools() -> None:
 
 
 def coco_average_precisions(
-    images: Sequence[AnnotatedImage],
-    detections: Sequence[ImageDetections],
-    classes: Sequence[str],
-    *,
-    ignored_are_crowds: bool,
+    images: Sequence[AnnotatedImage], detections: Sequence[ImageDetections], classes: Sequence[str]
 ) -> dict[str, float]:
     """AP (mean over IoU 0.5 to 0.95), AP50, AP75, AP_small, AP_medium and AP_large, from 0 to 1, means over the classes
     that have something to find; NaN where nothing has.
 
-    ignored_are_crowds: an ignored object is a crowd, which every detection inside it belongs to (COCO). If not, it is a
-    difficult object, which a detection must overlap as any other (VOC); either may be found any number of times.
-    Raises ValueError if pycocotools is not installed.
+    An ignored object is a crowd, which every detection inside it belongs to.
     """
-    require_pycocotools()
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-    from pycocotools.mask import iou
-
-    class DifficultObjects(COCOeval):
-        """Ignored truths are crowds to the matching, but not to the overlap."""
-
-        def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802 - pycocotools' name
-            truths, found = self._gts[imgId, catId], self._dts[imgId, catId]
-            order = np.argsort([-item["score"] for item in found], kind="mergesort")
-            found = [found[number] for number in order[: self.params.maxDets[-1]]]
-            boxes = [[item["bbox"] for item in items] for items in (found, truths)]
-            return iou(*boxes, [0] * len(truths)) if found and truths else []
 
     base = {
         "info": {},
         "images": [{"id": number, "width": i.width, "height": i.height} for number, i in enumerate(images)],
         "categories": [{"id": number, "name": name} for number, name in enumerate(classes)],
     }
+    truths = [
+        {"iscrowd": int(ignored), "area": float(area), **_box(number, box, label)}
+        for number, image in enumerate(images)
+        for box, label, ignored, area in zip(image.boxes, image.labels, image.ignored, image.areas, strict=True)
+    ]
+    found = [
+        {"iscrowd": 0, "area": float((box[2:] - box[:2]).prod()), "score": float(score), **_box(number, box, label)}
+        for number, detected in enumerate(detections)
+        for box, label, score in zip(detected.boxes, detected.labels, detected.scores, strict=True)
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         sides = []
-        for annotations in (_truths(images), _found(detections)):
+        for boxes in (truths, found):
             side = COCO()
-            side.dataset = {**base, "annotations": annotations}
+            side.dataset = {**base, "annotations": [{"id": i, **box} for i, box in enumerate(boxes, start=1)]}
             side.createIndex()
             sides.append(side)
-        evaluation = (COCOeval if ignored_are_crowds else DifficultObjects)(*sides, "bbox")
+        evaluation = COCOeval(*sides, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -151,26 +142,6 @@ def coco_average_precisions(
     }
 
 
-def _truths(images: Sequence[AnnotatedImage]) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    for number, image in enumerate(images):
-        for box, label, ignored, area in zip(image.boxes, image.labels, image.ignored, image.areas, strict=True):
-            records.append(
-                _record(len(records) + 1, number, box, label) | {"iscrowd": int(ignored), "area": float(area)}
-            )
-    return records
-
-
-def _found(detections: Sequence[ImageDetections]) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    for number, found in enumerate(detections):
-        for box, label, score in zip(found.boxes, found.labels, found.scores, strict=True):
-            record = _record(len(records) + 1, number, box, label)
-            area = record["bbox"][2] * record["bbox"][3]
-            records.append(record | {"iscrowd": 0, "area": area, "score": float(score)})
-    return records
-
-
-def _record(identity: int, image: int, box: Any, label: Any) -> dict[str, Any]:
+def _box(image: int, box: Any, label: Any) -> dict[str, Any]:
     x1, y1, x2, y2 = (float(value) for value in box)
-    return {"id": identity, "image_id": image, "category_id": int(label), "bbox": [x1, y1, x2 - x1, y2 - y1]}
+    return {"image_id": image, "category_id": int(label), "bbox": [x1, y1, x2 - x1, y2 - y1]}

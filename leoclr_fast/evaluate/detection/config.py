@@ -11,10 +11,12 @@ evaluation, unless --published-rounding says so.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from leoclr_fast.config import Precision
+from msgspec import Meta
+
+from dataset_tools.limits import Count, CountOrZero, Positive, WeightDecay, require_allowed
+from leoclr_fast.evaluate.protocols import EvaluationOptions
 
 DatasetName = Literal["voc", "coco"]
 
@@ -44,29 +46,27 @@ class CommonDetectionConfig:
     """What is the same for both data sets."""
 
     dataset: DatasetName = "voc"
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images per iteration over all ranks."""
-    lr: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    lr: Positive = 0.02
+    """At the start; momentum 0.9."""
+    weight_decay: WeightDecay = 1e-4
     """Not on batch-norm's scales and shifts (detectron2's WEIGHT_DECAY_NORM is 0)."""
-    test_side: int = 800
+    test_side: Count = 800
     """Length of the shorter side, pixels."""
-    max_side: int = 1333
+    max_side: Count = 1333
     """No longer side is longer, pixels."""
-    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    anchor_sizes: tuple[Count, ...] = (32, 64, 128, 256, 512)
     """Square roots of the anchors' areas, pixels; each with the ratios 1:2, 1:1 and 2:1."""
-    regions_per_image: int = 512
+    regions_per_image: Count = 512
     """Proposals of each training image that the box head sees, at most a quarter of them objects."""
-    precise_bn_batches: int = 200
+    precise_bn_batches: CountOrZero = 200
     """After training, running statistics become mean and variance of all values in so many training batches
     (TEST.PRECISE_BN, as fvcore computes them today); 0: they stay moving averages."""
     published_rounding: bool = False
     """voc: round scores to 3 decimals and boxes to tenths of a pixel, as detectron2's VOC evaluator does. That makes
     ties: 0.03 points of AP where it makes few, up to 0.5 where it makes many."""
-    train_on_images_without_boxes: bool = False
-    """They are left out if not given (detectron2's FILTER_EMPTY_ANNOTATIONS)."""
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,30 +75,16 @@ class DetectionConfig(CommonDetectionConfig):
 
     train_sets: tuple[str, ...]
     test_set: str
-    iterations: int
-    lr_steps: tuple[int, ...]
-    warmup_iterations: int
-    train_sides: tuple[int, ...]
+    iterations: Count
+    lr_steps: tuple[Count, ...]
+    warmup_iterations: CountOrZero
+    train_sides: tuple[Count, ...]
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "test_side", "max_side", "regions_per_image"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give at least 1")
-        for name in ("warmup_iterations", "precise_bn_batches", "seed", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} is not allowed: give 0 or more")
-        if self.seed >= 2**31:
-            raise ValueError(f"seed {self.seed} is not allowed: give a number below 2**31")
-        for name in ("train_sides", "anchor_sizes"):
-            values = getattr(self, name)
-            if not values or min(values) < 1:
-                raise ValueError(f"{name} {values} are not allowed: give one or more lengths of at least 1 pixel")
-        if not self.lr > 0 or not 0 <= self.momentum < 1:
-            raise ValueError(f"lr {self.lr}, momentum {self.momentum} are not allowed: give lr > 0, 0 <= momentum < 1")
-        if list(self.lr_steps) != sorted(self.lr_steps) or (self.lr_steps and self.lr_steps[0] < 1):
-            raise ValueError(f"lr_steps {self.lr_steps} are not allowed: give rising numbers of iterations")
-        if not self.train_sets:
-            raise ValueError("no train set is given")
+        require_allowed(self)
+        for name in ("train_sides", "anchor_sizes", "train_sets"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name.replace('_', '-')} without a value is not allowed: give one or more")
 
     def learning_rate(self, iteration: int) -> float:
         """At an iteration, counted from 0."""
@@ -138,30 +124,13 @@ class DetectionProtocol(CommonDetectionConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DetectionOptions:
+class DetectionOptions(EvaluationOptions):
     """What changes no result: where, how fast, how often."""
 
-    out: Path | None = None
-    """Checkpoints, metrics.jsonl and result.json; if not given RUN/detect-DATASET, or of a file
-    WEIGHTS.evaluations/detect-DATASET beside it."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    precision: Precision = "auto"
-    """Of backbone and heads; proposals and losses are computed in float32 or wider. auto: bf16 on a GPU that computes
-    it, fp16 on another, fp32 on a CPU."""
-    workers: int = 8
+    workers: Count = 8
     """Threads that read images, on each rank."""
-    checkpoint_every: int = 1000
-    """Iterations between two checkpoints."""
-    log_every: int = 20
-    """Iterations between two lines."""
-    max_iterations: int | None = None
-    """Stop when this many iterations are done in all; the same command without it continues."""
-    max_test_images: int | None = None
-    """Evaluate on the first so many test images alone, for trying out."""
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "checkpoint_every", "log_every", "max_iterations", "max_test_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least 1")
+    max_steps: Count | None = None
+    """Pause when so many iterations are done in all, without a result; the same command without it continues."""
+    checkpoint_every_s: Annotated[float, Meta(ge=0)] = 60.0
+    """A checkpoint at the end of an epoch, or after 1,000 iterations of a longer one, once the last one is so many
+    seconds old."""

@@ -19,7 +19,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.resnet import ResNet
-from torchvision.ops import RoIAlign, batched_nms, clip_boxes_to_image
+from torchvision.ops import RoIAlign
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 POOLED_SIDE = 14
@@ -175,36 +175,25 @@ class _Res5Regions(RoIHeads):
     def forward(
         self, features: Tensor, proposals: list[Tensor], sizes: list[tuple[int, int]], targets: list[Target] | None
     ) -> tuple[dict[str, Tensor], list[Detections]]:
-        if not self.training:
-            logits, deltas = self._predict(features, proposals)
-            return {}, self._detections(logits, deltas, proposals, sizes)
-        proposals, _, labels, regression_targets = self.select_training_samples(proposals, targets)
-        logits, deltas = self._predict(features, proposals)
-        return region_losses(logits, deltas, torch.cat(labels), torch.cat(list(regression_targets))), []
-
-    def _predict(self, features: Tensor, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return self.box_predictor(self.box_head(self.pooled(features, boxes)))
+        if self.training:
+            proposals, _, labels, regression_targets = self.select_training_samples(proposals, targets)
+        logits, deltas = self.box_predictor(self.box_head(self.pooled(features, proposals)))
+        if self.training:
+            return region_losses(logits, deltas, torch.cat(labels), torch.cat(list(regression_targets))), []
+        return {}, self.detections(logits, deltas, proposals, sizes)
 
     def pooled(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
         """Features [N, c, h, w] and boxes -> [R, c, 14, 14]; in half precision, boxes would be off by whole pixels."""
         wide = _wide(features)
         return self.box_roi_pool(wide, [own.to(wide.dtype) for own in boxes]).to(features.dtype)
 
-    def _detections(
+    def detections(
         self, logits: Tensor, deltas: Tensor, proposals: list[Tensor], sizes: list[tuple[int, int]]
     ) -> list[Detections]:
-        num_classes = deltas.shape[1]
-        found = []
-        counts = [len(boxes) for boxes in proposals]
-        probabilities = logits.softmax(dim=1)[:, 1:].split(counts)
-        for boxes, scores, own_deltas, size in zip(proposals, probabilities, deltas.split(counts), sizes, strict=True):
-            decoded = self.box_coder.decode_single(own_deltas.flatten(1), boxes).reshape(len(boxes), num_classes, 4)
-            decoded = clip_boxes_to_image(decoded, size)
-            region, label = (scores > self.score_thresh).nonzero(as_tuple=True)
-            candidates, candidate_scores = decoded[region, label], scores[region, label]
-            kept = batched_nms(candidates, candidate_scores, label, self.nms_thresh)[: self.detections_per_img]
-            found.append({"boxes": candidates[kept], "scores": candidate_scores[kept], "labels": label[kept] + 1})
-        return found
+        """Of class logits [R, C + 1] and box deltas [R, C, 4]."""
+        with_background = F.pad(deltas, (0, 0, 1, 0)).flatten(1)  # no deltas are learned for it
+        found = self.postprocess_detections(logits, with_background, proposals, sizes)
+        return [dict(zip(("boxes", "scores", "labels"), image, strict=True)) for image in zip(*found, strict=True)]
 
 
 def region_losses(logits: Tensor, deltas: Tensor, labels: Tensor, regression_targets: Tensor) -> dict[str, Tensor]:

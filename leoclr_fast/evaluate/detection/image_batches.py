@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataset_tools.images import UnusableImageError, open_image, rgb, unusable_unless_done
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage
-from pipelines.counter_rng import ORDER_STREAM, permutation
+from pipelines.counter_rng import ORDER_STREAM, crop_stream, permutation, uniform
 
 _BATCHES_AHEAD = 3
 
@@ -41,7 +41,6 @@ class DetectionBatch:
     """Height and width of each image within."""
     targets: list[dict[str, Tensor]]
     """Of each image `boxes` float32 [n, 4] and `labels` int64 [n] from 1, as torchvision's detectors take them."""
-    annotated: list[AnnotatedImage]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +60,7 @@ class BatchReader:
         """The batches, one after the other. Raises ValueError naming an image that cannot be read or is of another
         size than its annotation says."""
         waiting: deque[tuple[Sequence[ImageRequest], list[Future[npt.NDArray[np.uint8]]]]] = deque()
-        with ThreadPoolExecutor(max(1, self.workers), "detection image") as pool:
+        with ThreadPoolExecutor(self.workers, "detection image") as pool:
             try:
                 for batch in requests:
                     waiting.append((batch, [pool.submit(_pixels, request, self.max_side) for request in batch]))
@@ -70,9 +69,7 @@ class BatchReader:
                 while waiting:
                     yield self._on_device(*waiting.popleft())
             finally:
-                for _, futures in waiting:
-                    for future in futures:
-                        future.cancel()
+                pool.shutdown(cancel_futures=True)
 
     def _on_device(
         self, requests: Sequence[ImageRequest], futures: list[Future[npt.NDArray[np.uint8]]]
@@ -90,7 +87,6 @@ class BatchReader:
             images=images.to(memory_format=torch.channels_last),
             sizes=sizes,
             targets=[self._target(request, size) for request, size in zip(requests, sizes, strict=True)],
-            annotated=[request.image for request in requests],
         )
 
     def _target(self, request: ImageRequest, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -141,38 +137,23 @@ def _pixels(request: ImageRequest, max_side: int) -> npt.NDArray[np.uint8]:
     return np.array(image)
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """An image in an epoch: what its augmentation is drawn from."""
-
-    epoch: int
-    index: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupedOrder:
-    """Which images form a training batch: a pure function of the seed.
+def training_batches(
+    images: Sequence[AnnotatedImage], batch_size: int, sides: Sequence[int], seed: int
+) -> Iterator[list[ImageRequest]]:
+    """Which images form the batches, without an end, and how they are resized and flipped: a pure function of the seed.
 
     Endless permutations of all images; as in detectron2, a batch has only wide or only tall images, so that little of
     it is padding. There, two images of each GPU go together; here it is the whole global batch, so that the ranks'
     number does not matter.
     """
-
-    wide: npt.NDArray[np.bool_]
-    """Of each image, whether it is wider than high."""
-    batch_size: int
-    seed: int
-
-    def batches(self, start: int = 0) -> Iterator[list[Draw]]:
-        """The batches from number `start` on, without an end."""
-        yield from islice(self._all_batches(), start, None)
-
-    def _all_batches(self) -> Iterator[list[Draw]]:
-        waiting: dict[bool, list[Draw]] = {False: [], True: []}
-        for epoch in count():
-            for index in permutation(self.seed, epoch, len(self.wide), ORDER_STREAM).tolist():
-                group = waiting[bool(self.wide[index])]
-                group.append(Draw(epoch, index))
-                if len(group) == self.batch_size:
-                    yield group.copy()
-                    group.clear()
+    waiting: dict[bool, list[ImageRequest]] = {False: [], True: []}
+    for epoch in count():
+        order = permutation(seed, epoch, len(images), ORDER_STREAM)
+        draws = uniform(seed, epoch, order, crop_stream(0), 2)
+        for index, (side, flip) in zip(order.tolist(), draws.tolist(), strict=True):
+            image = images[index]
+            group = waiting[image.width > image.height]
+            group.append(ImageRequest(image=image, side=sides[int(side * len(sides))], flipped=flip < 0.5))
+            if len(group) == batch_size:
+                yield group.copy()
+                group.clear()

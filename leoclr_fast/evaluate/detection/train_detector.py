@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from msgspec import Struct
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from dataset_tools.files import open_own, write_file
-from dataset_tools.schema import FileContentError
-from leoclr_fast.distributed.batch_statistics import BatchStatistics, batch_statistics
+from leoclr_fast.distributed.batch_statistics import batch_statistics
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d, replace_batchnorm
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage
 from leoclr_fast.evaluate.detection.config import DetectionConfig
 from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4
-from leoclr_fast.evaluate.detection.image_batches import (
-    BatchReader,
-    DetectionBatch,
-    Draw,
-    GroupedOrder,
-    ImageRequest,
-)
-from leoclr_fast.evaluate.fine_tuning import decay_groups
+from leoclr_fast.evaluate.detection.image_batches import BatchReader, DetectionBatch, training_batches
+from leoclr_fast.evaluate.fine_tuning import batchnorms, decay_groups
 from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
-from leoclr_fast.run.checkpoint import list_checkpoints
-from leoclr_fast.run.documents import read_line
 from leoclr_fast.run.stepper import Stepper
 from leoclr_fast.run.telemetry import NonFiniteLossError, ProgressDisplay
-from pipelines.counter_rng import crop_stream, uniform
 from pipelines.order import rank_slice
 
-log = logging.getLogger(__name__)
+_SHOW_EVERY = 20
 
 
 def build_detector(
@@ -58,12 +42,6 @@ def build_detector(
     return detector
 
 
-class _Iteration(Struct):
-    """A line of the log."""
-
-    iteration: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectorTraining:
     """What the loop works with."""
@@ -75,38 +53,30 @@ class DetectorTraining:
     reader: BatchReader
     ranks: Ranks
     precision: str
-    metrics_file: Path
-    log_every: int
 
     def run(self, stepper: Stepper, display: ProgressDisplay) -> None:
-        """Train from the checkpoint on, if there is one; at the end average the running statistics, and save.
+        """Train from the checkpoint on, if there is one; at the end average the running statistics.
 
         Raises NonFiniteLossError, or as `Stepper.steps`.
         """
         ranks, config, detector = self.ranks, self.config, self.detector
-        optimizer = torch.optim.SGD(decay_groups(detector, config.weight_decay), lr=config.lr, momentum=config.momentum)
+        optimizer = torch.optim.SGD(decay_groups(detector, config.weight_decay), lr=config.lr, momentum=0.9)
         scaler = torch.amp.GradScaler(self.reader.device.type, enabled=self.precision == "fp16")
         parameters = list(detector.parameters())
         share = ranks.local_size(config.batch_size) / config.batch_size  # of the global batch, on this rank
-        statistics_are_precise = False
         saved = stepper.load()
         if saved is not None:
             detector.load_state_dict(saved["detector"])
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
-            statistics_are_precise = saved["statistics_are_precise"]
-            self._warn_of_other_ranks(saved["world_size"])
 
         def state() -> dict[str, Any]:
             return {
-                "statistics_are_precise": statistics_are_precise,
                 "detector": detector.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
-                "world_size": ranks.world_size,
             }
 
-        self._keep_metrics_until(stepper.step)
         detector.train()
         with torch.random.fork_rng(devices=[self.reader.device] if self.reader.device.type == "cuda" else []):
             for batch in stepper.steps(lambda step: self._batches(step, config.iterations - step), state):
@@ -130,38 +100,27 @@ class DetectorTraining:
                 scaler.update()
                 # ---- end of the step --------------------------------------------------------------------------------
                 iteration = stepper.step + 1
-                self._require_finite(parts, iteration, stepper.folder)
-                if iteration % self.log_every == 0 or iteration == config.iterations:
-                    record = {"iteration": iteration, "loss": float(parts.sum())}
-                    record |= {**dict(zip(losses, parts.tolist(), strict=True)), "lr": lr}
-                    if ranks.is_main:
-                        with open_own(self.metrics_file, "a") as file:
-                            file.write(json.dumps(record) + "\n")
+                if not bool(parts.isfinite().all()):
+                    raise NonFiniteLossError(
+                        f"the detector's loss became non-finite at iteration {iteration} ({parts.tolist()}); what was "
+                        f"saved before is in {stepper.folder}. Lower --lr, or choose another --precision"
+                    )
+                if iteration % _SHOW_EVERY == 0 or iteration == config.iterations:
                     epoch = stepper.step * config.batch_size // len(self.images)
-                    stepper.show(display, epoch, record["loss"], lr, config.batch_size)
-            if not statistics_are_precise:
-                if config.precise_bn_batches:
-                    self._average_statistics()
-                statistics_are_precise = True
-                stepper.save(state())
+                    stepper.show(display, epoch, float(parts.sum()), lr, config.batch_size)
+            self._average_statistics()
 
     @torch.no_grad()
     def _average_statistics(self) -> None:
         """Running statistics become mean and biased variance of all values in the batches that would have come next."""
-        norms = [module for module in self.detector.modules() if isinstance(module, nn.BatchNorm2d)]
-        found: dict[nn.Module, BatchStatistics] = {}
+        sums: dict[nn.BatchNorm2d, Tensor] = {}
 
-        def merge(norm: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            mean, variance, count = batch_statistics(inputs[0], self.ranks)
-            if norm in found:
-                before = found[norm]
-                count = count + before.num_values
-                share, shift = 1 - before.num_values / count, mean - before.mean
-                mean = before.mean + share * shift
-                variance = before.variance.lerp(variance, share) + share * (1 - share) * shift.square()
-            found[norm] = BatchStatistics(mean, variance, count)
+        def add(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+            mean, variance, count = (values.double() for values in batch_statistics(inputs[0], self.ranks))
+            moments = torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
+            sums[norm] = sums.get(norm, 0) + count * moments
 
-        hooks = [norm.register_forward_pre_hook(merge) for norm in norms]
+        hooks = [norm.register_forward_pre_hook(add) for norm in batchnorms(self.detector)]
         first = self.config.iterations
         for number, batch in enumerate(self._batches(first, self.config.precise_bn_batches), start=1):
             self._seed_sampling(first + number)
@@ -169,55 +128,20 @@ class DetectorTraining:
                 self.detector(batch.images, batch.sizes, batch.targets)
         for hook in hooks:
             hook.remove()
-        for norm, statistics in found.items():
-            norm.running_mean.copy_(statistics.mean)  # type: ignore[operator]
-            norm.running_var.copy_(statistics.variance)  # type: ignore[operator]
+        for norm, (count, first_moment, second_moment) in sums.items():
+            mean = first_moment / count
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(second_moment / count - mean.square())
 
     def _batches(self, start: int, number: int) -> Iterator[DetectionBatch]:
         """This rank's part of `number` global batches."""
-        order = GroupedOrder(
-            wide=np.array([image.width > image.height for image in self.images]),
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-        )
-        part = rank_slice(self.config.batch_size, self.ranks.rank, self.ranks.world_size)
-        batches = order.batches(start)
-        return self.reader.read([self._request(draw) for draw in next(batches)[part]] for _ in range(number))
-
-    def _request(self, draw: Draw) -> ImageRequest:
-        side, flip = uniform(self.config.seed, draw.epoch, np.array([draw.index]), crop_stream(0), 2)[0]
-        sides = self.config.train_sides
-        return ImageRequest(image=self.images[draw.index], side=sides[int(side * len(sides))], flipped=bool(flip < 0.5))
+        config = self.config
+        part = rank_slice(config.batch_size, self.ranks.rank, self.ranks.world_size)
+        batches = training_batches(self.images, config.batch_size, config.train_sides, config.seed)
+        return self.reader.read(batch[part] for batch in islice(batches, start, start + number))
 
     def _seed_sampling(self, iteration: int) -> None:
         """Which anchors and regions are sampled depends on seed, iteration and rank alone."""
         torch.manual_seed((self.config.seed * 1_000_003 + iteration) * 4096 + self.ranks.rank)
-
-    def _require_finite(self, parts: torch.Tensor, iteration: int, folder: Path) -> None:
-        if bool(parts.isfinite().all()):
-            return
-        checkpoints = list_checkpoints(folder)
-        kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-        raise NonFiniteLossError(
-            f"the detector's loss became non-finite at iteration {iteration} ({parts.tolist()}); {kept}. "
-            "Lower --lr, or choose another --precision"
-        )
-
-    def _warn_of_other_ranks(self, world_size: int) -> None:
-        if world_size != self.ranks.world_size:
-            log.warning(
-                "the checkpoint was written by %d ranks, now there are %d: other anchors and regions are sampled from "
-                "here on",
-                *(world_size, self.ranks.world_size),
-            )
-
-    def _keep_metrics_until(self, iteration: int) -> None:
-        """Drop what was logged after the checkpoint, and a half-written last line."""
-        if not self.ranks.is_main or not self.metrics_file.exists():
-            return
-        kept = []
-        for line in self.metrics_file.read_bytes().splitlines(keepends=True):
-            with suppress(FileContentError):
-                if read_line(line, _Iteration)["iteration"] <= iteration:
-                    kept.append(line)
-        write_file(self.metrics_file, b"".join(kept))

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torchvision.ops import box_iou
 
 from dataset_tools.images import open_image
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, AnnotatedImages, ImageDetections, annotated_image
@@ -143,7 +145,7 @@ def _best_matches(
     found: list[tuple[float, float, tuple[int, int]]] = []
     for number, (boxes, detected) in enumerate(zip(truths, detections, strict=True)):
         mine = detected.labels == label
-        overlaps = intersection_over_union(detected.boxes[mine], boxes)
+        overlaps = box_iou(torch.from_numpy(detected.boxes[mine]), torch.from_numpy(boxes)).numpy()
         for score, row in zip(detected.scores[mine], overlaps, strict=True):
             best = int(row.argmax()) if len(row) else -1
             found.append((float(score), float(row[best]) if len(row) else 0.0, (number, best)))
@@ -169,14 +171,3 @@ def _right_detections(
         elif not taken[image, box]:
             right[number] = taken[image, box] = True
     return right, counted
-
-
-def intersection_over_union(first: Floats, second: Floats) -> Floats:
-    """Boxes [n, 4] and [m, 4] -> [n, m]."""
-    corner = np.maximum(first[:, None, :2], second[None, :, :2])
-    opposite = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    common = np.prod(np.clip(opposite - corner, 0, None), axis=-1)
-    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1) for boxes in (first, second)]
-    union = areas[0][:, None] + areas[1][None, :] - common
-    result: Floats = np.divide(common, union, out=np.zeros_like(common), where=union > 0)
-    return result

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, ImageDetections, annotated_image
 from leoclr_fast.evaluate.detection.coco import coco_average_precisions, read_coco
 from leoclr_fast.evaluate.detection.config import DetectionProtocol
 from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4, region_losses
-from leoclr_fast.evaluate.detection.image_batches import BatchReader, GroupedOrder, ImageRequest, resized_size
+from leoclr_fast.evaluate.detection.image_batches import BatchReader, ImageRequest, resized_size, training_batches
 from leoclr_fast.evaluate.detection.voc import (
     VOC_CLASSES,
     eleven_point_average,
@@ -33,9 +28,9 @@ from leoclr_fast.evaluate.detection.voc import (
     voc_average_precisions,
 )
 from leoclr_fast.method.backbone import build_backbone
-from leoclr_fast.run.checkpoint import list_checkpoints, load_checkpoint
 from leoclr_fast.run.folder import RunFolder
 from tests.leoclr_fast.conftest import tiny_config
+from tests.leoclr_fast.evaluated import killed
 from tests.leoclr_fast.test_cli import succeeded
 from tests.leoclr_fast.training.test_bad_input import refused
 from tests.leoclr_fast.voc_files import SHAPES, annotation, write_coco, write_voc
@@ -43,7 +38,7 @@ from tests.leoclr_fast.weights.test_export import write_weights
 
 TINY = ["--train-sets", "VOC2007/trainval", "--batch-size=4", "--warmup-iterations=2", "--max-side=160", "--workers=1"]
 TINY += ["--train-sides", "48", "64", "--test-side=64", "--anchor-sizes", "16", "24", "--regions-per-image=8"]
-TINY += ["--precise-bn-batches=2", "--device=cpu", "--log-every=1"]
+TINY += ["--precise-bn-batches=2", "--device=cpu"]
 
 
 def small_detector(num_classes: int = 3) -> FasterRCNNC4:
@@ -106,16 +101,11 @@ class TestPublishedDetector:
         assert coco.train_sides == (640, 672, 704, 736, 768, 800)
 
 
-def test_anchors_are_detectron2s() -> None:
+def test_anchors_are_detectron2s(detector: FasterRCNNC4) -> None:
     """DefaultAnchorGenerator: w = sqrt(area / ratio), h = ratio * w, unrounded, around multiples of 16 from 0 on."""
-    with torch.device("meta"):
-        backbone = build_backbone(BackboneConfig())
-    generator = FasterRCNNC4(
-        backbone, 20, anchor_sizes=DetectionProtocol(dataset="voc").config().anchor_sizes, regions_per_image=512
-    ).rpn.anchor_generator
     features = torch.zeros(1, 1024, 50, 68)  # of 800 x 1077 pixels, which 16 does not divide
     images = type("Images", (), {"image_sizes": [(800, 1077)]})()
-    (anchors,) = generator(images, [features])
+    (anchors,) = detector.rpn.anchor_generator(images, [features])
     assert anchors.shape == (50 * 68 * 15, 4)
     at_origin = {tuple(anchor) for anchor in anchors[:15].double().round(decimals=4).tolist()}
     expected = set()
@@ -164,7 +154,7 @@ def test_detections_take_the_box_of_their_class() -> None:
     deltas = torch.zeros(2, 2, 4)
     deltas[0, 1] = torch.tensor([5.0, 0.0, 0.0, 0.0])  # class 2: dx 5 / weight 10 * width 20 = 10 pixels to the right
     logits = torch.tensor([[0.0, -9.0, 4.0], [9.0, 0.0, 0.0]])
-    (found,) = regions._detections(logits, deltas, proposals, [(35, 38)])
+    (found,) = regions.detections(logits, deltas, proposals, [(35, 38)])
     assert found["labels"].tolist() == [2]
     assert found["boxes"].tolist() == [[20.0, 10.0, 38.0, 30.0]]  # cut off at the width of 38
     assert found["scores"].item() == pytest.approx(math.e**4 / (1 + math.e**-9 + math.e**4))
@@ -185,18 +175,10 @@ def test_half_precision_does_not_round_boxes() -> None:
     assert (moved - exact).abs().max() > 0.1
 
 
-def test_images_without_boxes_train_and_are_searched() -> None:
-    detector = small_detector().train()
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    losses, _ = detector(torch.randn(2, 3, 64, 80), [(64, 80), (60, 70)], [nothing, nothing])
-    assert losses["loss_box"] == 0
-    assert losses["loss_rpn_box_reg"] == 0
-    assert losses["loss_classifier"] > 0
-    torch.stack(list(losses.values())).sum().backward()
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in detector.parameters())
-    assert detector.c4.conv1.weight.grad.abs().max() > 0
+def test_nothing_may_be_found() -> None:
+    detector = small_detector().eval()
     detector.regions.score_thresh = 1.0
-    _, (found,) = detector.eval()(torch.randn(1, 3, 64, 80), [(64, 80)])
+    _, (found,) = detector(torch.randn(1, 3, 64, 80), [(64, 80)])
     assert found["boxes"].shape == (0, 4)
 
 
@@ -256,14 +238,13 @@ class TestCocoAnnotations:
         root = write_coco(tmp_path / "coco", write_voc(tmp_path / "voc", num_train=2, num_test=1))
         file = root / "annotations" / "instances_train2017.json"
         document = json.loads(file.read_text())
-        kept = len(document["annotations"])
+        kept = [note for note in document["annotations"] if note["image_id"] == 1]
         crowd = {"id": 90, "image_id": 1, "category_id": 7, "bbox": [0, 0, 5, 4], "iscrowd": 1, "area": 11.5}
         flat = {"id": 91, "image_id": 1, "category_id": 7, "bbox": [3, 3, 0, 4], "iscrowd": 0, "area": 0}
         file.write_text(json.dumps({**document, "annotations": [*document["annotations"], crowd, flat]}))
-        images = read_coco(root, "train2017")
-        assert images.num_boxes == kept + 1  # the one without width is left out
-        assert images.images[0].ignored.tolist()[-1] is True
-        assert images.images[0].areas.tolist()[-1] == 11.5
+        image = read_coco(root, "train2017").images[0]
+        assert image.ignored.tolist() == [False] * len(kept) + [True]  # the one without width is left out
+        assert image.areas.tolist()[-1] == 11.5
         file.write_text(json.dumps({**document, "annotations": [crowd | {"image_id": 77}]}))
         with pytest.raises(ValueError, match="has boxes of 1 images that it does not list, as 77"):
             read_coco(root, "train2017")
@@ -312,7 +293,7 @@ class TestAveragePrecision:
 
     def test_coco_by_hand(self) -> None:
         """101 recalls: 0 to 0.33 at precision 1 (34 of them), 0.34 to 0.66 at 2/3 (33), 0 beyond."""
-        precisions = coco_average_precisions(self.images, self.detections, ("a", "b"), ignored_are_crowds=False)
+        precisions = coco_average_precisions(self.images, self.detections, ("a", "b"))
         expected = (34 + 33 * 2 / 3) / 101
         assert precisions["AP50"] == pytest.approx(expected)
         assert precisions["AP"] == pytest.approx(expected)  # the boxes are exact
@@ -323,16 +304,12 @@ class TestAveragePrecision:
         detections = (found((B, 0.95, 0), (B, 0.92, 0), (A, 0.9, 0), (FAR, 0.8, 0)), found((C, 0.7, 0)))
         # Two objects: recall 1/2 at precision 1 (points 0 to 0.5), 1 at 2/3 (0.6 to 1).
         assert voc_average_precisions(images, detections, 1, [0.5])[0, 0] == pytest.approx((6 + 5 * 2 / 3) / 11)
-        precisions = coco_average_precisions(images, detections, ("a",), ignored_are_crowds=False)
-        assert precisions["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
 
     def test_a_part_of_a_difficult_object_is_a_mistake_and_of_a_crowd_is_not(self) -> None:
         images = (truth([A, B], [0, 0], [False, True]),)
         detections = (found(([20.0, 20.0, 28.0, 28.0], 0.95, 0), (A, 0.9, 0)),)
         assert voc_average_precisions(images, detections, 1, [0.5])[0, 0] == pytest.approx(0.5)
-        difficult = coco_average_precisions(images, detections, ("a",), ignored_are_crowds=False)
-        crowd = coco_average_precisions(images, detections, ("a",), ignored_are_crowds=True)
-        assert (difficult["AP50"], crowd["AP50"]) == pytest.approx((0.5, 1.0))
+        assert coco_average_precisions(images, detections, ("a",))["AP50"] == pytest.approx(1.0)
 
     def test_a_second_detection_of_an_object_is_wrong(self) -> None:
         images, detections = (truth([A], [0]),), (found((A, 0.9, 0), ([0.0, 0.0, 10.0, 9.0], 0.95, 0)),)
@@ -340,15 +317,11 @@ class TestAveragePrecision:
         precisions = voc_average_precisions(images, detections, 1, [0.5, 0.85, 0.95])
         assert precisions[:, 0].tolist() == pytest.approx([1.0, 1.0, 0.5])
 
-    def test_overlap_decides(self) -> None:
+    @pytest.mark.parametrize(("shift", "expected"), [(4.0, 0.0), (3.0, 1.0)])
+    def test_overlap_decides(self, shift: float, expected: float) -> None:
         """A shift of 4 of 10 pixels: IoU 60 / 140; of 3: 70 / 130."""
-        images = (truth([A], [0]),)
-        for shift, expected in ((4.0, 0.0), (3.0, 1.0)):
-            detections = (found(([shift, 0.0, 10.0 + shift, 10.0], 0.9, 0)),)
-            assert voc_average_precisions(images, detections, 1, [0.5])[0, 0] == expected
-            precisions = coco_average_precisions(images, detections, ("a",), ignored_are_crowds=False)
-            assert precisions["AP50"] == pytest.approx(expected)
-            assert precisions["AP75"] == 0
+        images, detections = (truth([A], [0]),), (found(([shift, 0.0, 10.0 + shift, 10.0], 0.9, 0)),)
+        assert voc_average_precisions(images, detections, 1, [0.5])[0, 0] == expected
 
     def test_eleven_points(self) -> None:
         """A recall of 3 / 10 reaches the point 0.3, whatever floating point makes of either."""
@@ -397,19 +370,19 @@ def test_pixels_and_boxes_stay_together(tmp_path: Path, flipped: bool) -> None:
 
 
 def test_batches_have_one_orientation_and_every_image_comes_once_an_epoch() -> None:
-    wide = np.array([True] * 9 + [False] * 7)
-    order = GroupedOrder(wide=wide, batch_size=3, seed=4)
-    batches = list(islice(order.batches(), 40))
-    for batch in batches:
-        assert len({bool(wide[draw.index]) for draw in batch}) == 1
-    drawn = [(draw.epoch, draw.index) for batch in batches for draw in batch]
-    assert len(drawn) == len(set(drawn))
-    for epoch in range(5):
-        assert sorted(index for e, index in drawn if e == epoch) == list(range(16))
-    assert list(islice(order.batches(17), 5)) == batches[17:22]
-    assert [d.index for d in next(GroupedOrder(wide=wide, batch_size=3, seed=5).batches())] != [
-        d.index for d in batches[0]
-    ]
+    images = [annotated_image(f"{i}", Path("x.jpg"), (9, 5) if i < 9 else (5, 9), [], [], []) for i in range(16)]
+    batches = list(islice(training_batches(images, 3, (48, 64), seed=4), 40))
+    assert all(len({request.image.width for request in batch}) == 1 for batch in batches)
+    for width, number in ((9, 9), (5, 7)):
+        names = [request.image.name for batch in batches for request in batch if request.image.width == width]
+        epochs = [names[start : start + number] for start in range(0, len(names) - number, number)]
+        assert len(epochs) >= 4
+        assert all(len(set(epoch)) == number for epoch in epochs)
+        assert epochs[0] != epochs[1]
+    drawn = [request for batch in batches for request in batch]
+    assert {(request.side, request.flipped) for request in drawn} == {(48, False), (48, True), (64, False), (64, True)}
+    others = next(training_batches(images, 3, (48, 64), seed=5))
+    assert [request.image.name for request in others] != [request.image.name for request in batches[0]]
 
 
 @pytest.fixture(scope="module")
@@ -439,43 +412,40 @@ def detect_line(run: Path, voc: Path, out: Path, *flags: str) -> list[object]:
 def test_a_stopped_detection_continues_exactly(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path
 ) -> None:
-    """Stopped at iteration 3 of 6: the same tensors, log and result as in one go; and what a result holds."""
+    """Paused at iteration 3 of 6, and killed after 4: the same tensors and result as in one go; what a result holds."""
     whole, output = succeeded(capsys, *detect_line(backbone_run, voc, tmp_path / "whole", "--iterations=6"))
-    assert "2 images without boxes left out" in output
-    part, _ = succeeded(
-        capsys, *detect_line(backbone_run, voc, tmp_path / "parts", "--iterations=6", "--max-iterations=3")
-    )
-    assert (part["complete"], part["iteration"]) == (False, 3)
-    again, _ = succeeded(capsys, *detect_line(backbone_run, voc, tmp_path / "parts", "--iterations=6"))
-    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
-    states = [load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("parts", "whole")]
-    for name, tensor in states[1]["detector"].items():
-        assert torch.equal(states[0]["detector"][name], tensor), name
-    for one, two in ((again, whole),):
-        assert {key: value for key, value in one.items() if key not in ("out", "environment")} == {
-            key: value for key, value in two.items() if key not in ("out", "environment")
-        }
-    assert (whole["train_images"], whole["test_images"], whole["iteration"], whole["complete"]) == (10, 4, 6, True)
-    assert whole["config"]["lr_steps"] == [4, 6]  # 18 of 24 and 22 of 24
-    assert whole["weights_sha256"]
-    assert whole["settings"] == {
-        **whole["config"],
-        **{name: whole[name] for name in ("weights_sha256", "precision", "train_fingerprint", "test_fingerprint")},
-    }
-    for name in ("AP", "AP50", "AP75", "AP_11point", "AP50_11point", "AP75_11point"):
+    assert "10 train images with boxes" in output
+    parts = detect_line(backbone_run, voc, tmp_path / "parts", "--iterations=6")
+    paused, output = succeeded(capsys, *parts, "--max-steps=3")
+    assert (paused["complete"], paused["step"]) == (False, 3)
+    assert "paused after step 3, as --max-steps asks" in output
+    with killed(after=1) as saved:
+        succeeded(capsys, *parts, "--checkpoint-every-s=0")
+    assert saved == [4]
+    again, _ = succeeded(capsys, *parts)
+    assert again == whole
+    assert same_detectors(tmp_path / "whole", tmp_path / "parts")
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir() if path.name[0] != ".") == [
+        *("detector.safetensors", "result.json", "settings.json")
+    ]
+    assert (whole["train_images"], whole["test_images"]) == (10, 4)
+    assert whole["settings"]["lr_steps"] == [4, 6]  # 18 of 24 and 22 of 24
+    for name in ("AP_11point", "AP50_11point", "AP75_11point"):
         assert 0 <= whole[name] <= 100
     assert whole["AP50_11point_per_class"]["aeroplane"] is None
     kept = [json.loads(line) for line in RunFolder(backbone_run).evaluations_file.read_text().splitlines()]
     assert [record["evaluator"] for record in kept] == ["detect-voc", "detect-voc"]
-    assert kept[0]["AP50"] == whole["AP50"]
-
-    third, output = succeeded(capsys, *detect_line(backbone_run, voc, tmp_path / "parts", "--iterations=6"))
-    kept_result = json.loads((tmp_path / "parts" / "result.json").read_text())
-    assert kept_result.pop("environment")["device"] == "cpu"
-    assert third == kept_result
+    assert kept[0]["AP50_11point"] == whole["AP50_11point"]
+    third, output = succeeded(capsys, *parts)
+    assert third == whole
     assert "this evaluation was made before" in output
     message = refused(capsys, *detect_line(backbone_run, voc, tmp_path / "parts", "--iterations=7"))
     assert "holds another evaluation: iterations: 6 there, 7 here" in message
+
+
+def same_detectors(*folders: Path) -> bool:
+    one, two = (load_file(folder / "detector.safetensors") for folder in folders)
+    return all(torch.equal(one[name], tensor) for name, tensor in two.items())
 
 
 def test_running_statistics_are_those_of_all_values(
@@ -484,22 +454,15 @@ def test_running_statistics_are_those_of_all_values(
     """The first batch-norm's mean and biased variance are those of the convolution's outputs for all of the batches."""
     line = detect_line(backbone_run, voc, tmp_path / "out", "--iterations=2", "--train-sides", "64", "--precision=fp64")
     succeeded(capsys, *line)
-    state = load_checkpoint(list_checkpoints(tmp_path / "out")[-1])["detector"]
+    state = load_file(tmp_path / "out" / "detector.safetensors")
     assert int(state["c4.bn1.num_batches_tracked"]) == 4
-    images = [i for i in read_voc(voc, ["VOC2007/trainval"]).images if len(i.labels)]
-    order = GroupedOrder(wide=np.array([i.width > i.height for i in images]), batch_size=4, seed=0)
-    outputs = []
+    images = [image for image in read_voc(voc, ["VOC2007/trainval"]).images if len(image.labels)]
     reader = BatchReader(
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), max_side=160, with_ignored=True,
         workers=1, device=torch.device("cpu"), dtype=torch.float64,
     )  # fmt: skip
-    from pipelines.counter_rng import crop_stream, uniform
-
-    def request(draw: Any) -> ImageRequest:
-        flip = uniform(0, draw.epoch, np.array([draw.index]), crop_stream(0), 2)[0, 1] < 0.5
-        return ImageRequest(image=images[draw.index], side=64, flipped=bool(flip))
-
-    for batch in reader.read([request(draw) for draw in draws] for draws in islice(order.batches(2), 2)):
+    outputs = []
+    for batch in reader.read(islice(training_batches(images, 4, (64,), seed=0), 2, 4)):
         convolved = torch.nn.functional.conv2d(batch.images, state["c4.conv1.weight"], stride=2, padding=3)
         outputs.append(convolved.transpose(0, 1).flatten(1))
     variance, mean = torch.var_mean(torch.cat(outputs, dim=1), dim=1, correction=0)
@@ -525,11 +488,11 @@ def test_coco_layout(capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Pa
     coco = write_coco(tmp_path / "coco", voc)
     flags = [flag for flag in TINY if flag not in ("--train-sets", "VOC2007/trainval")]
     line = ["detect", backbone_run, "--data", coco, "--out", tmp_path / "out", "--dataset=coco", "--iterations=2"]
-    result, output = succeeded(capsys, *line, *flags, "--train-on-images-without-boxes", "--max-test-images=2")
-    assert (result["train_images"], result["test_images"], result["whole_test_set"]) == (12, 2, False)
-    assert "a part of the set alone" in output
+    result, output = succeeded(capsys, *line, *flags, "--max-images=3")
+    assert (result["train_images"], result["test_images"], result["settings"]["max_images"]) == (3, 3, 3)
+    assert "(COCO's definition; 3 test images)" in output
     assert "AP_11point" not in result
-    assert result["config"]["train_sets"] == ["train2017"]
+    assert result["settings"]["train_sets"] == ["train2017"]
 
 
 def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, backbone_run: Path) -> None:
@@ -537,14 +500,11 @@ def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, voc: Path, b
     out = tmp_path / "out"
     assert "there is no folder" in refused(capsys, *detect_line(weights, tmp_path / "nowhere", out))
     assert "VOC2012" in refused(capsys, "detect", weights, "--data", voc, "--out", out)
-    assert "batch_size 0 is not allowed" in refused(capsys, *detect_line(weights, voc, out, "--batch-size=0"))
-    assert "--workers 0 is not allowed" in refused(capsys, *detect_line(weights, voc, out, "--workers=0"))
-    assert "anchor_sizes (0,) are not allowed" in refused(capsys, *detect_line(weights, voc, out, "--anchor-sizes=0"))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("mine")
-    assert "holds other files (thesis.tex" in refused(capsys, *detect_line(weights, voc, tmp_path / "mine"))
-    with pytest.raises(ValueError, match="give rising numbers of iterations"):
-        DetectionProtocol(lr_steps=(5, 3)).config()
+    assert "batch size 0 is not allowed" in refused(capsys, *detect_line(weights, voc, out, "--batch-size=0"))
+    assert "workers 0 is not allowed" in refused(capsys, *detect_line(weights, voc, out, "--workers=0"))
+    assert "anchor sizes 0 is not allowed" in refused(capsys, *detect_line(weights, voc, out, "--anchor-sizes=0"))
+    with pytest.raises(ValueError, match="--train-sides without a value is not allowed"):
+        DetectionProtocol(train_sides=()).config()
 
 
 @pytest.mark.long
@@ -558,56 +518,6 @@ def test_a_small_detector_learns(capsys: pytest.CaptureFixture[str], tmp_path: P
         weights = write_weights(tmp_path / "weights.safetensors", build_backbone(config), config)
     flags = ["--train-sets", "VOC2007/trainval", "--iterations=150", "--batch-size=4", "--warmup-iterations=20"]
     flags += ["--train-sides=96", "--test-side=96", "--anchor-sizes", "24", "36", "--regions-per-image=32"]
-    flags += ["--precise-bn-batches=10", "--device=cpu", "--log-every=10"]
+    flags += ["--precise-bn-batches=10", "--device=cpu"]
     result, _ = succeeded(capsys, "detect", weights, "--data", voc, "--out", tmp_path / "out", *flags)
-    assert result["AP50"] > 50
     assert result["AP50_11point"] > 50
-    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
-
-
-def kill_all_that_mention(path: Path) -> None:
-    """SIGKILL to torchrun and its workers, which are in sessions of their own: all have the path in their arguments."""
-    for arguments in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if f"{path}\0".encode() in arguments.read_bytes():
-                os.kill(int(arguments.parent.name), signal.SIGKILL)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_a_killed_detection_gives_the_same_numbers(tmp_path: Path, voc: Path, backbone_run: Path) -> None:
-    """SIGKILL in the middle of training, then the same command; on one rank, and under torchrun on two."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    weights = backbone_run / "final.safetensors"
-
-    def command(out: str, ranks: int) -> list[str]:
-        flags = ["--iterations=16", "--checkpoint-every=2", "--json"]
-        arguments = [*map(str, detect_line(weights, voc, tmp_path / out, *flags))]
-        torchrun = [*("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")] if ranks > 1 else []
-        return [sys.executable, *torchrun, "-m", "leoclr_fast", *arguments]
-
-    def finish(arguments: list[str]) -> str:
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    for ranks in (1, 2):
-        finish(command(f"whole{ranks}", ranks))
-        killed = tmp_path / f"killed{ranks}"
-        with subprocess.Popen(
-            command(killed.name, ranks), env=environment, start_new_session=True, stdout=subprocess.DEVNULL
-        ) as process:
-            while process.poll() is None and not any(list_checkpoints(killed)):
-                time.sleep(0.01)
-            assert process.poll() is None
-            kill_all_that_mention(killed)
-        assert not (killed / "result.json").exists()
-        assert "resuming from" in finish(command(killed.name, ranks))
-        results = [json.loads((tmp_path / name / "result.json").read_text()) for name in (killed.name, f"whole{ranks}")]
-        for result in results:
-            del result["out"], result["environment"]
-        assert results[0] == results[1]
-        states = [load_checkpoint(list_checkpoints(tmp_path / n)[-1]) for n in (killed.name, f"whole{ranks}")]
-        for name, tensor in states[1]["detector"].items():
-            assert torch.equal(states[0]["detector"][name], tensor), name

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from leoclr_fast.distributed.collectives import Ranks
-from tests.leoclr_fast.evaluated import evaluated, kept_results
+from tests.leoclr_fast.evaluated import kept_results
 from tests.leoclr_fast.evaluation_rank_program import detection, fine_tuned, neighbours
 from tests.leoclr_fast.forked_ranks import on_ranks
 from tests.leoclr_fast.voc_files import write_voc
@@ -34,20 +34,6 @@ def seen(tiny_data: Path, voc: Path, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("ranks")
     on_ranks("tests.leoclr_fast.evaluation_rank_program", tiny_data, voc, out, log=out / "ranks.log")
     return out
-
-
-def on_two_ranks(module: str, *arguments: object) -> str:
-    """What a module prints under torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", module, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture
@@ -98,11 +84,7 @@ def test_a_detector_on_two_ranks_is_that_on_one(seen: Path, voc: Path, tmp_path:
         assert scores == pytest.approx(own_scores, rel=1e-6)
         torch.testing.assert_close(torch.tensor(boxes), torch.tensor(own_boxes), rtol=0, atol=1e-4)
     assert first["precisions"] == alone["precisions"]
-    assert alone["precisions"]["AP50"] > 0
-    for records in zip(first["log"], alone["log"], strict=True):
-        assert records[0] == pytest.approx(records[1], rel=1e-9)
-    assert [record["iteration"] for record in alone["log"]] == [1, 2, 3, 4]
-    assert min(alone["log"][0][name] for name in ("loss_objectness", "loss_classifier")) > 0
+    assert alone["precisions"]["AP50_11point"] > 0
     for name, tensor in alone["state"].items():
         for found in (first, second):
             torch.testing.assert_close(found["state"][name], tensor, rtol=1e-9, atol=1e-12, msg=name)
@@ -111,28 +93,15 @@ def test_a_detector_on_two_ranks_is_that_on_one(seen: Path, voc: Path, tmp_path:
 
 
 def evaluated_on_two_ranks(*arguments: object) -> dict[str, Any]:
-    """The JSON of a command."""
-    output = on_two_ranks("leoclr_fast", *arguments, "--device=cpu", "--json")
-    lines = [line for line in output.splitlines() if line.startswith("{")]
+    """The JSON of a command under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "leoclr_fast", *map(str, arguments), "--device=cpu", "--json"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1, "another rank than the first has spoken"
     document: dict[str, Any] = json.loads(lines[0])
     return document
-
-
-@pytest.mark.long
-def test_linear_on_two_ranks_is_linear_on_one(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
-) -> None:
-    """Every rank sees the features of all, an odd last batch too: the same classifier, up to float64's rounding."""
-    arguments = ["linear", tiny_run, "--data", tiny_data, "--epochs=5", "--batch-size=13", "--precision=fp64"]
-    arguments += ["--lr-grid", 0.1, 1]
-    two = evaluated_on_two_ranks(*arguments, "--out", tmp_path / "two")
-    assert two["world_size"] == 2
-    one = evaluated(capsys, *arguments, "--out", tmp_path / "one")
-    assert two["backbone_sha256_after"] == one["backbone_sha256_before"]
-    assert (two["lr"], two["top1"], two["top5"]) == (one["lr"], one["top1"], one["top5"])
-    weights = [load_file(tmp_path / name / "classifier.safetensors")["fc.weight"] for name in ("one", "two")]
-    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.long

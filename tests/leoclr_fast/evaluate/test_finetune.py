@@ -21,15 +21,14 @@ from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters, fine_tune
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 from leoclr_fast.method.backbone import build_backbone
-from leoclr_fast.run.checkpoint import list_checkpoints
 from pipelines.augment import augmented_views
 from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.factory import make_loader
 from pipelines.loader import Loader
 from pipelines.order import TrainOrder
 from pipelines.views import LINEAR_TRAIN_VIEWS
-from tests.leoclr_fast.evaluated import copy_of, evaluated, kept_results, killed, steps_of
-from tests.leoclr_fast.training.test_bad_input import refused
+from tests.leoclr_fast.evaluate.conftest import Commands
+from tests.leoclr_fast.evaluated import kept_results, killed, steps_of
 
 SMALL = ["--epochs=3", "--batch-size=8", "--loader=resident"]
 NARROW = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)
@@ -61,7 +60,7 @@ def fine_tuned(
 def test_a_training_is_torchs(tiny_data: Path, tmp_path: Path) -> None:
     """Twelve steps against torch alone: Nesterov momentum, cosine decay, no weight decay on batch-norm, float64."""
     loader, backbone = train_loader(tiny_data), backbone_of_seed(0)
-    parameters = Hyperparameters(lr=0.2, weight_decay=0.01, momentum=0.9, batch_size=8, batchnorm_momentum=0.05)
+    parameters = Hyperparameters(lr=0.2, weight_decay=0.01, batch_size=8, batchnorm_momentum=0.05)
     ours = fine_tuned(backbone, loader, parameters, tmp_path / "none", 12)
 
     theirs = build_backbone(NARROW)
@@ -101,100 +100,81 @@ def test_a_training_is_torchs(tiny_data: Path, tmp_path: Path) -> None:
 
 def test_the_protocol_is_simclrs_with_the_papers_epochs() -> None:
     protocol = FineTuneProtocol(percent=(1,))
-    assert (protocol.base_lr, protocol.momentum, protocol.weight_decay, protocol.batch_size) == (0.05, 0.9, 0.0, 256)
+    assert (protocol.base_lr, protocol.weight_decay, protocol.batch_size) == (0.05, 0.0, 256)
     published = 100 * np.array([12_811, 128_116]) / 1_281_167  # SimCLR's lists of 1 % and 10 %
     assert [protocol.num_epochs(percent) for percent in (1, *published, 10, 2, 100)] == [60, 60, 30, 30, 60, 30]
     assert FineTuneProtocol(percent=(1,), epochs=7).num_epochs(1) == 7
 
 
 def test_a_share_of_the_labels_is_what_subset_lists(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], evaluate: Commands, tiny_data: Path, run: Path, tmp_path: Path
 ) -> None:
     """By --percent and by --list: the same labels, the same checksum, the same network."""
-    run = copy_of(tiny_run, tmp_path)
-    listed = evaluated_subset(capsys, tiny_data, tmp_path / "half.txt", percent=50)
-    document = evaluated(capsys, "finetune", run, "--data", tiny_data, "--percent", 25, 50, *SMALL)
-    quarter, half = document["evaluations"]
+    listed = tmp_path / "half.txt"
+    assert run_command(["subset", str(tiny_data), "--percent", "50", "--out", str(listed)]) == 0
+    capsys.readouterr()
+    quarter, half = evaluate("finetune", run, "--percent", 25, 50, *SMALL)["evaluations"]
     assert (quarter["labels"], half["labels"], half["percent"], half["epochs"]) == (10, 20, 50, 3)
-    assert half["labels_sha256"] == listed
+    assert half["labels_sha256"] == hashlib.sha256(listed.read_bytes()).hexdigest()
     folders = {
         json.loads((folder / "settings.json").read_text())["percent"]: folder
         for folder in (run / "evaluations").iterdir()
     }
     names = {percent: set((folder / "labels.txt").read_text().split()) for percent, folder in folders.items()}
     assert names[25.0] < names[50.0]
-    (by_list,) = evaluated(
-        capsys, "finetune", run, "--data", tiny_data, "--list", tmp_path / "half.txt", *SMALL, "--out", tmp_path / "o"
-    )["evaluations"]
+    (by_list,) = evaluate("finetune", run, "--list", listed, *SMALL, "--out", tmp_path / "o")["evaluations"]
     same = ("top1", "top5", "mean_per_class", "labels_sha256", "lr", "steps")
     assert {name: by_list[name] for name in same} == {name: half[name] for name in same}
-    network = load_file(folders[50.0] / "network.safetensors")
-    assert torch.equal(network["fc.weight"], load_file(tmp_path / "o" / "network.safetensors")["fc.weight"])
-    assert network["fc.weight"].shape == (3, 32)
+    assert same_networks(folders[50.0], tmp_path / "o")
     assert half["lr"] == pytest.approx(0.05 * 8 / 256)
     assert [record["percent"] for record in kept_results(run)] == [25, 50, 50]
 
 
-def evaluated_subset(capsys: pytest.CaptureFixture[str], data: Path, out: Path, percent: float) -> str:
-    assert run_command(["subset", str(data), "--percent", str(percent), "--out", str(out)]) == 0
-    capsys.readouterr()
-    return hashlib.sha256(out.read_bytes()).hexdigest()
+def same_networks(*folders: Path) -> bool:
+    one, two = (load_file(folder / "network.safetensors") for folder in folders)
+    return one.keys() == two.keys() and all(torch.equal(one[name], tensor) for name, tensor in two.items())
 
 
 def test_a_grid_is_tried_on_held_out_labels_and_then_all_are_learned_from(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
+    evaluate: Commands, tiny_run: Path, tmp_path: Path
 ) -> None:
-    arguments = ["finetune", tiny_run, "--data", tiny_data, "--percent", 100, *SMALL]
-    (found,) = evaluated(capsys, *arguments, "--base-lr-grid", 0.001, 3, 1e38, "--out", tmp_path / "grid")[
-        "evaluations"
-    ]
+    arguments = [tiny_run, "--percent", 100, *SMALL, "--out"]
+    grid = ["--base-lr-grid", 0.001, 3, 1e38]
+    (found,) = evaluate("finetune", *arguments, tmp_path / "grid", *grid)["evaluations"]
     scores = [entry["holdout_top1"] for entry in found["grid"]]
     assert [entry["lr"] for entry in found["grid"]] == pytest.approx([lr * 8 / 256 for lr in (0.001, 3, 1e38)])
     assert scores[2] is None
     assert found["lr"] == found["grid"][scores.index(max(scores[:2]))]["lr"]
     assert (found["holdout_images"], found["steps"]) == (4, 15)
-    assert list_checkpoints(tmp_path / "grid" / "trial-001") == []
-    base_lr = found["lr"] * 256 / 8
-    (alone,) = evaluated(capsys, *arguments, "--base-lr", base_lr, "--out", tmp_path / "one")["evaluations"]
-    networks = [load_file(tmp_path / name / "network.safetensors") for name in ("grid", "one")]
-    assert all(torch.equal(networks[0][name], tensor) for name, tensor in networks[1].items())
+    assert not (tmp_path / "grid" / "checkpoints").exists()
+    (alone,) = evaluate("finetune", *arguments, tmp_path / "one", "--base-lr", found["lr"] * 256 / 8)["evaluations"]
+    assert same_networks(tmp_path / "grid", tmp_path / "one")
     assert alone["grid"] is None
-    message = refused(capsys, *arguments, "--base-lr", 1e38, "--out", tmp_path / "nan", "--device=cpu")
-    assert "infinite or NaN" in message
+    assert "infinite or NaN" in evaluate.refused("finetune", *arguments, tmp_path / "nan", "--base-lr", 1e38)
 
 
-def test_killed_anywhere_it_ends_the_same(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
-) -> None:
+def test_killed_anywhere_it_ends_the_same(evaluate: Commands, tiny_run: Path, tmp_path: Path) -> None:
     """In the first trial, in the second, in the final training: what was finished is not done again."""
-    arguments = ["finetune", tiny_run, "--data", tiny_data, "--percent", 100, *SMALL, "--base-lr-grid", 0.1, 1]
-    arguments.append("--checkpoint-every-s=0")
-    whole = evaluated(capsys, *arguments, "--out", tmp_path / "whole")
+    arguments = [tiny_run, "--percent", 100, *SMALL, "--base-lr-grid", 0.1, 1, "--checkpoint-every-s=0", "--out"]
+    whole = evaluate("finetune", *arguments, tmp_path / "whole")
     folder = tmp_path / "killed"
     for after, steps in ((2, [4, 8]), (3, [12, 4, 8]), (2, [12, 5])):  # 4 steps an epoch in trials, then 5
         with killed(after) as saved:
-            evaluated(capsys, *arguments, "--out", folder)
+            evaluate("finetune", *arguments, folder)
         assert saved == steps  # no epoch twice
     assert [path.name for path in sorted(folder.glob("trial-*.json"))] == ["trial-001.json", "trial-002.json"]
-    assert list_checkpoints(folder / "final")
-    assert not (folder / "result.json").exists()
-    assert evaluated(capsys, *arguments, "--out", folder) == whole
-    networks = [load_file(path / "network.safetensors") for path in (folder, tmp_path / "whole")]
-    assert all(torch.equal(networks[0][name], tensor) for name, tensor in networks[1].items())
-    assert not list_checkpoints(folder / "final")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["final"]  # finished trials leave none
+    assert evaluate("finetune", *arguments, folder) == whole
+    assert same_networks(folder, tmp_path / "whole")
+    assert not (folder / "checkpoints").exists()
 
 
-def test_lists_that_do_not_fit_are_refused(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tiny_run: Path, tmp_path: Path
-) -> None:
+def test_lists_that_do_not_fit_are_refused(evaluate: Commands, tiny_run: Path, tmp_path: Path) -> None:
     def message(*flags: object) -> str:
-        return refused(capsys, "finetune", tiny_run, "--data", tiny_data, *SMALL, "--device=cpu", *flags)
+        return evaluate.refused("finetune", tiny_run, *SMALL, *flags)
 
     assert "give either --percent P … or --list FILE" in message()
     assert "give either --percent" in message("--percent", 10, "--list", tmp_path / "a.txt")
-    (tmp_path / "a.txt").write_text("train/class0/000.png\ntrain/class0/nobody.png\n")
-    assert "1 of the 2 images" in (text := message("--list", tmp_path / "a.txt"))
-    assert "'train/class0/nobody.png'" in text
     (tmp_path / "b.txt").write_text("train/class0/000.png\ntrain/class1/001.png\n")
     assert "has no image of 1 of the 3 classes: class2" in (text := message("--list", tmp_path / "b.txt"))
     assert "Learn from more images" in text

@@ -13,8 +13,8 @@ from scipy.io import savemat
 from torchvision.datasets import OxfordIIITPet, StanfordCars
 
 from leoclr_fast.evaluate.transfer_data import open_transfer_data
-from tests.leoclr_fast.evaluated import copy_of, evaluated, kept_results
-from tests.leoclr_fast.training.test_bad_input import refused
+from tests.leoclr_fast.evaluate.conftest import Commands
+from tests.leoclr_fast.evaluated import kept_results
 
 SMALL = ["--steps=4", "--batch-size=8", "--loader=resident", "--image-size=8"]
 
@@ -85,7 +85,7 @@ def write_birdsnap(folder: Path) -> Path:
 
 def test_pets_are_what_torchvision_reads(pets: Path) -> None:
     data = open_transfer_data("pets", pets)
-    for split, published in ((data.train, "trainval"), (data.test, "test")):
+    for split, published in ((data.train, "trainval"), (data.val, "test")):
         oracle = OxfordIIITPet(str(pets), split=published)
         assert split.labels.tolist() == [oracle[index][1] for index in range(len(oracle))]
         assert list(split.classes) == oracle.classes
@@ -93,10 +93,7 @@ def test_pets_are_what_torchvision_reads(pets: Path) -> None:
         assert np.array_equal(np.asarray(oracle[5][0]), pixels)
         assert split.read(5) == (pets / "oxford-iiit-pet" / split.names[5]).read_bytes()
     assert open_transfer_data("pets", pets / "oxford-iiit-pet").fingerprint == data.fingerprint
-    assert data.notes == (
-        "train has 111 images, and 3,680 as published",
-        "test has 37 images, and 3,669 as published",
-    )
+    assert data.note == "train has 111 images, and 3,680 as published. test has 37 images, and 3,669 as published."
 
 
 def test_both_cifars_may_lie_in_one_folder(tmp_path: Path) -> None:
@@ -113,40 +110,39 @@ def test_both_cifars_may_lie_in_one_folder(tmp_path: Path) -> None:
         meta = {"label_names" if classes == 10 else "fine_label_names": [f"c{n:02}" for n in range(classes)]}
         (tmp_path / folder / ("batches.meta" if classes == 10 else "meta")).write_bytes(pickle.dumps(meta))
     ten, hundred = (open_transfer_data(name, tmp_path) for name in ("cifar10", "cifar100"))
-    assert (len(ten.train), len(ten.test), len(hundred.train), len(hundred.test)) == (50, 10, 100, 100)
-    assert hundred.test.labels.tolist() == list(range(100))[::-1]
-    assert "train has 50 images, and 50,000 as published" in ten.notes
+    assert (len(ten.train), len(ten.val), len(hundred.train), len(hundred.val)) == (50, 10, 100, 100)
+    assert hundred.val.labels.tolist() == list(range(100))[::-1]
+    assert "train has 50 images, and 50,000 as published." in ten.note
 
 
 def test_cars_are_what_torchvision_reads(tmp_path: Path) -> None:
     root = write_cars(tmp_path)
     data = open_transfer_data("cars", root)
-    for split, published in ((data.train, "train"), (data.test, "test")):
+    for split, published in ((data.train, "train"), (data.val, "test")):
         oracle = StanfordCars(str(root), split=published)
         assert split.labels.tolist() == [oracle[index][1] for index in range(len(oracle))]
         assert list(split.classes) == oracle.classes
         assert split.names[7] == f"cars_{published}/00007.jpg"
     assert len(data.train) == 392
-    (root / "stanford_cars" / "cars_train" / "00003.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 of the 392 train images of Stanford Cars are not in .*cars_train/00003"):
-        open_transfer_data("cars", root)
     (root / "stanford_cars" / "cars_test_annos_withlabels.mat").unlink()
     with pytest.raises(ValueError, match=r"is not whole .* expected is stanford_cars/ with devkit/"):
+        open_transfer_data("cars", root)
+    (root / "stanford_cars" / "cars_train" / "00003.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 of the 392 train images of Stanford Cars are not in .*cars_train/00003"):
         open_transfer_data("cars", root)
 
 
 def test_birdsnap_goes_without_what_is_gone(tmp_path: Path) -> None:
     data = open_transfer_data("birdsnap", write_birdsnap(tmp_path / "birds"))
-    assert (len(data.train), len(data.test), len(data.missing)) == (990, 498, 12)
-    assert data.missing[0] == "train Bird_490/0.jpg"
-    assert data.missing[-1] == "test Bird_499/2.jpg"
-    assert not set(data.train.names) & set(data.test.names)
+    assert (len(data.train), len(data.val)) == (990, 498)
+    assert "12 images of its lists are not there: train Bird_490/0.jpg, " in data.note
+    assert not set(data.train.names) & set(data.val.names)
     names = {data.train.classes[label] for label in data.train.labels}
     assert len(names) == 500
     assert all(
         data.train.classes[label] in name for name, label in zip(data.train.names, data.train.labels, strict=True)
     )
-    assert "2 classes have no test image, and do not count in the mean per class" in data.notes
+    assert data.note.endswith("test has no image of 2 of the 500 classes.")
     (tmp_path / "birds" / "species.txt").write_text("id\tcommon\n1\tBird\n")
     with pytest.raises(ValueError, match=r"species.txt is damaged: its first line has no column 'dir'"):
         open_transfer_data("birdsnap", tmp_path / "birds")
@@ -155,14 +151,13 @@ def test_birdsnap_goes_without_what_is_gone(tmp_path: Path) -> None:
         open_transfer_data("birdsnap", tmp_path / "birds")
 
 
-def test_transfer(capsys: pytest.CaptureFixture[str], tiny_run: Path, pets: Path, tmp_path: Path) -> None:
+def test_transfer(evaluate: Commands, run: Path, pets: Path) -> None:
     """The grid is chosen by the mean per class of a tenth of train; weight decay is divided by the learning rate."""
-    run = copy_of(tiny_run, tmp_path)
-    grid = ["--lr-grid", 0.01, 0.5, "--weight-decay-grid", 0, 0.001]
-    paused = evaluated(capsys, "transfer", run, "pets", "--data", pets, *SMALL, *grid, "--max-steps=6")
+    line = ["transfer", run, "pets", "--data", pets, *SMALL, "--lr-grid", 0.01, 0.5, "--weight-decay-grid", 0, 0.001]
+    paused = evaluate(*line, "--max-steps=6")
     assert (paused["complete"], paused["step"], paused["training"]) == (False, 6, "trial-002")
     assert kept_results(run) == []
-    found = evaluated(capsys, "transfer", run, "pets", "--data", pets, *SMALL, *grid)
+    found = evaluate(*line)
     assert [(entry["lr"], entry["weight_decay"]) for entry in found["grid"]] == [
         (0.01, 0),
         (0.01, pytest.approx(0.1)),
@@ -173,7 +168,7 @@ def test_transfer(capsys: pytest.CaptureFixture[str], tiny_run: Path, pets: Path
     best = found["grid"][scores.index(max(scores))]
     assert (found["lr"], found["weight_decay"]) == (best["lr"], best["weight_decay"])
     assert (found["metric"], found["dataset"], found["steps"]) == ("mean_per_class", "pets", 4)
-    assert (found["train_images"], found["holdout_images"], found["test_images"]) == (111, 11, 37)
+    assert (found["train_images"], found["holdout_images"], found["val_images"]) == (111, 11, 37)
     assert found["mean_per_class"] == pytest.approx(found["top1"])  # one test image of each class
     (kept,) = kept_results(run)
     assert {key: kept[key] for key in found} == found
@@ -182,11 +177,9 @@ def test_transfer(capsys: pytest.CaptureFixture[str], tiny_run: Path, pets: Path
     assert trials == found["grid"]
 
 
-def test_other_data_is_refused(
-    capsys: pytest.CaptureFixture[str], tiny_run: Path, tiny_data: Path, pets: Path, tmp_path: Path
-) -> None:
+def test_other_data_is_refused(evaluate: Commands, tiny_run: Path, tiny_data: Path, pets: Path, tmp_path: Path) -> None:
     def message(dataset: str, data: Path, *flags: object) -> str:
-        return refused(capsys, "transfer", tiny_run, dataset, "--data", data, *SMALL, "--device=cpu", *flags)
+        return evaluate.refused("transfer", tiny_run, dataset, "--data", data, *SMALL, *flags)
 
     assert "there is no transfer data set 'pet'. Did you mean pets? Allowed: cifar10," in message("pet", pets)
     assert "there is nothing at" in message("cars", tmp_path / "nowhere")
@@ -194,4 +187,4 @@ def test_other_data_is_refused(
     (tmp_path / "birds" / "images").mkdir(parents=True)
     (tmp_path / "birds" / "images.txt").write_text("url\tmd5\tpath\tspecies_id\n")
     assert "it lacks species.txt, test_images.txt" in message("birdsnap", tmp_path / "birds")
-    assert "holdout fraction 0.0 is not allowed" in message("pets", pets, "--holdout-fraction", 0)
+    assert "steps 0 is not allowed" in message("pets", pets, "--steps", 0)
