@@ -27,7 +27,7 @@ from leoclr_fast.evaluate.data import EvaluationLoaders, open_labelled_data
 from leoclr_fast.evaluate.detection.config import DetectionProtocol
 from leoclr_fast.evaluate.detection.image_batches import BatchReader
 from leoclr_fast.evaluate.detection.run_detection import _precisions, detect
-from leoclr_fast.evaluate.detection.train_detector import DetectorTraining, build_detector
+from leoclr_fast.evaluate.detection.train_detector import build_detector, train_detector
 from leoclr_fast.evaluate.detection.voc import read_voc
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters, fine_tune
@@ -109,13 +109,11 @@ def detection(voc: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     reader = BatchReader(
         mean=VIEWS.mean, std=VIEWS.std, max_side=160, with_ignored=True, workers=1, device=CPU, dtype=torch.float64
     )
-    training = DetectorTraining(
-        config=config, detector=detector, images=train.images, reader=reader, ranks=ranks, precision="fp64"
-    )
     start = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     untrained = detect(detector, test, reader, config.test_side, ranks, "fp64")
     with patch.object(torch, "randperm", lambda number, **options: torch.arange(number, **options)):
-        training.run(*steps_of(out / f"detector-on-{ranks.world_size}", config.iterations, ranks))
+        stepper, display = steps_of(out / f"detector-on-{ranks.world_size}", config.iterations, ranks)
+        train_detector(detector, train.images, reader, config, stepper, precision="fp64", ranks=ranks, display=display)
     return {
         "untrained": [(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()) for found in untrained],
         "precisions": _precisions(test, untrained, config) if ranks.is_main else {},

@@ -42,8 +42,8 @@ _PUBLISHED: dict[DatasetName, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CommonDetectionConfig:
-    """What is the same for both data sets."""
+class DetectionProtocol:
+    """MoCo's, unless flags say otherwise: what is not given is what was published for the data set."""
 
     dataset: DatasetName = "voc"
     batch_size: Count = 16
@@ -67,38 +67,6 @@ class CommonDetectionConfig:
     """voc: round scores to 3 decimals and boxes to tenths of a pixel, as detectron2's VOC evaluator does. That makes
     ties: 0.03 points of AP where it makes few, up to 0.5 where it makes many."""
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DetectionConfig(CommonDetectionConfig):
-    """Everything that changes the result; see `DetectionProtocol`."""
-
-    train_sets: tuple[str, ...]
-    test_set: str
-    iterations: Count
-    lr_steps: tuple[Count, ...]
-    warmup_iterations: CountOrZero
-    train_sides: tuple[Count, ...]
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
-        for name in ("train_sides", "anchor_sizes", "train_sets"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name.replace('_', '-')} without a value is not allowed: give one or more")
-
-    def learning_rate(self, iteration: int) -> float:
-        """At an iteration, counted from 0."""
-        lr = self.lr * 0.1 ** sum(iteration >= step for step in self.lr_steps)
-        if iteration >= self.warmup_iterations:
-            return lr
-        done = iteration / self.warmup_iterations
-        return lr * (0.001 * (1 - done) + done)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DetectionProtocol(CommonDetectionConfig):
-    """MoCo's, unless flags say otherwise: what is not given is what was published for the data set."""
-
     train_sets: tuple[str, ...] | None = None
     """voc, folder and image set: VOC2007/trainval VOC2012/trainval. coco, the split: train2017."""
     test_set: str | None = None
@@ -121,6 +89,32 @@ class DetectionProtocol(CommonDetectionConfig):
             share = self.iterations / published["iterations"]
             given["lr_steps"] = tuple(sorted({max(1, round(step * share)) for step in published["lr_steps"]}))
         return DetectionConfig(**{name: published[name] if value is None else value for name, value in given.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectionConfig(DetectionProtocol):
+    """Everything that changes the result."""
+
+    train_sets: tuple[str, ...]
+    test_set: str
+    iterations: Count
+    lr_steps: tuple[Count, ...]
+    warmup_iterations: CountOrZero
+    train_sides: tuple[Count, ...]
+
+    def __post_init__(self) -> None:
+        require_allowed(self)
+        for name in ("train_sides", "anchor_sizes", "train_sets"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name.replace('_', '-')} without a value is not allowed: give one or more")
+
+    def learning_rate(self, iteration: int) -> float:
+        """At an iteration, counted from 0."""
+        lr = self.lr * 0.1 ** sum(iteration >= step for step in self.lr_steps)
+        if iteration >= self.warmup_iterations:
+            return lr
+        done = iteration / self.warmup_iterations
+        return lr * (0.001 * (1 - done) + done)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

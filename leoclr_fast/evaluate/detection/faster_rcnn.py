@@ -126,16 +126,10 @@ class _ProposalNetwork(RegionProposalNetwork):
         return objectness_loss / normaliser, box_loss / normaliser
 
 
-class _BoxHead(nn.Module):
+def _box_head(res5: nn.Module, dim: int) -> nn.Module:
     """Features [R, c, 14, 14] -> [R, D]: res5, the additional batch-norm of MoCo's config, and the mean."""
-
-    def __init__(self, res5: nn.Module, dim: int) -> None:
-        super().__init__()
-        self.res5 = res5
-        self.norm = nn.BatchNorm2d(dim)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.norm(self.res5(pooled)).mean(dim=(2, 3))
+    parts = {"res5": res5, "norm": nn.BatchNorm2d(dim), "mean": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
+    return nn.Sequential(OrderedDict(parts))
 
 
 class _BoxPredictor(nn.Module):
@@ -160,7 +154,7 @@ class _Res5Regions(RoIHeads):
     def __init__(self, res5: nn.Module, dim: int, stride: int, num_classes: int, regions_per_image: int) -> None:
         super().__init__(
             RoIAlign(POOLED_SIDE, spatial_scale=1 / stride, sampling_ratio=0, aligned=True),
-            _BoxHead(res5, dim),
+            _box_head(res5, dim),
             _BoxPredictor(dim, num_classes),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,

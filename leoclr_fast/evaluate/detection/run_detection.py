@@ -18,7 +18,7 @@ from leoclr_fast.evaluate.detection.coco import coco_average_precisions, read_co
 from leoclr_fast.evaluate.detection.config import DetectionConfig, DetectionOptions, DetectionProtocol
 from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4
 from leoclr_fast.evaluate.detection.image_batches import BatchReader, ImageRequest, resized_boxes
-from leoclr_fast.evaluate.detection.train_detector import DetectorTraining, build_detector
+from leoclr_fast.evaluate.detection.train_detector import build_detector, train_detector
 from leoclr_fast.evaluate.detection.voc import COCO_THRESHOLDS, published_rounding, read_voc, voc_average_precisions
 from leoclr_fast.evaluate.evaluation import Evaluation, evaluation_of
 from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
@@ -85,9 +85,6 @@ def _train_and_detect(
         dtype=encoder_dtype(precision),
     )
     detector = build_detector(pretrained.backbone, len(test.classes), config, precision, ranks, device)
-    training = DetectorTraining(
-        config=config, detector=detector, images=images, reader=reader, ranks=ranks, precision=precision
-    )
     save_every = min(_MAX_STEPS_BETWEEN_CHECKPOINTS, max(1, len(images) // config.batch_size))
     with evaluation.display(config.iterations) as display:
         display.say(
@@ -95,7 +92,8 @@ def _train_and_detect(
             f"{len(test.images):,} test images; {config.iterations:,} iterations of {config.batch_size} images, "
             f"lr {config.lr:g}"
         )
-        training.run(evaluation.stepper(folder, "detector", config.iterations, save_every), display)
+        stepper = evaluation.stepper(folder, "detector", config.iterations, save_every)
+        train_detector(detector, images, reader, config, stepper, precision=precision, ranks=ranks, display=display)
     evaluation.save(folder / "detector.safetensors", detector.state_dict())
     return detect(detector, test, reader, config.test_side, ranks, precision)
 

@@ -8,7 +8,6 @@ count neither as found nor as missed, and whatever finds one is left out, howeve
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,10 +107,14 @@ def voc_average_precisions(
         num_truths = sum(int((~flags).sum()) for flags in difficult)
         if not num_truths:
             continue
-        best_overlap, best_truth = _best_matches(truths, detections, label)
+        overlap, truth = _best_matches(truths, detections, label)
+        is_difficult = np.concatenate([*difficult, [False]])[truth]
         for row, threshold in enumerate(thresholds):
-            right, counted = _right_detections(best_overlap, best_truth, difficult, threshold)
-            true_positives = np.cumsum(right[counted])
+            found = overlap > threshold
+            candidates = np.flatnonzero(found & ~is_difficult)
+            right = np.zeros(len(truth), dtype=np.bool_)
+            right[candidates[np.unique(truth[candidates], return_index=True)[1]]] = True  # the first of each truth
+            true_positives = np.cumsum(right[~(found & is_difficult)])
             recall = true_positives / num_truths
             precision = true_positives / np.arange(1, len(true_positives) + 1)
             precisions[row, label] = eleven_point_average(recall, precision)
@@ -140,34 +143,17 @@ def eleven_point_average(recall: Floats, precision: Floats) -> float:
 
 def _best_matches(
     truths: Sequence[Floats], detections: Sequence[ImageDetections], label: int
-) -> tuple[Floats, list[tuple[int, int]]]:
-    """Of each detection of the class, the highest score first: the best IoU, and with which truth (image, box)."""
-    found: list[tuple[float, float, tuple[int, int]]] = []
-    for number, (boxes, detected) in enumerate(zip(truths, detections, strict=True)):
+) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """Of each detection of the class, the highest score first: the best IoU, and the number of that truth among those
+    of all images, or -1.
+    """
+    overlaps, numbers, scores, first = [], [], [], 0
+    for boxes, detected in zip(truths, detections, strict=True):
         mine = detected.labels == label
-        overlaps = box_iou(torch.from_numpy(detected.boxes[mine]), torch.from_numpy(boxes)).numpy()
-        for score, row in zip(detected.scores[mine], overlaps, strict=True):
-            best = int(row.argmax()) if len(row) else -1
-            found.append((float(score), float(row[best]) if len(row) else 0.0, (number, best)))
-    found.sort(key=lambda item: -item[0])
-    return np.array([overlap for _, overlap, _ in found]), [truth for _, _, truth in found]
-
-
-def _right_detections(
-    best_overlap: Floats,
-    best_truth: list[tuple[int, int]],
-    difficult: Sequence[npt.NDArray[np.bool_]],
-    threshold: float,
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which detections are right, the first of each truth alone, and which count at all: both [n]."""
-    right = np.zeros(len(best_overlap), dtype=np.bool_)
-    counted = np.ones(len(best_overlap), dtype=np.bool_)
-    taken: dict[tuple[int, int], bool] = defaultdict(bool)
-    for number, (overlap, (image, box)) in enumerate(zip(best_overlap, best_truth, strict=True)):
-        if not overlap > threshold:
-            continue
-        if difficult[image][box]:
-            counted[number] = False
-        elif not taken[image, box]:
-            right[number] = taken[image, box] = True
-    return right, counted
+        overlap = box_iou(torch.from_numpy(detected.boxes[mine]), torch.from_numpy(boxes)).numpy()
+        overlaps.append(overlap.max(axis=1, initial=0.0))
+        numbers.append(first + overlap.argmax(axis=1) if len(boxes) else np.full(len(overlap), -1))
+        scores.append(detected.scores[mine])
+        first += len(boxes)
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    return np.concatenate(overlaps)[order], np.concatenate(numbers)[order]

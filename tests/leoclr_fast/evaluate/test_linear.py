@@ -14,7 +14,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from torch.nn import functional as F
 
 from dataset_tools.stop_signals import StoppedAtOnce, StoppedBySignalError
@@ -30,35 +29,23 @@ from tests.leoclr_fast.long_call import LONG_S, long_call
 SMALL = ["--epochs=6", "--batch-size=16", "--loader=resident"]
 
 
-def trained(
-    folder: Path, features: torch.Tensor, labels: torch.Tensor, batch_size: int, protocol: LinearProtocol
-) -> tuple[list[nn.Linear], list[nn.Linear], list[float]]:
-    """The classifiers before and after a training on the features, whose batches come in order, and their losses."""
-    sizes = features.shape[1], int(labels.max()) + 1
-    before, heads = (linear_heads(protocol, *sizes, features.device, features.dtype) for _ in range(2))
-    parts = list(zip(features.split(batch_size), labels.split(batch_size), strict=True))
-    stepper, display = steps_of(folder, protocol.epochs * len(parts))
-    losses = train_heads(
-        heads, lambda _, start: parts[start:], lambda part: part, len(parts), protocol, stepper, display
-    )
-    return before, heads, losses
-
-
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_each_classifier_is_trained_as_if_alone(weight_decay: float, tmp_path: Path) -> None:
     """Three learning rates at once: momentum 0.9 written out, falling rates, a smaller last batch; they begin alike."""
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(22, 7, dtype=torch.float64, generator=generator)
     labels = torch.randint(0, 5, (22,), generator=generator)
-    labels[0] = 4
+    parts = list(zip(features.split(9), labels.split(9), strict=True))
     protocol = LinearProtocol(epochs=4, lr_grid=(0.01, 0.5, 30.0), weight_decay=weight_decay, milestones=(2,))
-    before, heads, losses = trained(tmp_path, features, labels, 9, protocol)
+    before, heads = (linear_heads(protocol, 7, 5, features.device, features.dtype) for _ in range(2))
+    steps = steps_of(tmp_path, 4 * len(parts))
+    losses = train_heads(heads, lambda _, start: parts[start:], lambda part: part, len(parts), protocol, *steps)
     for number, lr in enumerate(protocol.lrs):
         weight, bias = (tensor.detach().clone().requires_grad_() for tensor in before[0].parameters())
         velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
         for epoch in range(4):
             epoch_losses = []
-            for part, own_labels in zip(features.split(9), labels.split(9), strict=True):
+            for part, own_labels in parts:
                 loss = F.cross_entropy(part @ weight.T + bias, own_labels)
                 gradients = torch.autograd.grad(loss, (weight, bias))
                 for tensor, speed, gradient in zip((weight, bias), velocity, gradients, strict=True):
