@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,6 @@ from benchmarks.loader_implementations import (
 from benchmarks.processes import OwnProcess, process_use
 from benchmarks.results import print_document
 from dataset_tools.limits import Count, CountOrZero, require_allowed, unknown
-from dataset_tools.schema import read_json
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
@@ -37,13 +36,8 @@ from leoclr_fast.bench.setting import bench_device
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.timing import Say, interleaved
 from leoclr_fast.config_file import as_plain
-from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.machine.gpu_state import gpu_state
-from leoclr_fast.method.methods import method_class
-from leoclr_fast.run.documents import DataDescription, Environment
 from leoclr_fast.run.environment import environment
-from leoclr_fast.run.folder import RunFolder, write_json
-from pipelines.factory import settle_loader
 from pipelines.threads import available_cores
 
 
@@ -92,6 +86,8 @@ def bench_loader(config: LoaderBenchConfig, data: Sequence[Path], say: Say = lam
     Raises ValueError for data or settings that cannot be, RuntimeError if no loader can run, or one of
     ``config.loaders`` cannot.
     """
+    if not data:
+        raise ValueError("timing loaders needs images: give --data PATH [PATH …]")
     makers = OURS | LOADERS
     for name in config.loaders:
         if name not in makers:
@@ -138,34 +134,6 @@ def bench_loader(config: LoaderBenchConfig, data: Sequence[Path], say: Say = lam
             "ceilings": [_row(name, own) for name, own in ceilings.items()],
             "rows": sorted(rows, key=lambda row: -row["images_per_s"]),
         }
-
-
-def as_run_loads(folder: RunFolder, config: LoaderBenchConfig) -> tuple[LoaderBenchConfig, Path]:
-    """``config`` with the views, the image size, the loader and each rank's share of the batch of a run; its images.
-
-    Raises FileNotFoundError if there is no run, or if it does not say what it was trained on.
-    """
-    run = folder.read_config()
-    try:
-        data = Path(read_json(folder.data_file, DataDescription).path)
-        world_size = read_json(folder.environment_file, Environment).world_size
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{folder.path} does not say on which images it was trained ({error}); give --data PATH instead"
-        ) from error
-    max_images = run.result.max_images if config.max_images is None else config.max_images
-    split = limited(choose_splits(open_source(data)).pretrain, max_images)
-    loader = settle_loader(split, run.speed.loader, resolve_device(config.device))
-    as_there = replace(
-        config,
-        loaders=(loader.name,),
-        views=len(method_class(run.result.method.name).views),
-        image_size=run.result.views.image_size,
-        batch_size=-(-run.result.batch_size // world_size),
-        max_images=max_images,
-        workers=loader.workers if config.workers is None else config.workers,
-    )
-    return as_there, data
 
 
 def loader_markdown(document: dict[str, Any], command: str | None = None) -> str:
@@ -277,27 +245,14 @@ def _device_bytes(pid: int) -> int | None:
 class LoaderTiming:
     """Time our loaders beside torchvision's, FFCV's and DALI's own, interleaved, each in a process of its own."""
 
-    data: tuple[Path, ...] = ()
+    data: tuple[Path, ...]
     """The same images in one or several formats, such as an image folder and a .beton made of it: FFCV reads the one,
     DALI's own reader the other."""
-    run_folder: Annotated[Path | None, tyro.conf.arg(name="run", metavar="RUN")] = None
-    """The --out of a pretrain, instead of --data: times its loader on its images, at its views, image size and batch
-    size, and keeps the result there, for its report."""
     config: Annotated[LoaderBenchConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderBenchConfig)
 
-    def run(self) -> dict[str, Any]:
-        """Measure, print, and keep in the run folder. Returns the document of `bench_loader`."""
-        if bool(self.data) == (self.run_folder is not None):
-            raise ValueError("timing loaders needs images: give --data PATH [PATH …], or --run RUN, and not both")
-        if self.run_folder is None:
-            document = bench_loader(self.config, self.data, print)
-        else:
-            folder = RunFolder(self.run_folder)
-            config, images = as_run_loads(folder, self.config)
-            document = bench_loader(config, [images], print)
-            write_json(folder.loader_bench_file, document)
-        print_document(document, loader_markdown)
-        return document
+    def run(self) -> None:
+        """Measure, and print."""
+        print_document(bench_loader(self.config, self.data, print), loader_markdown)
 
 
 if __name__ == "__main__":

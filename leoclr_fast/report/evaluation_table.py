@@ -18,7 +18,7 @@ from msgspec import to_builtins
 from leoclr_fast.config_file import as_plain, differences, differing_fields
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.recipes import RECIPES, get_recipe
-from leoclr_fast.report.comparison import compared_methods
+from leoclr_fast.report.comparison import compared_methods, time_ratio
 from leoclr_fast.report.metrics_file import number
 from leoclr_fast.report.published import GAINS, Sizes, published_values
 from leoclr_fast.report.run_record import RunRecord, read_run
@@ -38,6 +38,7 @@ METRICS = {
 _EVALUATORS = ("knn", "linear", "linear_cached_features", "finetune", "transfer", "detect")
 _TITLES = {"knn": "kNN", "linear_cached_features": "linear estimate (cached features)"}
 _NOT_PROTOCOL = {"seed", "weights_sha256"}
+_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,8 @@ class Cell:
     """Seed (and the run's name where a seed comes twice) → the value of that run."""
     published: float | None
     """What was published for this network, data, number of epochs and protocol."""
+    interval: tuple[float, float] | None = None
+    """95 %, of the ratio of a single run's time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +107,7 @@ class EvaluationTable:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     costs: tuple[Row, ...]
-    """What the training took: hours, kWh, images/s, and the time per image against the baseline's of the same seed."""
+    """What the training took: hours, kWh, images/s, and the time per image over the baseline's of the same seed."""
     notes: tuple[str, ...]
     """In what the numbers are not what one would think."""
 
@@ -137,7 +140,10 @@ class EvaluationTable:
             cells = [row.label]
             for cell, n in zip(row.cells, counts, strict=True):
                 published = "" if cell.published is None else f" (published: {cell.published:.1f})"
-                cells.append(_mean_std(cell.mean, cell.std) + published)
+                shown = _mean_std(cell.mean, cell.std)
+                if cell.interval is not None:
+                    shown = f"{cell.mean:.3f} [{cell.interval[0]:.3f}, {cell.interval[1]:.3f}]"
+                cells.append(shown + published)
                 cells += [str(cell.n or "")] if len(n) > 1 else []
             cells += [str(row.differences[place] or "") for place in compared]
             lines.append(cells + [row.in_the_paper or ""] * has_paper)
@@ -365,51 +371,48 @@ def _difference(ours: Cell, theirs: Cell) -> Difference | None:
 
 
 def student_t_975(degrees_of_freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to 0.2 %: exact for 1 and 2, else its expansion about the normal quantile
+    """The 97.5 % quantile of Student's t, to 0.2 %: of a table, then by its expansion about the normal quantile
     (Abramowitz and Stegun, 26.7.5).
     """
-    if degrees_of_freedom == 1:
-        return math.tan(math.pi * 0.475)
-    if degrees_of_freedom == 2:
-        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / degrees_of_freedom**power for power, term in enumerate(terms, start=1))
+    n = degrees_of_freedom
+    return _T_975[n - 1] if n <= len(_T_975) else 1.95996 + 2.37227 / n + 2.8225 / n**2
 
 
 def _costs(groups: list[list[RunRecord]], ours: list[int], baseline: int) -> tuple[Row, ...]:
     """What the runs of each column took; of runs that measured speed on noise, too."""
-    of_baseline = {run.setting("result.seed"): run.images_per_s for run in groups[baseline]} if ours else {}
     measures: dict[str, Callable[[RunRecord], float]] = {
         "hours": lambda run: run.duration_s / 3600,
         "kWh": lambda run: run.energy_kwh,
         "images/s": lambda run: run.images_per_s,
-        "time per image, ratio": lambda run: (
-            of_baseline.get(run.setting("result.seed"), math.nan) / run.images_per_s if run.images_per_s else math.nan
-        ),
     }
-    rows = []
-    for label, measure in measures.items():
-        found = [[(run, value) for run in group if math.isfinite(value := measure(run))] for group in groups]
-        if any(found):
-            rows.append(
-                Row(
-                    label=label,
-                    evaluator="pretrain",
-                    metric=label,
-                    untrained=False,
-                    settings={},
-                    cells=tuple(_over_runs(group) for group in found),
-                    differences=(None,) * len(groups),
-                    in_the_paper=None,
-                )
-            )
-    return tuple(rows)
+    rows = {
+        label: [_over_runs([(run, value) for run in group if math.isfinite(value := measure(run))]) for group in groups]
+        for label, measure in measures.items()
+    }
+    if ours:
+        rows["time per image, ratio"] = [_time_ratios(group, groups[baseline]) for group in groups]
+    return tuple(
+        Row(
+            label=label,
+            evaluator="pretrain",
+            metric=label,
+            untrained=False,
+            settings={},
+            cells=tuple(cells),
+            differences=(None,) * len(groups),
+            in_the_paper=None,
+        )
+        for label, cells in rows.items()
+        if any(cell.n for cell in cells)
+    )
+
+
+def _time_ratios(group: list[RunRecord], baselines: list[RunRecord]) -> Cell:
+    """Of each run over the baseline of its seed, else the first one; with an interval where there is one run."""
+    of_seed = {run.setting("result.seed"): run for run in reversed(baselines)}
+    found = [(run, time_ratio(run, of_seed.get(run.setting("result.seed"), baselines[0]))) for run in group]
+    cell = _over_runs([(run, value) for run, (value, _) in found if math.isfinite(value)])
+    return replace(cell, interval=found[0][1][1]) if len(found) == 1 and group is not baselines else cell
 
 
 def _labels(protocols: dict[str, _Evaluation]) -> dict[str, str]:

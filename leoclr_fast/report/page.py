@@ -7,7 +7,6 @@ import io
 import math
 import re
 import shlex
-import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from dataset_tools.files import write_file
 from dataset_tools.images import decode_rgb
 from leoclr_fast.config_file import differences, flat
 from leoclr_fast.recipes import RECIPES
-from leoclr_fast.report.comparison import differing_environment, find_pairs, speed_range
 from leoclr_fast.report.curves import plots_of
 from leoclr_fast.report.evaluation_table import METRICS, table_of
 from leoclr_fast.report.metrics_file import number
@@ -34,7 +32,6 @@ _TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 _POINTS_OF_A_PAGE = 3200  # of each plot, over all runs: keeps twenty runs under 2 MB
 _SHEET_BYTES = 250_000
 _MAX_SHEETS = 4
-_UNEVEN = 1.5
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -80,7 +77,6 @@ def page_of(runs: list[RunRecord]) -> str:
         sections=sections if single else {"comparison": "Side by side", **sections},
         runs=runs,
         sentences=[summary_sentence(run) for run in runs],
-        comparison=None if single else _comparison(runs),
         comparison_tables=[] if single else table_of(runs).as_text(),
         plots=figures,
         expected=f"Expected curve: {reference.source}." if reference is not None else no_reference,
@@ -102,66 +98,24 @@ class Bar(NamedTuple):
 
 
 def _throughput(runs: list[RunRecord]) -> dict[str, Any]:
-    """Images per second beside their ceilings, what bound a single run, and how to measure what was not."""
-    bars, loader_commands = [], []
+    """Images per second beside their ceilings, and what bound a single run."""
+    bars = []
     for run in runs:
         rate, wait = run.images_per_s, run.data_wait_fraction
         name = f"{run.label}: " if len(runs) > 1 else ""
         if math.isfinite(rate) and run.synthetic:
             bars.append(Bar(f"{name}synthetic images, measured: a ceiling without loading", rate, True))
-        ceilings = [] if run.synthetic else _loader_ceilings(run)
-        if math.isfinite(rate) and not run.synthetic:
+        elif math.isfinite(rate):
             bars.append(Bar(f"{name}measured, since the run was last started", rate, False))
             if 0 < wait < 1:
                 if_fed = f"if no step had waited for data (computed from the data wait, {100 * wait:.1f} %)"
                 bars.append(Bar(f"{name}{if_fed}", rate / (1 - wait), True))
-            bars += [Bar(f"{name}{what}, measured", ceiling, True) for what, ceiling in ceilings]
-        if not run.synthetic and not ceilings:
-            loader_commands.append(shlex.join(["python", "-m", "benchmarks.loader_timing", "--run", str(run.path)]))
     found = bottleneck(runs[0])
-    command = reproducing_command(runs[0])
     return {
         "bars": bars,
         "bound": as_sentence(bound_clause(runs[0])),
         "remedy": as_sentence(found.remedy) if found else "",
-        "loader_commands": loader_commands,
-        "synthetic_command": None if command is None else shlex.join(_with_synthetic_images(command)),
     }
-
-
-def _loader_ceilings(run: RunRecord) -> list[tuple[str, float]]:
-    """What `benchmarks.loader_timing --run` has measured: the loader alone, and decoding alone, where it decodes."""
-    rows = run.loader_bench.rows
-    found = [(f"the loader {row.loader} alone", row.images_per_s) for row in rows]
-    if all(row.loader != "resident" for row in rows):
-        ceilings = run.loader_bench.ceilings
-        found += [("decoding alone", row.images_per_s) for row in ceilings if row.loader == "decode-only"]
-    return found
-
-
-def _with_synthetic_images(words: list[str]) -> list[str]:
-    words = list(words)
-    for flag in ("--loader.name", "--max-steps"):
-        if flag in words:
-            at = words.index(flag)
-            del words[at : at + 2]
-    words[words.index("--out") + 1] = "RUN-synthetic"
-    return [*words, "--loader", "synthetic", "--max-steps", "200"]
-
-
-def _comparison(runs: list[RunRecord]) -> dict[str, Any]:
-    """Pairs of the two methods, their differences over all pairs, and the runs whose speed is no measure."""
-    pairs = find_pairs(runs)
-    gains = [pair.gain for pair in pairs if math.isfinite(pair.gain)]
-    over_pairs = "One pair says nothing about chance: give several seeds of each." if len(pairs) == 1 else ""
-    if len(gains) > 1:
-        over_pairs = (
-            f"Over {len(gains)} pairs the difference is {statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f} "
-            "points (mean ± standard deviation)."
-        )
-    speeds = {run: speed_range(run) for pair in pairs for run in (pair.run, pair.baseline)}
-    uneven = [(run, slow, fast) for run, (slow, fast) in speeds.items() if fast > _UNEVEN * slow]
-    return {"pairs": pairs, "over_pairs": over_pairs, "uneven": uneven}
 
 
 def _contact_sheet(run: RunRecord) -> dict[str, Any] | None:
@@ -237,7 +191,11 @@ def _of_one_run(run: RunRecord) -> dict[str, Any]:
 
 def _differences(runs: list[RunRecord]) -> dict[str, Any]:
     """Settings and environments, where the runs differ."""
-    tables = {"settings": differences([run.config for run in runs]), "environment": differing_environment(runs)}
+    surroundings = [
+        {"data": {"fingerprint": run.data.fingerprint, "images": run.data.images}, **run.environment.as_plain()}
+        for run in runs
+    ]
+    tables = {"settings": differences([run.config for run in runs]), "environment": differences(surroundings)}
     shown = {
         key: [[name, *map(shown_value, values)] for name, values in found.items()] for key, found in tables.items()
     }

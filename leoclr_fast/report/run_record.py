@@ -22,7 +22,6 @@ from leoclr_fast.run.documents import (
     DataDescription,
     Environment,
     Knn,
-    LoaderBench,
     Summary,
     read_evaluations,
     read_or_default,
@@ -78,7 +77,6 @@ class RunRecord:
     environment: Environment = field(default_factory=Environment)
     summary: Summary = field(default_factory=Summary)
     data: DataDescription = field(default_factory=DataDescription)
-    loader_bench: LoaderBench = field(default_factory=LoaderBench)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metrics: MetricsFile
     is_being_written: bool = False
@@ -321,7 +319,6 @@ def refresh(record: RunRecord) -> bool:
     record.environment = _read(folder.environment_file, Environment, problems)
     record.summary = _read(folder.summary_file, Summary, problems)
     record.data = _read(folder.data_file, DataDescription, problems)
-    record.loader_bench = _read(folder.loader_bench_file, LoaderBench, problems)
     record.evaluations = read_evaluations(folder.evaluations_file, problems)
     record.problems = problems
     record.is_being_written = was_locked or _is_locked(record.path)  # or it began while its log was read

@@ -89,18 +89,6 @@ class Environment(Struct, omit_defaults=True):
         return plain
 
 
-class Speed(Struct):
-    loader: str
-    images_per_s: Annotated[float, Meta(gt=0)]
-
-
-class LoaderBench(Struct):
-    """`bench_loader.json`: how fast a run's loader is alone."""
-
-    rows: list[Speed] = []
-    ceilings: list[Speed] = []
-
-
 class EvaluationSettings(Struct):
     """What is read of the settings of an evaluation; the others are shown as they are."""
 

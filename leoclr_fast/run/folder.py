@@ -55,8 +55,7 @@ class _File:
 class RunFolder:
     """The files of a run: `config.yaml`, `environment.json`, `data.json` and `preview.png` (what it trains on),
     `metrics.jsonl`, `checkpoints/`, `report.html`, after an orderly end
-    `summary.json` and `final.safetensors`, `evaluations.jsonl` once it was evaluated, and `bench_loader.json` once its
-    loader was timed.
+    `summary.json` and `final.safetensors`, and `evaluations.jsonl` once it was evaluated.
     """
 
     path: Path
@@ -71,7 +70,6 @@ class RunFolder:
     summary_file = _File("summary.json")
     final_weights = _File("final.safetensors")
     evaluations_file = _File("evaluations.jsonl")
-    loader_bench_file = _File("bench_loader.json")
 
     def exists(self) -> bool:
         """Whether a run was started here."""

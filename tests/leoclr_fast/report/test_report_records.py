@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from leoclr_fast.config_file import differences
 from leoclr_fast.recipes import get_recipe
-from leoclr_fast.report.comparison import find_pairs, time_ratio
+from leoclr_fast.report.comparison import time_ratio
+from leoclr_fast.report.evaluation_table import Cell, table_of
 from leoclr_fast.report.metrics_file import MetricsFile
 from leoclr_fast.report.page import page_of
 from leoclr_fast.report.plots import thinned
-from leoclr_fast.report.run_record import read_run
+from leoclr_fast.report.run_record import RunRecord, read_run
 from leoclr_fast.report.sentence import summary_sentence
 from leoclr_fast.report.watch import watch
 from leoclr_fast.run.environment import boot_id
 from leoclr_fast.run.folder import RunFolder
-from tests.leoclr_fast.written_run import START_UNIX_S, end, knn, start, step_record, written_run
+from tests.leoclr_fast.written_run import START_UNIX_S, end, start, step_record, written_run
 
 SOME_STEPS = [step_record(step) for step in range(10, 101, 10)]
 
@@ -208,29 +208,28 @@ def test_thinning_keeps_ends_extremes_and_gaps() -> None:
     np.testing.assert_array_equal(thin_y, y[thin_x.astype(int)])
 
 
-def test_the_nearest_run_of_the_other_method_is_the_partner(tmp_path: Path) -> None:
-    def run(name: str, recipe: str, seed: int, rate: float, top1: float) -> Path:
+def test_the_time_of_an_image_is_taken_over_the_baseline_of_the_same_seed(tmp_path: Path) -> None:
+    def run(name: str, recipe: str, seed: int, rate: float) -> RunRecord:
         config = get_recipe(recipe)
         config = replace(config, result=replace(config.result, seed=seed))
         steps = [step_record(step, images_per_s=rate) for step in range(10, 201, 10)]
-        return written_run(tmp_path / name, [start(), knn(0, 10.0), *steps, knn(200, top1)], config=config)
+        return read_run(written_run(tmp_path / name, [start(), *steps], config=config))
 
-    paths = [
-        run("a", "leoclr_demo", 0, 60.0, 40.0),
-        run("b", "leoclr_demo", 1, 60.0, 42.0),
-        run("c", "mocov2_demo", 1, 90.0, 30.0),
-        run("d", "mocov2_demo", 0, 75.0, 31.0),
-    ]
-    runs = [read_run(path) for path in paths]
-    pairs = find_pairs(runs)
-    assert [(pair.run.path.name, pair.baseline.path.name) for pair in pairs] == [("a", "d"), ("b", "c")]
-    assert [pair.gain for pair in pairs] == [9.0, 12.0]
-    assert [pair.time_ratio.value for pair in pairs] == [1.25, 1.5]
-    assert all(pair.differences == [] for pair in pairs)
-    assert set(differences([run.config for run in runs])) == {"recipe", "result.seed", "result.method.name"}
-    page = page_of(runs)
+    first, second = run("a", "leoclr_demo", 0, 60.0), run("b", "leoclr_demo", 1, 60.0)
+    other, baseline = run("c", "mocov2_demo", 1, 90.0), run("d", "mocov2_demo", 0, 75.0)
+
+    def ratios(*runs: RunRecord) -> Cell:
+        return table_of(runs).costs[-1].cells[0]
+
+    assert (ratios(first, second, other, baseline).by_seed, ratios(second, baseline).by_seed) == (
+        {"0": 1.25, "1": 1.5},
+        {"1": 1.25},  # there is no baseline of its seed
+    )
+    assert ratios(first, baseline).interval == pytest.approx((1.25, 1.25))
+    page = page_of([first, baseline])
     assert "1.250 [1.250, 1.250]" in page
-    assert "Over 2 pairs the difference is +10.50 ± 2.12 points" in page
+    assert '<th scope="row">result.method.name</th>' in page
+    assert '<th scope="row">result.seed</th>' not in page  # the same in both
 
 
 def test_the_interval_of_the_ratio_holds_how_unevenly_the_runs_went(tmp_path: Path) -> None:
@@ -244,14 +243,13 @@ def test_the_interval_of_the_ratio_holds_how_unevenly_the_runs_went(tmp_path: Pa
         ]
         return written_run(tmp_path / name, [start(), *records])
 
-    ratio = time_ratio(read_run(uneven("a", 1.3)), read_run(uneven("b", 1.0)))
-    assert ratio.interval is not None
-    low, high = ratio.interval
-    assert low < ratio.value < high
+    ratio, interval = time_ratio(read_run(uneven("a", 1.3)), read_run(uneven("b", 1.0)))
+    assert interval is not None
+    low, high = interval
+    assert low < ratio < high
     assert 0.1 < high - low < 0.5  # two means of 60 windows with 30 % spread: ± 2 * 0.055 * 1.3
-    few = time_ratio(read_run(written_run(tmp_path / "few", [start(), *SOME_STEPS[:3]])), read_run(tmp_path / "b"))
-    assert few.interval is None
-    assert few.windows == (3, 60)
+    few = read_run(written_run(tmp_path / "few", [start(), *SOME_STEPS[:3]]))
+    assert time_ratio(few, read_run(tmp_path / "b"))[1] is None
 
 
 def test_two_recipes_and_measured_energy(tmp_path: Path) -> None:
@@ -261,6 +259,5 @@ def test_two_recipes_and_measured_energy(tmp_path: Path) -> None:
     assert '<th scope="col">kWh</th>' in page
     assert "0.125" in page
     assert "one/run" in page  # the shortest names that tell them apart
-    assert "of different recipes" in page
     assert "result.batch_size" in page
     assert "kWh" not in page_of([read_run(other), read_run(other)])

@@ -37,7 +37,6 @@ FILES: dict[str, list[Any]] = {
         "quarantined": {"images": 1, "listed": [{"name": "a", "reason": "r"}]},
         "preview": [{"name": "a", "class": "c"}],
     }],
-    "bench_loader.json": [{"rows": [{"loader": "dali", "images_per_s": 3.0}], "ceilings": []}],
     "metrics.jsonl": [
         start(method="M", num_keys=2, baseline="mocov2", metrics=["m"], last_step=92), knn(0, 9.0), step_record(46),
         {"kind": "warning", "step": 46, "text": "t"}, knn(92, 12.0), end(92, "stopped", reason="r", where="w"),
@@ -110,7 +109,7 @@ def test_files_that_are_no_document(run: Path, content: bytes) -> None:
     for name in ("config.yaml", *FILES):
         (run / name).write_bytes(content)
     problems = read_run(run).problems
-    assert len(problems) == (5 if content == b"" else 6)
+    assert len(problems) == (4 if content == b"" else 5)
     assert max(map(len, problems)) < 1000
     page_of([read_run(run)])
 
