@@ -11,8 +11,8 @@ from dataset_tools.limits import unknown
 from leoclr_fast.doctor.result import Result
 
 _TRY_AGAIN = "Look at the machine's load with `uptime`, then try again."
-_MANY_FILES = "Many small files are slow to list: convert them once, `leoclr-fast convert DATA DEST --format ffcv`."
 _DEAD_MOUNT = "A file system that does not answer is often a dead network mount: look with `mount` and `dmesg`."
+_MANY_FILES = "Many small files are slow to list: convert them once, `leoclr-fast convert DATA DEST --format ffcv`."
 _DEAD_DRIVER = "The driver may hang: look with `nvidia-smi` and `dmesg`, and restart the machine if they hang too."
 
 
@@ -25,11 +25,9 @@ class Check:
     """`module.function` in this package, imported by the process that runs it."""
     arguments: tuple[str, ...] = ()
     """Its arguments; `{data}` and `{out}` are what the user gave, or the empty string."""
-    limit_s: float = 20.0
     when_late: str = _TRY_AGAIN
     """The remedy where it does not answer in time."""
-    alone: bool = False
-    """Nothing else runs beside it."""
+    limit_s: float = 120.0
 
     def run(self, given: dict[str, str]) -> Result:
         """In this process. given: what `{data}` and `{out}` stand for."""
@@ -39,33 +37,20 @@ class Check:
         return result
 
 
-def _heavy(name: str, function: str, *arguments: str) -> Check:
-    """A check that imports torch."""
-    return Check(name, function, arguments, limit_s=120.0)
-
-
-def _gpu(name: str, function: str) -> Check:
-    return Check(name, function, limit_s=90.0, when_late=_DEAD_DRIVER)
-
-
 CHECKS: tuple[Check, ...] = (
-    _heavy("required packages", "packages.required_packages"),
-    _gpu("gpus", "gpus.gpus"),
-    _gpu("driver", "gpus.driver"),
-    _gpu("nccl", "ranks.nccl"),
-    _heavy("gloo", "ranks.gloo"),
-    Check("c compiler", "packages.c_compiler", limit_s=60.0),
-    _heavy("triton", "packages.triton"),
-    *(_heavy(f"loader {name}", "image_loaders.loader", name) for name in ("torchvision", "dali", "ffcv", "nvjpeg")),
-    Check("cores", "processors.cores", alone=True),
+    Check("required packages", "packages.required_packages"),
+    Check("gpus", "gpus.gpus", when_late=_DEAD_DRIVER),
+    Check("nccl", "ranks.nccl", when_late=_DEAD_DRIVER),
+    Check("gloo", "ranks.gloo"),
+    Check("compiling", "packages.compiling"),
+    *(Check(f"loader {name}", "image_loaders.loader", (name,)) for name in ("torchvision", "dali", "ffcv", "nvjpeg")),
+    Check("cores", "processors.cores"),
     Check("memory", "processors.memory"),
     Check("shared memory", "processors.shared_memory"),
     Check("limits", "processors.limits"),
-    Check("temporary folder", "disks.temporary_folder", when_late=_DEAD_MOUNT),
-    Check("out folder", "disks.out_folder", ("{out}",), when_late=_DEAD_MOUNT),
-    Check("out speed", "disks.out_speed", ("{out}",), limit_s=60.0, when_late=_DEAD_MOUNT, alone=True),
-    Check("data folder", "disks.data_folder", ("{data}",), when_late=_DEAD_MOUNT),
-    Check("data set", "disks.data_set", ("{data}",), limit_s=180.0, when_late=_MANY_FILES),
+    Check("temporary folder", "disks.temporary_folder", when_late=_DEAD_MOUNT, limit_s=20.0),
+    Check("out folder", "disks.out_folder", ("{out}",), when_late=_DEAD_MOUNT, limit_s=20.0),
+    Check("data", "disks.data", ("{data}",), when_late=f"{_MANY_FILES} {_DEAD_MOUNT}", limit_s=180.0),
 )
 
 

@@ -1,4 +1,7 @@
-"""Runs checks, each in a process of its own: one that hangs or crashes has failed, and stops no other."""
+"""Runs checks, each in a process of its own: one that hangs or crashes has failed, and stops no other.
+
+`python -m leoclr_fast.doctor.examination NAME` is that process, and prints a check's result as JSON.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from dataclasses import asdict
 
-from leoclr_fast.doctor.checks import Check
+from leoclr_fast.doctor.checks import Check, chosen_checks
 from leoclr_fast.doctor.result import Result, failed
 
 _MAX_AT_ONCE = 4
@@ -28,16 +32,13 @@ def examine(
         began(check.name)
         return run_apart(check, {"data": data, "out": out})
 
-    results = {check.name: one(check) for check in checks if check.alone}
-    together = [check for check in checks if not check.alone]
     with ThreadPoolExecutor(min(_MAX_AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
-        results |= zip((check.name for check in together), pool.map(one, together), strict=True)
-    return [results[check.name] for check in checks]
+        return list(pool.map(one, checks))
 
 
 def run_apart(check: Check, given: dict[str, str]) -> Result:
     """Run a check in a process of its own, which is killed at the check's limit. Never raises."""
-    command = [sys.executable, "-m", "leoclr_fast.doctor.one_check", check.name, json.dumps(given)]
+    command = [sys.executable, "-m", "leoclr_fast.doctor.examination", check.name, json.dumps(given)]
     # Files in memory: a pipe could be held open by what the check has started, and no disk is to be relied on.
     with os.fdopen(os.memfd_create("answer"), "w+") as answer, os.fdopen(os.memfd_create("errors"), "w+") as errors:
         process = subprocess.Popen(
@@ -47,36 +48,43 @@ def run_apart(check: Check, given: dict[str, str]) -> Result:
             process.wait(check.limit_s)
         except subprocess.TimeoutExpired:
             return failed(f"no answer within {check.limit_s:.0f} s", check.when_late)
-        finally:
-            _kill(process)
+        finally:  # the process and what it started; one that waits for a dead disk cannot be killed
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_END_WITHIN_S)
         answer.seek(0)
         errors.seek(0)
-        return _result(check, process.returncode, answer.read(), errors.read())
+        if process.returncode == 0:
+            with suppress(ValueError, TypeError):
+                return Result(**json.load(answer))
+        last_line = ": ".join(["", *[line.strip()[:300] for line in errors if line.strip()][-1:]])
+    code = process.returncode
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code} and no answer"
+    return failed(f"the check {how}{last_line}", f"Install it again, or look at the whole story: {_command(check)}")
 
 
-def _result(check: Check, returncode: int, answer: str, errors: str) -> Result:
-    if returncode == 0:
-        with suppress(ValueError, TypeError):
-            return Result(**json.loads(answer))
-    last_line = [line.strip() for line in errors.splitlines() if line.strip()][-1:]
-    ending = f": {last_line[0][:300]}" if last_line else ""
-    how = f"by {_signal_name(-returncode)}" if returncode < 0 else f"with code {returncode} and no answer"
-    return failed(
-        f"the check {'was ended' if returncode < 0 else 'ended'} {how}{ending}",
-        f"Install it again, or look at the whole story: python -m leoclr_fast.doctor.one_check {check.name!r}",
-    )
+def _command(check: Check) -> str:
+    return f"`python -m leoclr_fast.doctor.examination {check.name!r}`"
 
 
-def _kill(process: subprocess.Popen[Any]) -> None:
-    """The process and what it started. One that waits for a dead disk cannot be killed, and is not waited for."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_END_WITHIN_S)
-
-
-def _signal_name(number: int) -> str:
+def main() -> None:
+    """Libraries may print what they like: that goes to stderr."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    name, *rest = sys.argv[1:]
+    (check,) = chosen_checks([name])
     try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+        result = check.run(json.loads(rest[0]) if rest else {"data": "", "out": "."})
+    except Exception as error:
+        traceback.print_exc()
+        what = " ".join(str(error).split())[:300]
+        result = failed(f"{type(error).__name__}: {what}", f"See the whole story with {_command(check)}.")
+    answer.write(json.dumps(asdict(result)))
+    answer.flush()
+    sys.stderr.flush()
+    os._exit(0)  # libraries that were only half loaded may hang as they are torn down
+
+
+if __name__ == "__main__":
+    main()

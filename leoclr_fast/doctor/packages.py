@@ -1,17 +1,10 @@
-"""The packages that this one needs, and what compiles: the C compiler and Triton."""
+"""The packages that this one needs, and whether kernels can be compiled."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
-import sysconfig
-import tempfile
 from collections.abc import Sequence
 from importlib import import_module, metadata
-from importlib.util import find_spec
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -19,37 +12,27 @@ from dataset_tools.versions import installed_version
 from leoclr_fast.doctor.result import Result, failed, not_applicable, warning
 
 _PROJECT = "leoclr-fast"
-_NOT_INSTALLED = f"{_PROJECT} is not installed as a package"
-_INSTALL = "Install this package: `pip install -e .` in its folder."
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml", "nvidia-ml-py": "pynvml"}
 """Where a package is imported by another name."""
-_SOURCE = "#include <Python.h>\nint answer(void) { return PY_MAJOR_VERSION; }\n"
-_APT = "Install it: `apt-get install gcc g++ python3-dev`."
+_INSTALL_COMPILER = "Install what is missing: `apt-get install gcc g++ python3-dev`, `pip install triton`."
 
 
 def required_packages() -> Result:
     """Those without which nothing trains, torch among them."""
-    required = requirements()
-    if not required:
-        return warning(f"{_NOT_INSTALLED}, so its requirements are not known", _INSTALL)
-    return import_all(required, install="pip install -e .")
-
-
-def requirements() -> list[Requirement]:
-    """What the installed package names for everybody; nothing where it is not installed."""
     try:
         everything = [Requirement(text) for text in metadata.requires(_PROJECT) or []]
     except metadata.PackageNotFoundError:
-        return []
-    return [each for each in everything if each.marker is None]
+        found = f"{_PROJECT} is not installed as a package, so its requirements are not known"
+        return warning(found, "Install this package: `pip install -e .` in its folder.")
+    return import_all([each for each in everything if each.marker is None])
 
 
-def import_all(wanted: Sequence[Requirement], *, install: str) -> Result:
+def import_all(wanted: Sequence[Requirement]) -> Result:
     """Versions, and what is missing, too old or broken."""
     versions = {each.name: installed_version(each.name) for each in wanted}
     result = Result(", ".join(f"{name} {version}" for name, version in versions.items() if version is not None))
     for each in wanted:
-        name, version, remedy = each.name, versions[each.name], f"Install it: `{install}`."
+        name, version, remedy = each.name, versions[each.name], "Install it: `pip install -e .`."
         if version is None:
             result.fail(f"{name} is missing", remedy)
             continue
@@ -65,44 +48,27 @@ def import_all(wanted: Sequence[Requirement], *, install: str) -> Result:
     return result
 
 
-def c_compiler() -> Result:
-    """Triton compiles a small C file with Python's headers before it launches a kernel; torch.compile needs it too."""
-    named = [os.environ.get("CC"), "gcc", "clang", "cc"]
-    compiler = next((found for name in named if name and (found := shutil.which(name))), None)
-    without = "kernels are not compiled, and training on a GPU is slower"
-    if compiler is None:
-        return warning(f"no C compiler: {without}", _APT)
-    include = sysconfig.get_path("include")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "answer.c"
-        source.write_text(_SOURCE)
-        command = [compiler, "-shared", "-fPIC", f"-I{include}", str(source), "-o", str(source.with_suffix(".so"))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=45, check=False)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"code {done.returncode}"]
-        return warning(f"{compiler} cannot compile with Python's headers ({lines[0][:200]}): {without}", _APT)
-    return Result(f"{compiler} compiles with the headers in {include}")
-
-
-def triton() -> Result:
-    """On a GPU it runs our loss and compares it with the plain one."""
+def compiling() -> Result:
+    """On a GPU Triton compiles our loss, with a C compiler and Python's headers; it is compared with the plain one."""
     import torch
 
-    on_gpu = torch.cuda.is_available()
-    if find_spec("triton") is None:
-        found = "not installed: the loss and the augmentation run without fused kernels"
-        return warning(found, "Install it: `pip install triton`.") if on_gpu else not_applicable(found)
-    from triton import __version__ as version
+    from leoclr_fast.machine.compiling import what_compiling_lacks
 
-    if not on_gpu:
-        return not_applicable(f"{version}; there is no GPU to run our kernels on")
+    if not torch.cuda.is_available():
+        return not_applicable("no GPU to compile kernels for")
+    if (lacking := what_compiling_lacks("cuda")) is not None:
+        return warning(f"kernels are not compiled, and training is slower: it lacks {lacking}", _INSTALL_COMPILER)
     from leoclr_fast.losses.info_nce import info_nce
 
     generator = torch.Generator().manual_seed(0)
     rows = [torch.nn.functional.normalize(torch.randn(size, 128, generator=generator)) for size in (32, 32, 32, 512)]
     query, first, second, queue = (row.cuda() for row in rows)
-    fused, plain = (info_nce(query, (first, second), queue, 0.2, impl).item() for impl in ("triton", "eager"))
+    try:
+        fused, plain = (info_nce(query, (first, second), queue, 0.2, impl).item() for impl in ("triton", "eager"))
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return failed(f"Triton does not run our loss ({why})", f"{_INSTALL_COMPILER} Or give `--loss-impl eager`.")
     if abs(fused - plain) > 1e-3 * abs(plain):
-        found = f"{version}: the fused loss is {fused:.6f}, the plain one {plain:.6f}"
+        found = f"the fused loss is {fused:.6f}, the plain one {plain:.6f}"
         return failed(found, "Give `--loss-impl eager`, and tell us the GPU and the versions.")
-    return Result(f"{version} runs our loss on the GPU: {fused:.6f}, as the plain one")
+    return Result(f"triton {installed_version('triton')} runs our loss on the GPU: {fused:.6f}, as the plain one")

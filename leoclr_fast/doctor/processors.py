@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from leoclr_fast.doctor.control_groups import cpu_quota, memory_left_bytes
-from leoclr_fast.doctor.result import Result, failed, not_applicable
+from leoclr_fast.doctor.result import Result, failed
 
 _GIB = 2**30
 _FEW_CORES = 2
-_FEW_FILES, _TOO_FEW_FILES, _FEW_PROCESSES = 4096, 256, 4096
+_FEW_FILES, _TOO_FEW_FILES = 4096, 256
 _LITTLE_MEMORY_GIB, _TOO_LITTLE_MEMORY_GIB = 8.0, 1.0
 _LITTLE_SHARED_GIB, _TOO_LITTLE_SHARED_GIB = 2.0, 0.25
 _MORE_SHARED = (
@@ -41,11 +40,8 @@ def cores(root: Path = Path("/")) -> Result:
 
 def memory(root: Path = Path("/")) -> Result:
     """What is there and what is left, for this machine and for this control group."""
-    try:
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in (root / "proc/meminfo").read_text().splitlines()}
-    except (OSError, ValueError, IndexError) as error:
-        return not_applicable(f"/proc/meminfo cannot be read: {error}")
-    total_gib, left_gib = kib["MemTotal"] / 2**20, kib.get("MemAvailable", kib.get("MemFree", 0)) / 2**20
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in (root / "proc/meminfo").read_text().splitlines()}
+    total_gib, left_gib = kib["MemTotal"] / 2**20, kib["MemAvailable"] / 2**20
     result = Result(f"{left_gib:.1f} of {total_gib:.1f} GiB available")
     if (group := memory_left_bytes(root)) is not None:
         limit_gib, group_left_gib = (number / _GIB for number in group)
@@ -58,6 +54,44 @@ def memory(root: Path = Path("/")) -> Result:
             "End other programs, ask for more (SLURM: `--mem`), or train with fewer `--loader.workers`.",
         )
     return result
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that the control groups (containers, SLURM, Kubernetes) leave to this process; None without
+    a limit.
+    """
+    limits = [text.split() for (text,) in _of_groups(root, "cpu.max")]
+    return min((int(quota) / int(period) for quota, period in limits if quota != "max"), default=None)
+
+
+def memory_left_bytes(root: Path = Path("/")) -> tuple[int, int] | None:
+    """The tightest limit of the control groups, and what is left of it without the page cache, bytes; None without a
+    limit.
+    """
+    found = []
+    for limit, used, counters in _of_groups(root, "memory.max", "memory.current", "memory.stat"):
+        if limit.strip() != "max":
+            cached = dict(line.split() for line in counters.splitlines()).get("inactive_file", "0")
+            found.append((int(limit), int(limit) - max(0, int(used) - int(cached))))
+    return min(found, key=lambda limit_and_left: limit_and_left[1], default=None)
+
+
+def _of_groups(root: Path, *names: str) -> Iterator[list[str]]:
+    """The content of these files of this process's control group and all groups around it, of version 2: each may set
+    a limit. Groups that lack one are passed over.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    top = root / "sys/fs/cgroup"
+    for line in lines:
+        if line.startswith("0::"):
+            group = top / line.removeprefix("0::").strip("/")
+            around = [group, *group.parents]
+            for folder in around[: around.index(top) + 1]:
+                if all((folder / name).exists() for name in names):
+                    yield [(folder / name).read_text() for name in names]
 
 
 def shared_memory(folder: str = "/dev/shm") -> Result:
@@ -77,24 +111,15 @@ def shared_memory(folder: str = "/dev/shm") -> Result:
 
 
 def limits(getrlimit: Callable[[int], tuple[int, int]] = resource.getrlimit, root: Path = Path("/")) -> Result:
-    """Open files, processes, locked memory and core files, as `ulimit` sets them.
+    """Open files and locked memory, as `ulimit` sets them.
 
     getrlimit, root: where they and `/sys` are read, others in tests.
     """
-    files, processes, locked, core = (
-        getrlimit(number)[0]
-        for number in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK, resource.RLIMIT_CORE)
-    )
-    result = Result(
-        f"open files {_limit(files)}, processes {_limit(processes)}, locked memory {_limit(locked, ' B')}, core files "
-        f"{_limit(core, ' B')}"
-    )
+    files, locked = (getrlimit(number)[0] for number in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK))
+    result = Result(f"open files {_limit(files)}, locked memory {_limit(locked, ' B')}")
     if files != resource.RLIM_INFINITY and files < _FEW_FILES:
         add = result.fail if files < _TOO_FEW_FILES else result.warn
         add(f"{files} open files are few for loaders with many workers", "Allow more with `ulimit -n 65536`.")
-    if processes != resource.RLIM_INFINITY and processes < _FEW_PROCESSES:
-        what = f"{processes} processes and threads are few for several ranks"
-        result.warn(what, "Allow more with `ulimit -u 65536`.")
     if (root / "sys/class/infiniband").is_dir() and locked != resource.RLIM_INFINITY:
         remedy = "Allow it with `ulimit -l unlimited` (containers: `--ulimit memlock=-1`)."
         result.warn("InfiniBand needs locked memory without a limit", remedy)
