@@ -26,23 +26,17 @@ class Parity(CommonFlags):
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.commands.written_page import write_page
         from leoclr_fast.parity.comparison import measure_parity
-        from leoclr_fast.parity.drawn_parameters import drawn_parameters
         from leoclr_fast.parity.page import parity_page
-        from pipelines.config import ViewConfig
-        from pipelines.views import LEOCLR_VIEWS
 
         if not self.data:
             raise ValueError("parity needs images: give --data PATH [PATH …]")
         results, obstacles = measure_parity(self.config, self.data, lambda line: say(console, line))
-        views = ViewConfig(image_size=self.config.image_size)
-        histograms, shares = drawn_parameters(LEOCLR_VIEWS, views, seed=self.config.seed)
         title = f"Parity of the loaders on {', '.join(path.name for path in self.data)}"
-        write_page(self.out, parity_page(results, obstacles, histograms, shares, title=title))
+        write_page(self.out, parity_page(results, obstacles, title=title))
         say(console, f"parity: {self.out}")
         return {
             "ok": all(result.ok for result in results),
             "out": str(self.out),
             "rows": [result.row() for result in results],
             "not_compared": obstacles,
-            "shares": {share.name: share.share for share in shares},
         }

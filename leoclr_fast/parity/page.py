@@ -1,10 +1,9 @@
-"""The page of `parity`: every loader beside torchvision's, its worst crops, and what the data layer draws."""
+"""The page of `parity`: every loader beside torchvision's, and its worst crops."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,42 +11,23 @@ import numpy as np
 from PIL import Image
 
 from leoclr_fast.parity.comparison import EDGE, BackendParity, WorstCrop
-from leoclr_fast.parity.drawn_parameters import Histogram, Share
-from leoclr_fast.report.plots import Curve, DrawnPlot, Plot, drawn
 from leoclr_fast.report.rendering import rendered
 
 
-def parity_page(
-    results: Sequence[BackendParity],
-    obstacles: Sequence[str],
-    histograms: Sequence[Histogram],
-    shares: Sequence[Share],
-    *,
-    title: str,
-) -> str:
+def parity_page(results: Sequence[BackendParity], obstacles: Sequence[str], *, title: str) -> str:
     """The whole page, self-contained. Names of files and classes are text, whatever is in them."""
     return rendered(
         Path(__file__).with_suffix(".html"),
         title=title,
         heading=title,
-        sections={"loaders": "Loaders", "worst": "Worst crops", "drawn": "What is drawn"},
-        plots=[_density(number, histogram) for number, histogram in enumerate(histograms)],
+        sections={"loaders": "Loaders", "worst": "Worst crops"},
+        plots=[],
         results=results,
         failed=[f"{result.loader} on {result.data}" for result in results if not result.ok],
         edge=EDGE,
         rows=[_row(result) for result in results],
         obstacles=obstacles,
         sheets=[[_sheet(crop) for crop in result.worst] for result in results],
-        shares=[
-            [
-                share.name,
-                f"{share.draws:,}",
-                f"{100 * share.share:.2f} %",
-                f"{100 * share.expected:g} %",
-                f"{share.deviation:+.1f}" if math.isfinite(share.deviation) else "never expected",
-            ]
-            for share in shares
-        ],
     )
 
 
@@ -80,20 +60,3 @@ def _sheet(crop: WorstCrop) -> dict[str, str]:
             f"{crop.mean_difference:.3f} levels, at most {difference.max()}"
         ),
     }
-
-
-def _density(number: int, histogram: Histogram) -> DrawnPlot:
-    x = histogram.centers
-    return drawn(
-        Plot(
-            name=f"drawn{number}",
-            title=f"Density: {histogram.name.lower()}",
-            x_label=histogram.name + histogram.unit.replace(" ", ", ", 1),
-            curves=[
-                Curve(label="drawn", x=x, y=histogram.density, style=0),
-                Curve(label="expected", x=x, y=histogram.expected, style=0, reference=True),
-            ],
-            from_zero=True,
-            x_counts=False,
-        )
-    )

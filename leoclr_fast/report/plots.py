@@ -111,8 +111,6 @@ class Plot:
     """x until which the queue fills: shaded."""
     from_zero: bool = False
     """Whether the y axis starts at 0."""
-    x_counts: bool = True
-    """Whether x counts something from 0, such as epochs."""
 
     @property
     def is_empty(self) -> bool:
@@ -168,12 +166,11 @@ def drawn(plot: Plot, max_points: int = MAX_POINTS) -> DrawnPlot:
         axes = figure.add_axes((*place, *size))
         axes.patch.set_visible(False)
         axes.margins(x=0.01, y=0.06)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=plot.x_counts))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(plot.x_label)
         points = [_draw(axes, curve, max_points) for curve in plot.curves]
-        if plot.x_counts:
-            axes.set_xlim(left=0)
+        axes.set_xlim(left=0)
         if plot.from_zero:
             axes.set_ylim(bottom=0)
         if plot.filling_until is not None:

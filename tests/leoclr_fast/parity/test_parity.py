@@ -1,4 +1,4 @@
-"""`parity`: equal loaders are found equal, a difference is found where it is, and what is drawn is counted rightly."""
+"""`parity`: equal loaders are found equal, and a difference is found where it is."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from dataset_tools.conversion.options import ConvertOptions
 from leoclr_fast.cli import run_command
 from leoclr_fast.parity import comparison as parity
 from leoclr_fast.parity.comparison import ParityConfig, measure_parity
-from leoclr_fast.parity.drawn_parameters import drawn_parameters
-from pipelines.config import ViewConfig
 from pipelines.resident_loader import ResidentLoader
-from pipelines.views import LEOCLR_VIEWS
 from tests.pipelines.optional_packages import HAS_DALI, HAS_FFCV
 from tests.pipelines.pictures import picture
 
@@ -168,23 +165,6 @@ def test_photographs_are_within_the_limits(real_data: Path, tmp_path: Path) -> N
         assert result.ok, result
         if result.loader == "ffcv":
             assert result.max == result.edge_max == 0
-
-
-class TestDrawn:
-    def test_by_the_recipe(self) -> None:
-        histograms, shares = drawn_parameters(LEOCLR_VIEWS, ViewConfig(image_size=32), seed=5, draws=20_000)
-        assert [share.expected for share in shares] == [0.8, 0.2, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
-        for share in shares:
-            assert abs(share.deviation) < 4, share
-        by_name = {histogram.name: histogram for histogram in histograms}
-        assert len(by_name) == 7
-        for name in ("Brightness factor", "Contrast factor", "Saturation factor", "Hue shift", "Blur sigma"):
-            histogram = by_name[name]
-            assert histogram.density == pytest.approx(histogram.expected, rel=0.06), name
-        for name in ("Share of the image's area", "Logarithm of width over height"):
-            histogram = by_name[name]
-            assert histogram.density == pytest.approx(histogram.expected, rel=0.12, abs=0.02), name
-            assert histogram.expected.max() > 1.3 * histogram.expected.min()  # some boxes do not fit
 
 
 def test_backends_are_all_loaders_but_the_oracle_and_noise() -> None:
