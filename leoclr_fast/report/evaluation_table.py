@@ -85,8 +85,6 @@ class Row:
     """One for each column."""
     differences: tuple[Difference | None, ...]
     """Of each column from the baseline's, where there is one column of the baseline."""
-    in_the_paper: str | None
-    """"not stated" where the paper has a difference on these images, and does not state for what; a note tells it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +125,6 @@ class EvaluationTable:
 
     def _lines(self, first: str, rows: Sequence[Row]) -> list[list[str]]:
         compared = [place for place in range(len(self.columns)) if any(row.differences[place] for row in rows)]
-        has_paper = any(row.in_the_paper for row in rows)
         counts = [{row.cells[place].n for row in rows} - {0} for place in range(len(self.columns))]
         head = [first]
         for column, n in zip(self.columns, counts, strict=True):  # a column of its own where it is not always the same
@@ -135,7 +132,7 @@ class EvaluationTable:
             head += [column.title, "n"] if len(n) > 1 else [column.title + said]
         one = len(compared) == 1
         head += ["difference" if one else f"difference of {self.columns[place].title}" for place in compared]
-        lines = [head + ["in the paper"] * has_paper]
+        lines = [head]
         for row in rows:
             cells = [row.label]
             for cell, n in zip(row.cells, counts, strict=True):
@@ -146,7 +143,7 @@ class EvaluationTable:
                 cells.append(shown + published)
                 cells += [str(cell.n or "")] if len(n) > 1 else []
             cells += [str(row.differences[place] or "") for place in compared]
-            lines.append(cells + [row.in_the_paper or ""] * has_paper)
+            lines.append(cells)
         return lines
 
 
@@ -199,15 +196,15 @@ def table_of(runs: Sequence[RunRecord]) -> EvaluationTable:
     protocols = {key: evaluation for own in evaluations.values() for key, evaluation in own.items()}
     labels = _labels(protocols)
     ours, baseline = _compared(groups)
-    rows = []
+    rows, gains = [], list[str]()
     for key, protocol in sorted(protocols.items(), key=lambda item: _rank(item[1], labels[item[0]])):
         for metric in (metric for metric in METRICS if metric in protocol.values):
             found = [[(run, evaluations[run][key]) for run in group if key in evaluations[run]] for group in groups]
             cells = tuple(_cell(group, metric, notes) for group in found)
             differences = _differences(cells, ours, baseline)
-            in_the_paper = None
             if len(ours) == 1 and any(differences) and metric == "top1":
-                in_the_paper = _in_the_paper(protocol, [groups[place] for place in (*ours, baseline)], notes)
+                gain = _papers_gain(protocol, [groups[place] for place in (*ours, baseline)])
+                gains += [] if gain is None else [gain]
             rows.append(
                 Row(
                     label=f"{labels[key]}, {METRICS[metric]}",
@@ -217,12 +214,11 @@ def table_of(runs: Sequence[RunRecord]) -> EvaluationTable:
                     settings=protocol.settings,
                     cells=cells,
                     differences=differences,
-                    in_the_paper=in_the_paper,
                 )
             )
     costs = _costs(groups, ours, baseline)
-    if any(row.in_the_paper for row in rows):
-        notes += _deviations_from_the_paper(groups, list(protocols.values()))
+    if gains:
+        notes += [*gains, *_deviations_from_the_paper(groups, list(protocols.values()))]
     return EvaluationTable(columns=columns, rows=tuple(rows), costs=costs, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -400,7 +396,6 @@ def _costs(groups: list[list[RunRecord]], ours: list[int], baseline: int) -> tup
             settings={},
             cells=tuple(cells),
             differences=(None,) * len(groups),
-            in_the_paper=None,
         )
         for label, cells in rows.items()
         if any(cell.n for cell in cells)
@@ -450,9 +445,9 @@ def _rank(protocol: _Evaluation, label: str) -> tuple[Any, ...]:
     return known, protocol.settings.get("percent") or 0.0, protocol.untrained, label
 
 
-def _in_the_paper(protocol: _Evaluation, both: list[list[RunRecord]], notes: list[str]) -> str | None:
-    """ "not stated" where an evaluation of both methods is on the images of a gain that the paper reports: it says of
-    none all that it is for. A note tells the gain, or why it does not stand here.
+def _papers_gain(protocol: _Evaluation, both: list[list[RunRecord]]) -> str | None:
+    """What the paper reports on the images of an evaluation of both methods with its network, and what it does not
+    state of that.
 
     Images are known by their numbers, and by being of the data that the runs learned from. A recipe names its data:
     leoclr_imagenet_200ep.
@@ -461,20 +456,13 @@ def _in_the_paper(protocol: _Evaluation, both: list[list[RunRecord]], notes: lis
     name = names.pop()
     if names or name not in GAINS or protocol.evaluator != "linear" or protocol.untrained:
         return None
-    (gain, sizes, unstated), fingerprint = GAINS[name], protocol.settings.get("data_fingerprint")
-    networks = {str(group[0].setting("result.backbone.arch")) for group in both}
-    strangers = [str(run.path) for group in both for run in group if run.data.fingerprint != fingerprint]
-    left_out = f"the paper's gain for {name}, {gain}, does not stand beside this linear evaluation: "
-    if networks != {"resnet50"}:
-        notes.append(f"{left_out}it names ResNet-50 alone, and here is {', '.join(sorted(networks))}")
-    elif protocol.sizes != sizes:
-        notes.append(f"{left_out}{sizes} there, {protocol.sizes} here")
-    elif strangers:
-        notes.append(f"{left_out}nothing says that {', '.join(strangers)} learned from the data it is on")
-    else:
-        notes.append(f"the paper reports {gain} for {name}, and does not state {unstated}")
-        return "not stated"
-    return None
+    gain, sizes, unstated = GAINS[name]
+    runs = [run for group in both for run in group]
+    same_network = all(run.setting("result.backbone.arch") == "resnet50" for run in runs)
+    same_data = all(run.data.fingerprint == protocol.settings.get("data_fingerprint") for run in runs)
+    if not same_network or not same_data or protocol.sizes != sizes:
+        return None
+    return f"the paper reports {gain} for {name}, and does not state {unstated}"
 
 
 def _deviations_from_the_paper(groups: list[list[RunRecord]], protocols: list[_Evaluation]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from leoclr_fast.config_file import differing_fields
-from leoclr_fast.report.metrics_file import Floats, number
+from leoclr_fast.report.metrics_file import Floats
 from leoclr_fast.report.run_record import RunRecord
 
 REFERENCE_FILE = Path(__file__).with_name("reference_curves.json")
@@ -49,15 +48,11 @@ def find_reference(run: RunRecord) -> tuple[Reference | None, str]:
     reasons = []
     for entry in own:
         differences = differing_fields(entry["settings"], comparable_settings(settings))
-        images, world_size = number(run.data.images), run.environment.world_size
-        if math.isfinite(images) and images != entry["images"]:
-            differences.append(f"images: {entry['images']:,} there, {images:,.0f} here")
+        images, world_size = run.data.images, run.environment.world_size
+        if images != entry["images"]:
+            differences.append(f"images: {entry['images']:,} there, {'?' if images is None else f'{images:,}'} here")
         if world_size != entry["world_size"]:
             differences.append(f"ranks: {entry['world_size']} there, {world_size} here")
-        if math.isnan(images) and math.isfinite(run.steps_per_epoch):
-            steps = entry["images"] // entry["settings"]["batch_size"]
-            if run.steps_per_epoch != steps:
-                differences.append(f"steps an epoch: {steps:,} there, {run.steps_per_epoch:,.0f} here")
         if not differences:
             return _reference(entry), ""
         shown = "; ".join(differences[:4]) + ("; …" if len(differences) > 4 else "")

@@ -124,17 +124,10 @@ class RunRecord:
     def batch_size(self) -> float:
         return number(self.setting("result.batch_size"))
 
-    @cached_property
+    @property
     def steps_per_epoch(self) -> float:
-        """NaN if nothing in the folder says."""
-        for start in reversed(self.metrics.starts):
-            if start.steps_per_epoch is not None:
-                return float(start.steps_per_epoch)
-        reached = [(each.step, each.epoch) for each in self.metrics.knn]
-        for step, epoch in [*reached, (self.summary.steps, self.summary.epochs)]:
-            if step and epoch and math.isfinite(step / epoch):
-                return float(max(1, round(step / epoch)))
-        return math.nan
+        """NaN if the log does not say."""
+        return number(self.metrics.starts[-1].steps_per_epoch if self.metrics.starts else None)
 
     @property
     def total_steps(self) -> float:
@@ -322,7 +315,6 @@ def refresh(record: RunRecord) -> bool:
     record.evaluations = read_evaluations(folder.evaluations_file, problems)
     record.problems = problems
     record.is_being_written = was_locked or _is_locked(record.path)  # or it began while its log was read
-    record.__dict__.pop("steps_per_epoch", None)
     return changed
 
 
