@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -132,16 +133,11 @@ def _method_rows(
     max_s: float,
 ) -> list[dict[str, Any]]:
     result, views = setting.result(method), method_class(method).views
-    ours: list[OurMethod] = []
-
-    def make() -> OurMethod:
-        ours.append(OurMethod(method, setting, speed, device))
-        return ours[0]
-
     with open_batches(training_images(None, result), [views], result, SYNTHETIC, device) as (batches, _):
-        prepared = prepare(make, batches, device, config.warmup)
+        ours = prepare(partial(OurMethod, method, setting, speed, device), batches, device, config.warmup)
+        assert isinstance(ours, OurMethod)
         batch = next(batches[views])
-    calls = {**_parts(ours[0], batch, device), WHOLE: lambda: ours[0].step(batch)}
+    calls = {**_parts(ours, batch, device), WHOLE: lambda: ours.step(batch)}
     times = interleaved_ms(calls, config.repeats, device, warmup=config.warmup, lead=1, max_s=max_s)
     rows: list[dict[str, Any]] = [
         {"method": method, "precision": speed.precision, "part": part, **quantiles("ms", own), "calls": len(own)}
@@ -154,8 +150,8 @@ def _method_rows(
     images_per_s = 1000 * result.batch_size / rows[-1]["ms"]
     rows[-1] |= {
         "images_per_s": images_per_s,
-        "mfu": mfu(ours[0].flops_per_image, images_per_s, peak),
-        "peak_memory_gib": prepared.peak_memory_gib,
+        "mfu": mfu(ours.flops_per_image, images_per_s, peak),
+        "peak_memory_gib": ours.peak_memory_gib,
     }
     return rows
 

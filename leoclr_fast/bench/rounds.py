@@ -49,6 +49,8 @@ class TimedMethod(ABC):
     views: ViewRecipe
     """The views that its batches must hold."""
     flops_per_image: int
+    peak_memory_gib: float | None = None
+    """Of all its tensors, at most, since it was made; None on a CPU."""
 
     @abstractmethod
     def step(self, batch: CropBatch) -> None:
@@ -144,17 +146,8 @@ class TimedSteps:
         return 1000 * self.seconds / self.steps
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A method that has trained for a while."""
-
-    method: TimedMethod
-    peak_memory_gib: float | None
-    """Of all its tensors, at most, since it was made; None on a CPU."""
-
-
-def prepare(make: Callable[[], TimedMethod], batches: Batches, device: torch.device, steps: int) -> Prepared:
-    """Make a method and let it train for some steps."""
+def prepare(make: Callable[[], TimedMethod], batches: Batches, device: torch.device, steps: int) -> TimedMethod:
+    """Make a method and let it train for some steps; on a GPU, it is told how much memory that took."""
     made: list[TimedMethod] = []
 
     def make_and_train() -> None:
@@ -163,9 +156,9 @@ def prepare(make: Callable[[], TimedMethod], batches: Batches, device: torch.dev
 
     if device.type != "cuda":
         make_and_train()
-        return Prepared(method=made[0], peak_memory_gib=None)
-    peak_mib = peak_extra_mib(make_and_train, device)
-    return Prepared(method=made[0], peak_memory_gib=None if peak_mib is None else peak_mib / 1024)
+    elif (peak_mib := peak_extra_mib(make_and_train, device)) is not None:
+        made[0].peak_memory_gib = peak_mib / 1024
+    return made[0]
 
 
 def train_interleaved(

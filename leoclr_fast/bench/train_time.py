@@ -16,7 +16,6 @@ from leoclr_fast.bench.page import bench_page, interval, markdown_table, number,
 from leoclr_fast.bench.rounds import (
     SYNTHETIC,
     OurMethod,
-    Prepared,
     TimedMethod,
     TimedSteps,
     open_batches,
@@ -89,7 +88,7 @@ def bench_train_time(
     }
     makers |= {name: partial(peer, setting, speed, device) for name, peer in peers.items()}
     recipes = [method.views for method in (*methods.values(), *peers.values())]
-    prepared: list[Prepared] = []
+    prepared: list[TimedMethod] = []
     rows: list[dict[str, Any]] = []
     for left, (kind, split) in zip(range(len(splits), 0, -1), splits.items(), strict=True):
         loader = SYNTHETIC if kind == "synthetic" else speed.loader
@@ -107,7 +106,7 @@ def bench_train_time(
             say(f"{kind} images, loader {loader_name}")
             left_s = rounds.max_s - (time.perf_counter() - start)
             share = replace(rounds, max_s=max(1.0, left_s / left))
-            timed = train_interleaved([one.method for one in prepared], batches, device, share, say)
+            timed = train_interleaved(prepared, batches, device, share, say)
         for one, own in zip(prepared, timed, strict=True):
             row = _row(one, kind, own, result.batch_size, device, speed.precision)
             rows.append(row | {"loader": loader_name})
@@ -124,7 +123,7 @@ def bench_train_time(
         "notes": notes,
         "titles": {name: method.title for name, method in methods.items()},
         "compared": pair,
-        "flops_per_image": {one.method.name: one.method.flops_per_image for one in prepared},
+        "flops_per_image": {one.name: one.flops_per_image for one in prepared},
         "rows": rows,
         **{f"ratio_{kind}": step_time_ratio(rows, kind, *pair) for kind in ("synthetic", "real")},
         "peer_of": {name: peer.peer_of for name, peer in peers.items()},
@@ -146,7 +145,7 @@ def step_time_ratio(rows: Sequence[dict[str, Any]], data: str, *pair: str) -> di
 
 
 def _row(
-    prepared: Prepared, data: str, timed: Sequence[TimedSteps], batch_size: int, device: torch.device, precision: str
+    method: TimedMethod, data: str, timed: Sequence[TimedSteps], batch_size: int, device: torch.device, precision: str
 ) -> dict[str, Any]:
     rate = quantiles("images_per_s", [batch_size * own.steps / own.seconds for own in timed])
     step_ms = [own.step_ms for own in timed]
@@ -154,13 +153,13 @@ def _row(
     millions = 1e-6 * batch_size * sum(own.steps for own in timed)
     peak, _ = peak_flops_per_s(device, precision)
     return {
-        "method": prepared.method.name,
+        "method": method.name,
         "data": data,
         **rate,
         **quantiles("step_ms", step_ms),
-        "mfu": mfu(prepared.method.flops_per_image, rate["images_per_s"], peak),
+        "mfu": mfu(method.flops_per_image, rate["images_per_s"], peak),
         "data_wait_fraction": sum(own.data_wait_s for own in timed) / sum(own.seconds for own in timed),
-        "peak_memory_gib": prepared.peak_memory_gib,
+        "peak_memory_gib": method.peak_memory_gib,
         "energy_per_million_images_kwh": sum(joules) / millions * _KWH_PER_J if len(joules) == len(timed) else None,
         "rounds_step_ms": step_ms,
     }

@@ -1,1 +1,1 @@
-"""One command of the command line per file: its flags, and what it prints. What it does lives elsewhere."""
+"""The commands of the command line: their flags, and what they print. What they do lives elsewhere."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,12 +12,8 @@ import tyro
 from rich.console import Console
 
 from dataset_tools.command_line import CommonFlags, say
-from leoclr_fast.bench.config import (
-    BenchSetting,
-    RoundsConfig,
-    TrainTimeConfig,
-)
-from leoclr_fast.commands.written_page import command_line, write_page
+from leoclr_fast.bench.config import BenchSetting, RoundsConfig, TrainTimeConfig
+from leoclr_fast.commands.written_page import write_page
 from leoclr_fast.config import SpeedConfig
 
 _Flattened = tyro.conf.arg(name="")
@@ -43,7 +41,10 @@ class BenchTrainTime(CommonFlags):
         document = bench_train_time(
             self.config, self.rounds, self.setting, self.speed, self.data, lambda line: say(console, line)
         )
-        page = train_time_markdown(document, command_line("bench train-time", self.data))
+        typed = shlex.join(["leoclr-fast", *sys.argv[1:]])
+        if self.data is not None:
+            typed = typed.replace(str(self.data), self.data.name)
+        page = train_time_markdown(document, typed)
         say(console, page)
         write_page(self.markdown, page)
         return document

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from dataset_tools.command_line import CommonFlags, say
-from leoclr_fast.commands.outcome import outcome
+from leoclr_fast.commands.pretrain import outcome
 from leoclr_fast.recipes import get_recipe
 
 

@@ -16,7 +16,6 @@ from dataset_tools.command_line import CommonFlags, parse_flags, say
 from dataset_tools.images import open_image
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
-from leoclr_fast.commands.outcome import outcome
 from leoclr_fast.config import MonitorConfig, ResultConfig, RunConfig, SpeedConfig
 from leoclr_fast.config_file import RETIRED
 from leoclr_fast.recipes import RECIPES, get_recipe
@@ -56,6 +55,19 @@ class Pretrain(CommonFlags):
         if summary:
             say(console, outcome(summary))
         return summary
+
+
+def outcome(summary: dict[str, Any]) -> str:
+    """The summary of `leoclr_fast.training.loop.pretrain`, for people."""
+    parts = [f"{summary['recipe']}: {'finished' if summary['complete'] else 'stopped early'}"]
+    if summary["images_per_s"] is not None:
+        parts.append(f"{summary['images_per_s']:,.0f} images/s")
+    if summary["knn_top1"] is not None:
+        before = summary.get("knn_top1_untrained")
+        parts.append(
+            f"kNN top-1 {summary['knn_top1']:.2f} %" + (f" (untrained {before:.2f} %)" if before is not None else "")
+        )
+    return ", ".join(parts)
 
 
 def parse_pretrain(arguments: list[str]) -> Pretrain:

@@ -72,11 +72,11 @@ def test_page(document: dict[str, Any]):
 
 
 def test_energy_is_that_of_all_rounds_or_unknown():
-    prepared = rounds.Prepared(method=_Recorder("a", MOCOV2_VIEWS, []), peak_memory_gib=None)
+    method = _Recorder("a", MOCOV2_VIEWS, [])
 
     def row(*joules: float | None) -> dict[str, Any]:
         timed = [rounds.TimedSteps(steps=10, seconds=1.0, data_wait_s=0.25, energy_j=energy) for energy in joules]
-        return train_time._row(prepared, "synthetic", timed, 8, DEVICE, "fp32")
+        return train_time._row(method, "synthetic", timed, 8, DEVICE, "fp32")
 
     # 3.6e6 J are a kWh: 160 images took 72 J, so a million take 450 kJ.
     assert row(36.0, 36.0)["energy_per_million_images_kwh"] == pytest.approx(0.125)
