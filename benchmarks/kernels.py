@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks.calls import captured, interleaved_ms
 from benchmarks.results import print_document
-from dataset_tools.limits import Count, Temperature, require_allowed
+from dataset_tools.limits import Count, Limited, Temperature
 from leoclr_fast.bench.page import bench_page, markdown_table, number, spread
 from leoclr_fast.bench.setting import bench_device
 from leoclr_fast.bench.statistics import quantiles, ratio_interval
@@ -48,7 +48,7 @@ _TRUTH_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossBenchConfig:
+class LossBenchConfig(Limited):
     """The sizes of the loss, and how often it is timed."""
 
     batch_size: Count = 256
@@ -65,12 +65,9 @@ class LossBenchConfig:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
-    def __post_init__(self) -> None:
-        require_allowed(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AugmentBenchConfig:
+class AugmentBenchConfig(Limited):
     """The views that are augmented, and how often they are timed."""
 
     method: MethodName = "leoclr"
@@ -85,9 +82,6 @@ class AugmentBenchConfig:
     """Timed calls of each implementation, after two that are not counted."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
 
 
 def cross_entropies(query: Tensor, keys: Sequence[Tensor], queue: Tensor, temperature: float) -> Tensor:

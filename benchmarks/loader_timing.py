@@ -27,7 +27,7 @@ from benchmarks.loader_implementations import (
 )
 from benchmarks.processes import OwnProcess, process_use
 from benchmarks.results import print_document
-from dataset_tools.limits import Count, CountOrZero, require_allowed, unknown
+from dataset_tools.limits import Count, CountOrZero, Limited, unknown
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
@@ -42,7 +42,7 @@ from pipelines.threads import available_cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderBenchConfig:
+class LoaderBenchConfig(Limited):
     """Which loaders are compared, at which task, and how long."""
 
     loaders: tuple[str, ...] = ()
@@ -60,9 +60,6 @@ class LoaderBenchConfig:
     """Threads or worker processes of each loader; by default one for each core."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
 
 
 @dataclass(slots=True)

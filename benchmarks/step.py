@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from benchmarks.calls import interleaved_ms
 from benchmarks.results import print_document
-from dataset_tools.limits import Count, Seconds, require_allowed
+from dataset_tools.limits import Count, Limited, Seconds
 from leoclr_fast.bench.config import BenchSetting, Rounds
 from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
 from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, open_batches, prepare, training_images
@@ -39,7 +39,7 @@ WHOLE = "whole step"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepBenchConfig:
+class StepBenchConfig(Limited):
     """Whose steps are taken apart, and how often each part is timed."""
 
     methods: tuple[MethodName, ...] = ()
@@ -50,9 +50,6 @@ class StepBenchConfig:
     """Calls before them, not timed."""
     max_s: Seconds = 600.0
     """For everything; when it is over, each part has been timed less often, at least twice."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
 
 
 def bench_step(

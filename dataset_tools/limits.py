@@ -53,6 +53,15 @@ def require_allowed(config: Any) -> None:
                 raise ValueError(f"{name.replace('_', ' ')} {number} is not allowed: give {_in_words(limits, number)}")
 
 
+class Limited:
+    """A dataclass whose numbers are within the limits of their fields: else making one raises ValueError."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        require_allowed(self)
+
+
 @cache
 def _limits_of(kind: Any) -> dict[str, Meta]:
     """The limits of each field; without any where its type has none."""

@@ -11,6 +11,7 @@ from dataset_tools.limits import (
     Count,
     CountOrZero,
     Epochs,
+    Limited,
     Momentum,
     Positive,
     Seconds,
@@ -43,7 +44,7 @@ LearningRateSchedule = Literal["cosine_per_epoch", "cosine_per_epoch_from_1", "c
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BackboneConfig:
+class BackboneConfig(Limited):
     """The network that is pretrained."""
 
     arch: Architecture = "resnet50"
@@ -53,12 +54,9 @@ class BackboneConfig:
     width_multiplier: Annotated[float, Meta(gt=0, le=8)] = 1.0
     """Multiplies the number of channels of every layer."""
 
-    def __post_init__(self) -> None:
-        require_allowed(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MethodConfig:
+class MethodConfig(Limited):
     """LeOCLR or MoCo-v2. The defaults are MoCo-v2's published values, where the LeOCLR paper is silent."""
 
     name: MethodName = "leoclr"
@@ -96,9 +94,6 @@ class MethodConfig:
     """separate: one forward of the key encoder for each crop (Algorithm 1). joint: one forward for all of them, with
     batch statistics over all of them."""
 
-    def __post_init__(self) -> None:
-        require_allowed(self)
-
     @property
     def depends_on_ranks(self) -> bool:
         """Whether the number of ranks changes the result by more than rounding: some batch-norm is a rank's own."""
@@ -106,7 +101,7 @@ class MethodConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Limited):
     """SGD."""
 
     base_lr: Positive = 0.03
@@ -117,9 +112,6 @@ class OptimizerConfig:
     schedule: LearningRateSchedule = "cosine_per_epoch"
     """cosine_per_epoch is MoCo-v2's; with from_1 epochs count from 1, as in MoCo's CIFAR-10 demo, whose last epoch has
     a rate of 0."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +179,7 @@ class SpeedConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MonitorConfig:
+class MonitorConfig(Limited):
     """What is watched and kept on the way; the weights do not depend on it."""
 
     knn: Literal["auto", "on", "off"] = "auto"
@@ -221,9 +213,6 @@ class MonitorConfig:
     """Also write the metrics for TensorBoard, into the run folder."""
     wandb: bool = False
     """Also send the metrics to Weights & Biases."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from dataset_tools.limits import Count, CountOrZero, Seconds, Seed, require_allowed
+from dataset_tools.limits import Count, CountOrZero, Limited, Seconds, Seed, require_allowed
 from leoclr_fast.config import Architecture, MethodName, ResultConfig
 from leoclr_fast.recipes import get_recipe
 
@@ -17,7 +17,7 @@ Rounds = Annotated[int, Meta(ge=LEAST_ROUNDS)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BenchSetting:
+class BenchSetting(Limited):
     """Network, sizes and batch, the same for every method. What is not given is the recipe's."""
 
     recipe: str = "leoclr_imagenet_200ep"
@@ -33,9 +33,6 @@ class BenchSetting:
     query_batchnorm: Literal["plain", "split", "sync"] | None = None
     key_passes: Literal["separate", "joint"] | None = None
     seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
 
     def result(self, method: MethodName) -> ResultConfig:
         """The configuration of a method on one device. Raises ValueError for an unknown recipe or sizes that do not
@@ -69,7 +66,7 @@ def _changed(config: Any, **changes: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundsConfig:
+class RoundsConfig(Limited):
     """How long methods are trained and timed, in interleaved rounds."""
 
     rounds: Rounds = 9
@@ -82,9 +79,6 @@ class RoundsConfig:
     """Steps of each method before the first round."""
     max_s: Seconds = 600.0
     """No new round begins after so many seconds, preparation included; two are always run."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,9 +32,9 @@ class Doctor(CommonFlags):
     data: Path | None = None
     """What is to be trained on, to see whether it can be read."""
     out: Path = Path(".")
-    """Where runs are to be written. A temporary file of at most 64 MiB is written there, timed and deleted."""
+    """Where runs are to be written; a temporary file tries it."""
     only: tuple[str, ...] = ()
-    """Names of checks, such as gloo or "out speed"; all of them if not given."""
+    """Names of checks, such as gloo or "out folder"; all of them if not given."""
 
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.doctor.checks import chosen_checks
@@ -42,13 +42,8 @@ class Doctor(CommonFlags):
         from leoclr_fast.doctor.result import STATUSES
 
         checks = chosen_checks(self.only)
-        with console.status("examining this machine") as status:
-            results = examine(
-                checks,
-                data="" if self.data is None else str(self.data),
-                out=str(self.out),
-                began=lambda name: status.update(f"examining this machine: {name}"),
-            )
+        with console.status("examining this machine"):
+            results = examine(checks, data="" if self.data is None else str(self.data), out=str(self.out))
         names, statuses = [check.name for check in checks], [result.status for result in results]
         counts = {status: statuses.count(status) for status in STATUSES}
         console.print(table(names, results), soft_wrap=False)

@@ -40,7 +40,6 @@ class Check:
 CHECKS: tuple[Check, ...] = (
     Check("required packages", "packages.required_packages"),
     Check("gpus", "gpus.gpus", when_late=_DEAD_DRIVER),
-    Check("nccl", "ranks.nccl", when_late=_DEAD_DRIVER),
     Check("gloo", "ranks.gloo"),
     Check("compiling", "packages.compiling"),
     *(Check(f"loader {name}", "image_loaders.loader", (name,)) for name in ("torchvision", "dali", "ffcv", "nvjpeg")),

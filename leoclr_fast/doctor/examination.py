@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,17 +23,10 @@ _MAX_AT_ONCE = 4
 _END_WITHIN_S = 2.0
 
 
-def examine(
-    checks: Sequence[Check], *, data: str, out: str, began: Callable[[str], None] = lambda name: None
-) -> list[Result]:
-    """The results, in the order of `checks`. data, out: paths, or empty. began: is called as each check begins."""
-
-    def one(check: Check) -> Result:
-        began(check.name)
-        return run_apart(check, {"data": data, "out": out})
-
+def examine(checks: Sequence[Check], *, data: str, out: str) -> list[Result]:
+    """The results, in the order of `checks`. data, out: paths, or empty."""
     with ThreadPoolExecutor(min(_MAX_AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
-        return list(pool.map(one, checks))
+        return list(pool.map(lambda check: run_apart(check, {"data": data, "out": out}), checks))
 
 
 def run_apart(check: Check, given: dict[str, str]) -> Result:

@@ -38,7 +38,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 def write_report(paths: list[Path], out: Path) -> dict[str, Any]:
     """Write the page of the runs in `paths`, whole or not at all.
 
-    Returns out, bytes, and for each run what its summary is made of. Raises FileNotFoundError for what is no run
+    Returns out, bytes, and for each run its newest values. Raises FileNotFoundError for what is no run
     folder, ValueError if `out` is no .html, OSError if it cannot be written.
     """
     if out.suffix.lower() not in (".html", ".htm"):
@@ -47,7 +47,7 @@ def write_report(paths: list[Path], out: Path) -> dict[str, Any]:
     page = page_of(runs).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, page)
-    return {"out": str(out), "bytes": len(page), "runs": [_digest(run) for run in runs]}
+    return {"out": str(out), "bytes": len(page), "runs": [run.snapshot() for run in runs]}
 
 
 def page_of(runs: list[RunRecord]) -> str:
@@ -214,20 +214,6 @@ def _lists(run: RunRecord) -> list[tuple[str, list[str], int]]:
         ("Images that the conversion left out (quarantine.jsonl)", left_out, quarantine.images),
     ]
     return [each for each in lists if each[1]]
-
-
-def _digest(run: RunRecord) -> dict[str, Any]:
-    """What `--json` says of a run; NaN for what is not known, which is null there."""
-    return {
-        "run": str(run.path),
-        "state": run.state.kind,
-        "steps": run.metrics.last_step,
-        "images_per_s": run.images_per_s,
-        "knn_top1": run.knn_top1,
-        "data_wait_fraction": run.data_wait_fraction,
-        "wall_s": run.metrics.wall_s,
-        "epochs": run.epochs_done,
-    }
 
 
 def _label(runs: list[RunRecord]) -> None:

@@ -252,6 +252,27 @@ class RunRecord:
         epochs = self.setting("result.epochs")
         return f"after step {step:,} of {self.total_steps:,.0f} (epoch {self.epochs_done:.4g} of {epochs})"
 
+    @property
+    def seconds_left(self) -> float:
+        """Until the last epoch's end at the speed so far, evaluation not counted; NaN if not known."""
+        if self.state.kind not in ("running", "unsure") or not self.images_per_s > 0:
+            return math.nan
+        return max(0.0, self.total_steps - self.metrics.last_step) * self.batch_size / self.images_per_s
+
+    def snapshot(self) -> dict[str, Any]:
+        """The newest values as one JSON document; what is not known is NaN, in JSON null."""
+        return {
+            "run": str(self.path),
+            "state": self.state.kind,
+            "step": self.metrics.last_step,
+            "total_steps": self.total_steps,
+            "loss": self.metrics.last.get("loss", math.nan),
+            "knn_top1": self.knn_top1,
+            "images_per_s": self.images_per_s,
+            "data_wait_fraction": self.data_wait_fraction,
+            "seconds_left": self.seconds_left,
+        }
+
     def notes(self) -> list[str]:
         """What a reader must know about the record itself: what is missing, damaged, newer or thinned."""
         metrics = self.metrics

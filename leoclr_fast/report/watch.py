@@ -26,8 +26,7 @@ _STYLES = {"failed": "bold red", "killed": "bold red", "finished": "green", "run
 def watch(path: Path, console: Console, *, every_s: float = 2.0, once: bool = False) -> dict[str, Any]:
     """Show a run until it is over, or for ever if it is not; `once` shows it as it is and returns.
 
-    Returns run, state, step, total_steps, loss, knn_top1, images_per_s, data_wait_fraction, seconds_left; what is not
-    known is NaN, in JSON null. Raises FileNotFoundError if there is no run in the folder, ValueError for `every_s`.
+    Returns the newest values. Raises FileNotFoundError if there is no run in the folder, ValueError for `every_s`.
     """
     if not every_s > 0:
         raise ValueError(f"--every-s {every_s:g} is not allowed: give a positive number of seconds")
@@ -40,29 +39,7 @@ def watch(path: Path, console: Console, *, every_s: float = 2.0, once: bool = Fa
                 time.sleep(every_s)
                 refresh(run)
                 live.update(view(run), refresh=True)
-    return snapshot(run)
-
-
-def snapshot(run: RunRecord) -> dict[str, Any]:
-    """The newest values as one JSON document."""
-    return {
-        "run": str(run.path),
-        "state": run.state.kind,
-        "step": run.metrics.last_step,
-        "total_steps": run.total_steps,
-        "loss": run.metrics.last.get("loss", math.nan),
-        "knn_top1": run.knn_top1,
-        "images_per_s": run.images_per_s,
-        "data_wait_fraction": run.data_wait_fraction,
-        "seconds_left": seconds_left(run),
-    }
-
-
-def seconds_left(run: RunRecord) -> float:
-    """Until the last epoch's end at the speed so far, evaluation not counted; NaN if not known."""
-    if run.state.kind not in ("running", "unsure") or not run.images_per_s > 0:
-        return math.nan
-    return max(0.0, run.total_steps - run.metrics.last_step) * run.batch_size / run.images_per_s
+    return run.snapshot()
 
 
 def view(run: RunRecord) -> RenderableType:
@@ -72,7 +49,7 @@ def view(run: RunRecord) -> RenderableType:
     parts: list[RenderableType] = [head, Text(state.sentence, style=_STYLES.get(state.kind, "yellow"))]
     if run.total_steps > 0:
         step = run.metrics.last_step
-        left = seconds_left(run)
+        left = run.seconds_left
         text = f" {100 * step / run.total_steps:.1f} %" + (f", {duration(left)} left" if math.isfinite(left) else "")
         progress = Table.grid(padding=(0, 1))
         progress.add_row(ProgressBar(total=run.total_steps, completed=step, width=40), Text(text))

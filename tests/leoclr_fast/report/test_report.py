@@ -112,7 +112,7 @@ def test_a_killed_run_has_a_report_that_says_so(
     document, _ = succeeded(capsys, "report", run)
     last = finished_steps(run)
     assert document["runs"][0]["state"] == "killed"
-    assert document["runs"][0]["steps"] == last
+    assert document["runs"][0]["step"] == last
     page = (run / "report.html").read_text()
     assert f"Killed in the middle, after step {last} of {NUM_STEPS}" in page
     assert "it left no word of its end" in page

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from leoclr_fast.report.metrics_file import MetricsFile
 from leoclr_fast.report.run_record import read_run
-from leoclr_fast.report.watch import seconds_left, sparkline, watch
+from leoclr_fast.report.watch import sparkline, watch
 from leoclr_fast.run.folder import RunFolder
 from tests.leoclr_fast.test_cli import succeeded
 from tests.leoclr_fast.written_run import end, knn, start, step_record, written_run
@@ -68,8 +68,8 @@ def test_once_shows_the_newest_values(
 def test_the_time_left_is_that_of_the_speed_so_far(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", [start(), *STEPS])
     with RunFolder(run).locked():
-        assert seconds_left(read_run(run)) == pytest.approx(452)  # a second a step
-    assert math.isnan(seconds_left(read_run(run)))  # it was killed
+        assert read_run(run).seconds_left == pytest.approx(452)  # a second a step
+    assert math.isnan(read_run(run).seconds_left)  # it was killed
 
 
 @pytest.mark.parametrize("console", [terminal(), Console(file=io.StringIO(), width=120)], ids=["terminal", "pipe"])
