@@ -124,7 +124,7 @@ def _parity_markdown(rows: list[dict[str, Any]], absent: dict[str, str]) -> str:
             (
                 row["loader"],
                 str(row["images"]),
-                "equal" if row["same_indices"] and row["same_boxes"] and row["same_labels"] else "**OTHERS**",
+                "**OTHERS**" if row["unequal"] else "equal",
                 f"{number(row['mean'], 3)} ({row['mean_limit']:g})",
                 f"{row['max']} ({row['max_limit']:g})",
                 "good" if row["ok"] else "**TOO FAR OFF**",

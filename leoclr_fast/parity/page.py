@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from leoclr_fast.parity.comparison import EDGE, BackendParity, WorstCrop
+from leoclr_fast.parity.comparison import BackendParity, WorstCrop
 from leoclr_fast.report.rendering import rendered
 
 
@@ -24,7 +24,6 @@ def parity_page(results: Sequence[BackendParity], obstacles: Sequence[str], *, t
         plots=[],
         results=results,
         failed=[f"{result.loader} on {result.data}" for result in results if not result.ok],
-        edge=EDGE,
         rows=[_row(result) for result in results],
         obstacles=obstacles,
         sheets=[[_sheet(crop) for crop in result.worst] for result in results],
@@ -32,17 +31,14 @@ def parity_page(results: Sequence[BackendParity], obstacles: Sequence[str], *, t
 
 
 def _row(result: BackendParity) -> list[str]:
-    same = {"indices": result.same_indices, "boxes": result.same_boxes, "labels": result.same_labels}
     return [
         f"{result.loader} on {result.data}",
         "within limits" if result.ok else "NOT within limits",
         f"{result.images:,}",
-        ", ".join(name for name, is_same in same.items() if is_same) or "nothing",
+        f"not the {', '.join(sorted(result.unequal))}" if result.unequal else "indices, boxes, labels",
         f"{result.mean:.3f} (≤ {result.limits.mean:g})",
         f"{result.max} (≤ {result.limits.max:g})",
         f"{100 * result.counts[0] / max(1, result.counts.sum()):.2f} %",
-        f"{result.edge_mean:.3f}",
-        str(result.edge_max),
     ]
 
 
