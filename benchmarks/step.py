@@ -19,7 +19,7 @@ from dataset_tools.limits import Count, Limited, Seconds
 from leoclr_fast.bench.config import BenchSetting, Rounds
 from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
 from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, open_batches, prepare, training_images
-from leoclr_fast.bench.setting import bench_device, departures_from_paper, setting_header
+from leoclr_fast.bench.setting import bench_device, is_paper_setting, setting_header
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.timing import Say
 from leoclr_fast.config import MethodName, SpeedConfig
@@ -79,7 +79,7 @@ def bench_step(
         say(f"{method}: {rows[-1]['ms']:,.2f} ms a step, {rows[-1]['images_per_s']:,.1f} images/s")
     return {
         "header": header,
-        "paper_setting": not departures_from_paper(result),
+        "paper_setting": is_paper_setting(result),
         "setting": as_plain(setting),
         "speed": as_plain(speed),
         "environment": environment(device, 1),

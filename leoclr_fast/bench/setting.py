@@ -1,4 +1,4 @@
-"""Where and at what setting a benchmark ran: one line for its head, and how far that is from the paper's setting."""
+"""Where and at what setting a benchmark ran: one line for its head, and whether that is the paper's setting."""
 
 from __future__ import annotations
 
@@ -11,47 +11,33 @@ from typing import Any
 import torch
 
 import leoclr_fast
+from leoclr_fast.bench.config import BenchSetting
 from leoclr_fast.config import ResultConfig, SpeedConfig
 from leoclr_fast.distributed.process_group import resolve_device
 
 
-def departures_from_paper(result: ResultConfig) -> list[str]:
-    """What differs from the paper's setting on one GPU: ResNet-50, 224 pixels, K = 65,536, separate key passes,
-    batch-norm of queries and keys in groups of 32, augmentation included. Empty for the paper's setting itself.
+def is_paper_setting(result: ResultConfig) -> bool:
+    """Whether network, views and method are those of the paper's setting on one GPU: ResNet-50, 224 pixels, K = 65,536,
+    separate key passes, batch-norm of queries and keys in groups of 32.
     """
-    given_and_meant = {
-        "arch": (result.backbone.arch, "resnet50"),
-        "stem": (result.backbone.stem, "imagenet"),
-        "width": (result.backbone.width_multiplier, 1.0),
-        "image size": (result.views.image_size, 224),
-        "queue": (result.method.queue_size, 65_536),
-        "key passes": (result.method.key_passes, "separate"),
-        "key batch-norm": (batchnorms(result)[0], "shuffle in groups of 32"),
-        "query batch-norm": (batchnorms(result)[1], "split in groups of 32"),
-        "blur probability": (result.views.blur_probability, 0.5),
-    }
-    return [f"{name} {given} (not {meant})" for name, (given, meant) in given_and_meant.items() if given != meant]
-
-
-def batchnorms(result: ResultConfig) -> tuple[str, str]:
-    """Batch-norm of keys and of queries, in words; on one device, split keys are shuffled ones."""
-    method = result.method
-    key: str = "shuffle" if method.key_batchnorm == "split" else method.key_batchnorm
-    key += f" in groups of {method.key_batchnorm_group}" if key == "shuffle" else ""
-    query = f"split in groups of {method.query_batchnorm_group}" if method.query_batchnorm == "split" else ""
-    return key, query or method.query_batchnorm
+    paper = BenchSetting().result(result.method.name)
+    return (result.backbone, result.views, result.method) == (paper.backbone, paper.views, paper.method)
 
 
 def setting_header(result: ResultConfig, speed: SpeedConfig, device: torch.device) -> str:
     """One line that says what was run; it stands above every output."""
-    departures = departures_from_paper(result)
-    kind = "paper setting" if not departures else f"not the paper setting: {', '.join(departures)}"
-    key, query = batchnorms(result)
+    backbone, method, groups = result.backbone, result.method, "{} in groups of {}".format
+    key, query = method.key_batchnorm, method.query_batchnorm
+    if key in ("shuffle", "split"):
+        key = groups(key, method.key_batchnorm_group)
+    if query == "split":
+        query = groups(query, method.query_batchnorm_group)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return (
-        f"{result.backbone.arch}, {result.views.image_size} px, batch {result.batch_size}, K = "
-        f"{result.method.queue_size:,}, key passes {result.method.key_passes}, key batch-norm {key}, query batch-norm "
-        f"{query}, augmentation included, {speed.precision}, torch {torch.__version__}, {where} [{kind}]"
+        f"{backbone.arch}, {backbone.stem} stem, width {backbone.width_multiplier:g}, {result.views.image_size} px, "
+        f"batch {result.batch_size}, K = {method.queue_size:,}, key passes {method.key_passes}, key batch-norm {key}, "
+        f"query batch-norm {query}, augmentation included, {speed.precision}, torch {torch.__version__}, {where} "
+        f"[{'' if is_paper_setting(result) else 'not '}the paper's setting]"
     )
 
 

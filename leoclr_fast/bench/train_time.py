@@ -23,7 +23,7 @@ from leoclr_fast.bench.rounds import (
     train_interleaved,
     training_images,
 )
-from leoclr_fast.bench.setting import baselines, bench_device, departures_from_paper, setting_header
+from leoclr_fast.bench.setting import baselines, bench_device, is_paper_setting, setting_header
 from leoclr_fast.bench.statistics import quantiles, ratio_interval
 from leoclr_fast.bench.timing import Say
 from leoclr_fast.config import SpeedConfig
@@ -113,7 +113,7 @@ def bench_train_time(
     pair = list(methods)[:2]
     return {
         "header": header,
-        "paper_setting": not departures_from_paper(result),
+        "paper_setting": is_paper_setting(result),
         "setting": {name: as_plain(own) for name, own in results.items()},
         "speed": as_plain(speed),
         "rounds": as_plain(rounds),
