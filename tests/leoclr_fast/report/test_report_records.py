@@ -102,18 +102,6 @@ def test_a_log_names_what_its_method_measures(tmp_path: Path) -> None:
     assert re.search(r"output std +0\.2000", output.file.getvalue())
 
 
-def test_damaged_other_files(tmp_path: Path) -> None:
-    run = written_run(tmp_path / "run", SOME_STEPS)
-    for name in ("config.yaml", "environment.json", "summary.json", "data.json"):
-        (run / name).write_text("[{")
-    (run / "evaluations.jsonl").write_text('{"evaluator": "knn", "top1": 41.5}\n{"eval')
-    (run / "preview.png").write_bytes(b"no picture")
-    text = notes(run)
-    for name in ("config.yaml", "environment.json", "summary.json", "data.json", "line 2 of"):
-        assert name in text
-    assert "top-1 41.50 %" in page_of([read_run(run)])
-
-
 def test_a_replaced_log_is_read_again(tmp_path: Path) -> None:
     """A resumed run writes its log anew, without the steps after its checkpoint."""
     run = written_run(tmp_path / "run", [start(), *SOME_STEPS])
