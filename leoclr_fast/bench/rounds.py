@@ -154,10 +154,8 @@ def prepare(make: Callable[[], TimedMethod], batches: Batches, device: torch.dev
         made.append(make())
         _train(made[0], batches, steps)
 
-    if device.type != "cuda":
-        make_and_train()
-    elif (peak_mib := peak_extra_mib(make_and_train, device)) is not None:
-        made[0].peak_memory_gib = peak_mib / 1024
+    peak_mib = peak_extra_mib(make_and_train, device)
+    made[0].peak_memory_gib = None if peak_mib is None else peak_mib / 1024
     return made[0]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec import to_builtins
 
-from leoclr_fast.config_file import as_plain, differences, differing_fields
+from leoclr_fast.config_file import as_plain, differences
 from leoclr_fast.evaluate.protocols import LinearProtocol
 from leoclr_fast.recipes import RECIPES, get_recipe
 from leoclr_fast.report.comparison import compared_methods, time_ratio
@@ -217,8 +217,7 @@ def table_of(runs: Sequence[RunRecord]) -> EvaluationTable:
                 )
             )
     costs = _costs(groups, ours, baseline)
-    if gains:
-        notes += [*gains, *_deviations_from_the_paper(groups, list(protocols.values()))]
+    notes += gains
     return EvaluationTable(columns=columns, rows=tuple(rows), costs=costs, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -446,8 +445,8 @@ def _rank(protocol: _Evaluation, label: str) -> tuple[Any, ...]:
 
 
 def _papers_gain(protocol: _Evaluation, both: list[list[RunRecord]]) -> str | None:
-    """What the paper reports on the images of an evaluation of both methods with its network, and what it does not
-    state of that.
+    """What the paper reports on the images of a linear evaluation of both methods, trained and evaluated as published,
+    and what it does not state of that; None for any other.
 
     Images are known by their numbers, and by being of the data that the runs learned from. A recipe names its data:
     leoclr_imagenet_200ep.
@@ -457,31 +456,17 @@ def _papers_gain(protocol: _Evaluation, both: list[list[RunRecord]]) -> str | No
     if names or name not in GAINS or protocol.evaluator != "linear" or protocol.untrained:
         return None
     gain, sizes, unstated = GAINS[name]
+    published = as_plain(LinearProtocol()) | {"max_images": None}
+    used = {key: protocol.settings.get(key, value) for key, value in published.items()}
     runs = [run for group in both for run in group]
-    same_network = all(run.setting("result.backbone.arch") == "resnet50" for run in runs)
-    same_data = all(run.data.fingerprint == protocol.settings.get("data_fingerprint") for run in runs)
-    if not same_network or not same_data or protocol.sizes != sizes:
+    if protocol.sizes != sizes or used != published or any(run.recipe not in RECIPES for run in runs):
         return None
+    for run in runs:
+        recipe = as_plain(get_recipe(run.recipe).result)
+        arch = {"backbone": recipe["backbone"] | {"arch": "resnet50"}, "seed": run.setting("result.seed")}
+        if run.setting("result") != recipe | arch or run.data.fingerprint != protocol.settings.get("data_fingerprint"):
+            return None
     return f"the paper reports {gain} for {name}, and does not state {unstated}"
-
-
-def _deviations_from_the_paper(groups: list[list[RunRecord]], protocols: list[_Evaluation]) -> list[str]:
-    """Why a difference may not be the paper's: how runs differ from their recipe, and evaluations from the protocol."""
-    notes = []
-    for run in (group[0] for group in groups if group[0].recipe in RECIPES):
-        published = as_plain(get_recipe(run.recipe).result)
-        lines = differing_fields(published, run.setting("result", {}) | {"seed": published["seed"]})
-        if lines:
-            notes.append(f"{run.recipe} as published there, these runs here: {'; '.join(lines)}")
-    published = as_plain(LinearProtocol())
-    for settings in (one.settings for one in protocols if one.evaluator == "linear" and not one.untrained):
-        used = {name: value for name, value in settings.items() if name in published}
-        lines = differing_fields({name: published[name] for name in used}, used)
-        if settings.get("max_images") is not None:
-            lines.append(f"max_images: none there, {settings['max_images']} here")
-        if lines:
-            notes.append(f"linear evaluation as published there, this one here: {'; '.join(lines)}")
-    return notes
 
 
 def _mean_std(mean: float | None, std: float | None, form: str = ".2f") -> str:

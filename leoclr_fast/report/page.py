@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -217,12 +218,8 @@ def _lists(run: RunRecord) -> list[tuple[str, list[str], int]]:
 
 
 def _label(runs: list[RunRecord]) -> None:
-    """Call each by the shortest end of its path that says something and that no other shares; numbered if equal."""
-    paths = [run.path.resolve().parts for run in runs]
-    for place, (run, parts) in enumerate(zip(runs, paths, strict=True)):
-        others = [other for index, other in enumerate(paths) if index != place]
-        for length in range(2 if parts[-1] == "run" else 1, len(parts) + 1):
-            if all(other[-length:] != parts[-length:] for other in others):
-                break
-        label = "/".join(parts[-length:])
-        run.label = label if parts not in others else f"{label} ({place + 1})"
+    """Call each by what its path adds to that of the folder which holds them all."""
+    paths = [run.path.resolve() for run in runs]
+    holding = os.path.commonpath(paths)
+    for run, path in zip(runs, paths, strict=True):
+        run.label = path.name if str(path) == holding else os.path.relpath(path, holding)

@@ -96,7 +96,8 @@ def test_text_of_users_stays_text_and_the_page_asks_for_nothing(tmp_path: Path) 
         assert "default-src 'none'; img-src data:;" in page
         assert "url(" not in re.sub(r"url\(#[\w.-]+\)", "", page)
     assert "&lt;b&gt;warned" in both
-    assert [curve["label"] for curve in plot_data(both)["loss"]["curves"]] == ["script>", other.name]
+    labels = [curve["label"] for curve in plot_data(both)["loss"]["curves"]]
+    assert labels == ["</script><script>alert(2)</script>", other.name]
     assert json.loads((run / "data.json").read_text())["classes"] == [evil, "class0", "class2"]
 
 

@@ -246,6 +246,6 @@ def test_two_recipes_and_measured_energy(tmp_path: Path) -> None:
     page = page_of([read_run(demo), read_run(other)])
     assert '<th scope="col">kWh</th>' in page
     assert "0.125" in page
-    assert "one/run" in page  # the shortest names that tell them apart
+    assert "one/run" in page  # what tells them apart
     assert "result.batch_size" in page
     assert "kWh" not in page_of([read_run(other), read_run(other)])
