@@ -73,9 +73,9 @@ class Page:
     def move_to(self, x: float, y: float) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def screenshot(self, path: Path, *, whole: bool = False) -> Path:
-        """What is seen; `whole`: all of the page."""
-        picture = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    def screenshot(self, path: Path) -> Path:
+        """What is seen."""
+        picture = self.call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(picture["data"]))
         return path
 

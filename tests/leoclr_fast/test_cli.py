@@ -70,16 +70,9 @@ def test_pretrain_then_knn(capsys: pytest.CaptureFixture[str], tiny_data: Path, 
 def test_every_field_has_a_flag_and_lands_in_the_config(
     capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path
 ) -> None:
-    flags = [
-        "--method.key-passes=joint",
-        "--views.crop-scale",
-        "0.3",
-        "0.9",
-        "--optimizer.weight-decay=0.5",
-        "--seed=7",
-    ]
-    flags += ["--loader", "torchvision", "--loader.workers=0", "--max-images=24", "--method.enqueue=all"]
-    summary, output = succeeded(capsys, *pretrain_line(tiny_data, tmp_path / "run", *flags))
+    flags = "--method.key-passes=joint --views.crop-scale 0.3 0.9 --optimizer.weight-decay=0.5 --seed=7 "
+    flags += "--loader torchvision --loader.workers=0 --max-images=24 --method.enqueue=all"
+    summary, output = succeeded(capsys, *pretrain_line(tiny_data, tmp_path / "run", *flags.split()))
     assert summary["steps"] == 4
     assert "24 images" in output
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
