@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from rich.console import Console
 
 from dataset_tools.command_line import CommonFlags, say
 from leoclr_fast.recipes import get_recipe
 from pipelines.config import Original
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreviewViews:
-    """What is not the recipe's."""
-
-    original: Original | None = None
-    """As in pretrain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +24,8 @@ class Preview(CommonFlags):
     """The PNG to write."""
     recipe: str = "leoclr_imagenet_200ep"
     """Whose views."""
-    views: PreviewViews = field(default_factory=PreviewViews)
+    original: Annotated[Original | None, tyro.conf.arg(name="views.original")] = None
+    """As in pretrain."""
     rows: int = 8
     """Images."""
     seed: int = 0
@@ -50,7 +44,7 @@ class Preview(CommonFlags):
         result = get_recipe(self.recipe).result
         split = limited(choose_splits(open_source(self.data)).pretrain, self.max_images)
         views = METHODS[result.method.name].views
-        config = replace(result.views, original=self.views.original or result.views.original)
+        config = replace(result.views, original=self.original or result.views.original)
         rows = write_preview(self.out, split, views, config, seed=self.seed, rows=self.rows)
         say(console, f"{rows} images and their views: {self.out}")
         return {"out": str(self.out), "rows": rows, "views": [view.name for view in views]}

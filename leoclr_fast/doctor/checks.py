@@ -38,15 +38,15 @@ class Check:
 
 
 CHECKS: tuple[Check, ...] = (
+    Check("cores", "processors.cores"),  # before the others put load on the machine
+    Check("memory", "processors.memory"),
+    Check("shared memory", "processors.shared_memory"),
+    Check("limits", "processors.limits"),
     Check("required packages", "packages.required_packages"),
     Check("gpus", "gpus.gpus", when_late=_DEAD_DRIVER),
     Check("gloo", "ranks.gloo"),
     Check("compiling", "packages.compiling"),
     *(Check(f"loader {name}", "image_loaders.loader", (name,)) for name in ("torchvision", "dali", "ffcv", "nvjpeg")),
-    Check("cores", "processors.cores"),
-    Check("memory", "processors.memory"),
-    Check("shared memory", "processors.shared_memory"),
-    Check("limits", "processors.limits"),
     Check("temporary folder", "disks.temporary_folder", when_late=_DEAD_MOUNT, limit_s=20.0),
     Check("out folder", "disks.out_folder", ("{out}",), when_late=_DEAD_MOUNT, limit_s=20.0),
     Check("data", "disks.data", ("{data}",), when_late=f"{_MANY_FILES} {_DEAD_MOUNT}", limit_s=180.0),

@@ -131,7 +131,7 @@ class TestProcesses:
         assert done.returncode == 1, done.stderr
         document = json.loads(done.stdout.splitlines()[-1])
         by_name = {result["name"]: result for result in document["findings"]}
-        assert list(by_name) == ["required packages", "limits"]
+        assert list(by_name) == ["limits", "required packages"]
         assert "torch cannot be imported (OSError: libcudart.so.13: wrong ELF class)" in (
             by_name["required packages"]["found"]
         )  # fmt: skip
