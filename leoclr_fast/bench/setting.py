@@ -26,12 +26,14 @@ def is_paper_setting(result: ResultConfig) -> bool:
 
 def setting_header(result: ResultConfig, speed: SpeedConfig, device: torch.device) -> str:
     """One line that says what was run; it stands above every output."""
-    backbone, method, groups = result.backbone, result.method, "{} in groups of {}".format
-    key, query = method.key_batchnorm, method.query_batchnorm
-    if key in ("shuffle", "split"):
-        key = groups(key, method.key_batchnorm_group)
-    if query == "split":
-        query = groups(query, method.query_batchnorm_group)
+    backbone, method = result.backbone, result.method
+    key, query = (
+        f"{kind} in groups of {group}" if kind in ("shuffle", "split") else kind
+        for kind, group in (
+            (method.key_batchnorm, method.key_batchnorm_group),
+            (method.query_batchnorm, method.query_batchnorm_group),
+        )
+    )
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return (
         f"{backbone.arch}, {backbone.stem} stem, width {backbone.width_multiplier:g}, {result.views.image_size} px, "

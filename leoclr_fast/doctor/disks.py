@@ -19,7 +19,7 @@ _NETWORK = re.compile("nfsd?|lustre|gpfs|fhgfs|cifs|smb2?|ceph|v9fs|k-afs|afs|pa
 
 def file_system(path: Path) -> str:
     """What a path lies on: ext2/ext3, xfs, nfs, tmpfs, …"""
-    command = ["stat", "--file-system", "--format=%T", path]
+    command = ["stat", "--file-system", "--format=%T", str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
