@@ -75,6 +75,8 @@ class Loader(ABC):
     """Whether the crops are those of the split's images."""
     decodes_on_gpu: ClassVar[bool] = False
     """Whether JPEGs are decoded by the device where that is a GPU, so that pixels differ a little from Pillow's."""
+    repeats_chroma: ClassVar[bool] = False
+    """Whether that decoder repeats a JPEG's chroma, of fewer pixels, instead of interpolating it."""
     copies_ahead: ClassVar[bool] = False
     """Whether a batch is asked for before the one before it is handed out, so that its copy to a GPU is under way."""
     remedy: ClassVar[str] = (

@@ -35,6 +35,7 @@ class NvjpegLoader(EncodedLoader):
     auto_places: ClassVar = {"cuda": 2, "cpu": 3}
     drawbacks: ClassVar = {"cuda": "for machines without DALI", "cpu": "it needs a GPU"}
     decodes_on_gpu = True
+    repeats_chroma = True
     remedy = (
         "install DALI and take --loader dali, or convert the data with --short-side 400, so that there is less to "
         "decode"

@@ -33,11 +33,13 @@ CROP_RESIZE = Tolerance(max=1, mean=0.3)
 """Levels of 255, against one call of PIL's resize. Up to Pillow 12 nothing differs; from 13 on, boxes that shrink more
 in height are resized the other way round. (1, 0.24 for such a box of a photograph)"""
 
-DALI_GPU_CROPS = Tolerance(max=24, mean=1.5)
+DALI_GPU_CROPS = Tolerance(max=24, mean=0.5)
 """Levels of 255, DALI's decoders on a GPU and our resize against the oracle's, not measured yet: their inverse
 transform differs from libjpeg-turbo's."""
-NVJPEG_CROPS = Tolerance(max=24, mean=1.5)
-"""Levels of 255, torchvision's nvJPEG decoder and our resize on a GPU against the oracle's, not measured yet."""
+NVJPEG_CROPS = Tolerance(max=64, mean=3)
+"""Levels of 255, torchvision's nvJPEG decoder and our resize on a GPU against the oracle's, of one batch; not measured
+yet on a GPU. It repeats chroma: by libjpeg-turbo that is 43 levels from interpolating it, 2.0 on average over the worst
+crop of 400 photographs. python -m pytest tests/leoclr_fast/parity -k chroma"""
 
 # ---- pipelines: augment, values in [0, 1] before normalisation ---------------------------------------------------
 

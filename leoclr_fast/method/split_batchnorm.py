@@ -95,7 +95,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         assert self.momentum is not None
         sizes = group_sizes(len(images), self.group_size or len(images))
         if torch.compiler.is_compiling() and sizes[0] == sizes[-1]:
-            normalised, means, variances = NormaliseEqualGroups.apply(images, len(sizes), self.weight, self.bias, self.eps)
+            normalised, means, variances = NormaliseEqualGroups.apply(
+                images, len(sizes), self.weight, self.bias, self.eps
+            )
             with torch.no_grad():
                 num_values = sizes[0] * images.shape[2] * images.shape[3]
                 unbiased = variances.mean(0) * (num_values / (num_values - 1))

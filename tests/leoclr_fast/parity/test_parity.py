@@ -15,9 +15,11 @@ from dataset_tools.conversion.options import ConvertOptions
 from leoclr_fast.cli import run_command
 from leoclr_fast.parity import comparison as parity
 from leoclr_fast.parity.comparison import ParityConfig, measure_parity
+from pipelines import ffcv_decoder
 from pipelines.resident_loader import ResidentLoader
 from tests.pipelines.optional_packages import HAS_DALI, HAS_FFCV
 from tests.pipelines.pictures import picture
+from tests.tolerances import NVJPEG_CROPS
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -60,6 +62,20 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "<img src=x" not in page
     assert "https://" not in page.replace("http://www.w3.org", "")
     assert f"{len(found)} of {len(found)} comparisons are within their limits." in page
+
+
+@pytest.mark.skipif(not HAS_FFCV, reason="needs FFCV's TurboJPEG")
+def test_the_limit_of_repeated_chroma(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TurboJPEG, told to repeat chroma, on real photographs; they are nvJPEG's colours, but for its rounding."""
+    convert(real_data / "imagenet-sample-400.tar", tmp_path / "ffcv", ConvertOptions(format="ffcv"), workers=2)
+    monkeypatch.setattr(ffcv_decoder, "_ACCURATE_DCT", 4096 | 256)  # TJFLAG_FASTUPSAMPLE
+    config = ParityConfig(loaders=("ffcv",), max_images=None, workers=2, device="cpu")
+    (result,), _ = measure_parity(config, [tmp_path / "ffcv"])
+    assert not result.ok  # by the limits of a CPU
+    limits = parity.REPEATED_CHROMA_LIMITS
+    assert 0.1 * limits.mean < result.mean < 0.5 * limits.mean
+    assert 0.5 * limits.max < result.max < 0.75 * limits.max
+    assert result.worst[0].mean_difference < 0.75 * NVJPEG_CROPS.mean
 
 
 class TestDifferencesAreFound:
