@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.results import RESULTS, Results, TimedTask, compare
+from benchmarks.results import OnImages, TimedTask, compare
 
 PEERS = {
     "ours, ffcv --check header": ("FFCV DatasetWriter, jpg",),
@@ -92,22 +92,14 @@ def _timed(convert: Callable[[Path], object], source: str, scratch: str) -> Iter
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertBenchmark:
+class ConvertBenchmark(OnImages):
     """Our converter against FFCV's and webdataset's."""
 
-    data: Path
-    """A tar of JPEGs in class folders, or such a folder."""
     copies: int = 10
-    """Every image this many times (hard links)."""
-    rounds: int = 9
     workers: int = len(os.sched_getaffinity(0))
     name: str = "convert_cpu"
-    """Of the result files."""
-    data_label: str = ""
-    """What the result files call the data, where its path should not stand in them."""
     scratch: Path | None = None
     """A folder on the disk to use; the one for temporary files if not given."""
-    out: Path = RESULTS
 
     def run(self) -> None:
         """Measure, and write the result files after every round."""
@@ -116,12 +108,7 @@ class ConvertBenchmark:
             source = Path(folder) / "images"
             images, num_bytes = write_copies(self.data, source, self.copies)
             compare(
-                Results(
-                    module="benchmarks.convert",
-                    name=self.name,
-                    out=self.out,
-                    hidden={str(self.data): self.data_label or str(self.data)},
-                ),
+                self.results("benchmarks.convert"),
                 TASKS,
                 (str(source), folder, self.workers),
                 self.rounds,

@@ -14,7 +14,7 @@ import tyro
 
 from benchmarks.convert import write_copies
 from benchmarks.loader_timing import LoaderBenchConfig, bench_loader, loader_markdown
-from benchmarks.results import RESULTS, Results
+from benchmarks.results import OnImages
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
 from leoclr_fast.bench.page import interval
@@ -26,25 +26,16 @@ PEERS = {"ffcv": ("torchvision", "stock-torchvision", "stock-ffcv"), "dali": ("s
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderBenchmark:
+class LoaderBenchmark(OnImages):
     """Our loaders against torchvision's, FFCV's and DALI's, on CPU cores."""
 
-    data: Path
-    """A tar of JPEGs in class folders, or such a folder."""
     copies: int = 2
-    """Every image this many times an epoch."""
-    rounds: int = 9
     workers: int = len(os.sched_getaffinity(0))
     name: str = "loaders_cpu"
-    """Of the result files."""
-    data_label: str = ""
-    """What the result files call the data, where its path should not stand in them."""
-    out: Path = RESULTS
 
     def run(self) -> None:
         """Measure, and write the result files."""
-        hidden = {str(self.data): self.data_label or str(self.data)}
-        results = Results(module="benchmarks.loaders", name=self.name, out=self.out, hidden=hidden)
+        results = self.results("benchmarks.loaders")
         names = tuple(dict.fromkeys([*PEERS, *(peer for peers in PEERS.values() for peer in peers)]))
         config = LoaderBenchConfig(
             loaders=names, rounds=self.rounds, workers=self.workers, batch_size=BATCH, device="cpu"

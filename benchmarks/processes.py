@@ -11,8 +11,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 1800.0
-
 
 class OwnProcess:
     """Runs a generator function in a process of its own; each `next` takes the next of what it yields.
@@ -25,8 +23,7 @@ class OwnProcess:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch"])
         self.name = name
-        self.connection, theirs = context.Pipe()
-        """It becomes readable when there is an answer, or when the process has died."""
+        self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(function, arguments, theirs))
         self._process.start()
         theirs.close()
@@ -45,15 +42,15 @@ class OwnProcess:
 
     def ask(self) -> None:
         """Let the function go on to its next yield; `answer` waits for it."""
-        self.connection.send("go")
+        self._connection.send("go")
 
-    def answer(self) -> Any:
+    def answer(self, patience_s: float = 1800.0) -> Any:
         """What was asked for. Raises as `next`."""
-        if not self.connection.poll(PATIENCE_S):
+        if not self._connection.poll(patience_s):
             self.kill()
-            raise RuntimeError(f"{self.name} has not answered for {PATIENCE_S:.0f} s")
+            raise RuntimeError(f"{self.name} has not answered for {patience_s:g} s")
         try:
-            succeeded, answer = self.connection.recv()
+            succeeded, answer = self._connection.recv()
         except EOFError as error:
             raise RuntimeError(f"{self.name} died") from error
         if not succeeded:
@@ -66,7 +63,7 @@ class OwnProcess:
 
     def close(self) -> None:
         """End the process; closing twice is harmless."""
-        self.connection.close()
+        self._connection.close()
         self._process.join(30)
         self._process.kill()
 

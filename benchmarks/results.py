@@ -85,6 +85,26 @@ class Results:
         return document
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnImages:
+    """The flags of a benchmark on images that are copied, and its result files."""
+
+    data: Path
+    """A tar of JPEGs in class folders, or such a folder."""
+    data_label: str = ""
+    """What the result files call the data, where its path should not stand in them."""
+    copies: int = 1
+    """Every image this many times."""
+    rounds: int = 9
+    name: str
+    """Of the result files."""
+    out: Path = RESULTS
+
+    def results(self, module: str) -> Results:
+        hidden = {str(self.data): self.data_label or str(self.data)}
+        return Results(module=module, name=self.name, out=self.out, hidden=hidden)
+
+
 def print_document(document: dict[str, Any], page: Callable[..., str]) -> None:
     """What a benchmark without result files has found: its page, with the command, and as JSON in the last line."""
     print(page(document, shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])))

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from multiprocessing import connection
 from typing import Annotated, Any, Literal
 
 import torch
@@ -216,18 +215,15 @@ class RankProcesses:
         ranks = self._ranks[: next(self._points).num_ranks]
         for rank in ranks:
             rank.ask()
-        waiting = {rank.connection: rank for rank in ranks}
-        answers: dict[str, RankTiming] = {}
-        deadline = time.monotonic() + self._limit_s
-        while waiting:
-            ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
-            if not ready:
-                names = ", ".join(rank.name for rank in waiting.values())
-                raise RuntimeError(f"{names} did not finish a round in {self._limit_s:g} s")
-            for one in ready:
-                rank = waiting.pop(one)  # type: ignore[call-overload]
-                answers[rank.name] = rank.answer()
-        return [answers[rank.name] for rank in ranks]
+        answers, errors = [], []
+        for rank in ranks:
+            try:
+                answers.append(rank.answer(self._limit_s))
+            except RuntimeError as error:
+                errors.append(str(error))
+        if errors:
+            raise RuntimeError("; ".join(errors))
+        return answers
 
 
 def train_rank(

@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from benchmarks.convert import write_copies
-from benchmarks.results import RESULTS, Results, made_with
+from benchmarks.results import OnImages, made_with
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.files import ByteFile, read_file
@@ -82,27 +82,19 @@ def images_per_s(name: str, split: Split, workers: int, delay_s: float) -> float
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlowStoreBenchmark:
+class SlowStoreBenchmark(OnImages):
     """Images/s that loaders read from a slow store, against the number of workers."""
 
-    data: Path
-    """A tar of JPEGs in class folders, or such a folder."""
     copies: int = 4
-    """Every image this many times an epoch."""
     delays_ms: tuple[float, ...] = (1.0, 10.0)
     """How long each read waits."""
     workers: tuple[int, ...] = (1, 2, 4, 8, 16)
     rounds: int = 3
     name: str = "slow_store_cpu"
-    """Of the result files."""
-    data_label: str = ""
-    """What the result files call the data, where its path should not stand in them."""
-    out: Path = RESULTS
 
     def run(self) -> None:
         """Measure, and write the result files after every round."""
-        hidden = {str(self.data): self.data_label or str(self.data)}
-        results = Results(module="benchmarks.slow_store", name=self.name, out=self.out, hidden=hidden)
+        results = self.results("benchmarks.slow_store")
         rates: dict[tuple[str, float, int], list[float]] = {
             (name, delay, count): [] for delay in self.delays_ms for name in SOURCES for count in self.workers
         }

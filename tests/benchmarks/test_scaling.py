@@ -95,7 +95,7 @@ class TestBadInput:
                 2,
                 0.1,
                 "leoclr",
-                r"rank 0, rank 1 did not finish a round in 0\.1 s",
+                r"rank 0 has not answered for 0\.1 s; rank 1 has not answered for 0\.1 s",
             ),  # too little to start
         ],
         ids=["fails", "too long"],
