@@ -27,6 +27,7 @@ from leoclr_fast.bench.statistics import median_interval, quantiles, ratio_inter
 from leoclr_fast.bench.timing import Say, interleaved, synchronize
 from leoclr_fast.config import SpeedConfig
 from leoclr_fast.distributed.process_group import resolve_device
+from leoclr_fast.machine.precision import settled
 from leoclr_fast.recipes import get_recipe
 from leoclr_fast.run.checkpoint_writer import CheckpointWriter
 from leoclr_fast.run.environment import environment
@@ -157,7 +158,8 @@ class CheckpointBenchmark:
         results = Results(module="benchmarks.checkpointing", name=self.name, out=self.out, hidden=hidden)
         device = resolve_device(self.speed.device)
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            measured = measure(self.setting, self.speed, device, Path(folder), self.rounds, self.steps, results.say)
+            speed = settled(self.speed, device)
+            measured = measure(self.setting, speed, device, Path(folder), self.rounds, self.steps, results.say)
         document = {"environment": environment(device, 1), "measured": measured}
         results.write(document, page(document, results.command))
         print(page(document, results.command))
