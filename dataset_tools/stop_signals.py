@@ -56,7 +56,7 @@ class StopSignals:
         elif not self.saving and (self.repeats_insist or self._is_meant(number)):
             raise KeyboardInterrupt
 
-    def raise_if_requested(self, then: str = "; the same command continues") -> None:
+    def raise_if_requested(self, then: str = "; give the same command again") -> None:
         """Raises StoppedBySignalError, whose message ends with `then`."""
         if self.requested:
             raise StoppedBySignalError(f"stopped by {self.name}{then}")

@@ -6,8 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,9 +19,7 @@ from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.progress import Progress
 from dataset_tools.conversion.split_conversion import Positions, SplitConversion, TransformedImages, complete_split
 from dataset_tools.conversion.staging import (
-    Finished,
     Staging,
-    final_name,
     remove_leftover,
     settled_destination,
     staged,
@@ -33,8 +30,7 @@ from dataset_tools.files import open_own
 from dataset_tools.formats.beton import decode_bytes
 from dataset_tools.formats.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest, read_quarantine
 from dataset_tools.formats.records import ROW
-from dataset_tools.formats.row_file import RowFile
-from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
+from dataset_tools.formats.split_manifest import SplitManifest
 from dataset_tools.sources import ImageSource, Split, open_source
 from dataset_tools.stop_signals import StoppedBySignalError, StopSignals, stop_signals
 from dataset_tools.versions import installed_version
@@ -89,9 +85,8 @@ def convert(
         if staging.continued:
             logger.info("continuing what an earlier call left in %s", staging.folder)
         run = _Conversion(options, staging, num_workers, strict, shown, stop, journal_every_s)
-        splits = _chosen_splits(source, options)
-        images = run.convert_splits(splits)
-        manifest = run.publish(splits, source)
+        images, manifests = run.convert_splits(_chosen_splits(source, options))
+        manifest = run.publish(manifests, source)
     return summarize(target, manifest, images=images, seconds=time.monotonic() - began)
 
 
@@ -145,92 +140,50 @@ class _Conversion:
     stop: StopSignals
     journal_every_s: float
     _quarantine: IO[bytes] = None  # type: ignore[assignment]
-    _finished_before: set[str] = field(default_factory=set)
-    """The splits that another process finished."""
 
-    def convert_splits(self, splits: list[Split]) -> int:
-        """Converts what is not converted yet. Returns how many images it looked at."""
-        states = self.staging.state.splits
+    def convert_splits(self, splits: list[Split]) -> tuple[int, dict[str, SplitManifest]]:
+        """Converts what is not converted yet. Returns how many images it looked at, and the manifests of the splits.
+
+        Raises ValueError for a split without a usable image, once the others are done.
+        """
+        states, manifests, useless = self.staging.state.splits, dict[str, SplitManifest](), list[Split]()
         conversions = [SplitConversion(split, self.options, self.staging.folder, states) for split in splits]
-        unfinished = [conversion for conversion in conversions if not conversion.state.finished]
-        self._finished_before = {each.split.name for each in conversions} - {each.split.name for each in unfinished}
-        if not unfinished:  # quarantine.jsonl may be in its last place already
-            return 0
-        images = sum(conversion.num_left for conversion in unfinished)
-        with self._open_quarantine() as self._quarantine:
-            self._check_room(unfinished)
-            for conversion in unfinished:
+        images = sum(conversion.num_left for conversion in conversions)
+        with self._open_quarantine(conversions) as self._quarantine:
+            self._check_room(conversions)
+            for conversion in conversions:
                 with conversion.opened():
                     done = conversion.num_positions - conversion.num_left
                     self.progress.start(conversion.split.name, conversion.num_positions, done)
                     self._transform(conversion)
-                    self._finish(conversion)
-        return images
+                    if len(conversion.rows):
+                        manifests[conversion.split.name] = self._finish(conversion)
+                    else:
+                        useless.append(conversion.split)
+        for split in useless:
+            quarantine = self.staging.folder / QUARANTINE_NAME
+            entry = next(entry for entry in read_quarantine(quarantine.read_bytes()) if entry.split == split.name)
+            raise ValueError(
+                f"none of the {len(split):,} images of {split.name} can be used; for example {entry.name}: "
+                f"{entry.reason}. {quarantine} lists them all; other splits can be converted by --split"
+            )
+        return images, manifests
 
-    def publish(self, splits: list[Split], source: ImageSource) -> Manifest:
-        """The manifest, and DEST. Raises ValueError for a split without a usable image, or files that have changed."""
-        anew = f"Delete {self.staging.folder} to start anew."
-        quarantine = self.staging.find(QUARANTINE_NAME)
-        manifests, working = dict[str, SplitManifest](), [QUARANTINE_NAME]
-        for split in splits:
-            finished = self.staging.state.splits[split.name].finished
-            assert finished
-            if finished.manifest is None:
-                listed = [entry for entry in read_quarantine(quarantine.read_bytes()) if entry.split == split.name]
-                if self.staging.state.splits[split.name].rows or not listed:
-                    raise ValueError(f"the journal says that {split.name} is finished, without a file of it. {anew}")
-                entry = listed[0]
-                raise ValueError(
-                    f"none of the {len(split):,} images of {split.name} can be used; for example {entry.name}: "
-                    f"{entry.reason}. {quarantine} lists them all; other splits can be converted by --split"
-                )
-            manifests[split.name] = finished.manifest
-            working += finished.working_files
+    def publish(self, manifests: dict[str, SplitManifest], source: ImageSource) -> Manifest:
+        """The manifest, and DEST."""
         manifest = Manifest(
             format=self.options.format,
             classes=source.classes,
             splits=manifests,
-            quarantine=hash_files([(quarantine, None)], 1, self.stop)[0],
+            quarantine=hash_files([(self.staging.folder / QUARANTINE_NAME, None)], 1, self.stop)[0],
             part=self.options.part_numbers,
             account=source.account,
             **self.staging.plan,
         )
-        if [final_name(name) for name in working] != [file.name for file in manifest.all_files]:
-            raise ValueError(f"the journal names files that are not those of this conversion. {anew}")
-        paths = [self.staging.find(name) for name in working]
-        before = {file for name in self._finished_before for file in manifests[name].all_files}
-        to_hash = {
-            path: file.block_bytes for path, file in zip(paths, manifest.all_files, strict=True) if file in before
-        }
-        hashed = dict(zip(to_hash, hash_files([*to_hash.items()], self.num_workers, self.stop), strict=True))
-        for name in self._finished_before:
-            if not self._is_of_rows(name, manifests[name], dict(zip(manifest.all_files, paths, strict=True))):
-                raise ValueError(f"the journal says of {name} what its files do not. {anew}")
-        for path, file in zip(paths, manifest.all_files, strict=True):
-            if hashed.get(path, replace(file, bytes=path.stat().st_size)) != file:
-                raise ValueError(f"{path} is not what it was when it was finished. {anew}")
-        manifest.save(self.staging.folder)
-        self.staging.publish([*working, MANIFEST_NAME])
+        self.staging.publish(manifest)
         return manifest
 
-    def _is_of_rows(self, name: str, manifest: SplitManifest, paths: dict[FileEntry, Path]) -> bool:
-        """Whether a split that another process finished has the rows that its manifest sums up."""
-        state, path = self.staging.state.splits[name], self.staging.folder / f"{name}.rows"
-        if not path.is_file() or path.stat().st_size != state.rows * ROW.itemsize:
-            return False
-        with closing(RowFile(path, state.rows)) as rows:
-            summed = SplitManifest.of(
-                rows,
-                positions=state.rows + state.counts.quarantined,
-                reasons=dict(sorted(state.reasons.items())),
-                quarantined=state.counts.quarantined,
-                page_bytes=self.options.output.settled_page_bytes([paths[file] for file in manifest.files]),
-                records=manifest.records,
-                files=manifest.files,
-            )
-            return summed == manifest and rows.sha256() == state.rows_sha256
-
-    def _open_quarantine(self) -> IO[bytes]:
+    def _open_quarantine(self, conversions: list[SplitConversion]) -> IO[bytes]:
         """quarantine.jsonl, cut back to what the journal knows."""
         path, known = self.staging.folder / QUARANTINE_NAME, self.staging.state.quarantine_bytes
         try:
@@ -239,8 +192,7 @@ class _Conversion:
             if len(content) < known:
                 raise ValueError(f"{path} is shorter than the journal says")
             found = Counter(entry.split for entry in read_quarantine(content))
-            counted = {name: state.counts.quarantined for name, state in self.staging.state.splits.items()}
-            if found != Counter(counted):
+            if found != Counter({each.split.name: each.num_quarantined for each in conversions}):
                 raise ValueError(f"{path} lists other images than the journal counts")
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -275,7 +227,7 @@ class _Conversion:
                 if done is not None:
                     self._quarantine.write(conversion.quarantine_lines(done.result))
                     conversion.add(done.task, done.result, done.payload)
-                    self.progress.update(conversion.state.done - conversion.start, asdict(conversion.state.counts))
+                    self.progress.update(conversion.state.done - conversion.start, asdict(conversion.counts))
                     if self.strict and done.result.rejected:
                         position, reason = done.result.rejected[0]
                         raise ValueError(
@@ -293,31 +245,25 @@ class _Conversion:
                     saved = time.monotonic()
         self._save(conversion)
 
-    def _finish(self, conversion: SplitConversion) -> None:
-        """Everything of a split but its place in DEST; may be done again after a death in its midst."""
-        split, state, rows = conversion.split, conversion.state, conversion.rows
-        if not len(rows):
-            state.finished = Finished(None, [])
-            self.staging.save()
-            return
+    def _finish(self, conversion: SplitConversion) -> SplitManifest:
+        """Everything of a split but its place in DEST; is done again after a death before that."""
+        split, rows = conversion.split, conversion.rows
         self.progress.say(f"{split.name}: completing the files")
         images = conversion.writer.finish(rows)
         self.progress.say(f"{split.name}: hashing the files")
         names = split.packed_names()
-        manifest, working_files = complete_split(
+        return complete_split(
             split.name,
             rows,
             lambda block, _: names.select(block["source_index"]),
-            dict.fromkeys(images),
+            images,
             self.options.output,
             num_workers=self.num_workers,
             stop=self.stop,
             positions=conversion.num_positions,
-            reasons=dict(sorted(state.reasons.items())),
-            quarantined=state.counts.quarantined,
+            reasons=dict(sorted(conversion.state.reasons.items())),
+            quarantined=conversion.counts.quarantined,
         )
-        state.finished = Finished(manifest, working_files)
-        self.staging.save()
 
     def _save(self, conversion: SplitConversion) -> None:
         conversion.checkpoint()

@@ -10,38 +10,26 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataset_tools.conversion.convert import summarize
-from dataset_tools.conversion.hashing import hash_files
-from dataset_tools.conversion.split_conversion import complete_split
+from dataset_tools.conversion.hashing import file_problems, hash_files
+from dataset_tools.conversion.split_conversion import CHUNK_IMAGES, complete_split
 from dataset_tools.conversion.staging import remove_leftover, settled_destination, staged, staging_folder
 from dataset_tools.conversion.workers import settled_workers
 from dataset_tools.files import write_file
-from dataset_tools.formats.formats import FORMATS
-from dataset_tools.formats.manifest import (
-    MANIFEST_NAME,
-    QUARANTINE_NAME,
-    Manifest,
-    is_converted,
-    read_quarantine,
-    records_name,
-)
-from dataset_tools.formats.output_format import PartOfSplit
-from dataset_tools.formats.records import SampleRecords
+from dataset_tools.formats.manifest import QUARANTINE_NAME, Manifest, is_converted, read_quarantine
 from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.split_manifest import SplitManifest
 from dataset_tools.packed_names import PackedNames
+from dataset_tools.sources.converted import open_split
 from dataset_tools.sources.split import split_rank
 from dataset_tools.stop_signals import StopSignals, stop_signals
 
 logger = logging.getLogger(__name__)
-
-AGAIN = "give the same command again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +79,13 @@ def merge(
         remove_leftover(target, plan)
         logger.info("%s is whole already: nothing to do", target)
         return summarize(target, whole, images=0, seconds=time.monotonic() - began)
-    with staged(target, plan, then=AGAIN) as staging, stop_signals(enabled=True) as stop:
+    with staged(target, plan) as staging, stop_signals(enabled=True) as stop:
         num_bytes = sum(file.bytes for manifest in manifests for file in manifest.all_files)
         staging.check_room(num_bytes, "the parts have")
         _check_files(opened, num_workers, stop)
-        merged, names = {}, list[str]()
-        for name, chosen in splits.items():
-            merged[name], working_files = _merge_split(name, chosen, staging.folder, num_workers, stop)
-            names += working_files
+        merged = {
+            name: _merge_split(name, chosen, staging.folder, num_workers, stop) for name, chosen in splits.items()
+        }
         quarantine = staging.folder / QUARANTINE_NAME
         _merge_quarantine(splits, quarantine)
         manifest = Manifest(
@@ -107,8 +94,7 @@ def merge(
             quarantine=hash_files([(quarantine, None)], 1, stop)[0],
             account=manifests[0].account,
         )
-        manifest.save(staging.folder)
-        staging.publish([*names, QUARANTINE_NAME, MANIFEST_NAME])
+        staging.publish(manifest)
     images = sum(split.samples for split in merged.values())
     return summarize(target, manifest, images=images, seconds=time.monotonic() - began)
 
@@ -154,39 +140,54 @@ def _is_made_of(target: Path, whole: Manifest, splits: dict[str, list[_Part]], f
         if not (target / file.name).is_file() or (target / file.name).stat().st_size != file.bytes:
             raise ValueError(f"{target} was whole, but its {file.name} is missing or cut. Delete it to start anew.")
     for name, parts in splits.items():
-        ours = SampleRecords.open(target / records_name(name))
-        theirs = [SampleRecords.open(part.folder / records_name(name)) for part in parts]
+        ours = open_split(target, whole, name).records
+        theirs = [open_split(part.folder, part.manifest, name).records for part in parts]
         for column in ("source_index", "position", "label", "hash"):
             if not np.array_equal(ours[column], np.concatenate([records[column] for records in theirs])):
                 return False
     return True
 
 
-def _merge_split(
-    name: str, parts: list[_Part], folder: Path, num_workers: int, stop: StopSignals
-) -> tuple[SplitManifest, list[str]]:
-    """The manifest of a joined split, and the names of its files in `folder`."""
-    output = FORMATS[parts[0].manifest.format]
-    given = [
-        PartOfSplit(part.folder, part.manifest.splits[name], SampleRecords.open(part.folder / records_name(name)))
-        for part in parts
-    ]
-    for part in given:
-        part.records.check(part.manifest.image_bytes, len(parts[0].manifest.classes))
-    with closing(RowFile(folder / f"{name}.rows")) as rows:
-        files = output.merge(folder, name, given, rows, partial(stop.raise_if_requested, f"; {AGAIN}"))
-        names = PackedNames(each for part in given for each in part.records.names())
+def _merge_split(name: str, parts: list[_Part], folder: Path, num_workers: int, stop: StopSignals) -> SplitManifest:
+    """Writes the files of a joined split into `folder`. Returns its manifest."""
+    given = [open_split(part.folder, part.manifest, name) for part in parts]
+    entries = [part.manifest.splits[name] for part in parts]
+    output, positions = given[0].output, sum(entry.positions for entry in entries)
+    shard_bytes = parts[0].manifest.options.get("shard_size")
+    with (
+        closing(RowFile(folder / f"{name}.rows")) as rows,
+        closing(
+            output.writer(
+                folder,
+                name,
+                num_reserved=positions,
+                page_bytes=max(entry.page_bytes or 0 for entry in entries),
+                shard_bytes=shard_bytes if isinstance(shard_bytes, int) else max(entries[0].image_bytes),
+                rows=rows,
+            )
+        ) as writer,
+    ):
+        for split in given:
+            split.check()
+            for start in range(0, len(split), CHUNK_IMAGES):
+                stop.raise_if_requested()
+                block = split.records.rows(start, start + CHUNK_IMAGES)
+                images = b"".join(map(split.read_stored, range(start, start + len(block))))
+                block["offset"] = np.cumsum(block["num_bytes"]) - block["num_bytes"]
+                writer.write(block, lambda offset, size, images=images: images[offset : offset + size])
+                rows.append(block)
+        names = PackedNames(each for split in given for each in split.names)
         return complete_split(
             name,
             rows,
             lambda block, start: names[start : start + len(block)],
-            files,
+            writer.finish(rows),
             output,
             num_workers=num_workers,
             stop=stop,
-            positions=sum(part.manifest.positions for part in given),
-            reasons=dict(sorted(sum((Counter(part.manifest.reasons) for part in given), Counter[str]()).items())),
-            quarantined=sum(part.manifest.quarantined for part in given),
+            positions=positions,
+            reasons=dict(sorted(sum((Counter(entry.reasons) for entry in entries), Counter[str]()).items())),
+            quarantined=sum(entry.quarantined for entry in entries),
         )
 
 
@@ -202,13 +203,9 @@ def _merge_quarantine(splits: dict[str, list[_Part]], path: Path) -> None:
 
 def _check_files(parts: list[_Part], num_workers: int, stop: StopSignals) -> None:
     """Raises ValueError if a part is not what its manifest says: a damaged part must not become a sound whole."""
-    expected = {part.folder / file.name: file for part in parts for file in part.manifest.all_files}
-    if missing := [str(path) for path in expected if not path.is_file()]:
-        raise ValueError(f"files of the parts are missing: {', '.join(missing[:5])}")
-    found = hash_files([(path, file.block_bytes) for path, file in expected.items()], num_workers, stop)
-    for (path, file), now in zip(expected.items(), found, strict=True):
-        if now != file:
-            raise ValueError(f"{path} is damaged: it is not what its manifest says. Convert that part again")
+    for part in parts:
+        for name, problem in file_problems(part.folder, part.manifest.all_files, num_workers, stop):
+            raise ValueError(f"{part.folder / name} is not what its manifest says: {problem}. Convert that part again")
 
 
 def _common(values: list[dict[str, Any]]) -> dict[str, Any]:

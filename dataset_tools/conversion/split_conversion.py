@@ -6,9 +6,9 @@ import errno
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.conversion.staging import Counts, SplitState
+from dataset_tools.conversion.staging import SplitState
 from dataset_tools.conversion.transform import UnusableImageError, transform
 from dataset_tools.files import NoRegularFileError, raise_if_of_machine
 from dataset_tools.formats.manifest import records_name
 from dataset_tools.formats.output_format import OutputFormat, SampleWriter
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, ROW
 from dataset_tools.formats.row_file import NamesOf, RowFile
-from dataset_tools.formats.split_manifest import FileEntry, SplitManifest, check_split_name
+from dataset_tools.formats.split_manifest import SplitManifest, check_split_name
 from dataset_tools.sources.split import RottenImageError, Split
 from dataset_tools.stop_signals import StopSignals
 from dataset_tools.subsets import shuffled_order
@@ -48,6 +48,16 @@ class TransformedImages:
     """(position, reason)."""
 
 
+@dataclass(slots=True)
+class Counts:
+    """Of the images of a split that were looked at."""
+
+    passed_through: int = 0
+    reencoded: int = 0
+    quarantined: int = 0
+    bytes: int = 0
+
+
 class SplitConversion:
     """A split, its files in `folder`, and the journal's `state` of it, which `checkpoint` brings up to date."""
 
@@ -64,20 +74,24 @@ class SplitConversion:
         number, count = options.part_numbers or (1, 1)
         self.start, self.stop = len(split) * (number - 1) // count, len(split) * number // count
         self.num_positions = self.stop - self.start
-        self.state = states.setdefault(split.name, SplitState(self.start, 0, NO_ROWS, Counts(), {}))
+        self.state = states.setdefault(split.name, SplitState(self.start, 0, NO_ROWS, {}))
+        self.counts = Counts()
         self._task_images = CHUNK_IMAGES
 
     @property
     def num_left(self) -> int:
         return self.stop - self.state.done
 
+    @property
+    def num_quarantined(self) -> int:
+        return self.state.done - self.start - self.state.rows
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Opens the files, cut back to what the journal knows. Raises ValueError if they do not fit it."""
         try:
             self.rows = RowFile(self.folder / f"{self.split.name}.rows", self.state.rows)
-            if self.state.rows:
-                self._check_rows()
+            self._count_rows()
             self.writer = self.options.output.writer(
                 self.folder,
                 self.split.name,
@@ -86,8 +100,6 @@ class SplitConversion:
                 shard_bytes=self.options.shard_bytes,
                 rows=self.rows,
             )
-            if self.state.rows and self.writer.sync() != self.state.writer:
-                raise ValueError("its files end elsewhere than the journal says")
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the unfinished conversion cannot be continued: {error}. Delete {self.folder} to start anew."
@@ -95,21 +107,24 @@ class SplitConversion:
         with closing(self.rows), closing(self.writer):
             yield
 
-    def _check_rows(self) -> None:
+    def _count_rows(self) -> None:
         """Raises ValueError if what the journal says of the rows is not so."""
-        state, found = self.state, Counts(quarantined=self.state.counts.quarantined)
+        state = self.state
+        self.counts = Counts(quarantined=self.num_quarantined)
         for block, _ in self.rows.blocks():
-            found.passed_through += int((block["handling"] == PASSED_THROUGH).sum())
-            found.bytes += int(block["num_bytes"].sum())
-        found.reencoded = state.rows - found.passed_through
+            self._count(block)
         if (
             self.rows.sha256() != state.rows_sha256
-            or found != state.counts
-            or sum(state.reasons.values()) != found.reencoded
-            or state.done != self.start + state.rows + found.quarantined
-            or state.done > self.stop
+            or sum(state.reasons.values()) != self.counts.reencoded
+            or not self.start + state.rows <= state.done <= self.stop
         ):
             raise ValueError(f"{self.rows.path} is not what the journal says")
+
+    def _count(self, rows: NDArray[np.void]) -> None:
+        passed = int((rows["handling"] == PASSED_THROUGH).sum())
+        self.counts.passed_through += passed
+        self.counts.reencoded += len(rows) - passed
+        self.counts.bytes += int(rows["num_bytes"].sum())
 
     def tasks(self) -> Iterator[Positions]:
         """The positions that are left to do, in order."""
@@ -146,21 +161,18 @@ class SplitConversion:
     def add(self, positions: Positions, images: TransformedImages, payload: memoryview) -> None:
         """Write what became of `positions`, which follow those before."""
         assert positions[0] == self.state.done
-        rows, counts = images.rows.copy(), self.state.counts
+        rows = images.rows.copy()
         self.writer.write(rows, lambda offset, size: payload[offset : offset + size])
         self.rows.append(rows)
-        passed = int((rows["handling"] == PASSED_THROUGH).sum())
-        counts.passed_through += passed
-        counts.reencoded += len(rows) - passed
-        counts.quarantined += len(images.rejected)
-        counts.bytes += len(payload)
+        self._count(rows)
+        self.counts.quarantined += len(images.rejected)
         self.state.reasons = dict(Counter(self.state.reasons) + images.reasons)
         self.state.done = positions[1]
 
     def checkpoint(self) -> None:
         """Bring everything to the disk and `state` up to date."""
         self.state.rows, self.state.rows_sha256 = len(self.rows), self.rows.sha256()
-        self.state.writer = self.writer.sync()
+        self.writer.sync()
         self.rows.sync()
 
     def quarantine_lines(self, images: TransformedImages) -> bytes:
@@ -201,28 +213,20 @@ def complete_split(
     name: str,
     rows: RowFile,
     names_of: NamesOf,
-    files: Mapping[Path, FileEntry | None],
+    files: Sequence[Path],
     output: OutputFormat,
     *,
     num_workers: int,
     stop: StopSignals,
     **counted: Any,
-) -> tuple[SplitManifest, list[str]]:
-    """Writes the records of a split beside its `rows`, and hashes its files. Returns its manifest and their names.
+) -> SplitManifest:
+    """Writes the records of a split beside its `rows`, and hashes its files. Returns its manifest.
 
-    `files`: of images, in order, each with the entry of one that holds the same bytes, where that is known. `counted`:
-    what of the manifest the rows do not tell.
+    `files`: of images, in order. `counted`: what of the manifest the rows do not tell.
     """
-    records = rows.path.with_name(records_name(name))
-    rows.write_records(records, names_of)
-    unknown = [(records, None), *((path, output.hash_block_bytes) for path, known in files.items() if not known)]
-    hashed = dict(zip([path for path, _ in unknown], hash_files(unknown, num_workers, stop), strict=True))
-    entries = [replace(known, name=path.name) if known else hashed[path] for path, known in files.items()]
-    manifest = SplitManifest.of(
-        rows,
-        page_bytes=output.settled_page_bytes(list(files)),
-        records=hashed[records],
-        files=tuple(entries),
-        **counted,
-    )
-    return manifest, [path.name for path in (records, *files)]
+    path = rows.path.with_name(records_name(name))
+    rows.write_records(path, names_of)
+    to_hash = [(path, None), *((file, output.hash_block_bytes) for file in files)]
+    records, *images = hash_files(to_hash, num_workers, stop)
+    page_bytes = output.settled_page_bytes(files)
+    return SplitManifest.of(rows, page_bytes=page_bytes, records=records, files=tuple(images), **counted)

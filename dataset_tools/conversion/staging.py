@@ -17,30 +17,13 @@ from typing import Any
 from msgspec import Struct
 
 from dataset_tools.files import open_own, sync_folder, take_lock, write_file
-from dataset_tools.formats.split_manifest import Count, SplitManifest
+from dataset_tools.formats.manifest import Manifest
+from dataset_tools.formats.split_manifest import Count
 from dataset_tools.schema import decode_json, read_bounded
 
 JOURNAL_NAME = "journal.json"
 _BEFORE_JOURNAL = r"lock|\.journal\.json\.[0-9a-f]+\.tmp"
 """What a process leaves that dies before it has a journal."""
-
-
-@dataclass(slots=True)
-class Counts:
-    """Of the images of a split that were looked at."""
-
-    passed_through: Count = 0
-    reencoded: Count = 0
-    quarantined: Count = 0
-    bytes: Count = 0
-
-
-@dataclass(slots=True)
-class Finished:
-    """A split all of whose files are complete, or none of whose images can be used (None)."""
-
-    manifest: SplitManifest | None
-    working_files: list[str]
 
 
 @dataclass(slots=True)
@@ -52,12 +35,8 @@ class SplitState:
     rows: Count
     rows_sha256: str
     """As `RowFile.sha256` says it."""
-    counts: Counts
     reasons: dict[str, Count]
     """Why images were re-encoded → how many."""
-    writer: dict[str, Any] | None = None
-    """Where the files end."""
-    finished: Finished | None = None
 
 
 @dataclass(slots=True)
@@ -82,6 +61,7 @@ class Staging:
     def __init__(self, destination: Path, folder: Path, plan: dict[str, Any], lock: int) -> None:
         self.destination, self.folder, self.plan, self.lock = destination, folder, plan, lock
         found = self._read()
+        self._take_back()
         self.state = found or State()
         self.continued = found is not None
         """Whether there is something that an earlier process did."""
@@ -109,28 +89,28 @@ class Staging:
                 "choose another destination"
             )
 
-    def publish(self, names: list[str]) -> None:
-        """Make the files called `names`, and nothing else, the folder DEST, in one step.
-
-        Raises ValueError if one is missing.
-        """
-        whole = self.folder / "whole"
-        if whole.is_symlink():
-            raise FileExistsError(f"{whole} is a symbolic link, which no conversion made. Delete it")
-        whole.mkdir(exist_ok=True)
-        for path, name in [(self.find(name), name) for name in names]:
-            os.replace(path, whole / final_name(name))
-        sync_folder(whole)
-        os.rename(whole, self.destination)
+    def publish(self, manifest: Manifest) -> None:
+        """Make the files of the manifest, it too, and nothing else, the folder DEST, in one step."""
+        self._whole.mkdir()
+        for file in manifest.all_files:
+            os.replace(self.folder / file.name, self._whole / file.name)
+        manifest.save(self._whole)
+        os.rename(self._whole, self.destination)
         sync_folder(self.destination.parent)
         _remove(self.folder)
 
-    def find(self, name: str) -> Path:
-        """A working file, which an earlier `publish` may have moved. Raises ValueError if it is missing."""
-        for path in (self.folder / name, self.folder / "whole" / final_name(name)):
-            if path.exists():
-                return path
-        raise ValueError(f"{self.folder / name} is missing. Delete {self.folder} to start anew.")
+    @property
+    def _whole(self) -> Path:
+        return self.folder / "whole"
+
+    def _take_back(self) -> None:
+        """What a process moved that died while it published."""
+        if self._whole.is_symlink():
+            raise FileExistsError(f"{self._whole} is a symbolic link, which no conversion made. Delete it")
+        if self._whole.is_dir():
+            for path in list(self._whole.iterdir()):
+                os.replace(path, self.folder / path.name)
+            self._whole.rmdir()
 
     def _read(self) -> State | None:
         path = self.folder / JOURNAL_NAME
@@ -153,13 +133,12 @@ class Staging:
 
 
 @contextmanager
-def staged(destination: Path, plan: dict[str, Any], *, then: str = "the same command continues") -> Iterator[Staging]:
+def staged(destination: Path, plan: dict[str, Any]) -> Iterator[Staging]:
     """Hold DEST.partial, made if it is not there. `plan` (JSON): what is being made; it must be that of an earlier try.
 
     What fails before anything can be continued leaves nothing behind. Raises FileExistsError if there is something at
     `destination`, or something that is not ours at DEST.partial, RuntimeError if another process holds it, ValueError
-    for a damaged journal or another plan, OSError if the folder cannot be written. If the disk becomes full, the
-    message says what comes after room was made: `then`.
+    for a damaged journal or another plan, OSError if the folder cannot be written.
     """
     folder = staging_folder(destination)
     _refuse_foreign(folder)
@@ -173,7 +152,8 @@ def staged(destination: Path, plan: dict[str, Any], *, then: str = "the same com
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise OSError(
-                error.errno, f"the disk of {folder} is full ({error.strerror}). Free some space, and {then}"
+                error.errno,
+                f"the disk of {folder} is full ({error.strerror}). Free some space, and give the same command again",
             ) from error
         finally:
             if not staging.has_progress:
@@ -233,11 +213,6 @@ def _refuse_foreign(folder: Path) -> None:
 
 def staging_folder(destination: Path) -> Path:
     return destination.with_name(destination.name + ".partial")
-
-
-def final_name(name: str) -> str:
-    """The name without the number behind it, such as the page size of a .beton with larger pages."""
-    return re.sub(r"\.\d+$", "", name)
 
 
 def _in_words(num_bytes: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,17 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.conversion.hashing import hash_files
+from dataset_tools.conversion.hashing import file_problems
 from dataset_tools.conversion.progress import Progress
 from dataset_tools.conversion.transform import UnusableImageError, decode
 from dataset_tools.conversion.workers import WorkerPool, settled_workers
-from dataset_tools.files import ByteFile, open_regular, raise_if_of_machine
-from dataset_tools.formats.formats import FORMATS
+from dataset_tools.files import open_regular, raise_if_of_machine
 from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest, read_quarantine
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, SampleRecords
 from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 from dataset_tools.sources import Split, open_source
-from dataset_tools.sources.converted import ConvertedSplit
+from dataset_tools.sources.converted import ConvertedSplit, open_split
 from dataset_tools.stop_signals import StopSignals, stop_signals
 
 logger = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ class _Verification:
     def problems(self) -> Iterator[str]:
         """A sentence for each."""
         yield from self._unknown_files_and_splits()
-        yield from self._file_problems([self.manifest.quarantine])
+        yield from self._file_problems(self.manifest.quarantine)
         for name, entry in self.manifest.splits.items():
             yield from self._split_problems(name, entry)
 
@@ -95,43 +94,28 @@ class _Verification:
                 yield f"{name}: the source has {len(self.original[name]):,} images, here are none"
 
     def _split_problems(self, name: str, entry: SplitManifest) -> Iterator[str]:
-        if problems := list(self._file_problems([entry.records])):
+        if problems := list(self._file_problems(entry.records)):
             yield from problems
             yield f"{entry.records.name}: the samples of {name} are not checked, since their records are damaged"
             return
-        yield from self._file_problems(entry.files)
+        yield from self._file_problems(*entry.files)
         if any(not (self.folder / file.name).is_file() for file in entry.files):
             return
-        files = tuple(ByteFile(self.folder / file) for file in entry.image_files)
-        output = FORMATS[self.manifest.format]
         try:
-            split = ConvertedSplit(name, self.folder / entry.records.name, files, self.manifest.classes, output)
-            if len(split) != entry.samples:
-                raise ValueError(f"{entry.records.name}: it knows {len(split)} samples, the manifest {entry.samples}")
+            split = open_split(self.folder, self.manifest, name)
             split.records.check(entry.image_bytes, len(self.manifest.classes))
         except ValueError as error:
             yield str(error)
             return
         original = self.original.get(name) if self.original is not None else None
-        yield from output.problems(self.folder, entry, split.records)
+        yield from split.output.problems(self.folder, entry, split.records)
         yield from self._sample_problems(entry, split, original)
         if original is not None:
             yield from self._coverage_problems(name, split.records, original)
 
-    def _file_problems(self, files: Sequence[FileEntry]) -> Iterator[str]:
-        """Whether files are there, and as they were written."""
-        there = []
-        for file in files:
-            if (self.folder / file.name).is_file():
-                there.append(file)
-            else:
-                yield f"{file.name}: it is missing"
-        to_hash = [(self.folder / file.name, file.block_bytes) for file in there]
-        for expected, now in zip(there, hash_files(to_hash, self.num_workers, self.stop, then=""), strict=True):
-            if now.bytes != expected.bytes:
-                yield f"{expected.name}: it has {now.bytes:,} bytes and not {expected.bytes:,}"
-            elif now.sha256 != expected.sha256:
-                yield f"{expected.name}: its SHA-256 is {now.sha256[:16]}… and not {expected.sha256[:16]}…"
+    def _file_problems(self, *files: FileEntry) -> Iterator[str]:
+        for name, problem in file_problems(self.folder, files, self.num_workers, self.stop):
+            yield f"{name}: {problem}"
 
     def _sample_problems(self, entry: SplitManifest, split: ConvertedSplit, original: Split | None) -> Iterator[str]:
         records = split.records
@@ -156,7 +140,7 @@ class _Verification:
         ) as pool:
             starts = range(0, len(split), CHUNK_SAMPLES)
             for done in pool.map((start, min(start + CHUNK_SAMPLES, len(split))) for start in starts):
-                self.stop.raise_if_requested(then="")
+                self.stop.raise_if_requested()
                 if done is not None:
                     counts["bytes"] += int(records["num_bytes"][slice(*done.task)].sum())
                     self.progress.update(done.task[1], counts)

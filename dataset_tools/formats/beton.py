@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset_tools.files import open_own, read_at, write_at
-from dataset_tools.formats.output_format import OutputFormat, PartOfSplit, ReadBytes, SampleWriter
+from dataset_tools.formats.output_format import OutputFormat, ReadBytes, SampleWriter
 from dataset_tools.formats.records import RAW, SampleRecords
 from dataset_tools.formats.row_file import RowFile
-from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
+from dataset_tools.formats.split_manifest import SplitManifest
 
 VERSION = 2
 MIN_PAGE_BYTES = 1 << 21
@@ -103,25 +103,6 @@ class Beton(OutputFormat):
                 for index in np.flatnonzero(crossing).tolist():
                     yield f"{name}: sample {start + index} crosses the end of a page"
 
-    def merge(
-        self, folder: Path, split: str, parts: Sequence[PartOfSplit], rows: RowFile, check: Callable[[], None]
-    ) -> dict[Path, FileEntry | None]:
-        num_reserved = sum(part.manifest.positions for part in parts)
-        page_bytes = max(part.manifest.page_bytes or 0 for part in parts)
-        path = folder / f"{split}.beton"
-        with closing(BetonWriter(path, num_reserved=num_reserved, page_bytes=page_bytes)) as writer:
-            for part in parts:
-                with open(part.folder / part.manifest.image_files[0], "rb", buffering=0) as file:
-
-                    def read(offset: int, size: int, descriptor: int = file.fileno()) -> bytes:
-                        check()
-                        return read_at(descriptor, size, offset)
-
-                    for block, _ in part.records.blocks():
-                        writer.write(block, read)
-                        rows.append(block)
-            return dict.fromkeys(writer.finish(rows))
-
 
 def decode_bytes(max_width: int, max_height: int) -> int:
     """What FFCV's stock decoders allocate: (batches ahead + 2) x batch x largest width x largest height x 3."""
@@ -161,6 +142,9 @@ class BetonWriter(SampleWriter):
         Raises ValueError if the file does not hold them.
         """
         self.path, self.num_reserved, self.page_bytes = path, num_reserved, page_bytes
+        if rows:
+            with suppress(ValueError):  # unless an earlier process finished it
+                self.page_bytes = page_bytes = max(page_bytes, int(read_beton_head(path)["page_size"]))
         self._file = open_own(path, "r+b" if rows else "w+b", buffering=0)
         self._end = data_start(num_reserved, page_bytes)
         for block, _ in rows.blocks() if rows else ():
@@ -178,9 +162,8 @@ class BetonWriter(SampleWriter):
                 piece = read(source + start, min(COPY_BYTES, size - start))
                 write_at(self._file.fileno(), piece, target + start)
 
-    def sync(self) -> dict[str, Any]:
+    def sync(self) -> None:
         os.fsync(self._file.fileno())
-        return {"end": self._end}
 
     def finish(self, rows: RowFile) -> list[Path]:
         largest = max((int(block["num_bytes"].max()) for block, _ in rows.blocks()), default=0)
@@ -193,19 +176,20 @@ class BetonWriter(SampleWriter):
             block["offset"], end = place(block["num_bytes"], end, self.page_bytes)
             rows.replace(start, block)
         if needed > self.page_bytes:
-            return self._finish_with_larger_pages(rows, needed)
-        self._write_tables(rows)
+            self._finish_with_larger_pages(rows, needed)
+        else:
+            self._write_tables(rows)
         return [self.path]
 
-    def _finish_with_larger_pages(self, rows: RowFile, page_bytes: int) -> list[Path]:
-        """A copy with larger pages; this writer's own file stays as it is, for another try."""
-        path = self.path.with_name(f"{self.path.name}.{page_bytes}")
+    def _finish_with_larger_pages(self, rows: RowFile, page_bytes: int) -> None:
+        """A copy with larger pages takes the file's place, once it is whole."""
+        path = self.path.with_name(f"{self.path.name}.larger")
         with closing(BetonWriter(path, num_reserved=self.num_reserved, page_bytes=page_bytes)) as writer:
             for block, start in rows.blocks():
                 writer.write(block, lambda offset, size: read_at(self._file.fileno(), size, offset))
                 rows.replace(start, block)
             writer._write_tables(rows)
-        return [path]
+        os.replace(path, self.path)
 
     def _write_tables(self, rows: RowFile) -> None:
         descriptor = self._file.fileno()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from dataset_tools.files import ByteFile
 from dataset_tools.formats.records import SampleRecords
 from dataset_tools.formats.row_file import RowFile
-from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
+from dataset_tools.formats.split_manifest import SplitManifest
 
 ReadBytes = Callable[[int, int], memoryview | bytes]
 """(offset, size) → these bytes of whatever the samples are copied from."""
@@ -30,28 +29,19 @@ class SampleWriter(ABC):
         """
 
     @abstractmethod
-    def sync(self) -> dict[str, Any]:
-        """Bring everything to the disk. Returns where the files end now (JSON), which follows from the samples."""
+    def sync(self) -> None:
+        """Bring everything to the disk."""
 
     @abstractmethod
     def finish(self, rows: RowFile) -> list[Path]:
         """Complete the files; all samples are `rows`, whose offsets may change. Returns the files in order.
 
-        May be called again, after a `sync`, if it was interrupted.
+        May be called again, also by a writer that continues these files, if it or what follows was interrupted.
         """
 
     @abstractmethod
     def close(self) -> None:
         """Close the files."""
-
-
-@dataclass(frozen=True, slots=True)
-class PartOfSplit:
-    """The images of one split in one of the data sets that are merged."""
-
-    folder: Path
-    manifest: SplitManifest
-    records: SampleRecords
 
 
 class OutputFormat(ABC):
@@ -113,13 +103,3 @@ class OutputFormat(ABC):
     def sample_problems(self, file: ByteFile, row: np.void) -> Iterator[str]:
         """A sentence for whatever is damaged around the image `row` in its file. Raises OSError."""
         yield from ()
-
-    @abstractmethod
-    def merge(
-        self, folder: Path, split: str, parts: Sequence[PartOfSplit], rows: RowFile, check: Callable[[], None]
-    ) -> dict[Path, FileEntry | None]:
-        """Writes the joined files of a split into `folder`, and appends all samples to `rows`.
-
-        Returns the files in order, with the entry of a file that holds the same bytes, where there is one. Calls
-        `check` often: it raises if the user wants an end.
-        """

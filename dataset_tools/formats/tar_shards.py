@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.files import ByteFile, open_own, open_regular, write_file, write_pieces
-from dataset_tools.formats.output_format import OutputFormat, PartOfSplit, ReadBytes, SampleWriter
+from dataset_tools.files import ByteFile, open_own, write_file, write_pieces
+from dataset_tools.formats.output_format import OutputFormat, ReadBytes, SampleWriter
 from dataset_tools.formats.records import EXTENSIONS, PNG, SampleRecords
 from dataset_tools.formats.row_file import RowFile
-from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
+from dataset_tools.formats.split_manifest import SplitManifest
 
 BLOCK = tarfile.BLOCKSIZE
 END_BYTES = 2 * BLOCK
-COPY_BYTES = 16 << 20
 MAX_MEMBER_BYTES = 8**11 - 1
 _EMPTY = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 _NAME_BYTES, _SIZE_AT, _CHECKSUM_AT = 100, 124, 148
@@ -71,30 +69,6 @@ class TarShards(OutputFormat):
             expected = member_header(label_name, len(text)) + text
             if file.read(offset + size + -size % BLOCK, len(expected), sample=label_name) != expected:
                 yield f"{label_name} is damaged"
-
-    def merge(
-        self, folder: Path, split: str, parts: Sequence[PartOfSplit], rows: RowFile, check: Callable[[], None]
-    ) -> dict[Path, FileEntry | None]:
-        """The tars as they are, numbered through."""
-        files: dict[Path, FileEntry | None] = {}
-        shard = 0
-        for part in parts:
-            for block, _ in part.records.blocks():
-                block["shard"] += shard
-                rows.append(block)
-            known = {file.name: file for file in part.manifest.files}
-            for old in part.manifest.image_files:
-                for suffix in (".tar", ".idx"):
-                    check()
-                    source = known[Path(old).with_suffix(suffix).name]
-                    target = (folder / shard_name(split, shard)).with_suffix(suffix)
-                    with open_regular(part.folder / source.name) as old_file, open_own(target, "wb") as file:
-                        shutil.copyfileobj(old_file, file, COPY_BYTES)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    files[target] = source
-                shard += 1
-        return files
 
 
 def shard_name(split: str, number: int) -> str:
@@ -170,9 +144,8 @@ class ShardWriter(SampleWriter):
             self._end += total
         self._flush(pieces)
 
-    def sync(self) -> dict[str, Any]:
+    def sync(self) -> None:
         os.fsync(self._file.fileno())
-        return {"sizes": list(self._sizes), "end": self._end}
 
     def finish(self, rows: RowFile) -> list[Path]:
         self._close_shard()

@@ -65,13 +65,23 @@ class ConvertedSplit(Split):
         return ConvertedSplit, (self.name, self.records.path, self.files, self.classes, self.output)
 
 
+def open_split(folder: Path, manifest: Manifest, name: str) -> ConvertedSplit:
+    """A split of a converted data set. Raises FileNotFoundError, or ValueError for damage."""
+    entry = manifest.splits[name]
+    files = tuple(ByteFile(folder / file) for file in entry.image_files)
+    split = ConvertedSplit(name, folder / entry.records.name, files, manifest.classes, FORMATS[manifest.format])
+    if len(split) != entry.samples:
+        raise ValueError(f"{split.records.path} knows {len(split)} samples, the manifest {entry.samples}")
+    return split
+
+
 def open_converted(folder: Path) -> ImageSource:
     """A folder with a manifest.json. Nothing but the manifest and the names is read.
 
     Raises ValueError if manifest or records are damaged or do not fit, FileNotFoundError if files are missing.
     """
     manifest = Manifest.load(folder)
-    splits, output = dict[str, Split](), FORMATS[manifest.format]
+    splits: dict[str, Split] = {}
     for name in sorted(manifest.splits, key=split_rank):
         entry = manifest.splits[name]
         for file in (entry.records, *entry.files):
@@ -85,12 +95,9 @@ def open_converted(folder: Path) -> ImageSource:
                     f"{path} has {path.stat().st_size:,} bytes and not {file.bytes:,}, as the manifest says; copy or "
                     "convert it again"
                 )
-        files = tuple(ByteFile(folder / file) for file in entry.image_files)
-        split = ConvertedSplit(name, folder / entry.records.name, files, manifest.classes, output)
-        labels = split.labels
-        if len(split) != entry.samples:
-            raise ValueError(f"{split.records.path} knows {len(split)} samples, the manifest {entry.samples}")
-        if labels.min() < -1 or labels.max() >= len(manifest.classes):
+        split = open_split(folder, manifest, name)
+        if split.labels.min() < -1 or split.labels.max() >= len(manifest.classes):
             raise ValueError(f"{split.records.path} is damaged: it has labels that do not exist")
         splits[name] = split
-    return ImageSource(path=folder, kind=output.title, splits=splits, classes=manifest.classes)
+    title = FORMATS[manifest.format].title
+    return ImageSource(path=folder, kind=title, splits=splits, classes=manifest.classes)
