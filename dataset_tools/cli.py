@@ -47,6 +47,7 @@ class Convert(CommonFlags):
 
     def run(self, console: Console) -> dict[str, Any]:
         from dataset_tools.conversion.convert import convert
+        from dataset_tools.conversion.progress import Progress
 
         summary = convert(
             self.source,
@@ -54,7 +55,7 @@ class Convert(CommonFlags):
             self.options,
             workers=self.workers,
             strict=self.strict,
-            progress=_progress(console),
+            progress=Progress(console),
         )
         _print_summary(console, summary)
         return summary
@@ -74,11 +75,10 @@ class Verify(CommonFlags):
     """Processes; the cores of this machine if not given."""
 
     def run(self, console: Console) -> dict[str, Any]:
+        from dataset_tools.conversion.progress import Progress
         from dataset_tools.conversion.verify import verify
 
-        result = verify(
-            self.data, source=self.source, deep=self.deep, workers=self.workers, progress=_progress(console)
-        )
+        result = verify(self.data, source=self.source, deep=self.deep, workers=self.workers, progress=Progress(console))
         for problem in result["problems"]:
             say(console, printable(problem.replace("\n", "\\n")))
         more = result["num_problems"] - len(result["problems"])
@@ -202,12 +202,6 @@ def _parse(arguments: list[str]) -> Command | None:
     if name not in COMMANDS:
         raise ValueError(unknown("command", name, COMMANDS))
     return parse_flags(COMMANDS[name], rest, f"python -m dataset_tools {name}")
-
-
-def _progress(console: Console) -> Any:
-    from dataset_tools.conversion.progress import BarProgress, LineProgress
-
-    return BarProgress(console) if console.is_terminal else LineProgress()
 
 
 def _print_summary(console: Console, summary: dict[str, Any]) -> None:

@@ -248,9 +248,9 @@ class _Conversion:
     def _finish(self, conversion: SplitConversion) -> SplitManifest:
         """Everything of a split but its place in DEST; is done again after a death before that."""
         split, rows = conversion.split, conversion.rows
-        self.progress.say(f"{split.name}: completing the files")
+        logger.info("%s: completing the files", split.name)
         images = conversion.writer.finish(rows)
-        self.progress.say(f"{split.name}: hashing the files")
+        logger.info("%s: hashing the files", split.name)
         names = split.packed_names()
         return complete_split(
             split.name,

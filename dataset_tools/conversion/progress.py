@@ -20,36 +20,56 @@ LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Shows nothing; what the others are."""
+    """A bar, drawn by the converting thread itself, since that one forks; without a terminal, lines for a log."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        columns = (
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        )
+        is_terminal = console is not None and console.is_terminal
+        self._bar = _TwoLines(*columns, console=console, auto_refresh=False, expand=True) if is_terminal else None
 
     def start(self, split: str, total: int, done: int) -> None:
         """A split of `total` images, of which `done` were done before, begins."""
         self.split, self.total, self.done_before = split, total, done
         self.began = self.shown = time.monotonic()
         self.bytes_before: int | None = None if done else 0
+        if self._bar is None:
+            logger.info("%s: %s images%s", split, f"{total:,}", f", {done:,} of them done before" if done else "")
+            return
+        self._bar.start()
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.add_task(split, total=total, completed=done, rates="")
 
     def update(self, done: int, counts: dict[str, int]) -> None:
         """`done` images of the split are done in all; `counts`: passed_through, reencoded, quarantined, bytes."""
-
-    def say(self, text: str) -> None:
-        """Something that takes a while begins."""
-
-    def rates(self, done: int, counts: dict[str, int]) -> str:
-        """Images and MB a second since `start`, and the counts."""
         if self.bytes_before is None:
             self.bytes_before = counts["bytes"]
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        return (
+        now = time.monotonic()
+        if done < self.total and now - self.shown <= (REFRESH_S if self._bar else LINE_EVERY_S):
+            return
+        self.shown, seconds = now, max(now - self.began, 1e-9)
+        rates = (
             f"{(done - self.done_before) / seconds:,.0f} images/s, "
             f"{(counts['bytes'] - self.bytes_before) / seconds / 1e6:,.0f} MB/s; passed {counts['passed_through']:,}, "
             f"re-encoded {counts['reencoded']:,}, quarantined {counts['quarantined']:,}"
         )
+        if self._bar is None:
+            logger.info("%s: %s of %s, %s", self.split, f"{done:,}", f"{self.total:,}", rates)
+        else:
+            self._bar.update(self._bar.task_ids[0], completed=done, rates=rates, refresh=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
 
 
 class _TwoLines(RichProgress):
@@ -59,53 +79,3 @@ class _TwoLines(RichProgress):
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             yield Text(f"  {task.fields['rates']}", overflow="ellipsis", no_wrap=True)
-
-
-class BarProgress(Progress):
-    """A bar, drawn by the converting thread itself, since that one forks."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None, table_column=Column(ratio=1)),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f}", table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        )
-        self._rich = _TwoLines(*columns, console=console, auto_refresh=False, expand=True)
-
-    def start(self, split: str, total: int, done: int) -> None:
-        super().start(split, total, done)
-        self._rich.start()
-        for task in self._rich.task_ids:
-            self._rich.remove_task(task)
-        self._rich.add_task(split, total=total, completed=done, rates="")
-
-    def update(self, done: int, counts: dict[str, int]) -> None:
-        for task in self._rich.task_ids:
-            self._rich.update(task, completed=done, rates=self.rates(done, counts))
-        if time.monotonic() - self.shown > REFRESH_S:
-            self._rich.refresh()
-            self.shown = time.monotonic()
-
-    def say(self, text: str) -> None:
-        self._rich.refresh()
-        self._rich.console.print(text, highlight=False, markup=False)
-
-    def __exit__(self, *_: object) -> None:
-        self._rich.stop()
-
-
-class LineProgress(Progress):
-    """Plain lines, for logs."""
-
-    def start(self, split: str, total: int, done: int) -> None:
-        super().start(split, total, done)
-        logger.info("%s: %s images%s", split, f"{total:,}", f", {done:,} of them done before" if done else "")
-
-    def update(self, done: int, counts: dict[str, int]) -> None:
-        if done == self.total or time.monotonic() - self.shown > LINE_EVERY_S:
-            self.shown = time.monotonic()
-            logger.info("%s: %s of %s, %s", self.split, f"{done:,}", f"{self.total:,}", self.rates(done, counts))
-
-    def say(self, text: str) -> None:
-        logger.info("%s", text)

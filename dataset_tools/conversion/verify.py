@@ -56,7 +56,7 @@ def verify(
     manifest = Manifest.load(place)
     original = open_source(source).splits if source is not None else None
     with stop_signals(enabled=True) as stop, progress or Progress() as shown:
-        shown.say(f"{place}: hashing the files")
+        logger.info("%s: hashing the files", place)
         found = _Verification(place, manifest, original, deep, num_workers, shown, stop).problems()
         problems = list(islice(found, MAX_PROBLEMS))
         num_problems = len(problems) + sum(1 for _ in found)
