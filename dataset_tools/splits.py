@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataset_tools.sources.split import UNLABELED, ImageSource, Split
-from dataset_tools.subsets import rank_in_class, round_robin
+from dataset_tools.subsets import class_balanced_order, rank_in_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
     """
     class_sizes = np.bincount(split.labels)
     rank = rank_in_class(split.labels, seed)
-    order, spare = round_robin(rank, seed), rank < class_sizes[split.labels] // 2
+    order, spare = class_balanced_order(rank, seed), rank < class_sizes[split.labels] // 2
     is_held_out = np.zeros(len(split), dtype=np.bool_)
     is_held_out[order[spare[order]][:count]] = True
     return split.subset(np.flatnonzero(~is_held_out)), split.subset(np.flatnonzero(is_held_out))

@@ -5,37 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from dataset_tools.sources.split import Split
 
 GOLDEN = 0x9E3779B97F4A7C15
 
 
-def class_balanced_order(labels: ArrayLike, seed: int) -> NDArray[np.int64]:
+def class_balanced_order(rank: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """A permutation, int64 [N], of which every prefix is as class-balanced as its classes allow.
 
     Round robin over the classes (-1, unlabelled, is one of them): in each round every class that is not used
     up gives one sample, by a seeded shuffle; the order of the classes in a round is shuffled, too. Any two
-    prefixes are nested. `labels`: integers [N]. `seed`: any integer, taken modulo 2^64. Raises ValueError if
-    labels are anything else.
+    prefixes are nested. `rank`: the samples' `rank_in_class` by this seed.
     """
-    return round_robin(rank_in_class(labels, seed), seed)
-
-
-def round_robin(rank: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """`class_balanced_order` of samples whose `rank_in_class` by this seed is known."""
     return _sorted_by(rank, _hash(seed, len(rank), stream=1))
-
-
-def class_balanced_subset(labels: ArrayLike, count: int, seed: int) -> NDArray[np.int64]:
-    """The first `count` of class_balanced_order, sorted: int64 [count]. Raises ValueError unless 0 <= count
-    <= N.
-    """
-    order = class_balanced_order(labels, seed)
-    if not 0 <= count <= len(order):
-        raise ValueError(f"cannot take {count} of {len(order)} samples; give a count from 0 to {len(order)}")
-    return np.sort(order[:count])
 
 
 def shuffled_order(count: int, seed: int) -> NDArray[np.int64]:
@@ -49,15 +33,12 @@ def limited(split: Split, max_images: int | None) -> Split:
         raise ValueError(f"--max-images {max_images} is not allowed: give at least 1")
     if max_images is None or max_images >= len(split):
         return split
-    return split.subset(class_balanced_subset(split.labels, max_images, seed=0))
+    return split.subset(np.sort(class_balanced_order(rank_in_class(split.labels, 0), 0)[:max_images]))
 
 
-def rank_in_class(labels: ArrayLike, seed: int) -> NDArray[np.int64]:
-    """int64 [N]: the place, from 0, of each sample in the seeded shuffle of its class."""
-    given = np.asarray(labels)
-    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-        raise ValueError(f"labels must be integers in one dimension, not {given.dtype} of shape {given.shape}")
-    return rank_by(_hash(seed, len(given), stream=0), given)
+def rank_in_class(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """int64 [N]: the place, from 0, of each sample in the shuffle of its class by any integer, taken modulo 2^64."""
+    return rank_by(_hash(seed, len(labels), stream=0), labels)
 
 
 def rank_by(draws: NDArray[np.uint64], labels: NDArray[Any]) -> NDArray[np.int64]:

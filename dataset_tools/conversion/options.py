@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from msgspec import Meta
 
 from dataset_tools.formats.formats import FORMATS
 from dataset_tools.formats.output_format import OutputFormat
 from dataset_tools.formats.tar_shards import parse_bytes
+from dataset_tools.limits import Count, CountOrZero, require_allowed, unknown
 
 if TYPE_CHECKING:
     FormatName = str
 else:
     FormatName = Literal[tuple(FORMATS)]
-_ALLOWED: dict[str, Collection[str | None]] = {
-    "format": FORMATS.keys(),
-    "mode": ("auto", "passthrough", "reencode"),
-    "check": ("header", "decode"),
-    "order": ("source", "shuffled", None),
-}
-"""The command line asks for these by their types; others may not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +37,12 @@ class ConvertOptions:
     """Of the samples. source: by class, as ImageFolder has them. If not given: shuffled for webdataset, else source."""
     seed: int = 0
     """Of --order shuffled."""
-    short_side: int | None = None
+    short_side: Count | None = None
     """Scale images down until their shorter side has at most this many pixels. Replaces the default of --max-side."""
-    max_side: int | None = None
+    max_side: CountOrZero | None = None
     """Scale images down until no side has more pixels; 0: no limit. If not given: 1057 for ffcv (its stock decoders
     then stay under 4 GiB), no limit for webdataset and in --mode passthrough."""
-    quality: int = 90
+    quality: Annotated[int, Meta(ge=1, le=100)] = 90
     """Of JPEGs that are re-encoded, 1 to 100."""
     shard_size: str = "256MiB"
     """At most this large is a tar of webdataset (unless one sample is larger)."""
@@ -55,15 +50,9 @@ class ConvertOptions:
     """I/N: convert only the I-th of N parts of each split (1/N … N/N); `merge` joins them."""
 
     def __post_init__(self) -> None:
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} {getattr(self, name)} is not allowed: give {_either(allowed)}")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality {self.quality} is not allowed: give 1 to 100")
-        if self.short_side is not None and self.short_side < 1:
-            raise ValueError(f"--short-side {self.short_side} is not allowed: give at least 1 pixel")
-        if self.max_side is not None and self.max_side < 0:
-            raise ValueError(f"--max-side {self.max_side} is not allowed: give at least 1 pixel, or 0 for no limit")
+        if self.format not in FORMATS:
+            raise ValueError(unknown("format", self.format, FORMATS))
+        require_allowed(self)
         if self.mode == "passthrough" and (self.short_side or self.max_side):
             raise ValueError(
                 "--mode passthrough changes no image, so --short-side and --max-side cannot go with it: leave "
@@ -129,8 +118,3 @@ class ConvertOptions:
         if not self.output.has_shards:
             del identity["shard_size"]
         return identity
-
-
-def _either(values: Collection[str | None]) -> str:
-    *some, last = [value for value in values if value]
-    return f"{', '.join(some)} or {last}"
