@@ -15,7 +15,7 @@ from dataset_tools.files import ByteFile, raise_if_of_machine
 from dataset_tools.formats.records import RAW
 from dataset_tools.sources import Split
 from dataset_tools.sources.converted import ConvertedSplit
-from dataset_tools.sources.split import ExtentSplit, JoinedSplit, SubsetSplit
+from dataset_tools.sources.split import ExtentSplit, SubsetSplit
 
 Indices = npt.NDArray[np.int64]
 
@@ -70,11 +70,10 @@ def open_bytes(split: Split) -> ByteReader:
         is_raw = np.asarray(base.records["encoding"][rows] == RAW)
         raw_sizes = is_raw[:, None] * np.stack([base.records[side][rows] for side in ("height", "width")], axis=1)
         return ExtentReader(split, base.files, offsets, lengths, shards, raw_sizes if is_raw.any() else None)
-    if isinstance(base, ExtentSplit | JoinedSplit):
+    if isinstance(base, ExtentSplit):
         offsets, lengths = (np.ascontiguousarray(base.extents[rows, column]) for column in (0, 1))
-        if isinstance(base, JoinedSplit):
-            return ExtentReader(split, base.files, offsets, lengths, base.file_of[rows])
-        return ExtentReader(split, (base.file,), offsets, lengths, np.zeros(len(split), dtype=np.int32))
+        file_of = np.zeros(len(split), dtype=np.int32) if base.file_of is None else base.file_of[rows]
+        return ExtentReader(split, base.files, offsets, lengths, file_of)
     return SplitReader(split)
 
 

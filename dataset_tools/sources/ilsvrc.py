@@ -142,7 +142,7 @@ def _flat_split(archive: Path, split: str, train_classes: tuple[str, ...]) -> Ex
         labels = np.full(len(base_names), UNLABELED, dtype=np.int64)
     order = np.argsort(base_names)
     names = PackedNames(f"{split}/{base_names[number]}" for number in order)
-    return ExtentSplit(split, ByteFile(tar), names, index.extents[order], labels[order], classes)
+    return ExtentSplit(split, (ByteFile(tar),), names, index.extents[order], labels[order], classes)
 
 
 def _first_file(folder: Path) -> str | None:

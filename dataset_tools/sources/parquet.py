@@ -101,10 +101,10 @@ def _load(entry: Path, account: Account) -> dict[str, Split] | None:
     try:
         with np.load(_index_of(entry), allow_pickle=False) as saved:
             classes = tuple(PackedNames.from_arrays(saved, "classes"))
-            splits: dict[str, Split] = {}
+            splits, file = dict[str, Split](), (ByteFile(entry),)
             for split in map(str, saved["splits"]):
                 names, extents = PackedNames.from_arrays(saved, f"{split}_names"), saved[f"{split}_extents"]
-                splits[split] = ExtentSplit(split, ByteFile(entry), names, extents, saved[f"{split}_labels"], classes)
+                splits[split] = ExtentSplit(split, file, names, extents, saved[f"{split}_labels"], classes)
             if int(saved["bytes"]) != entry.stat().st_size:
                 logger.warning("%s has not its size, and is made again", entry)
             elif is_intact(entry):

@@ -113,38 +113,22 @@ class SubsetSplit(Split):
 
 @dataclass(eq=False, repr=False)
 class ExtentSplit(Split):
-    """Images that are pieces of one file, read by position. Memory: the name and 32 bytes for each."""
-
-    name: str
-    file: ByteFile
-    names: PackedNames
-    extents: NDArray[np.int64]
-    """int64 [N, 2]: offset and size, in bytes, of each image in the file."""
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...]
-
-    def read(self, index: int) -> bytes:
-        offset, size = map(int, self.extents[index])
-        return self.file.read(offset, size, sample=self.names[index])
-
-
-@dataclass(eq=False, repr=False)
-class JoinedSplit(Split):
-    """Images that are pieces of several files. Memory: the name and 36 bytes for each."""
+    """Images that are pieces of files, read by position. Memory: the name and 32 or 36 bytes for each."""
 
     name: str
     files: tuple[ByteFile, ...]
-    file_of: NDArray[np.int32]
-    """int32 [N]: in which of the files each image is."""
     names: PackedNames
     extents: NDArray[np.int64]
     """int64 [N, 2]: offset and size, in bytes, of each image in its file."""
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
+    file_of: NDArray[np.int32] | None = None
+    """int32 [N]: in which of the files each image is; None: there is one."""
 
     def read(self, index: int) -> bytes:
         offset, size = map(int, self.extents[index])
-        return self.files[self.file_of[index]].read(offset, size, sample=self.names[index])
+        file = self.files[0 if self.file_of is None else self.file_of[index]]
+        return file.read(offset, size, sample=self.names[index])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from dataset_tools.account import Account
 from dataset_tools.files import ByteFile, open_regular
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.layout import first_few, label_by_name, lay_out, refuse_strangers, split_of
-from dataset_tools.sources.split import SPLIT_ORDER, UNLABELED, ExtentSplit, ImageSource, JoinedSplit, Split
+from dataset_tools.sources.split import SPLIT_ORDER, UNLABELED, ExtentSplit, ImageSource, Split
 from dataset_tools.sources.spool import compression, plain_tar
 from dataset_tools.sources.tar_index import END_OF_ARCHIVE, DamagedArchiveError, TarIndex, is_tar_of_tars
 
@@ -70,7 +70,7 @@ def open_tar(archive: Path, read: tuple[Path, TarIndex] | None = None) -> ImageS
             names = PackedNames(name[len(layout.top) :] for name in names)
         found[split], extents[split] = (names, labels.astype(np.int64)), index.extents[positions]
     labels_of, classes = label_by_name(found, layout.classes)
-    file = ByteFile(tar)
+    file = (ByteFile(tar),)
     opened: dict[str, Split] = {
         split: ExtentSplit(split, file, names, extents[split], labels_of[split], classes)
         for split, (names, _) in found.items()
@@ -129,14 +129,14 @@ def _joined(
             for name in index.names
         )
         counts = [len(index.names) for _, _, index in tars]
-        splits[split] = JoinedSplit(
+        splits[split] = ExtentSplit(
             split,
             tuple(ByteFile(plain) for _, plain, _ in tars),
-            np.repeat(np.arange(len(tars), dtype=np.int32), counts),
             names,
             np.concatenate([index.extents for _, _, index in tars]),
             np.array([rank[name] for name in class_names[split]], dtype=np.int64),
             tuple(classes),
+            np.repeat(np.arange(len(tars), dtype=np.int32), counts),
         )
     return splits, tuple(classes)
 
