@@ -16,8 +16,6 @@ T = TypeVar("T")
 
 MAX_BYTES = 1 << 26
 _STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")
-_MAX_ENTRIES = 1000
-"""Of a mapping, in which the wrong one is looked for."""
 
 
 class FileContentError(ValueError):
@@ -70,7 +68,7 @@ def convert(value: Any, kind: type[T], where: str) -> T:
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `$")
         steps = [name or index for name, index in _STEP.findall(path.removesuffix("`"))]
-        field, standing = _find(value, kind, str(error), steps)
+        field, standing = _find(value, steps)
         shown = "" if problem.startswith("Object missing") else f" is {_SHORT.repr(standing)}"
         raise FileContentError(f"{where}: {field or 'all of it'}{shown}: {_shorten(problem)}") from error
 
@@ -90,37 +88,15 @@ class _Short(reprlib.Repr):
 _SHORT = _Short()
 
 
-def _find(root: Any, kind: type[Any], message: str, steps: list[str]) -> tuple[str, Any]:
-    """The name of the field that `steps` lead to, and what stands there. For `...`, any key: the one that is wrong."""
-    value, names = root, list[str]()
+def _find(value: Any, steps: list[str]) -> tuple[str, Any]:
+    """The name of the field that `steps` lead to, and what stands there; at `...`, any key of a mapping, it ends."""
+    names: list[str] = []
     for step in steps:
-        if step != "...":
-            key: Any = int(step) if isinstance(value, list | tuple) else step
-        else:
-            key = _wrong_key(root, kind, message, value)
-            if key is None:
-                return ".".join([*names, "…"]), value
-        names.append(_shorten(str(key)))
-        value = value[key]
+        if step == "...":
+            return ".".join([*names, "…"]), value
+        names.append(step)
+        value = value[int(step) if isinstance(value, list | tuple) else step]
     return ".".join(names), value
-
-
-def _wrong_key(root: Any, kind: type[Any], message: str, mapping: dict[str, Any]) -> str | None:
-    """The key of the entry that alone brings the same message about."""
-    entries = dict(mapping)
-    try:
-        for key in list(entries)[:_MAX_ENTRIES]:
-            mapping.clear()
-            mapping[key] = entries[key]
-            try:
-                msgspec.convert(root, kind)
-            except msgspec.ValidationError as error:
-                if str(error) == message:
-                    return key
-    finally:
-        mapping.clear()
-        mapping.update(entries)
-    return None
 
 
 def _shorten(text: str, limit: int = 200) -> str:

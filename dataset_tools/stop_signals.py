@@ -80,10 +80,10 @@ class StopSignals:
 
 
 @contextmanager
-def stop_signals(enabled: bool, *, repeats_insist: bool = True) -> Iterator[StopSignals]:
+def stop_signals(*, repeats_insist: bool = True) -> Iterator[StopSignals]:
     """Receive signals instead of dying of them; the handlers of before come back at the end. See `StopSignals`."""
     stop = StopSignals(repeats_insist=repeats_insist)
-    if not enabled or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     heard = [number for number in HANDLED if signal.getsignal(number) is not signal.SIG_IGN]

@@ -84,7 +84,7 @@ def make_runs(
     total = sum(len(run.steps) for run in runs)
     say(f"a study of {len(runs)} runs: {total} steps, {_num_done(runs)} of them done before")
     made: list[Step] = []
-    with stop_signals(True, repeats_insist=False) as stop:
+    with stop_signals(repeats_insist=False) as stop:
         while runs_left := [run for run in runs if run.steps_left()]:
             made_before = len(made)
             for run in runs_left:

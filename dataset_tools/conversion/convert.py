@@ -79,7 +79,7 @@ def convert(
         return summarize(target, whole, images=0, seconds=time.monotonic() - began)
     with (
         staged(target, plan) as staging,
-        stop_signals(enabled=True) as stop,
+        stop_signals() as stop,
         progress or Progress() as shown,
     ):
         if staging.continued:

@@ -79,7 +79,7 @@ def merge(
         remove_leftover(target, plan)
         logger.info("%s is whole already: nothing to do", target)
         return summarize(target, whole, images=0, seconds=time.monotonic() - began)
-    with staged(target, plan) as staging, stop_signals(enabled=True) as stop:
+    with staged(target, plan) as staging, stop_signals() as stop:
         num_bytes = sum(file.bytes for manifest in manifests for file in manifest.all_files)
         staging.check_room(num_bytes, "the parts have")
         _check_files(opened, num_workers, stop)

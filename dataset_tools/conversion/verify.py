@@ -55,7 +55,7 @@ def verify(
     place = Path(folder).expanduser()
     manifest = Manifest.load(place)
     original = open_source(source).splits if source is not None else None
-    with stop_signals(enabled=True) as stop, progress or Progress() as shown:
+    with stop_signals() as stop, progress or Progress() as shown:
         logger.info("%s: hashing the files", place)
         found = _Verification(place, manifest, original, deep, num_workers, shown, stop).problems()
         problems = list(islice(found, MAX_PROBLEMS))

@@ -149,7 +149,7 @@ def evaluation_of(weights: Path, options: EvaluationOptions, console: Console | 
 
     A signal ends what is done here at once; only the steps of a training save first.
     """
-    with stop_signals(True) as stop, process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
+    with stop_signals() as stop, process_group(options.device, timeout_s=EVALUATION_TIMEOUT_S) as (ranks, device):
         stop.patience_s = 0
         yield Evaluation(
             pretrained=load_pretrained(weights, untrained=options.untrained),

@@ -106,7 +106,7 @@ class Stepper:
         self.clock = TrainingClock(self.step)
         agreement = _StopAgreement(self._ranks, self._device)
         to_come = max(0, self._last_step - self.step)
-        with stop_signals(enabled=True, repeats_insist=self._ranks.world_size == 1) as stop:
+        with stop_signals(repeats_insist=self._ranks.world_size == 1) as stop:
             for batch in self.clock.timed(islice(batches_from(self.step), to_come)):
                 yield batch
                 self.step += 1

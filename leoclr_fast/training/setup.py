@@ -79,7 +79,7 @@ def opened_run(
     with ExitStack() as stack:
         enter = stack.enter_context
         ranks, device = enter(process_group(config.speed.device, monitor.join_limit_s, monitor.collective_timeout_s))
-        stop = enter(stop_signals(enabled=True, repeats_insist=False))
+        stop = enter(stop_signals(repeats_insist=False))
         stop.patience_s = patience_s(ranks)
         if ranks.world_size > 1 and device.type == "cpu":
             ranks = replace(ranks, meter=CommunicationMeter())  # tells how long a rank waits for the others

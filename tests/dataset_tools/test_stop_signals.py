@@ -12,7 +12,7 @@ from dataset_tools.stop_signals import StoppedAtOnce, StoppedBySignalError, stop
 
 
 def test_a_signal_is_a_wish() -> None:
-    with stop_signals(enabled=True) as stop:
+    with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.requested, stop.name) == (True, "SIGTERM")
         with pytest.raises(StoppedBySignalError, match=r"^stopped by SIGTERM; the same command continues$"):
@@ -29,7 +29,7 @@ def _stop_and_sleep() -> None:
 @pytest.mark.parametrize("patience_s", [0.0, 0.1])
 def test_what_can_be_cut_short_is(patience_s: float) -> None:
     """At once, or after the patience, also in the middle of a system call."""
-    with stop_signals(enabled=True, repeats_insist=False) as stop:
+    with stop_signals(repeats_insist=False) as stop:
         stop.patience_s = patience_s
         start = time.monotonic()
         with pytest.raises(StoppedAtOnce, match="stopped by SIGTERM; what was saved before is kept"):
@@ -39,13 +39,13 @@ def test_what_can_be_cut_short_is(patience_s: float) -> None:
 
 def test_patience_ends_with_what_can_be_cut_short() -> None:
     """A step is done in time: from there on the loop grants the wish."""
-    with stop_signals(enabled=True, repeats_insist=False) as stop:
+    with stop_signals(repeats_insist=False) as stop:
         stop.patience_s = 0.05
         os.kill(os.getpid(), signal.SIGTERM)
         stop.patience_s = None
         time.sleep(0.2)
         assert stop.requested
-    with stop_signals(enabled=True) as stop:
+    with stop_signals() as stop:
         stop.patience_s, stop.saving = 0.0, True
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
