@@ -137,10 +137,7 @@ class Subset(CommonFlags):
 
         if (self.percent is None) == (self.list is None):
             raise ValueError("give either --percent P or --list FILE")
-        source = open_source(self.data)
-        if self.split not in source.splits:
-            raise ValueError(f"there is no split {self.split!r} in {self.data}; it has {', '.join(source.splits)}")
-        split = source.splits[self.split]
+        split = open_source(self.data).split(self.split)
         if self.list is not None:
             indices = read_subset_list(self.list, split)
         else:

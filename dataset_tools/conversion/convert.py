@@ -319,12 +319,7 @@ def _already_there(target: Path, plan: dict[str, Any], strict: bool) -> Manifest
 
 
 def _chosen_splits(source: ImageSource, options: ConvertOptions) -> list[Split]:
-    if options.split is None:
-        chosen = list(source.splits.values())
-    elif options.split in source.splits:
-        chosen = [source.splits[options.split]]
-    else:
-        raise ValueError(f"there is no split {options.split!r} in {source.path}; it has {', '.join(source.splits)}")
+    chosen = list(source.splits.values()) if options.split is None else [source.split(options.split)]
     _, num_parts = options.part_numbers or (1, 1)
     for split in chosen:
         split.check()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.output_format import OutputFormat
 from dataset_tools.formats.records import HASH_BYTES, RAW, SampleRecords
 from dataset_tools.packed_names import PackedNames
+from dataset_tools.sources.raw_pixels import quick_png
 from dataset_tools.sources.split import ImageSource, RottenImageError, Split, split_rank
 
 
@@ -51,9 +51,7 @@ class ConvertedSplit(Split):
         if self.records["encoding"][index] != RAW:
             return data
         size = int(self.records["width"][index]), int(self.records["height"][index])
-        encoded = BytesIO()
-        Image.frombytes("RGB", size, data).save(encoded, "PNG", compress_level=1)
-        return encoded.getvalue()
+        return quick_png(Image.frombytes("RGB", size, data))
 
     def read_stored(self, index: int) -> bytes:
         """The bytes as they lie on disk: JPEG, PNG or uint8 [H, W, 3]."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dataset_tools.account import Account
 from dataset_tools.files import read_file
-from dataset_tools.sources.layout import first_few
+from dataset_tools.sources.layout import first_few, refuse_strangers
 from dataset_tools.sources.raw_pixels import read_lines, read_table
 from dataset_tools.sources.spool import DECOMPRESSORS, compression
 from dataset_tools.sources.tar_index import members
@@ -58,11 +58,8 @@ class ValidationLabels:
                 f"{where} holds {len(images):,} validation images, but {self.path} has {len(self.wnids):,} labels: "
                 f"{'; '.join(off)}."
             )
+        refuse_strangers({"val": set(self.wnids.values())}, classes, f"{where}, by {self.path}")
         rank = {wnid: label for label, wnid in enumerate(classes)}
-        if strangers := sorted(set(self.wnids.values()) - rank.keys()):
-            raise ValueError(
-                f"{where}: by {self.path}, val has {len(strangers)} class(es) that train lacks: {first_few(strangers)}."
-            )
         return np.array([rank[self.wnids[image]] for image in images], dtype=np.int64)
 
 

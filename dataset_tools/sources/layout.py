@@ -113,7 +113,7 @@ def refuse_strangers(class_names: Mapping[str, Collection[str]], classes: Collec
         if strangers := sorted(set(names).difference(classes)):
             raise ValueError(
                 f"{where}: {split} has {len(strangers)} class(es) that train lacks: {first_few(strangers)}. All "
-                "splits share one class list: rename these folders or move them out."
+                "splits share one class list: rename these, or take them out."
             )
 
 

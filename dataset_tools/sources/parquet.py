@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dataset_tools.account import Account
 from dataset_tools.files import ByteFile, save_arrays
 from dataset_tools.packed_names import PackedNames
-from dataset_tools.sources.layout import first_few, is_image
+from dataset_tools.sources.layout import first_few, is_image, refuse_strangers
 from dataset_tools.sources.parquet_files import is_parquet, split_files
 from dataset_tools.sources.raw_pixels import remap
 from dataset_tools.sources.split import UNLABELED, ExtentSplit, ImageSource, Split
@@ -242,12 +242,9 @@ def _labels(
         labels[split] = np.array(numbers, dtype=np.int64)
         if (known := labels[split] != UNLABELED).any():
             labels[split][known], classes = remap(labels[split][known], list(names.values()), place)
-    if "train" in labels and not declared:
-        in_train = np.unique(labels["train"])
-        for split in labels:
-            if len(strangers := np.setdiff1d(labels[split], [*in_train, UNLABELED])) and (in_train >= 0).any():
-                class_names = first_few([classes[label] for label in strangers])
-                raise ValueError(f"{place}: {split} has {len(strangers)} class(es) that train lacks: {class_names}.")
+    present_in = {split: {classes[label] for label in np.unique(given[given >= 0])} for split, given in labels.items()}
+    if present_in.get("train") and not declared:
+        refuse_strangers(present_in, present_in["train"], str(place))
     return labels, classes
 
 

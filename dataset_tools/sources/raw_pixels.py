@@ -6,7 +6,6 @@ import csv
 import io
 from abc import abstractmethod
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +30,7 @@ class PixelSplit(Split):
         """uint8 [3, H, W]."""
 
     def read(self, index: int) -> bytes:
-        encoded = BytesIO()
-        image = Image.fromarray(np.ascontiguousarray(self.pixels(index).transpose(1, 2, 0)))
-        image.save(encoded, "PNG", compress_level=1)
-        return encoded.getvalue()
+        return quick_png(Image.fromarray(np.ascontiguousarray(self.pixels(index).transpose(1, 2, 0))))
 
 
 class RecordSplit(PixelSplit):
@@ -68,6 +64,13 @@ class RecordSplit(PixelSplit):
         data = self.files[file].read(offset, self.record_bytes - self.header, sample=self.names[index])
         planes = np.frombuffer(data, dtype=np.uint8).reshape(3, self.side, self.side)
         return planes.transpose(0, 2, 1) if self.column_major else planes
+
+
+def quick_png(image: Image.Image) -> bytes:
+    """A PNG of the image, little compressed."""
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG", compress_level=1)
+    return encoded.getvalue()
 
 
 def read_records(path: Path, record_bytes: int) -> NDArray[np.uint8]:

@@ -158,6 +158,12 @@ class ImageSource:
             digest.update(split.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
+    def split(self, name: str) -> Split:
+        """Raises ValueError if there is no split of this name."""
+        if name not in self.splits:
+            raise ValueError(f"there is no split {name!r} in {self.path}; it has {', '.join(self.splits)}")
+        return self.splits[name]
+
     def sample_digest(self, per_split: int = 16) -> str:
         """SHA-256 (hex) over the bytes of a few images of each split, the same ones everywhere: are these the same
         files? Of an image that cannot be read there are no bytes."""
