@@ -15,7 +15,7 @@ def test_a_signal_is_a_wish() -> None:
     with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.requested, stop.name) == (True, "SIGTERM")
-        with pytest.raises(StoppedBySignalError, match=r"^stopped by SIGTERM; the same command continues$"):
+        with pytest.raises(StoppedBySignalError, match=r"^stopped by SIGTERM; give the same command again$"):
             stop.raise_if_requested()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)

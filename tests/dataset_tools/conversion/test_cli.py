@@ -160,7 +160,7 @@ class TestConvert:
         message = refused(capsys, "convert", source, tmp_path / "new", "--format", "ffcv", "--strict", "--workers", 1)
         assert "train/class0/00.jpg cannot be used: it is no image of a format that is read (JPEG, " in message
         for flags, words in (
-            (("--quality", 0), "--quality 0 is not allowed"),
+            (("--quality", 0), "quality 0 is not allowed: give at least 1 and at most 100"),
             (("--part", "5/4"), "--part 5/4 is not allowed"),
             (("--workers", 0), "--workers 0 is not allowed"),
             (("--split", "test"), "there is no split 'test'"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,19 @@ from dataset_tools.conversion.merge import merge
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.verify import verify
 from dataset_tools.formats.formats import FORMATS
-from dataset_tools.formats.output_format import OutputFormat, PartOfSplit, ReadBytes, SampleWriter
+from dataset_tools.formats.output_format import OutputFormat, ReadBytes, SampleWriter
 from dataset_tools.formats.records import PNG, SampleRecords
 from dataset_tools.formats.row_file import RowFile
-from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
+from dataset_tools.formats.split_manifest import SplitManifest
 from dataset_tools.sources import open_source
 from tests.dataset_tools.conversion.trouble import mixed_files
 from tests.dataset_tools.made_up import folder_bytes, write_tar
 
 
 class RowOfImagesWriter(SampleWriter):
-    def __init__(self, path: Path, rows: RowFile | None) -> None:
+    def __init__(self, path: Path, rows: RowFile) -> None:
         self.file = open(path, "r+b" if rows else "w+b")  # noqa: SIM115
-        self.file.seek(sum(int(block["num_bytes"].sum()) for block, _ in rows.blocks()) if rows else 0)
+        self.file.seek(sum(int(block["num_bytes"].sum()) for block, _ in rows.blocks()))
         self.file.truncate()
 
     def write(self, rows: np.ndarray, read: ReadBytes) -> None:
@@ -36,10 +36,9 @@ class RowOfImagesWriter(SampleWriter):
             row["offset"], row["shard"] = self.file.tell(), 0
             self.file.write(data)
 
-    def sync(self) -> dict[str, Any]:
+    def sync(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
-        return {"end": self.file.tell()}
 
     def finish(self, rows: RowFile) -> list[Path]:
         self.sync()
@@ -54,25 +53,12 @@ class RowOfImages(OutputFormat):
 
     title, extension, lossless, default_order, sample_overhead_bytes = "row of images", ".row", PNG, "source", 100
 
-    def writer(self, folder: Path, split: str, *, rows: RowFile | None, **_: Any) -> RowOfImagesWriter:
+    def writer(self, folder: Path, split: str, *, rows: RowFile, **_: Any) -> RowOfImagesWriter:
         return RowOfImagesWriter(folder / f"{split}.row", rows)
 
     def problems(self, folder: Path, manifest: SplitManifest, records: SampleRecords) -> Iterator[str]:
         if (folder / manifest.image_files[0]).stat().st_size != manifest.total_bytes:
             yield f"{manifest.image_files[0]}: it is not as long as its images"
-
-    def merge(
-        self, folder: Path, split: str, parts: Sequence[PartOfSplit], rows: RowFile, check: Callable[[], None]
-    ) -> dict[Path, FileEntry | None]:
-        writer = self.writer(folder, split, rows=None)
-        for part in parts:
-            data = (part.folder / part.manifest.image_files[0]).read_bytes()
-            for block, _ in part.records.blocks():
-                writer.write(block, lambda offset, size, data=data: data[offset : offset + size])
-                rows.append(block)
-        files = writer.finish(rows)
-        writer.close()
-        return dict.fromkeys(files)
 
 
 def test_a_format_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

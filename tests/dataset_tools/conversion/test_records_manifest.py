@@ -220,7 +220,7 @@ def write_content(folder: Path, content: dict[str, Any]) -> None:
 
 def test_hashing_ends_when_a_signal_asks_for_it(made: Path) -> None:
     stop = StopSignals(requested=True, name="SIGTERM")
-    with pytest.raises(StoppedBySignalError, match="stopped by SIGTERM; the same command continues"):
+    with pytest.raises(StoppedBySignalError, match="stopped by SIGTERM; give the same command again"):
         hash_files([(path, None) for path in made.iterdir()], 2, stop)
 
 
