@@ -181,12 +181,10 @@ def test_a_disk_that_fills_up(
             if command.wait(30) == 0:
                 break
             assert command.code == 1, command.output  # and not killed by SIGBUS at a page that has no room
-            full = (
-                f"error: the disk of {disk.path / 'made.partial'} is full (No space left on device). Free some space, "
-            )
+            message = f"error: the disk of {disk.path / 'made.partial'} is full (No space left on device). Free some"
             last_line = command.output.splitlines()[-1]
-            allowed = (f"{full}and give the same command again", f"error: cannot write to {disk.path}: No space left")
-            assert last_line in allowed
+            allowed = f"{message} space, and give the same command again", f"error: cannot write to {disk.path}: No"
+            assert last_line.startswith(allowed)
         else:
             if what == "convert":
                 assert images_done(disk.path / "made") > 100
