@@ -1,154 +1,91 @@
-"""Reads converted data sets with the libraries they are made for, in a process of its own.
-
-For FFCV sets the numbers of threads of numba and torch as it is imported. As a script: requests (pickle) on stdin,
-answers (pickle) on stdout.
-"""
+"""Reads converted data sets with the libraries they are made for."""
 
 from __future__ import annotations
 
-import pickle
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 
+@contextmanager
+def threads_as_they_were() -> Iterator[None]:
+    """FFCV sets the numbers of threads of numba and torch, for the whole process."""
+    import numba
+    import torch
+
+    before = numba.get_num_threads(), torch.get_num_threads()
+    yield
+    numba.set_num_threads(before[0])
+    torch.set_num_threads(before[1])
+
+
+@threads_as_they_were()
 def read_with_ffcv(
     path: Path, *, os_cache: bool, order: str, side: int = 16, decoder: str = "center"
-) -> dict[str, Any]:
-    """A request: one epoch of the stock Loader; its answer has `images` [N, side, side, 3] and `labels` [N]."""
-    return {
-        "with": "ffcv", "path": str(path), "os_cache": os_cache, "order": order, "side": side, "decoder": decoder
-    }  # fmt: skip
-
-
-def ffcv_layout(path: Path) -> dict[str, Any]:
-    """A request: FFCV's dtypes, and what its Reader finds in the file."""
-    return {"with": "ffcv layout", "path": str(path)}
-
-
-def read_with_dali(tars: list[Path], *, extensions: tuple[str, ...]) -> dict[str, Any]:
-    """A request: one epoch of fn.readers.webdataset; its answer has a list of bytes for each of `extensions`."""
-    return {"with": "dali", "tars": [str(tar) for tar in tars], "extensions": extensions}
-
-
-def decode_with_dali(tars: list[Path], *, extension: str) -> dict[str, Any]:
-    """A request: as `read_with_dali`, but its answer has `images`, each uint8 [H, W, 3], decoded on the CPU."""
-    return {"with": "dali", "tars": [str(tar) for tar in tars], "extensions": (extension,), "decode": True}
-
-
-class ForeignReaders:
-    """A process that answers requests, one after the other."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        pickle.dump(request, self._process.stdin)
-        self._process.stdin.flush()
-        answer = pickle.load(self._process.stdout)  # EOFError if it died; what it said is on stderr
-        if isinstance(answer, Exception):
-            raise answer
-        return answer  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-def _ffcv(request: dict[str, Any]) -> dict[str, Any]:
+) -> tuple[np.ndarray, np.ndarray]:
+    """One epoch of the stock Loader: images [N, side, side, 3] and labels [N]."""
     from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 
-    side = request["side"], request["side"]
-    decoder = (
-        CenterCropRGBImageDecoder(side, 1.0)
-        if request["decoder"] == "center"
-        else RandomResizedCropRGBImageDecoder(side)
-    )
+    crop = CenterCropRGBImageDecoder if decoder == "center" else RandomResizedCropRGBImageDecoder
     loader = Loader(
-        request["path"],
+        str(path),
         batch_size=16,
         num_workers=1,
-        os_cache=request["os_cache"],
-        order=OrderOption[request["order"]],
+        os_cache=os_cache,
+        order=OrderOption[order],
         seed=7,
         drop_last=False,
-        pipelines={"image": [decoder], "label": [IntDecoder()]},
+        pipelines={
+            "image": [crop((side, side), *([1.0] if decoder == "center" else []))],
+            "label": [IntDecoder()],
+        },
     )
-    images, labels = [], []
-    for image, label in loader:
-        images.append(np.array(image))
-        labels.append(np.array(label)[:, 0])
-    return {"images": np.concatenate(images), "labels": np.concatenate(labels)}
+    batches = [(np.array(image), np.array(label)[:, 0]) for image, label in loader]
+    return np.concatenate([image for image, _ in batches]), np.concatenate([label for _, label in batches])
 
 
-def _ffcv_layout(request: dict[str, Any]) -> dict[str, Any]:
+@threads_as_they_were()
+def ffcv_layout(path: Path) -> SimpleNamespace:
+    """FFCV's dtypes, and what its Reader finds in the file."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.reader import Reader
     from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
 
-    reader = Reader(request["path"])
-    return {
-        "version": CURRENT_VERSION,
-        "header": HeaderType,
-        "field": FieldDescType,
-        "metadata": get_metadata_type([RGBImageField(), IntField()]),
-        "allocation": ALLOC_TABLE_TYPE,
-        "names": list(reader.field_names),
-        "handlers": [type(handler).__name__ for handler in reader.handlers.values()],
-        "num_samples": int(reader.num_samples),
-        "page_size": int(reader.page_size),
-        "found_metadata": np.array(reader.metadata),
-        "found_allocations": np.array(reader.alloc_table),
-    }
+    dtypes = {"header": HeaderType, "field": FieldDescType, "allocation": ALLOC_TABLE_TYPE}
+    dtypes["metadata"] = get_metadata_type([RGBImageField(), IntField()])
+    return SimpleNamespace(version=CURRENT_VERSION, dtypes=dtypes, reader=Reader(str(path)))
 
 
-def _dali(request: dict[str, Any]) -> dict[str, Any]:
+def read_with_dali(tars: list[Path], *extensions: str, decode: bool = False) -> list[list[Any]]:
+    """One epoch of fn.readers.webdataset: for each of `extensions` the bytes, or the images, uint8 [H, W, 3], decoded
+    on the CPU.
+    """
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(batch_size=16, num_threads=1, device_id=None)
     def read() -> Any:
         components = fn.readers.webdataset(
-            paths=request["tars"],
-            index_paths=[tar[: -len("tar")] + "idx" for tar in request["tars"]],
-            ext=list(request["extensions"]),
+            paths=list(map(str, tars)),
+            index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
+            ext=list(extensions),
             missing_component_behavior="error",
             pad_last_batch=False,
             name="reader",
         )
-        if request.get("decode"):
+        if decode:
             return fn.decoders.image(components, device="cpu", adjust_orientation=False)
         return tuple(components) if isinstance(components, list | tuple) else components
 
     pipeline = read()
     pipeline.build()
     count = pipeline.reader_meta("reader")["epoch_size"]
-    found: dict[str, list[Any]] = {extension: [] for extension in request["extensions"]}
-    while len(found[request["extensions"][0]]) < count:
-        for values, batch in zip(found.values(), pipeline.run(), strict=True):
-            values += [np.array(sample) for sample in batch]
-    if request.get("decode"):
-        return {"images": found[request["extensions"][0]][:count]}
-    texts = {extension: [value.tobytes() for value in values[:count]] for extension, values in found.items()}
-    return texts | {"count": count}
-
-
-if __name__ == "__main__":
-    kinds = {"ffcv": _ffcv, "ffcv layout": _ffcv_layout, "dali": _dali}
-    output, sys.stdout = sys.stdout.buffer, sys.stderr
-    while True:
-        try:
-            request = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            break
-        try:
-            answer: Any = kinds[request["with"]](request)
-        except Exception as error:
-            answer = RuntimeError(f"{type(error).__name__}: {error}")
-        output.write(pickle.dumps(answer))
-        output.flush()
+    found: list[list[Any]] = [[] for _ in extensions]
+    while len(found[0]) < count:
+        for values, batch in zip(found, pipeline.run(), strict=True):
+            values += [np.array(sample) if decode else np.array(sample).tobytes() for sample in batch]
+    return [values[:count] for values in found]

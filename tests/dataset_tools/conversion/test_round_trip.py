@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,11 @@ from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.records import JPG, RAW
 from dataset_tools.sources import ImageSource, open_source
 from dataset_tools.sources.converted import open_converted
-from tests.dataset_tools.conversion.foreign import (
-    ForeignReaders,
-    decode_with_dali,
-    ffcv_layout,
-    read_with_dali,
-    read_with_ffcv,
-)
+from tests.dataset_tools.conversion.foreign import ffcv_layout, read_with_dali, read_with_ffcv
 from tests.dataset_tools.conversion.pictures import PASSED_JPEGS, encoded, flat, noise, truth
 from tests.dataset_tools.made_up import write_files
+from tests.pipelines.optional_packages import needs_dali, needs_ffcv
 
-needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed")
-needs_dali = pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="no DALI")
 ORDERS = ("SEQUENTIAL", "RANDOM", "QUASI_RANDOM")
 NUM_TRAIN, NUM_VAL, NUM_UNLABELED = 90, 20, 11
 LARGE = 1800, 1600
@@ -192,88 +184,53 @@ class TestBetonLayout:
         ]
 
 
-@pytest.fixture(scope="module")
-def foreign() -> Iterator[ForeignReaders]:
-    readers = ForeignReaders()
-    yield readers
-    readers.close()
-
-
-@pytest.fixture(scope="module")
-def ffcv_answers(foreign: ForeignReaders, mixed_ffcv: Path, large: Path) -> dict[Any, dict[str, Any]]:
-    """All that FFCV is asked about the drawn images."""
-    requests: dict[Any, dict[str, Any]] = {}
-    for os_cache in (True, False):
-        for order in ORDERS:
-            requests["train", os_cache, order] = read_with_ffcv(
-                mixed_ffcv / "train.beton",
-                os_cache=os_cache,
-                order=order,
-                decoder="random" if order == "RANDOM" else "center",
-            )
-        requests["large", os_cache] = read_with_ffcv(large / "train.beton", os_cache=os_cache, order="SEQUENTIAL")
-    requests["unlabeled"] = read_with_ffcv(mixed_ffcv / "unlabeled.beton", os_cache=False, order="QUASI_RANDOM")
-    requests["layout"] = ffcv_layout(mixed_ffcv / "train.beton")
-    return {case: foreign.ask(request) for case, request in requests.items()}
-
-
 @needs_ffcv
 class TestFfcv:
     @pytest.mark.parametrize("os_cache", [True, False])
     @pytest.mark.parametrize("order", ORDERS)
-    def test_each_sample_once_with_its_label(
-        self, ffcv_answers: dict[Any, dict[str, Any]], mixed_ffcv: Path, os_cache: bool, order: str
-    ) -> None:
-        answer = ffcv_answers["train", os_cache, order]
-        split = open_converted(mixed_ffcv).splits["train"]
-        assert answer["images"].shape == (NUM_TRAIN, 16, 16, 3)
-        numbers = number_of(answer["images"])
-        assert sorted(numbers) == list(range(NUM_TRAIN))
-        label_of = {int(name.split("/")[-1][:3]): label for name, label in zip(split.names, split.labels, strict=True)}
-        assert answer["labels"].tolist() == [label_of[number] for number in numbers]
-        in_file = [int(name.split("/")[-1][:3]) for name in split.names]
-        assert (numbers.tolist() == in_file) == (order == "SEQUENTIAL")
-
-    @pytest.mark.parametrize("os_cache", [True, False])
-    def test_pixels(self, ffcv_answers: dict[Any, dict[str, Any]], mixed_ffcv: Path, os_cache: bool) -> None:
+    def test_each_sample_once_with_its_label_and_pixels(self, mixed_ffcv: Path, os_cache: bool, order: str) -> None:
         """Raw images to the bit, JPEGs of one colour nearly so."""
-        answer = ffcv_answers["train", os_cache, "SEQUENTIAL"]
+        decoder = "random" if order == "RANDOM" else "center"
+        images, labels = read_with_ffcv(mixed_ffcv / "train.beton", os_cache=os_cache, order=order, decoder=decoder)
         split = open_converted(mixed_ffcv).splits["train"]
+        assert images.shape == (NUM_TRAIN, 16, 16, 3)
+        numbers = number_of(images).tolist()
+        in_file = [int(name.split("/")[-1][:3]) for name in split.names]
+        assert sorted(numbers) == list(range(NUM_TRAIN))
+        assert (numbers == in_file) == (order == "SEQUENTIAL")
         tolerance = {RAW: 0, JPG: 2}
-        for index, name in enumerate(split.names):
-            expected = np.broadcast_to(np.array(color(int(name.split("/")[-1][:3]))), (16, 16, 3))
-            difference = np.abs(answer["images"][index].astype(int) - expected).max()
-            assert difference <= tolerance[int(split.records["encoding"][index])], name
+        for image, label, number in zip(images, labels, numbers, strict=True):
+            index = in_file.index(number)
+            assert label == split.labels[index]
+            difference = np.abs(image.astype(int) - color(number)).max()
+            assert difference <= tolerance[int(split.records["encoding"][index])], number
 
     @pytest.mark.parametrize("os_cache", [True, False])
-    def test_samples_larger_than_a_page(
-        self, ffcv_answers: dict[Any, dict[str, Any]], large: Path, os_cache: bool
-    ) -> None:
-        answer, names = ffcv_answers["large", os_cache], list(open_converted(large).splits["train"].names)
-        assert answer["labels"].tolist() == [0] * 11 + [1] * 12
+    def test_samples_larger_than_a_page(self, large: Path, os_cache: bool) -> None:
+        images, labels = read_with_ffcv(large / "train.beton", os_cache=os_cache, order="SEQUENTIAL")
+        names = list(open_converted(large).splits["train"].names)
+        assert labels.tolist() == [0] * 11 + [1] * 12
         assert names[10] == "class0/large.png"
-        assert (answer["images"][10] == color(20)).all()
+        assert (images[10] == color(20)).all()
         assert names[-2:] == ["class1/noise.jpg", "class1/zz.png"]
-        assert (answer["images"][-1] == color(21)).all()
-        assert 100 < answer["images"][-2].mean() < 155
+        assert (images[-1] == color(21)).all()
+        assert 100 < images[-2].mean() < 155
 
-    def test_types_are_those_of_ffcv(self, ffcv_answers: dict[Any, dict[str, Any]], mixed_ffcv: Path) -> None:
-        found = ffcv_answers["layout"]
-        assert found["header"] == HEADER
-        assert found["field"] == FIELD
-        assert found["metadata"] == METADATA
-        assert found["allocation"] == ALLOCATION
+    def test_types_are_those_of_ffcv(self, mixed_ffcv: Path) -> None:
+        found = ffcv_layout(mixed_ffcv / "train.beton")
         ours = {"header": HEADER, "field": FIELD, "metadata": METADATA, "allocation": ALLOCATION}
         for name, dtype in ours.items():
-            assert found[name].itemsize == dtype.itemsize
-            assert dict(found[name].fields) == dict(dtype.fields)
-        assert found["version"] == 2
-        assert (found["names"], found["handlers"]) == (["image", "label"], ["RGBImageField", "IntField"])
-        assert (found["num_samples"], found["page_size"]) == (NUM_TRAIN, 4 << 20)
+            assert found.dtypes[name] == dtype
+            assert found.dtypes[name].itemsize == dtype.itemsize
+            assert dict(found.dtypes[name].fields) == dict(dtype.fields)
+        assert found.version == 2
+        handlers = [type(handler).__name__ for handler in found.reader.handlers.values()]
+        assert (list(found.reader.field_names), handlers) == (["image", "label"], ["RGBImageField", "IntField"])
+        assert (found.reader.num_samples, found.reader.page_size) == (NUM_TRAIN, 4 << 20)
         records = open_converted(mixed_ffcv).splits["train"].records
-        np.testing.assert_array_equal(found["found_metadata"]["f1"], records["label"])
-        np.testing.assert_array_equal(found["found_allocations"]["size"], records["num_bytes"])
-        np.testing.assert_array_equal(found["found_allocations"]["ptr"], records["offset"])
+        np.testing.assert_array_equal(found.reader.metadata["f1"], records["label"])
+        np.testing.assert_array_equal(found.reader.alloc_table["size"], records["num_bytes"])
+        np.testing.assert_array_equal(found.reader.alloc_table["ptr"], records["offset"])
 
 
 def samples_of_tars(folder: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -328,24 +285,14 @@ class TestWebDataset:
                 assert path.with_suffix(".idx").read_text() == theirs.read_text()
 
 
-@pytest.fixture(scope="module")
-def dali_answers(foreign: ForeignReaders, mixed_webdataset: Path) -> dict[str, dict[str, Any]]:
-    requests = {
-        "train": read_with_dali(shards(mixed_webdataset, "train"), extensions=("jpg;png", "cls")),
-        "unlabeled": read_with_dali(shards(mixed_webdataset, "unlabeled"), extensions=("jpg;png",)),
-    }
-    return {case: foreign.ask(request) for case, request in requests.items()}
-
-
 @needs_dali
 class TestDali:
-    @pytest.mark.parametrize("name", ["train", "unlabeled"])
-    def test_bytes_and_labels(self, dali_answers: dict[str, Any], mixed_webdataset: Path, name: str) -> None:
-        split, answer = open_converted(mixed_webdataset).splits[name], dali_answers[name]
-        assert answer["count"] == len(split)
-        assert answer["jpg;png"] == [split.read_stored(index) for index in range(len(split))]
-        if name == "train":
-            assert answer["cls"] == [str(label).encode() for label in split.labels]
+    @pytest.mark.parametrize(("name", "extensions"), [("train", ["jpg;png", "cls"]), ("unlabeled", ["jpg;png"])])
+    def test_bytes_and_labels(self, mixed_webdataset: Path, name: str, extensions: list[str]) -> None:
+        split = open_converted(mixed_webdataset).splits[name]
+        images, *labels = read_with_dali(shards(mixed_webdataset, name), *extensions)
+        assert images == [split.read_stored(index) for index in range(len(split))]
+        assert labels == ([[str(label).encode() for label in split.labels]] if name == "train" else [])
 
 
 class TestEveryKindOfJpegThatIsPassedThrough:
@@ -361,18 +308,16 @@ class TestEveryKindOfJpegThatIsPassedThrough:
         return tmp_path
 
     @needs_ffcv
-    def test_ffcv(self, foreign: ForeignReaders, kinds: Path) -> None:
+    def test_ffcv(self, kinds: Path) -> None:
         cv2 = pytest.importorskip("cv2")
-        images = foreign.ask(read_with_ffcv(kinds / "ffcv" / "train.beton", os_cache=True, order="SEQUENTIAL"))[
-            "images"
-        ]
+        images, _ = read_with_ffcv(kinds / "ffcv" / "train.beton", os_cache=True, order="SEQUENTIAL")
         for image, (kind, data) in zip(images, PASSED_JPEGS.items(), strict=True):
             expected = cv2.resize(middle_of(truth(data)), (16, 16), interpolation=cv2.INTER_AREA)
             assert np.abs(image.astype(int) - expected).mean() < 3.0, kind
 
     @needs_dali
-    def test_dali(self, foreign: ForeignReaders, kinds: Path) -> None:
-        images = foreign.ask(decode_with_dali(shards(kinds / "webdataset", "train"), extension="jpg"))["images"]
+    def test_dali(self, kinds: Path) -> None:
+        (images,) = read_with_dali(shards(kinds / "webdataset", "train"), "jpg", decode=True)
         for image, (kind, data) in zip(images, PASSED_JPEGS.items(), strict=True):
             expected = truth(data)
             assert image.shape == expected.shape, kind
@@ -399,25 +344,25 @@ class TestPhotographs:
     """400 photographs of ImageNet, as they are."""
 
     @needs_ffcv
-    def test_ffcv(self, foreign: ForeignReaders, photographs: Path, made_photographs: Path) -> None:
+    def test_ffcv(self, photographs: Path, made_photographs: Path) -> None:
         """FFCV's crops of the middle are those that OpenCV makes of Pillow's pixels, which are a little more exact."""
         path = made_photographs / "ffcv" / "train.beton"
         found = {
-            (os_cache, order): foreign.ask(read_with_ffcv(path, os_cache=os_cache, order=order, side=32))
+            (os_cache, order): read_with_ffcv(path, os_cache=os_cache, order=order, side=32)
             for os_cache in (True, False)
             for order in ORDERS
         }
         original = open_source(photographs).splits["train"]
-        first = found[True, "SEQUENTIAL"]
-        assert first["labels"].tolist() == original.labels.tolist()
+        images, labels = found[True, "SEQUENTIAL"]
+        assert labels.tolist() == original.labels.tolist()
         cv2 = pytest.importorskip("cv2")
         for index in range(0, 400, 9):
             image = truth(original.read(index))
             expected = cv2.resize(middle_of(image), (32, 32), interpolation=cv2.INTER_AREA)
-            assert np.abs(first["images"][index].astype(int) - expected).mean() < 3.0
-        everything = sorted(map(as_bytes, first["images"], first["labels"]))
+            assert np.abs(images[index].astype(int) - expected).mean() < 3.0
+        everything = sorted(map(as_bytes, images, labels))
         for case, answer in found.items():
-            assert sorted(map(as_bytes, answer["images"], answer["labels"])) == everything, case
+            assert sorted(map(as_bytes, *answer)) == everything, case
 
 
 def middle_of(image: np.ndarray) -> np.ndarray:
