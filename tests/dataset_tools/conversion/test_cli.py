@@ -77,7 +77,6 @@ def made(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> Pa
 
 
 class TestConvert:
-    @pytest.mark.parametrize("format", ["ffcv", "webdataset"])
     def test_summary(self, capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, format: str) -> None:
         target = tmp_path / "made"
         summary, out = document(capsys, "convert", source, target, "--format", format, "--workers", 1)

@@ -21,43 +21,19 @@ from dataset_tools.cli import main
 from dataset_tools.conversion import split_conversion, staging
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.merge import merge
-from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.verify import verify
 from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.records import SampleRecords
 from dataset_tools.sources.converted import open_converted
 from dataset_tools.stop_signals import StoppedBySignalError
-from tests.dataset_tools.conversion.trouble import FORMATS, contents, jpeg, mixed_files
+from tests.dataset_tools.conversion.trouble import contents, jpeg, mixed_files, options
 from tests.dataset_tools.made_up import write_tar
 
 
-def options(format: str, **given: Any) -> ConvertOptions:
-    return ConvertOptions(format=format, shard_size="64KiB", **given)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tar(tmp_path_factory.mktemp("source") / "images.tar", mixed_files(300, 60))
-
-
-@pytest.fixture(scope="module")
-def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for format in FORMATS:
-        found[format] = tmp_path_factory.mktemp("whole") / format
-        convert(source, found[format], options(format), workers=2)
-    return found
-
-
-@pytest.fixture(params=FORMATS)
-def format(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
-def data(whole: dict[str, Path], format: str, tmp_path: Path) -> Path:
+def data(mixed_whole: Path, tmp_path: Path) -> Path:
     """A copy that may be damaged."""
-    return Path(shutil.copytree(whole[format], tmp_path / "data"))
+    return Path(shutil.copytree(mixed_whole, tmp_path / "data"))
 
 
 # The unfinished conversion
@@ -68,7 +44,7 @@ def journal_state(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def unfinished(source: Path, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def unfinished(mixed_tar: Path, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """DEST.partial of a conversion that stopped in the val split, train being finished."""
     with monkeypatch.context() as patch:
         patch.setattr(split_conversion, "CHUNK_IMAGES", 8)
@@ -81,7 +57,7 @@ def unfinished(source: Path, format: str, tmp_path: Path, monkeypatch: pytest.Mo
 
         patch.setattr(split_conversion.SplitConversion, "add", stopping)
         with pytest.raises(StoppedBySignalError):
-            convert(source, tmp_path / "made", options(format), workers=1, journal_every_s=0)
+            convert(mixed_tar, tmp_path / "made", options(format), workers=1, journal_every_s=0)
     folder = tmp_path / "made.partial"
     state = journal_state(folder)
     assert state["splits"]["train"]["done"] == 300
@@ -90,7 +66,7 @@ def unfinished(source: Path, format: str, tmp_path: Path, monkeypatch: pytest.Mo
     return folder
 
 
-def test_an_unfinished_conversion_continues(unfinished: Path, source: Path, whole: Any, format: str) -> None:
+def test_an_unfinished_conversion_continues(unfinished: Path, mixed_tar: Path, mixed_whole: Path, format: str) -> None:
     """Also where its files are longer than the journal says: they are cut back."""
     for path in (*unfinished.glob("val*.beton"), *unfinished.glob("val*.tar"), *unfinished.glob("*.rows")):
         if path.name != "train.rows":
@@ -99,8 +75,8 @@ def test_an_unfinished_conversion_continues(unfinished: Path, source: Path, whol
     with open(unfinished / "quarantine.jsonl", "ab") as file:
         file.write(b'{"half a li')
     (unfinished / ".journal.json.0123456789abcdef.tmp").write_text("half a journal")
-    convert(source, unfinished.with_name("made"), options(format), workers=2)
-    assert contents(unfinished.with_name("made")) == contents(whole[format])
+    convert(mixed_tar, unfinished.with_name("made"), options(format), workers=2)
+    assert contents(unfinished.with_name("made")) == contents(mixed_whole)
     assert not unfinished.exists()
 
 
@@ -117,7 +93,7 @@ def flip(path: Path, at: int, bits: int = 0x10) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flips", "truncated", "empty", "binary"])
-def test_a_damaged_journal(unfinished: Path, source: Path, format: str, damage: str) -> None:
+def test_a_damaged_journal(unfinished: Path, mixed_tar: Path, format: str, damage: str) -> None:
     path = unfinished / "journal.json"
     text = path.read_bytes()
     chance = random.Random(7)
@@ -135,13 +111,13 @@ def test_a_damaged_journal(unfinished: Path, source: Path, format: str, damage: 
         path.write_bytes(variant)
         message = f"the journal {path} is damaged .*Delete {unfinished} to start anew"
         with pytest.raises(ValueError, match=message):
-            convert(source, unfinished.with_name("made"), options(format), workers=1)
+            convert(mixed_tar, unfinished.with_name("made"), options(format), workers=1)
     assert contents(unfinished).keys() - {"lock"} == before.keys() - {"lock"}
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @hypothesis.given(case=st.data())
-def test_a_tampered_journal_is_refused(unfinished: Path, source: Path, format: str, case: st.DataObject) -> None:
+def test_a_tampered_journal_is_refused(unfinished: Path, mixed_tar: Path, format: str, case: st.DataObject) -> None:
     """Its checksum is made anew, as whoever tampers with it would; what is accepted would be converted further."""
     path = unfinished / "journal.json"
     before = path.read_text()
@@ -158,7 +134,7 @@ def test_a_tampered_journal_is_refused(unfinished: Path, source: Path, format: s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dataset_tools.conversion.convert._Conversion._transform", _accepted)
         with pytest.raises(ValueError, match="to start anew"):
-            convert(source, unfinished.with_name("made"), options(format), workers=1)
+            convert(mixed_tar, unfinished.with_name("made"), options(format), workers=1)
     path.write_text(before)
 
 
@@ -167,7 +143,9 @@ def _accepted(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "shorter"])
-def test_a_file_that_the_journal_knows(unfinished: Path, source: Path, format: str, how: str, whole: Any) -> None:
+def test_a_file_that_the_journal_knows(
+    unfinished: Path, mixed_tar: Path, format: str, how: str, mixed_whole: Path
+) -> None:
     """Each of them, of the finished split and of the other: nothing is published without it."""
     images = {"ffcv": ("train.beton", "val.beton"), "webdataset": ("train-000001.tar", "val-000000.tar")}[format]
     copy = Path(shutil.copytree(unfinished, unfinished.with_name("copy")))
@@ -178,15 +156,17 @@ def test_a_file_that_the_journal_knows(unfinished: Path, source: Path, format: s
         else:
             os.truncate(path, path.stat().st_size // 2 if "val" not in name or ".tar" not in name else 512)
         with pytest.raises(ValueError, match=f"(shorter|another size|No such file).*Delete {unfinished}"):
-            convert(source, unfinished.with_name("made"), options(format), workers=1)
+            convert(mixed_tar, unfinished.with_name("made"), options(format), workers=1)
         assert not unfinished.with_name("made").exists()
         shutil.rmtree(unfinished)
         shutil.copytree(copy, unfinished)
-    convert(source, unfinished.with_name("made"), options(format), workers=1)
-    assert contents(unfinished.with_name("made")) == contents(whole[format])
+    convert(mixed_tar, unfinished.with_name("made"), options(format), workers=1)
+    assert contents(unfinished.with_name("made")) == contents(mixed_whole)
 
 
-def test_an_unfinished_conversion_of_another_kind(unfinished: Path, source: Path, format: str, whole: Any) -> None:
+def test_an_unfinished_conversion_of_another_kind(
+    unfinished: Path, mixed_tar: Path, format: str, mixed_whole: Path
+) -> None:
     """The message says which option differs, and both values; nothing is touched."""
     made = unfinished.with_name("made")
     before = contents(unfinished)
@@ -203,32 +183,32 @@ def test_an_unfinished_conversion_of_another_kind(unfinished: Path, source: Path
         with pytest.raises(
             ValueError, match=f"holds an unfinished conversion of another kind: .*{message}.*to start anew"
         ):
-            convert(source, made, given)
-    another = write_tar(source.with_name("other.tar"), mixed_files(12, 0))
+            convert(mixed_tar, made, given)
+    another = write_tar(unfinished.with_name("other.tar"), mixed_files(12, 0))
     with pytest.raises(ValueError, match=r"fingerprint is '[0-9a-f]{64}' there and '[0-9a-f]{64}' here"):
         convert(another, made, options(format))
     with pytest.raises(ValueError, match="another kind"):
-        merge([whole[format]], made)
+        merge([mixed_whole], made)
     assert contents(unfinished) == before
 
 
 def test_what_a_killed_merge_left_meets_no_other_files(
-    whole: dict[str, Path], format: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mixed_whole: Path, format: str, mixed_tar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for split in ("train", "val"):
-        convert(source, tmp_path / split, options(format, split=split), workers=2)
+        convert(mixed_tar, tmp_path / split, options(format, split=split), workers=2)
     made = tmp_path / "made"
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", dying_finish)  # everything is in its last place but the folder itself
         patch.setattr(staging, "_remove", lambda _: None)  # as after SIGKILL
         with pytest.raises(StoppedBySignalError):
             merge([tmp_path / "train", tmp_path / "val"], made)
-    for other in (lambda: merge([tmp_path / "val"], made), lambda: convert(source, made, options(format))):
+    for other in (lambda: merge([tmp_path / "val"], made), lambda: convert(mixed_tar, made, options(format))):
         with pytest.raises(ValueError, match=f"another kind: .*Delete {made}.partial to start anew"):
             other()
     merge([tmp_path / "val", tmp_path / "train"], made)
     assert verify(made)["ok"]
-    assert set(os.listdir(made)) == set(os.listdir(whole[format]))
+    assert set(os.listdir(made)) == set(os.listdir(mixed_whole))
 
 
 # The converted data set
@@ -266,9 +246,9 @@ def places(folder: Path, name: str, chance: random.Random) -> list[int]:
     return sorted(set(found))
 
 
-def test_a_flipped_byte_is_found_in_every_file(data: Path, format: str, source: Path) -> None:
+def test_a_flipped_byte_is_found_in_every_file(data: Path, format: str, mixed_tar: Path) -> None:
     chance = random.Random(f"flips {format}")
-    assert problems(data, source=source, deep=True) == []
+    assert problems(data, source=mixed_tar, deep=True) == []
     names = sorted(set(os.listdir(data)) - {"manifest.json", "quarantine.jsonl"})
     if format == "webdataset":
         names = sorted({*chance.sample(names, 3), "train.records.safetensors", "train-000000.tar", "train-000000.idx"})

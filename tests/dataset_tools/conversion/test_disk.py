@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +18,15 @@ import pytest
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.merge import merge
-from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.staging import staged
 from tests.dataset_tools.conversion.trouble import (
     FORMATS,
-    SHARD_BYTES,
-    Command,
     contents,
     images_done,
     journal_often,
     jpeg,
     mixed_files,
+    options,
 )
 from tests.dataset_tools.made_up import write_tar
 
@@ -71,20 +70,6 @@ def disks(tmp_path: Path) -> Iterator[Callable[[int], Disk]]:
         disk.close()
 
 
-@pytest.fixture
-def commands(tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    """Starts command lines, and ends them."""
-    started: list[Command] = []
-
-    def start(*arguments: Any, prepare: Callable[[], None] = journal_often()) -> Command:  # noqa: B008
-        started.append(Command(list(arguments), tmp_path / f"log {len(started)}", prepare))
-        return started[-1]
-
-    yield start
-    for command in started:
-        command.end()
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny images first, then large ones: what some of them say of the size of all is wrong."""
@@ -100,17 +85,16 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     found = {}
     for format in FORMATS:
         found[format] = tmp_path_factory.mktemp("whole") / format
-        convert(source, found[format], options(format), workers=1)
+        convert(source, found[format], in_order(format), workers=1)
     return found
 
 
-def options(format: str, part: str | None = None) -> ConvertOptions:
-    return ConvertOptions(format=format, shard_size="128KiB", order="source", part=part)  # type: ignore[arg-type]
+in_order = partial(options, order="source")
 
 
 def arguments(source: Path, destination: Path, format: str) -> list[Any]:
-    given = ["convert", source, destination, "--format", format, *SHARD_BYTES[format]]
-    return [*given, "--order", "source", "--workers", 2]
+    flags = ["--format", format, "--shard-size", "128KiB", "--order", "source", "--workers", 2]
+    return ["convert", source, destination, *flags]
 
 
 def size_of(folder: Path) -> int:
@@ -124,7 +108,6 @@ def fooled() -> None:
     shutil.disk_usage = lambda _: SimpleNamespace(free=1 << 60)  # type: ignore
 
 
-@pytest.mark.parametrize("format", FORMATS)
 def test_without_room_nothing_is_written(
     disks: Any, commands: Any, source: Path, expected: dict[str, Path], format: str
 ) -> None:
@@ -168,7 +151,7 @@ def test_a_disk_that_fills_up(
     if what == "merge":
         parts = [tmp_path / "first", tmp_path / "second"]
         for number, part in enumerate(parts, 1):
-            convert(source, part, options(format, f"{number}/2"), workers=2)
+            convert(source, part, in_order(format, part=f"{number}/2"), workers=2)
         merge(parts, tmp_path / "whole")
         whole, given = tmp_path / "whole", ["merge", *parts, disk.path / "made"]
     size = size_of(whole)
@@ -213,7 +196,7 @@ def test_a_read_only_destination(disks: Any, source: Path, expected: dict[str, P
 
 def run(what: str, source: Path, converted: Path, destination: Path) -> Any:
     if what == "convert":
-        return convert(source, destination, options("ffcv"), workers=1)
+        return convert(source, destination, in_order("ffcv"), workers=1)
     return merge([converted], destination)
 
 
@@ -249,11 +232,11 @@ def test_a_whole_result_at_the_destination(
     if what == "convert":
         caplog.set_level("INFO")
         assert run(what, source, expected["ffcv"], made)["samples"] == sum(
-            split["samples"] for split in convert(source, made, options("ffcv"))["splits"].values()
+            split["samples"] for split in convert(source, made, in_order("ffcv"))["splits"].values()
         )
         assert "is whole already: nothing to do" in caplog.text
         with pytest.raises(FileExistsError, match="of another source or with other options"):
-            convert(source, made, ConvertOptions(format="ffcv", quality=80))
+            convert(source, made, options("ffcv", quality=80))
     with pytest.raises(FileExistsError):
         merge([expected["webdataset"]], made)
     assert contents(made) == before

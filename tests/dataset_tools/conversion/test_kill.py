@@ -11,7 +11,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,22 @@ import pytest
 
 from dataset_tools.conversion import workers
 from dataset_tools.conversion.convert import convert
-from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.conversion.verify import verify
 from dataset_tools.stop_signals import StopSignals
 from tests.dataset_tools.conversion.trouble import (
-    FORMATS,
-    SHARD_BYTES,
     Command,
     contents,
     images_done,
     journal_often,
     journaled,
     mixed_files,
+    options,
     until,
 )
 from tests.dataset_tools.made_up import write_tar
 
 NUM_TRAIN, NUM_VAL = 2000, 250
 PAUSE_S = 0.001
-Expected = dict[tuple[Path, str], dict[str, str]]
-"""(source, format) → what a conversion results in."""
 
 
 @dataclass
@@ -56,7 +52,8 @@ class Case:
     def start(
         self, *, workers: int = 3, pause_s: float = PAUSE_S, prepare: Callable[[], None] | None = None
     ) -> Command:
-        arguments = ["convert", self.source, self.destination, "--format", self.format, *SHARD_BYTES[self.format]]
+        flags = ["--format", self.format, "--shard-size", "128KiB"]
+        arguments = ["convert", self.source, self.destination, *flags]
         if self.parts:
             arguments = ["merge", *self.parts, self.destination]
         log = self.destination.with_name(f"log {len(self.commands)}")
@@ -80,32 +77,18 @@ class Case:
             until(lambda command=command: not command.session(), 20, "the end of the workers")  # type: ignore[misc]
 
 
-def options(format: str) -> ConvertOptions:
-    return ConvertOptions(format=format, shard_size="128KiB")  # type: ignore[arg-type]
-
-
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tar(tmp_path_factory.mktemp("source") / "images.tar", mixed_files(NUM_TRAIN, NUM_VAL))
 
 
 @pytest.fixture(scope="module")
-def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tar(tmp_path_factory.mktemp("source") / "images.tar", mixed_files(200, 60))
-
-
-@pytest.fixture(scope="module")
-def expected(source: Path, small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    """Of undisturbed runs, with one worker."""
-    found = {}
-    for each in (source, small_source):
-        for format in FORMATS:
-            folder = tmp_path_factory.mktemp("whole") / format
-            summary = convert(each, folder, options(format), workers=1)
-            assert summary["quarantined"] > 15
-            assert summary["reencoded"] > 5
-            found[each, format] = contents(folder)
-    return found
+def large_whole(large_tar: Path, format: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / format
+    summary = convert(large_tar, folder, options(format), workers=1)
+    assert summary["quarantined"] > 15
+    assert summary["reencoded"] > 5
+    return folder
 
 
 @contextmanager
@@ -117,19 +100,15 @@ def cleaned_up(case: Case) -> Iterator[Case]:
             command.end()
 
 
-@pytest.fixture(params=FORMATS)
-def case(request: pytest.FixtureRequest, tmp_path: Path, source: Path, expected: Expected) -> Iterator[Case]:
-    with cleaned_up(Case(source, tmp_path / "made", request.param, expected[source, request.param])) as case:
+@pytest.fixture
+def case(format: str, tmp_path: Path, large_tar: Path, large_whole: Path) -> Iterator[Case]:
+    with cleaned_up(Case(large_tar, tmp_path / "made", format, contents(large_whole))) as case:
         yield case
 
 
-@pytest.fixture(params=FORMATS)
-def small_case(
-    request: pytest.FixtureRequest, tmp_path: Path, small_source: Path, expected: Expected
-) -> Iterator[Case]:
-    with cleaned_up(
-        Case(small_source, tmp_path / "made", request.param, expected[small_source, request.param])
-    ) as case:
+@pytest.fixture
+def small_case(format: str, tmp_path: Path, mixed_tar: Path, mixed_whole: Path) -> Iterator[Case]:
+    with cleaned_up(Case(mixed_tar, tmp_path / "made", format, contents(mixed_whole))) as case:
         yield case
 
 
@@ -183,7 +162,6 @@ def test_kills_at_random_moments(case: Case, num_kills: int, seed: int) -> None:
 @pytest.mark.long
 @pytest.mark.real_data
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("format", FORMATS)
 def test_kills_at_many_random_moments_of_real_images(
     real_data: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, format: str
 ) -> None:
@@ -278,8 +256,7 @@ def test_merge_may_be_killed_between_any_calls(small_case: Case, every: bool) ->
     """Also when the result is there and only what was left of the work is not removed yet."""
     for number in (1, 2):
         small_case.parts.append(small_case.destination.with_name(f"part{number}"))
-        part = replace(options(small_case.format), part=f"{number}/2")
-        convert(small_case.source, small_case.parts[-1], part, workers=1)
+        convert(small_case.source, small_case.parts[-1], options(small_case.format, part=f"{number}/2"), workers=1)
     total = count_calls(small_case)
     chance = random.Random(7)
     some = [*chance.sample(range(1, total - 12), 4), *range(total - 12, total + 1, 3)]

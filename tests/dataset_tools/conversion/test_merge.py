@@ -16,7 +16,8 @@ from dataset_tools.conversion.verify import verify
 from dataset_tools.formats.manifest import Manifest
 from dataset_tools.sources.converted import open_converted
 from tests.dataset_tools.conversion.pictures import encoded, flat
-from tests.dataset_tools.made_up import folder_bytes, write_files
+from tests.dataset_tools.conversion.trouble import mixed_files
+from tests.dataset_tools.made_up import folder_bytes, write_files, write_tar
 
 NUM_PARTS = 3
 OPTIONS = {
@@ -28,32 +29,14 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """100 images of train and 40 of val; some in each part are damaged, and some to be re-encoded."""
-    files = {}
-    for number in range(140):
-        name = f"{'train' if number < 100 else 'val'}/class{number % 2}/{number:03}"
-        image = flat((number, 255 - number, 7), 20 + number % 11, 20 + number % 7)
-        if number % 9 == 4:
-            files[f"{name}.jpg"] = b"damaged"
-        elif number % 9 == 5:
-            files[f"{name}.png"] = encoded(image, "PNG")
-        elif number % 9 == 6:
-            files[f"{name}.jpg"] = encoded(image, keep_rgb=True)
-        else:
-            files[f"{name}.jpg"] = encoded(image)
-    return write_files(tmp_path_factory.mktemp("merge"), files)
-
-
-@pytest.fixture(scope="module")
-def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(mixed_tar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each of OPTIONS: the whole, and its parts."""
     folder = tmp_path_factory.mktemp("made")
     for name, options in OPTIONS.items():
-        convert(source, folder / name / "whole", options, workers=1)
+        convert(mixed_tar, folder / name / "whole", options, workers=1)
         for number in range(1, NUM_PARTS + 1):
             part = replace(options, part=f"{number}/{NUM_PARTS}")
-            convert(source, folder / name / f"part{number}", part, workers=1)
+            convert(mixed_tar, folder / name / f"part{number}", part, workers=1)
     return folder
 
 
@@ -68,7 +51,7 @@ class TestJoined:
         assert folder_bytes(tmp_path / "joined") == folder_bytes(made / name / "whole")
         whole = Manifest.load(made / name / "whole")
         assert summary["samples"] == sum(split.samples for split in whole.splits.values())
-        assert summary["quarantined"] == sum(split.quarantined for split in whole.splits.values()) == 16
+        assert summary["quarantined"] == sum(split.quarantined for split in whole.splits.values()) == 28
         assert not (tmp_path / "joined.partial").exists()
 
     def test_a_part_with_larger_pages(self, tmp_path: Path) -> None:
@@ -89,9 +72,9 @@ class TestJoined:
 
 class TestSplits:
     @pytest.mark.parametrize("name", OPTIONS)
-    def test_train_and_val_made_apart(self, source: Path, made: Path, tmp_path: Path, name: str) -> None:
+    def test_train_and_val_made_apart(self, mixed_tar: Path, made: Path, tmp_path: Path, name: str) -> None:
         for split in ("train", "val"):
-            convert(source, tmp_path / split, replace(OPTIONS[name], split=split), workers=1)
+            convert(mixed_tar, tmp_path / split, replace(OPTIONS[name], split=split), workers=1)
         merge([tmp_path / "val", tmp_path / "train"], tmp_path / "joined", workers=1)
         found, expected = folder_bytes(tmp_path / "joined"), folder_bytes(made / name / "whole")
         joined, whole = Manifest.load(tmp_path / "joined"), Manifest.load(made / name / "whole")
@@ -100,7 +83,7 @@ class TestSplits:
         assert {each["split"] for each in joined.options["merged"]} == {"train", "val"}
         del found["manifest.json"], expected["manifest.json"]
         assert found == expected
-        assert verify(tmp_path / "joined", source=source, deep=True, workers=1)["problems"] == []
+        assert verify(tmp_path / "joined", source=mixed_tar, deep=True, workers=1)["problems"] == []
 
     def test_different_sources(self, tmp_path: Path) -> None:
         """train of one folder and val of another, with the same classes."""
@@ -153,11 +136,10 @@ class TestRefused:
         ],
     )
     def test_parts_of_different_conversions(
-        self, source: Path, made: Path, tmp_path: Path, refused, changed: dict[str, object], message: str
+        self, made: Path, tmp_path: Path, refused, changed: dict[str, object], message: str
     ) -> None:
-        other = Path(shutil.copytree(source, tmp_path / "copy"))
-        if "source" in message:
-            (other / "train/class0/000.jpg").rename(other / "train/class0/renamed.jpg")
+        num_train = 299 if "source" in message else 300
+        other = write_tar(tmp_path / "other.tar", mixed_files(num_train, 60))
         convert(other, tmp_path / "other", replace(OPTIONS["ffcv"], **changed), workers=1)
         refused([*parts(made / "ffcv")[:2], tmp_path / "other"], message)
 

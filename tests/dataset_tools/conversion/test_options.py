@@ -20,7 +20,6 @@ from dataset_tools.subsets import shuffled_order
 from tests.dataset_tools.conversion.pictures import encoded, flat, noise
 from tests.dataset_tools.made_up import folder_bytes, write_files
 
-FORMATS = ("ffcv", "webdataset")
 NUM_IMAGES = 200
 
 
@@ -43,7 +42,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestSameBytes:
-    @pytest.mark.parametrize("format", FORMATS)
     @pytest.mark.parametrize("order", ["source", "shuffled"])
     def test_for_any_number_of_workers(self, source: Path, tmp_path: Path, format: str, order: str) -> None:
         options = ConvertOptions(format=format, order=order, shard_size="64KiB")
@@ -58,7 +56,6 @@ class TestSameBytes:
 
 
 class TestOrder:
-    @pytest.mark.parametrize("format", FORMATS)
     def test_shuffled_is_a_permutation_that_the_seed_chooses(self, source: Path, tmp_path: Path, format: str) -> None:
         orders = {}
         for seed in (0, 1):

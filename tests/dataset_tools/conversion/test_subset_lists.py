@@ -194,7 +194,6 @@ class TestRead:
             assert [split.names[index] for index in found] == list(names)
 
 
-@pytest.mark.parametrize("format", ["ffcv", "webdataset"])
 def test_a_list_fits_the_source_and_what_was_made_of_it(tmp_path: Path, format: str) -> None:
     names = [f"{label}/{number:02}.jpg" for label in "abc" for number in range(20)]
     root = write_files(tmp_path / "source", {name: encoded(flat((7, 7, 7))) for name in names})

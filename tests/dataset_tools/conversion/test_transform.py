@@ -37,9 +37,9 @@ from tests.dataset_tools.conversion.pictures import (
     with_adobe_transform,
     with_frame,
 )
+from tests.dataset_tools.conversion.trouble import FORMATS
 from tests.dataset_tools.made_up import write_files
 
-FORMATS = ("ffcv", "webdataset")
 MEAN_ERROR_OF_JPEG = 5.0
 """Of 255, at quality 90; the most is that of a GIF, whose palette is no smooth picture."""
 
@@ -112,7 +112,6 @@ def assert_reencoded(result: StoredImage, original: bytes, reason: str, quality:
 class TestKinds:
     """Each kind of image, in each --mode."""
 
-    @pytest.mark.parametrize("format", FORMATS)
     @pytest.mark.parametrize("kind", PASSED_JPEGS)
     def test_a_jpeg_that_every_decoder_reads_keeps_its_bytes(self, kind: str, format: str) -> None:
         data = PASSED_JPEGS[kind]
@@ -125,7 +124,6 @@ class TestKinds:
         np.testing.assert_array_equal(pixels(result), truth(data))
         assert_reencoded(transformed(data, "a.jpg", format, "reencode"), data, "asked for")
 
-    @pytest.mark.parametrize("format", FORMATS)
     @pytest.mark.parametrize("kind", REENCODED_JPEGS)
     def test_a_jpeg_that_some_decoder_misreads_is_reencoded(self, kind: str, format: str) -> None:
         data, reason = REENCODED_JPEGS[kind]
@@ -162,7 +160,6 @@ class TestKinds:
             assert (result.encoding, result.reason) == (JPG, f"{file_format}, not JPEG")
             assert result.data == encoded(Image.fromarray(expected), quality=90)
 
-    @pytest.mark.parametrize("format", FORMATS)
     @pytest.mark.parametrize(
         ("kind", "names"),
         [
@@ -178,7 +175,6 @@ class TestKinds:
             with pytest.raises(UnusableImageError, match=f"it is {kind} and would have to be re-encoded"):
                 transformed(data, name, format, "passthrough")
 
-    @pytest.mark.parametrize("format", FORMATS)
     @pytest.mark.parametrize("mode", ["auto", "passthrough", "reencode"])
     @pytest.mark.parametrize("kind", REJECTED)
     def test_what_cannot_be_decoded_is_refused(self, kind: str, mode: str, format: str) -> None:
@@ -217,7 +213,6 @@ class TestLimits:
         assert (png.encoding, png.handling) == (PNG, REENCODED)
         np.testing.assert_array_equal(truth(png.data), np.asarray(expected))
 
-    @pytest.mark.parametrize("format", FORMATS)
     def test_images_within_the_limits_keep_their_bytes(self, format: str) -> None:
         for size, options in (((150, 100), {"max_side": 150}), ((900, 100), {"short_side": 100})):
             data = encoded(picture(*size))
@@ -305,7 +300,6 @@ HARD_NAMES = [
 
 
 class TestWholeFolders:
-    @pytest.mark.parametrize("format", FORMATS)
     def test_names_that_are_hard_to_write(self, tmp_path: Path, format: str) -> None:
         files = {name: encoded(flat((20 * number, 0, 0))) for number, name in enumerate(HARD_NAMES)}
         rejected = {os.path.dirname(name) + "/bad\n" + os.fsdecode(b"\xff") + ".jpg": b"bad" for name in HARD_NAMES[:3]}
@@ -327,7 +321,6 @@ class TestWholeFolders:
             "samples": 9,
         }
 
-    @pytest.mark.parametrize("format", FORMATS)
     @pytest.mark.parametrize("mode", ["auto", "passthrough", "reencode"])
     def test_everything_at_once(self, tmp_path: Path, format: str, mode: str) -> None:
         files = {f"good/{kind}.jpg": data for kind, data in PASSED_JPEGS.items()}

@@ -19,13 +19,17 @@ from PIL import Image
 
 from dataset_tools.cli import main
 from dataset_tools.conversion import convert, merge, split_conversion, verify  # noqa: F401 - for all that are forked
+from dataset_tools.conversion.options import ConvertOptions
 
 Image.init()  # once, and not in each forked process that meets a damaged image
 
 LIMIT_S = 60.0
 """Far more than any command here takes."""
 FORMATS = ("ffcv", "webdataset")
-SHARD_BYTES = {"ffcv": [], "webdataset": ["--shard-size", "128KiB"]}
+
+
+def options(format: str, **given: Any) -> ConvertOptions:
+    return ConvertOptions(format=format, shard_size="128KiB", **given)
 
 
 def jpeg(width: int, height: int, seed: int, mode: str = "RGB", **options: Any) -> bytes:
