@@ -156,29 +156,27 @@ class TestConvert:
         assert not (tmp_path / "newer").exists()
 
 
-class TestVerify:
-    def test_damaged(self, capsys: pytest.CaptureFixture[str], made: Path) -> None:
-        (made / "val.beton").unlink()
-        result, out = document(capsys, "verify", made, code=1)
-        assert result == {"ok": False, "num_problems": 1, "problems": ["val.beton: it is missing"], "samples": 29}
-        assert "val.beton: it is missing\n" in out
-        assert f"{made}: NOT whole: 1 problem(s); 29 samples\n" in out
+def test_damaged(capsys: pytest.CaptureFixture[str], made: Path) -> None:
+    (made / "val.beton").unlink()
+    result, out = document(capsys, "verify", made, code=1)
+    assert result == {"ok": False, "num_problems": 1, "problems": ["val.beton: it is missing"], "samples": 29}
+    assert "val.beton: it is missing\n" in out
+    assert f"{made}: NOT whole: 1 problem(s); 29 samples\n" in out
 
 
-class TestInspect:
-    def test_from_the_manifest_alone(self, capsys: pytest.CaptureFixture[str], made: Path) -> None:
-        for path in made.iterdir():
-            if path.name != "manifest.json":
-                path.unlink()
-        result, out = document(capsys, "inspect", made)
-        manifest = Manifest.load(made)
-        assert result["classes"] == ["class0", "class1", "class2"]
-        assert result["splits"]["train"]["samples"] == 23
-        assert result["splits"]["train"]["ffcv_decode_bytes"] == 5 * 256 * 60 * 40 * 3
-        assert result["options"] == manifest.options
-        assert f"made of: image folder, fingerprint {manifest.source['fingerprint']}\n" in out
-        assert "max_side 1057" in out
-        assert "29 samples" in out
+def test_from_the_manifest_alone(capsys: pytest.CaptureFixture[str], made: Path) -> None:
+    for path in made.iterdir():
+        if path.name != "manifest.json":
+            path.unlink()
+    result, out = document(capsys, "inspect", made)
+    manifest = Manifest.load(made)
+    assert result["classes"] == ["class0", "class1", "class2"]
+    assert result["splits"]["train"]["samples"] == 23
+    assert result["splits"]["train"]["ffcv_decode_bytes"] == 5 * 256 * 60 * 40 * 3
+    assert result["options"] == manifest.options
+    assert f"made of: image folder, fingerprint {manifest.source['fingerprint']}\n" in out
+    assert "max_side 1057" in out
+    assert "29 samples" in out
 
 
 class TestSubset:
@@ -202,11 +200,10 @@ class TestSubset:
         assert not (tmp_path / "list.txt").exists()
 
 
-class TestMerge:
-    def test_errors(self, capsys: pytest.CaptureFixture[str], made: Path) -> None:
-        for folders in ((), (made,)):
-            message = refused(capsys, "merge", *folders)
-            assert message == "error: merge needs the folders of the parts, and then the destination"
+def test_errors(capsys: pytest.CaptureFixture[str], made: Path) -> None:
+    for folders in ((), (made,)):
+        message = refused(capsys, "merge", *folders)
+        assert message == "error: merge needs the folders of the parts, and then the destination"
 
 
 class TestMisuse:

@@ -20,63 +20,41 @@ from dataset_tools.subsets import shuffled_order
 from tests.dataset_tools.conversion.pictures import encoded, flat, noise
 from tests.dataset_tools.made_up import folder_bytes, write_files
 
-NUM_IMAGES = 200
+
+@pytest.mark.parametrize("order", ["source", "shuffled"])
+def test_for_any_number_of_workers(mixed_tar: Path, tmp_path: Path, format: str, order: str) -> None:
+    options = ConvertOptions(format=format, order=order, shard_size="64KiB")
+    made = []
+    for workers in (1, 2, 3):
+        convert(mixed_tar, tmp_path / str(workers), options, workers=workers)
+        made.append(folder_bytes(tmp_path / str(workers)))
+    assert made[0] == made[1] == made[2]
+    suffixes = {Path(name).suffix for name in made[0]}
+    images = {".beton"} if format == "ffcv" else {".tar", ".idx"}
+    assert suffixes == {".json", ".jsonl", ".safetensors"} | images
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 images, train and val, some to be re-encoded, some damaged."""
-    files = {}
-    for number in range(NUM_IMAGES):
-        name = f"{'val' if number % 5 == 0 else 'train'}/class{number % 3}/{number:03}"
-        image = flat((number, 255 - number, 7), 20 + number % 11, 20 + number % 7)
-        if number % 41 == 3:
-            files[f"{name}.jpg"] = b"damaged"
-        elif number % 10 == 7:
-            files[f"{name}.png"] = encoded(image, "PNG")
-        elif number % 10 == 8:
-            files[f"{name}.jpg"] = encoded(image.convert("CMYK"))
-        else:
-            files[f"{name}.jpg"] = encoded(image)
-    return write_files(tmp_path_factory.mktemp("options"), files)
+def test_shuffled_is_a_permutation_that_the_seed_chooses(mixed_tar: Path, tmp_path: Path, format: str) -> None:
+    orders = {}
+    for seed in (0, 1):
+        options = ConvertOptions(format=format, order="shuffled", seed=seed)
+        convert(mixed_tar, tmp_path / str(seed), options, workers=2)
+        for name, split in open_converted(tmp_path / str(seed)).splits.items():
+            orders[seed, name] = split.records["source_index"].tolist()
+            original = open_source(mixed_tar).splits[name]
+            positions = split.records["position"]
+            expected = shuffled_order(len(original), seed)
+            np.testing.assert_array_equal(orders[seed, name], expected[positions])
+            assert (np.diff(positions) > 0).all()
+            assert [original.names[index] for index in orders[seed, name]] == list(split.names)
+    for name in ("train", "val"):
+        assert orders[0, name] != orders[1, name]
+        assert sorted(orders[0, name]) == sorted(orders[1, name])
+        assert orders[0, name] != sorted(orders[0, name])
 
 
-class TestSameBytes:
-    @pytest.mark.parametrize("order", ["source", "shuffled"])
-    def test_for_any_number_of_workers(self, source: Path, tmp_path: Path, format: str, order: str) -> None:
-        options = ConvertOptions(format=format, order=order, shard_size="64KiB")
-        made = []
-        for workers in (1, 2, 3):
-            convert(source, tmp_path / str(workers), options, workers=workers)
-            made.append(folder_bytes(tmp_path / str(workers)))
-        assert made[0] == made[1] == made[2]
-        suffixes = {Path(name).suffix for name in made[0]}
-        images = {".beton"} if format == "ffcv" else {".tar", ".idx"}
-        assert suffixes == {".json", ".jsonl", ".safetensors"} | images
-
-
-class TestOrder:
-    def test_shuffled_is_a_permutation_that_the_seed_chooses(self, source: Path, tmp_path: Path, format: str) -> None:
-        orders = {}
-        for seed in (0, 1):
-            options = ConvertOptions(format=format, order="shuffled", seed=seed)
-            convert(source, tmp_path / str(seed), options, workers=2)
-            for name, split in open_converted(tmp_path / str(seed)).splits.items():
-                orders[seed, name] = split.records["source_index"].tolist()
-                original = open_source(source).splits[name]
-                positions = split.records["position"]
-                expected = shuffled_order(len(original), seed)
-                np.testing.assert_array_equal(orders[seed, name], expected[positions])
-                assert (np.diff(positions) > 0).all()
-                assert [original.names[index] for index in orders[seed, name]] == list(split.names)
-        for name in ("train", "val"):
-            assert orders[0, name] != orders[1, name]
-            assert sorted(orders[0, name]) == sorted(orders[1, name])
-            assert orders[0, name] != sorted(orders[0, name])
-
-
-def test_shard_size(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "made", ConvertOptions(format="webdataset", shard_size="64KiB"), workers=1)
+def test_shard_size(mixed_tar: Path, tmp_path: Path) -> None:
+    convert(mixed_tar, tmp_path / "made", ConvertOptions(format="webdataset", shard_size="64KiB"), workers=1)
     sizes = [path.stat().st_size for path in sorted((tmp_path / "made").glob("train-*.tar"))]
     assert len(sizes) > 3
     assert max(sizes) <= 64 << 10
@@ -206,11 +184,11 @@ def test_what_is_not_allowed(options: dict[str, object], message: str) -> None:
         ConvertOptions(**{"format": "ffcv", **options})
 
 
-def test_workers_and_parts_that_are_not_allowed(source: Path, tmp_path: Path) -> None:
+def test_workers_and_parts_that_are_not_allowed(mixed_tar: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--workers 0 is not allowed: give at least 1"):
-        convert(source, tmp_path / "made", ConvertOptions(format="ffcv"), workers=0)
-    with pytest.raises(ValueError, match="val has 40 images, too few for 41 parts"):
-        convert(source, tmp_path / "made", ConvertOptions(format="ffcv", part="1/41"), workers=1)
+        convert(mixed_tar, tmp_path / "made", ConvertOptions(format="ffcv"), workers=0)
+    with pytest.raises(ValueError, match="val has 60 images, too few for 61 parts"):
+        convert(mixed_tar, tmp_path / "made", ConvertOptions(format="ffcv", part="1/61"), workers=1)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -78,7 +78,7 @@ class TestRecords:
         assert theirs["hash"].shape == (len(ours), 16)
         assert PackedNames.from_buffers(theirs["name_bytes"].tobytes(), theirs["name_ends"]) == ours.names()
 
-    @pytest.mark.parametrize("count", [1, 2, 7, 1000])
+    @pytest.mark.parametrize("count", [1, 2, 7, 1000, BLOCK_ROWS + 3])
     def test_round_trip(self, tmp_path: Path, count: int) -> None:
         rows = some_rows(count)
         names = PackedNames(f"{number}/ä{'x' * (number % 5)}" for number in range(count))
@@ -90,15 +90,6 @@ class TestRecords:
         assert records.names() == names
         header = int.from_bytes(path.read_bytes()[:8], "little")
         assert header % 8 == 0, "so that all columns are aligned"
-
-    def test_more_than_a_block(self, tmp_path: Path) -> None:
-        count = BLOCK_ROWS + 3
-        rows = some_rows(count)
-        names = PackedNames(str(number) for number in range(count))
-        path = write(tmp_path, rows, names)
-        records = SampleRecords.open(path)
-        np.testing.assert_array_equal(records.rows(), rows)
-        assert records.names() == names
 
 
 @given(data=st.data())

@@ -273,17 +273,14 @@ def test_bombs_cost_neither_time_nor_memory() -> None:
     assert int(run.stdout) < 16 << 10, "KiB more than without it"
 
 
-class TestCheck:
-    """What `--check header` lets pass, and `--check decode` does not."""
-
-    def test_a_png_that_is_damaged_inside(self) -> None:
-        data = bytearray(encoded(noise(40, 30), "PNG"))
-        data[1000] ^= 0xFF
-        assert transformed(bytes(data), "a.png", "webdataset").handling == PASSED_THROUGH
-        with pytest.raises(UnusableImageError, match=r"broken|checksum|CRC|truncated|error"):
-            transformed(bytes(data), "a.png", "webdataset", check="decode")
-        with pytest.raises(UnusableImageError):
-            transformed(bytes(data), "a.png", "ffcv")  # decoded in any case
+def test_a_png_that_is_damaged_inside() -> None:
+    data = bytearray(encoded(noise(40, 30), "PNG"))
+    data[1000] ^= 0xFF
+    assert transformed(bytes(data), "a.png", "webdataset").handling == PASSED_THROUGH
+    with pytest.raises(UnusableImageError, match=r"broken|checksum|CRC|truncated|error"):
+        transformed(bytes(data), "a.png", "webdataset", check="decode")
+    with pytest.raises(UnusableImageError):
+        transformed(bytes(data), "a.png", "ffcv")  # decoded in any case
 
 
 HARD_NAMES = [
@@ -363,16 +360,6 @@ class TestWholeFolders:
             assert sorted([*expected, *rejected])[line["index"]] == line["name"]
         report = verify(tmp_path / "made", source=root, deep=True, workers=2)
         assert (report["ok"], report["problems"]) == (True, [])
-
-    def test_nothing_usable_is_an_error(self, tmp_path: Path) -> None:
-        root = write_files(tmp_path / "source", {"a/1.jpg": b"", "a/2.jpg": b"x"})
-        with pytest.raises(
-            ValueError,
-            match=r"none of the 2 images of train can be used; for example a/1.jpg: it is empty",
-        ):
-            convert(root, tmp_path / "made", ConvertOptions(format="ffcv"), workers=1)
-        assert not (tmp_path / "made").exists()
-        assert len(quarantine(tmp_path / "made.partial")) == 2
 
 
 def quarantine(folder: Path) -> list[dict[str, object]]:
