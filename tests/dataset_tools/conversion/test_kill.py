@@ -9,8 +9,8 @@ import shutil
 import signal
 import tarfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from dataset_tools.conversion.verify import verify
 from dataset_tools.stop_signals import StopSignals
 from tests.dataset_tools.conversion.trouble import (
     Command,
+    Commands,
     contents,
     images_done,
     journal_often,
@@ -41,11 +42,11 @@ PAUSE_S = 0.001
 class Case:
     """A conversion, and what it must result in."""
 
+    commands: Commands
     source: Path
     destination: Path
     format: str
     expected: dict[str, str]
-    commands: list[Command] = field(default_factory=list)
     parts: list[Path] = field(default_factory=list)
     """To merge, instead of converting."""
 
@@ -56,10 +57,7 @@ class Case:
         arguments = ["convert", self.source, self.destination, *flags]
         if self.parts:
             arguments = ["merge", *self.parts, self.destination]
-        log = self.destination.with_name(f"log {len(self.commands)}")
-        command = Command([*arguments, "--workers", workers], log, prepare or journal_often(pause_s=pause_s))
-        self.commands.append(command)
-        return command
+        return self.commands(*arguments, "--workers", workers, prepare=prepare or journal_often(pause_s=pause_s))
 
     def complete(self, **given: Any) -> Command:
         """Runs it to its end, and compares the result."""
@@ -91,25 +89,14 @@ def large_whole(large_tar: Path, format: str, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-@contextmanager
-def cleaned_up(case: Case) -> Iterator[Case]:
-    try:
-        yield case
-    finally:
-        for command in case.commands:
-            command.end()
+@pytest.fixture
+def case(commands: Commands, format: str, tmp_path: Path, large_tar: Path, large_whole: Path) -> Case:
+    return Case(commands, large_tar, tmp_path / "made", format, contents(large_whole))
 
 
 @pytest.fixture
-def case(format: str, tmp_path: Path, large_tar: Path, large_whole: Path) -> Iterator[Case]:
-    with cleaned_up(Case(large_tar, tmp_path / "made", format, contents(large_whole))) as case:
-        yield case
-
-
-@pytest.fixture
-def small_case(format: str, tmp_path: Path, mixed_tar: Path, mixed_whole: Path) -> Iterator[Case]:
-    with cleaned_up(Case(mixed_tar, tmp_path / "made", format, contents(mixed_whole))) as case:
-        yield case
+def small_case(commands: Commands, format: str, tmp_path: Path, mixed_tar: Path, mixed_whole: Path) -> Case:
+    return Case(commands, mixed_tar, tmp_path / "made", format, contents(mixed_whole))
 
 
 def kill_at_random(case: Case, num_kills: int, seed: int, longest_s: float = 0.5) -> None:
@@ -163,7 +150,7 @@ def test_kills_at_random_moments(case: Case, num_kills: int, seed: int) -> None:
 @pytest.mark.real_data
 @pytest.mark.timeout(1200)
 def test_kills_at_many_random_moments_of_real_images(
-    real_data: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, format: str
+    commands: Commands, real_data: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, format: str
 ) -> None:
     """ImageNet's JPEGs, which are larger than the pieces that are written at once; several MiB of them are scaled."""
     source = tmp_path / "real.tar"
@@ -178,8 +165,8 @@ def test_kills_at_many_random_moments_of_real_images(
                     copy.addfile(member, data)
     folder = tmp_path_factory.mktemp("whole") / format
     convert(source, folder, options(format), workers=1)
-    with cleaned_up(Case(source, tmp_path / "made", format, contents(folder))) as case:
-        kill_at_random(case, 50, seed=4, longest_s=0.7)
+    case = Case(commands, source, tmp_path / "made", format, contents(folder))
+    kill_at_random(case, 50, seed=4, longest_s=0.7)
     assert verify(case.destination, source=source, deep=True)["ok"]
 
 
@@ -231,9 +218,7 @@ def kill_at_each(case: Case, calls: list[int], chance: random.Random) -> None:
                 assert case.start(workers=1, prepare=die_at(chance.randint(1, 40))).wait() in (0, -signal.SIGKILL)
             case.complete(workers=chance.choice((1, 3)), pause_s=0)
         shutil.rmtree(case.destination)
-        for command in case.commands:
-            command.end()
-        case.commands.clear()
+        case.commands.end()
 
 
 def test_kills_between_the_calls_that_change_files(small_case: Case) -> None:

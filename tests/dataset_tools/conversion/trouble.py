@@ -71,7 +71,7 @@ def contents(folder: Path) -> dict[str, str]:
 class Command:
     """A command line of dataset_tools in a forked process, which leads a session of its own."""
 
-    def __init__(self, arguments: list[Any], log: Path, prepare: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, arguments: list[Any], log: Path, prepare: Callable[[], None]) -> None:
         """`prepare` is called in the process, before the command."""
         self.log = log
         log.write_bytes(b"")
@@ -154,6 +154,22 @@ class Command:
                 os.kill(pid, signal.SIGKILL)
         if self.code is None:
             self.wait()
+
+
+class Commands(list[Command]):
+    """Starts command lines, and ends them."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+
+    def __call__(self, *arguments: Any, prepare: Callable[[], None] | None = None) -> Command:
+        self.append(Command(list(arguments), self.logs / f"log {len(self)}", prepare or journal_often()))
+        return self[-1]
+
+    def end(self) -> None:
+        for command in self:
+            command.end()
+        self.clear()
 
 
 def until(condition: Callable[[], Any], limit_s: float, what: str) -> None:
