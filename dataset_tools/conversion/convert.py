@@ -251,11 +251,11 @@ class _Conversion:
         logger.info("%s: completing the files", split.name)
         images = conversion.writer.finish(rows)
         logger.info("%s: hashing the files", split.name)
-        names = split.packed_names()
+        indices = np.concatenate([block["source_index"] for block, _ in rows.blocks()])
         return complete_split(
             split.name,
             rows,
-            lambda block, _: names.select(block["source_index"]),
+            split.packed_names().select(indices),
             images,
             self.options.output,
             num_workers=self.num_workers,

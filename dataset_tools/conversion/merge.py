@@ -176,11 +176,10 @@ def _merge_split(name: str, parts: list[_Part], folder: Path, num_workers: int, 
                 block["offset"] = np.cumsum(block["num_bytes"]) - block["num_bytes"]
                 writer.write(block, lambda offset, size, images=images: images[offset : offset + size])
                 rows.append(block)
-        names = PackedNames(each for split in given for each in split.names)
         return complete_split(
             name,
             rows,
-            lambda block, start: names[start : start + len(block)],
+            PackedNames(each for split in given for each in split.names),
             writer.finish(rows),
             output,
             num_workers=num_workers,

@@ -23,8 +23,9 @@ from dataset_tools.files import NoRegularFileError, raise_if_of_machine
 from dataset_tools.formats.manifest import records_name
 from dataset_tools.formats.output_format import OutputFormat, SampleWriter
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, ROW
-from dataset_tools.formats.row_file import NamesOf, RowFile
+from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.split_manifest import SplitManifest, check_split_name
+from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.split import RottenImageError, Split
 from dataset_tools.stop_signals import StopSignals
 from dataset_tools.subsets import shuffled_order
@@ -212,7 +213,7 @@ def _read(split: Split, index: int) -> bytes:
 def complete_split(
     name: str,
     rows: RowFile,
-    names_of: NamesOf,
+    names: PackedNames,
     files: Sequence[Path],
     output: OutputFormat,
     *,
@@ -222,10 +223,10 @@ def complete_split(
 ) -> SplitManifest:
     """Writes the records of a split beside its `rows`, and hashes its files. Returns its manifest.
 
-    `files`: of images, in order. `counted`: what of the manifest the rows do not tell.
+    `names`: of the samples. `files`: of images, in order. `counted`: what of the manifest the rows do not tell.
     """
     path = rows.path.with_name(records_name(name))
-    rows.write_records(path, names_of)
+    rows.write_records(path, names)
     to_hash = [(path, None), *((file, output.hash_block_bytes) for file in files)]
     records, *images = hash_files(to_hash, num_workers, stop)
     page_bytes = output.settled_page_bytes(files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,6 @@ from numpy.typing import NDArray
 from dataset_tools.files import open_own, read_at, write_at, written
 from dataset_tools.formats.records import BLOCK_ROWS, ROW, TYPE_NAMES
 from dataset_tools.packed_names import PackedNames
-
-NamesOf = Callable[[NDArray[np.void], int], PackedNames]
-"""(a block of rows, the number of its first one) → their names."""
 
 
 class RowFile:
@@ -65,34 +62,22 @@ class RowFile:
             data = read_at(self.fileno(), count * ROW.itemsize, start * ROW.itemsize)
             yield np.frombuffer(bytearray(data), dtype=ROW), start
 
-    def write_records(self, path: Path, names_of: NamesOf) -> None:
+    def write_records(self, path: Path, names: PackedNames) -> None:
         """Writes the file that `SampleRecords` opens: these rows as columns, and their names; synced to the disk."""
         columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
             name: (ROW[name].base, (len(self), *ROW[name].shape)) for name in ROW.names or ()
         }
-        num_bytes = sum(len(names_of(block, start).blob) for block, start in self.blocks())
-        columns |= {"name_ends": (np.dtype("<i8"), (len(self) + 1,)), "name_bytes": (np.dtype("u1"), (num_bytes,))}
+        packed = {"name_ends": names.offsets.astype("<i8"), "name_bytes": np.frombuffer(names.blob, dtype=np.uint8)}
+        columns |= {name: (column.dtype, column.shape) for name, column in packed.items()}
         # Wide types first: every column is then aligned.
         columns = dict(sorted(columns.items(), key=lambda item: -item[1][0].itemsize))
         with written(path) as file:
             file.write(_safetensors_header(columns))
             for name in columns:
-                file.writelines(self._column(name, names_of))
-
-    def _column(self, name: str, names_of: NamesOf) -> Iterator[bytes]:
-        """The bytes of a column, a block at a time."""
-        end = 0
-        if name == "name_ends":
-            yield end.to_bytes(8, "little")
-        for block, start in self.blocks():
-            if name == "name_ends":
-                ends = end + names_of(block, start).offsets[1:]
-                end = int(ends[-1])
-                yield ends.astype("<i8").tobytes()
-            elif name == "name_bytes":
-                yield names_of(block, start).blob
-            else:
-                yield np.ascontiguousarray(block[name]).tobytes()
+                if name in packed:
+                    file.write(packed[name].data)
+                else:
+                    file.writelines(np.ascontiguousarray(block[name]).data for block, _ in self.blocks())
 
     def sync(self) -> None:
         """Bring all to the disk."""
