@@ -43,8 +43,8 @@ def merge(
 ) -> dict[str, Any]:
     """Join converted data sets into the folder `destination`: parts I/N of a conversion, or different splits, or both.
 
-    Samples and their order are those of an unpartitioned conversion; a .beton is the same to the byte. The parts'
-    files are compared with their manifests first. Returns the summary that `--json` prints.
+    Of parts, every file is that of an unpartitioned conversion, to the byte. The parts' files are compared with their
+    manifests first. Returns the summary that `--json` prints.
 
     Raises ValueError if the parts do not fit together, are incomplete or damaged, FileExistsError if there is something
     at the destination, OSError for a full disk.

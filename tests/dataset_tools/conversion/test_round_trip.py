@@ -206,8 +206,12 @@ class TestFfcv:
             assert difference <= tolerance[int(split.records["encoding"][index])], number
 
     @pytest.mark.parametrize("os_cache", [True, False])
-    def test_samples_larger_than_a_page(self, large: Path, os_cache: bool) -> None:
-        images, labels = read_with_ffcv(large / "train.beton", os_cache=os_cache, order="SEQUENTIAL")
+    def test_several_pages_and_samples_larger_than_a_page(self, large: Path, os_cache: bool) -> None:
+        path = large / "train.beton"
+        images, labels = read_with_ffcv(path, os_cache=os_cache, order="SEQUENTIAL")
+        everything = sorted(map(as_bytes, images, labels))
+        for order in ("RANDOM", "QUASI_RANDOM"):
+            assert sorted(map(as_bytes, *read_with_ffcv(path, os_cache=os_cache, order=order))) == everything
         names = list(open_converted(large).splits["train"].names)
         assert labels.tolist() == [0] * 11 + [1] * 12
         assert names[10] == "class0/large.png"
@@ -324,45 +328,8 @@ class TestEveryKindOfJpegThatIsPassedThrough:
             assert np.abs(image.astype(int) - expected).mean() < 3.0, kind
 
 
-@pytest.fixture(scope="module")
-def photographs(real_data: Path) -> Path:
-    return real_data / "imagenet-sample-400.tar"
-
-
-@pytest.fixture(scope="module")
-def made_photographs(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photographs")
-    for format in ("ffcv", "webdataset"):
-        options = ConvertOptions(format=format, max_side=0, shard_size="8MiB")
-        summary = convert(photographs, folder / format, options, workers=2)
-        assert (summary["samples"], summary["passed_through"], summary["quarantined"]) == (400, 400, 0)
-    return folder
-
-
-@pytest.mark.real_data
-class TestPhotographs:
-    """400 photographs of ImageNet, as they are."""
-
-    @needs_ffcv
-    def test_ffcv(self, photographs: Path, made_photographs: Path) -> None:
-        """FFCV's crops of the middle are those that OpenCV makes of Pillow's pixels, which are a little more exact."""
-        path = made_photographs / "ffcv" / "train.beton"
-        found = {
-            (os_cache, order): read_with_ffcv(path, os_cache=os_cache, order=order, side=32)
-            for os_cache in (True, False)
-            for order in ORDERS
-        }
-        original = open_source(photographs).splits["train"]
-        images, labels = found[True, "SEQUENTIAL"]
-        assert labels.tolist() == original.labels.tolist()
-        cv2 = pytest.importorskip("cv2")
-        for index in range(0, 400, 9):
-            image = truth(original.read(index))
-            expected = cv2.resize(middle_of(image), (32, 32), interpolation=cv2.INTER_AREA)
-            assert np.abs(images[index].astype(int) - expected).mean() < 3.0
-        everything = sorted(map(as_bytes, images, labels))
-        for case, answer in found.items():
-            assert sorted(map(as_bytes, *answer)) == everything, case
+def as_bytes(image: np.ndarray, label: np.ndarray) -> bytes:
+    return image.tobytes() + bytes(label)
 
 
 def middle_of(image: np.ndarray) -> np.ndarray:
@@ -370,7 +337,3 @@ def middle_of(image: np.ndarray) -> np.ndarray:
     side = min(image.shape[:2])
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
     return np.ascontiguousarray(image[top : top + side, left : left + side])
-
-
-def as_bytes(image: np.ndarray, label: np.ndarray) -> bytes:
-    return image.tobytes() + bytes(label)
