@@ -21,7 +21,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def write_tree(tmp_path: Path) -> Callable[..., Path]:
-    """Writes files (path → bytes; a path that ends in "/" is an empty folder) and returns their root."""
+    """Writes files as `write_files` does, and returns their root."""
     return lambda files: made_up.write_files(tmp_path / "tree", files)
 
 

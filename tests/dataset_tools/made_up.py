@@ -17,8 +17,10 @@ from PIL import Image
 from dataset_tools.sources import ImageSource, Split
 
 
-def write_files(root: Path, files: Mapping[str, bytes]) -> Path:
-    """Path → bytes; a path that ends in "/" is an empty folder."""
+def write_files(root: Path, files: Mapping[str, bytes] | str) -> Path:
+    """Path → bytes; a path that ends in "/" is an empty folder. In a text: paths, each the content of its file."""
+    if isinstance(files, str):
+        files = {name: name.encode() for name in files.split()}
     root.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         path = root / name

@@ -26,7 +26,7 @@ from dataset_tools.formats.manifest import Manifest
 from dataset_tools.formats.records import SampleRecords
 from dataset_tools.sources.converted import open_converted
 from dataset_tools.stop_signals import StoppedBySignalError
-from tests.dataset_tools.conversion.trouble import contents, jpeg, mixed_files, options
+from tests.dataset_tools.conversion.trouble import contents, jpeg, mixed_files, options, tampered
 from tests.dataset_tools.made_up import write_tar
 
 
@@ -122,13 +122,8 @@ def test_a_tampered_journal_is_refused(unfinished: Path, mixed_tar: Path, format
     path = unfinished / "journal.json"
     before = path.read_text()
     content = json.loads(before.split("\n")[1])
-    place: Any = content["state"]
-    step: Any = None
-    while isinstance(place, dict | list) and place and (step is None or case.draw(st.booleans())):
-        step = case.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
-        holder, place = place, place[step]
     values = [-5, -1, 0, 1, 10**9, 2**62, 10**20, 1.5, True, None, "x", "../victim", [], {}, [1], ["../victim"]]
-    holder[step] = case.draw(st.sampled_from([value for value in values if value != place or value is True]))
+    tampered(content["state"], values, case)
     body = json.dumps(content)
     path.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
     with pytest.MonkeyPatch.context() as patch:

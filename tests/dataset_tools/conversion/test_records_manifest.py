@@ -29,6 +29,7 @@ from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.stop_signals import StoppedBySignalError, StopSignals
 from tests.dataset_tools.conversion.pictures import encoded, flat
+from tests.dataset_tools.conversion.trouble import tampered
 from tests.dataset_tools.made_up import write_files
 
 
@@ -265,19 +266,8 @@ class TestManifest:
     @given(data=st.data())
     def test_whatever_stands_in_a_field_is_refused_or_harmless(self, data: st.DataObject) -> None:
         content = json.loads(json.dumps(asdict(manifest())))
-        place, steps = content, []
-        while isinstance(place, dict | list) and place and not (steps and data.draw(st.booleans())):
-            holder, step = (
-                place,
-                data.draw(st.sampled_from([*(place if isinstance(place, dict) else range(len(place)))])),
-            )
-            steps.append(step)
-            place = place[step]
-        holder[step] = data.draw(
-            st.sampled_from(
-                [-1, 0, 1, 2**31, 2**63, 10**400, 1.5, True, None, "x", "../x", [], {}, [1], ["a"], {"a": {}}]
-            )
-        )
+        values = [-1, 0, 1, 2**31, 2**63, 10**400, 1.5, True, None, "x", "../x", [], {}, [1], ["a"], {"a": {}}]
+        tampered(content, values, data)
         with TemporaryDirectory() as folder:
             write_content(Path(folder), content)
             try:
