@@ -32,20 +32,23 @@ def write_files(root: Path, files: Mapping[str, bytes] | str) -> Path:
     return root
 
 
-def write_tar(
-    path: Path | io.BytesIO,
-    files: Mapping[str, bytes] | Iterable[tuple[str, bytes]],
-    mode: str = "w",
-    format: int = tarfile.PAX_FORMAT,
-) -> Any:
-    """Path → bytes, in the order given. `mode` and `format` are tarfile's. Returns `path`."""
-    target = {"fileobj": path} if isinstance(path, io.BytesIO) else {"name": path}
-    with tarfile.open(**target, mode=mode, format=format) as archive:  # type: ignore[call-overload]
+def write_tar(path: Path, files: Mapping[str, bytes] | Iterable[tuple[str, bytes]], **options: Any) -> Path:
+    """As `tar_bytes`. Returns `path`."""
+    path.write_bytes(tar_bytes(files, **options))
+    return path
+
+
+def tar_bytes(
+    files: Mapping[str, bytes] | Iterable[tuple[str, bytes]], mode: str = "w", format: int = tarfile.PAX_FORMAT
+) -> bytes:
+    """Path → bytes, in the order given. `mode` and `format` are tarfile's."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode, format=format) as archive:  # type: ignore[call-overload]
         for name, data in files.items() if isinstance(files, Mapping) else files:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    return path
+    return buffer.getvalue()
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dataset_tools.sources import ImageSource, open_source
-from tests.dataset_tools.made_up import write_files, write_tar
+from tests.dataset_tools.made_up import tar_bytes, write_files
 
 WNIDS = ("n01440764", "n02012849", "n03126707", "n07749582")
 IDS = {"n03126707": 1, "n01440764": 2, "n07749582": 3, "n02012849": 4}
@@ -27,12 +27,6 @@ DEVKIT = "ILSVRC2012_devkit_t12"
 
 def val_name(number: int) -> str:
     return f"ILSVRC2012_val_{number:08}.JPEG"
-
-
-def tar_bytes(files: Iterable[tuple[str, bytes]]) -> bytes:
-    buffer = io.BytesIO()
-    write_tar(buffer, files)
-    return buffer.getvalue()
 
 
 def inner_tar(wnid: str) -> bytes:

@@ -19,8 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset_tools.sources import open_source, spool
-from tests.dataset_tools import made_up
-from tests.dataset_tools.made_up import assert_reads_in_processes, assert_unpacked_once, everything
+from tests.dataset_tools.made_up import assert_reads_in_processes, assert_unpacked_once, everything, tar_bytes
 
 FILES = {
     "val/dog/9.jpg": b"val dog 9",
@@ -273,49 +272,7 @@ def test_damaged_compressed_tars(write_tar, cache_folder: Path, packing: str, da
     assert [path.suffix for path in cache_folder.iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [
-        (20_000, "damaged or cut short"),
-        (20 * 1024, "the end of the file without the end-of-archive mark at byte 20480"),  # between two members
-        (41 * 1024, None),  # only the padding after the end-of-archive mark is gone
-    ],
-)
-def test_a_tar_cut_short(write_tar, size: int, message: str | None) -> None:
-    path = write_tar({f"a/{i}.jpg": b"x" * 512 for i in range(40)})
-    os.truncate(path, size)
-    if message:
-        with pytest.raises(ValueError, match=message):
-            open_source(path)
-    else:
-        assert len(open_source(path).splits["train"]) == 40
-
-
-def test_a_tar_with_a_damaged_header(write_tar) -> None:
-    path = write_tar({f"a/{i}.jpg": b"x" * 512 for i in range(40)})
-    with open(path, "r+b") as file:
-        file.seek(10 * 1024 + 100)
-        file.write(b"\xff" * 50)
-    with pytest.raises(ValueError, match="a damaged header at byte 10240"):
-        open_source(path)
-
-
-@pytest.mark.parametrize("name", ["/etc/1.jpg", "a/../../1.jpg", "../1.jpg", "a/.."])
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_unsafe_paths_are_refused(write_tar, cache_folder: Path, name: str, mode: str) -> None:
-    """And nothing is unpacked."""
-    with pytest.raises(ValueError, match=f"its member '{name}' has an absolute or `..` path, which is refused"):
-        open_source(write_tar({"a/1.jpg": b"", name: b""}, mode=mode))
-    assert not list(cache_folder.parent.rglob("1.jpg"))
-
-
-@pytest.mark.parametrize("again", ["a/1.jpg", "./a/1.jpg", "a//1.jpg"])
-def test_duplicates_are_refused(write_tar, again: str) -> None:
-    path = write_tar({"a/0.jpg": b"0", "a/1.jpg": b"1", "b/1.jpg": b"2"})
-    with tarfile.open(path, "a") as archive:
-        archive.addfile(tarfile.TarInfo(again))
-    with pytest.raises(ValueError, match=r"holds 'a/1.jpg' more than once"):
-        open_source(path)
+FORTY = tar_bytes({f"a/{i}.jpg": b"x" * 512 for i in range(40)})
 
 
 @pytest.mark.parametrize(
@@ -325,14 +282,44 @@ def test_duplicates_are_refused(write_tar, again: str) -> None:
         (b"\xff\xd8\xff\xe0" + bytes(2000), "is no tar. A file must be a tar"),
         (b"PK\x03\x04" + bytes(2000), "unpack other archives"),
         (gzip.compress(b"not a tar" * 1000), "cannot be used: it is damaged or cut short"),
+        (tar_bytes({}), "holds no image"),
+        (tar_bytes({"a/1.txt": b""}), "x.tar holds no image. Expected"),
+        (FORTY[:20_000], "damaged or cut short"),
+        (
+            FORTY[: 20 * 1024],
+            "the end of the file without the end-of-archive mark at byte 20480",
+        ),  # between two members
+        (FORTY[:10_340] + b"\xff" * 50 + FORTY[10_390:], "a damaged header at byte 10240"),
+        *(
+            (
+                tar_bytes([("a/0.jpg", b"0"), ("a/1.jpg", b"1"), ("b/1.jpg", b"2"), (again, b"")]),
+                "'a/1.jpg' more than once",
+            )
+            for again in ("a/1.jpg", "./a/1.jpg", "a//1.jpg")
+        ),
+        *(
+            (
+                tar_bytes({"a/1.jpg": b"", name: b""}, mode=mode),
+                f"'{name}' has an absolute or `..` path, which is refused",
+            )
+            for name in ("/etc/1.jpg", "a/../../1.jpg", "../1.jpg", "a/..")
+            for mode in ("w", "w:gz")
+        ),
     ],
-    ids=["empty", "a JPEG", "a zip", "another thing in gzip"],
 )
-def test_files_that_are_no_tar(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "file"
+def test_unusable_archives(tmp_path: Path, content: bytes, message: str) -> None:
+    """And nothing is unpacked."""
+    path = tmp_path / "x.tar"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         open_source(path)
+    assert not list(tmp_path.rglob("*.jpg"))
+
+
+def test_a_tar_without_the_padding_behind_its_end(write_tar) -> None:
+    path = write_tar({f"a/{i}.jpg": b"x" * 512 for i in range(40)})
+    os.truncate(path, 41 * 1024)
+    assert len(open_source(path).splits["train"]) == 40
 
 
 def header(size: int, name: bytes, kind: bytes = b"0") -> bytes:
@@ -368,9 +355,7 @@ def test_a_changed_header_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], block: int
 ) -> None:
     """Also where the checksum fits."""
-    buffer = io.BytesIO()
-    made_up.write_tar(buffer, {"a/1.jpg": b"1", f"a/{'long' * 40}.jpg": b"2"}, format=tarfile.PAX_FORMAT)
-    data = bytearray(buffer.getvalue())
+    data = bytearray(tar_bytes({"a/1.jpg": b"1", f"a/{'long' * 40}.jpg": b"2"}))
     for position, value in changes:
         data[block * 512 + position] = value
     head = data[block * 512 : (block + 1) * 512]
@@ -398,21 +383,10 @@ def test_what_is_refused_leaves_nothing_in_the_cache(
     with pytest.raises(ValueError, match=r"nothing but zeros|more than 200 times as large"):
         open_source(path)
     assert [each.suffix for each in cache_folder.iterdir()] == [".lock"]
-    path.write_bytes(PACK[packing](write_tar_bytes({"a/x.txt": b"1"})))
+    path.write_bytes(PACK[packing](tar_bytes({"a/x.txt": b"1"})))
     with pytest.raises(ValueError, match="holds no image"):
         open_source(path)
     assert {each.suffix for each in cache_folder.iterdir()} == {".lock"}
-
-
-def write_tar_bytes(files: dict[str, bytes]) -> bytes:
-    return bytes(made_up.write_tar(io.BytesIO(), files).getvalue())
-
-
-def test_a_tar_without_images(write_tar) -> None:
-    with pytest.raises(ValueError, match=r"images.tar holds no image. Expected"):
-        open_source(write_tar({"a/1.txt": b""}))
-    with pytest.raises(ValueError, match="holds no image"):
-        open_source(write_tar({}))
 
 
 def test_a_tar_that_shrank_or_vanished_is_an_error_that_names_the_sample(write_tar) -> None:
