@@ -47,16 +47,8 @@ class Convert(CommonFlags):
 
     def run(self, console: Console) -> dict[str, Any]:
         from dataset_tools.conversion.convert import convert
-        from dataset_tools.conversion.progress import Progress
 
-        summary = convert(
-            self.source,
-            self.destination,
-            self.options,
-            workers=self.workers,
-            strict=self.strict,
-            progress=Progress(console),
-        )
+        summary = convert(self.source, self.destination, self.options, workers=self.workers, strict=self.strict)
         _print_summary(console, summary)
         return summary
 
@@ -75,10 +67,9 @@ class Verify(CommonFlags):
     """Processes; the cores of this machine if not given."""
 
     def run(self, console: Console) -> dict[str, Any]:
-        from dataset_tools.conversion.progress import Progress
         from dataset_tools.conversion.verify import verify
 
-        result = verify(self.data, source=self.source, deep=self.deep, workers=self.workers, progress=Progress(console))
+        result = verify(self.data, source=self.source, deep=self.deep, workers=self.workers)
         for problem in result["problems"]:
             say(console, printable(problem.replace("\n", "\\n")))
         more = result["num_problems"] - len(result["problems"])

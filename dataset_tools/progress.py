@@ -18,30 +18,35 @@ log = logging.getLogger(__name__)
 
 QUIET_S = 10.0
 LINE_EVERY_S = 30.0
+REFRESH_S = 0.2
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-    """Yields a function that takes how many of `total` were done since it was called last.
+def progress(what: str, total: int, unit: str = "images", *, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Yields a function that takes how many of `total` were done since it was called last, and a note to be shown.
 
-    Work that takes less than 10 s shows nothing. `what`: "kNN features".
+    Work that takes less than 10 s shows nothing. `what`: "kNN features". `done`: how many were done before. No thread
+    draws the bar: processes may be forked meanwhile.
     """
-    start_s, done, next_line_s = time.monotonic(), 0, QUIET_S
+    start_s, before, next_s = time.monotonic(), done, QUIET_S
     with ExitStack() as stack:
         bar: Progress | None = None
 
-        def advance(number: int) -> None:
-            nonlocal done, next_line_s, bar
+        def advance(number: int, note: str = "") -> None:
+            nonlocal done, next_s, bar
             done += number
             passed_s = time.monotonic() - start_s
-            if bar is not None:
-                bar.update(bar.task_ids[0], completed=done)
-            elif passed_s >= next_line_s and done < total:
-                next_line_s = passed_s + LINE_EVERY_S
-                bar = _bar(what, total, unit, stack)
-                if bar is None:
-                    left = timedelta(seconds=round(passed_s * (total - done) / done))
-                    log.info(f"{what}: {done:,} of {total:,} {unit}, {done / passed_s:,.0f} a second, {left} left")
+            if passed_s < next_s or done >= total:
+                return
+            bar = bar or _bar(what, total, unit, stack)
+            next_s = passed_s + (REFRESH_S if bar else LINE_EVERY_S)
+            if bar:
+                bar.update(bar.task_ids[0], completed=done, note=note, refresh=True)
+                return
+            speed = (done - before) / passed_s
+            left = timedelta(seconds=round((total - done) / max(speed, 1e-9)))
+            line = f"{what}: {done:,} of {total:,} {unit}, {speed:,.0f} a second, {left} left"
+            log.info(f"{line}; {note}" if note else line)
 
         yield advance
 
@@ -78,9 +83,10 @@ def _bar(what: str, total: int, unit: str, stack: ExitStack) -> Progress | None:
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    bar = Progress(*columns, console=console, transient=True)
-    bar.add_task("", total=total)
+    bar = Progress(*columns, console=console, transient=True, auto_refresh=False)
+    bar.add_task("", total=total, note="")
     try:
         return stack.enter_context(bar)
     except LiveError:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +16,6 @@ from PIL import features
 
 from dataset_tools.conversion.hashing import hash_files
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.conversion.progress import Progress
 from dataset_tools.conversion.split_conversion import Positions, SplitConversion, TransformedImages, complete_split
 from dataset_tools.conversion.staging import (
     Staging,
@@ -31,6 +30,7 @@ from dataset_tools.formats.beton import decode_bytes
 from dataset_tools.formats.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest, read_quarantine
 from dataset_tools.formats.records import ROW
 from dataset_tools.formats.split_manifest import SplitManifest
+from dataset_tools.progress import progress
 from dataset_tools.sources import ImageSource, Split, open_source
 from dataset_tools.stop_signals import StoppedBySignalError, StopSignals, stop_signals
 from dataset_tools.versions import installed_version
@@ -48,7 +48,6 @@ def convert(
     *,
     workers: int | None = None,
     strict: bool = False,
-    progress: Progress | None = None,
     journal_every_s: float = JOURNAL_EVERY_S,
 ) -> dict[str, Any]:
     """Convert `source_path` (anything that open_source takes) into the folder `destination`.
@@ -77,14 +76,10 @@ def convert(
         again = f" (delete it to try the {quarantined:,} images in quarantine again)" if quarantined else ""
         logger.info("%s is whole already: nothing to do%s", target, again)
         return summarize(target, whole, images=0, seconds=time.monotonic() - began)
-    with (
-        staged(target, plan) as staging,
-        stop_signals() as stop,
-        progress or Progress() as shown,
-    ):
+    with staged(target, plan) as staging, stop_signals() as stop:
         if staging.continued:
             logger.info("continuing what an earlier call left in %s", staging.folder)
-        run = _Conversion(options, staging, num_workers, strict, shown, stop, journal_every_s)
+        run = _Conversion(options, staging, num_workers, strict, stop, journal_every_s)
         images, manifests = run.convert_splits(_chosen_splits(source, options))
         manifest = run.publish(manifests, source)
     return summarize(target, manifest, images=images, seconds=time.monotonic() - began)
@@ -136,7 +131,6 @@ class _Conversion:
     staging: Staging
     num_workers: int
     strict: bool
-    progress: Progress
     stop: StopSignals
     journal_every_s: float
     _quarantine: IO[bytes] = None  # type: ignore[assignment]
@@ -153,8 +147,6 @@ class _Conversion:
             self._check_room(conversions)
             for conversion in conversions:
                 with conversion.opened():
-                    done = conversion.num_positions - conversion.num_left
-                    self.progress.start(conversion.split.name, conversion.num_positions, done)
                     self._transform(conversion)
                     if len(conversion.rows):
                         manifests[conversion.split.name] = self._finish(conversion)
@@ -222,12 +214,15 @@ class _Conversion:
 
     def _transform(self, conversion: SplitConversion) -> None:
         saved = time.monotonic()
-        with self._pool(conversion) as pool:
+        name, total = conversion.split.name, conversion.num_positions
+        before = total - conversion.num_left
+        logger.info(f"{name}: {total:,} images" + (f", {before:,} of them done before" if before else ""))
+        with self._pool(conversion) as pool, progress(name, total, done=before) as advance:
             for done in pool.map(conversion.tasks()):
                 if done is not None:
                     self._quarantine.write(conversion.quarantine_lines(done.result))
                     conversion.add(done.task, done.result, done.payload)
-                    self.progress.update(conversion.state.done - conversion.start, asdict(conversion.counts))
+                    advance(done.task[1] - done.task[0], str(conversion.counts))
                     if self.strict and done.result.rejected:
                         position, reason = done.result.rejected[0]
                         raise ValueError(

@@ -56,7 +56,10 @@ class Counts:
     passed_through: int = 0
     reencoded: int = 0
     quarantined: int = 0
-    bytes: int = 0
+
+    def __str__(self) -> str:
+        passed, reencoded, quarantined = self.passed_through, self.reencoded, self.quarantined
+        return f"passed {passed:,}, re-encoded {reencoded:,}, quarantined {quarantined:,}"
 
 
 class SplitConversion:
@@ -125,7 +128,6 @@ class SplitConversion:
         passed = int((rows["handling"] == PASSED_THROUGH).sum())
         self.counts.passed_through += passed
         self.counts.reencoded += len(rows) - passed
-        self.counts.bytes += int(rows["num_bytes"].sum())
 
     def tasks(self) -> Iterator[Positions]:
         """The positions that are left to do, in order."""

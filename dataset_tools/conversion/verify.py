@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset_tools.conversion.hashing import file_problems
-from dataset_tools.conversion.progress import Progress
 from dataset_tools.conversion.transform import UnusableImageError, decode
 from dataset_tools.conversion.workers import WorkerPool, settled_workers
 from dataset_tools.files import open_regular, raise_if_of_machine
 from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest, read_quarantine
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, SampleRecords
 from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
+from dataset_tools.progress import progress
 from dataset_tools.sources import Split, open_source
 from dataset_tools.sources.converted import ConvertedSplit, open_split
 from dataset_tools.stop_signals import StopSignals, stop_signals
@@ -39,7 +39,6 @@ def verify(
     source: str | os.PathLike[str] | None = None,
     deep: bool = False,
     workers: int | None = None,
-    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Checks the converted data set `folder`.
 
@@ -55,9 +54,9 @@ def verify(
     place = Path(folder).expanduser()
     manifest = Manifest.load(place)
     original = open_source(source).splits if source is not None else None
-    with stop_signals() as stop, progress or Progress() as shown:
+    with stop_signals() as stop:
         logger.info("%s: hashing the files", place)
-        found = _Verification(place, manifest, original, deep, num_workers, shown, stop).problems()
+        found = _Verification(place, manifest, original, deep, num_workers, stop).problems()
         problems = list(islice(found, MAX_PROBLEMS))
         num_problems = len(problems) + sum(1 for _ in found)
     samples = sum(split.samples for split in manifest.splits.values())
@@ -71,7 +70,6 @@ class _Verification:
     original: dict[str, Split] | None
     deep: bool
     num_workers: int
-    progress: Progress
     stop: StopSignals
 
     def problems(self) -> Iterator[str]:
@@ -109,7 +107,7 @@ class _Verification:
             return
         original = self.original.get(name) if self.original is not None else None
         yield from split.output.problems(self.folder, entry, split.records)
-        yield from self._sample_problems(entry, split, original)
+        yield from self._sample_problems(split, original)
         if original is not None:
             yield from self._coverage_problems(name, split.records, original)
 
@@ -117,33 +115,28 @@ class _Verification:
         for name, problem in file_problems(self.folder, files, self.num_workers, self.stop):
             yield f"{name}: {problem}"
 
-    def _sample_problems(self, entry: SplitManifest, split: ConvertedSplit, original: Split | None) -> Iterator[str]:
-        records = split.records
-
+    def _sample_problems(self, split: ConvertedSplit, original: Split | None) -> Iterator[str]:
         def work(samples: tuple[int, int]) -> tuple[list[str], list[bytes]]:
-            rows = zip(range(*samples), records.rows(*samples), strict=True)
+            rows = zip(range(*samples), split.records.rows(*samples), strict=True)
             return [
                 f"{split.names[index]}: {problem}"
                 for index, row in rows
                 for problem in self._problems_of_sample(split, index, row, original)
             ], []
 
-        self.progress.start(split.name, len(split), 0)
-        counts = {what: getattr(entry, what) for what in ("passed_through", "reencoded", "quarantined")}
-        counts["bytes"] = 0
-        with WorkerPool(
+        pool = WorkerPool(
             work,
             self.num_workers,
             pieces=lambda samples: [(index, index + 1) for index in range(*samples)],
             crashed=lambda samples, reason: [f"{split.names[samples[0]]}: {reason}"],
             describe=lambda samples: split.names[samples[0]],
-        ) as pool:
+        )
+        with pool, progress(split.name, len(split)) as advance:
             starts = range(0, len(split), CHUNK_SAMPLES)
             for done in pool.map((start, min(start + CHUNK_SAMPLES, len(split))) for start in starts):
                 self.stop.raise_if_requested()
                 if done is not None:
-                    counts["bytes"] += int(records["num_bytes"][slice(*done.task)].sum())
-                    self.progress.update(done.task[1], counts)
+                    advance(done.task[1] - done.task[0])
                     yield from done.result
 
     def _problems_of_sample(
