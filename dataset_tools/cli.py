@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from dataset_tools.command_line import (
     Command,
@@ -194,13 +193,11 @@ def _parse(arguments: list[str]) -> Command | None:
 
 def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     has_buffers = FORMATS[summary["format"]].decodes_into_buffers
-    table = Table("split", "samples", "in quarantine", "largest", *(["FFCV decodes in"] if has_buffers else []))
-    for column in table.columns[1:]:
-        column.justify = "right"
     for name, split in summary["splits"].items():
-        row = [f"{split['samples']:,}", f"{split['quarantined']:,}", f"{split['max_width']} x {split['max_height']}"]
-        table.add_row(name, *row, *([f"{split['ffcv_decode_bytes'] / 2**30:.2f} GiB"] if has_buffers else []))
-    console.print(table)
+        line = f"{name}: {split['samples']:,} samples, {split['quarantined']:,} in quarantine, largest "
+        line += f"{split['max_width']} x {split['max_height']}"
+        buffers = f", FFCV decodes in {split['ffcv_decode_bytes'] / 2**30:.2f} GiB" if has_buffers else ""
+        say(console, line + buffers)
     speed = f", {summary['images_per_s']:,.0f} images/s" if summary["images_per_s"] else ""
     say(
         console,

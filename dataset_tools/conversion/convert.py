@@ -27,7 +27,7 @@ from dataset_tools.conversion.staging import (
 from dataset_tools.conversion.workers import WorkerPool, settled_workers
 from dataset_tools.files import open_own
 from dataset_tools.formats.beton import decode_bytes
-from dataset_tools.formats.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest, read_quarantine
+from dataset_tools.formats.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest, read_quarantine, require_files
 from dataset_tools.formats.records import ROW
 from dataset_tools.formats.split_manifest import SplitManifest
 from dataset_tools.progress import progress
@@ -294,16 +294,14 @@ def _plan(source: ImageSource, options: ConvertOptions) -> dict[str, Any]:
 
 
 def _already_there(target: Path, plan: dict[str, Any], strict: bool) -> Manifest | None:
-    """The manifest, if the destination is the whole result of the same call. Raises ValueError if it is damaged, or if
-    `strict` forbids what is in quarantine.
+    """The manifest, if the destination is the whole result of the same call. Raises as `require_files`, ValueError
+    if `strict` forbids what is in quarantine.
     """
     if not (target / MANIFEST_NAME).is_file():
         return None
     manifest = Manifest.load(target)
     if manifest.source == plan["source"] and manifest.options == plan["options"]:
-        for file in manifest.all_files:
-            if not (target / file.name).is_file() or (target / file.name).stat().st_size != file.bytes:
-                raise ValueError(f"{target} was whole, but its {file.name} is missing or cut. Delete it to start anew.")
+        require_files(target, manifest.all_files)
         if strict and (left_out := sum(split.quarantined for split in manifest.splits.values())):
             raise ValueError(f"{target} is there, but {left_out:,} images are in quarantine, which --strict forbids")
         remove_leftover(target, plan)

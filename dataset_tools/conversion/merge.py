@@ -21,7 +21,7 @@ from dataset_tools.conversion.split_conversion import CHUNK_IMAGES, complete_spl
 from dataset_tools.conversion.staging import remove_leftover, settled_destination, staged, staging_folder
 from dataset_tools.conversion.workers import settled_workers
 from dataset_tools.files import write_file
-from dataset_tools.formats.manifest import QUARANTINE_NAME, Manifest, is_converted, read_quarantine
+from dataset_tools.formats.manifest import QUARANTINE_NAME, Manifest, is_converted, read_quarantine, require_files
 from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.split_manifest import SplitManifest
 from dataset_tools.packed_names import PackedNames
@@ -136,9 +136,7 @@ def _is_made_of(target: Path, whole: Manifest, splits: dict[str, list[_Part]], f
     """Whether `target` is what an earlier merge of the same parts made: the same samples, in whole files."""
     if whole.splits.keys() != splits.keys() or any(getattr(whole, name) != value for name, value in facts.items()):
         return False
-    for file in whole.all_files:
-        if not (target / file.name).is_file() or (target / file.name).stat().st_size != file.bytes:
-            raise ValueError(f"{target} was whole, but its {file.name} is missing or cut. Delete it to start anew.")
+    require_files(target, whole.all_files)
     for name, parts in splits.items():
         ours = open_split(target, whole, name).records
         theirs = [open_split(part.folder, part.manifest, name).records for part in parts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -100,6 +101,21 @@ class Manifest:
             if isinstance(error, OSError):
                 raise_if_of_machine(error)
             raise FileContentError(f"{path} cannot be used: {str(error) or 'it is nested too deeply'}") from error
+
+
+def require_files(folder: Path, files: Iterable[FileEntry]) -> None:
+    """Raises FileNotFoundError for a file that is missing, ValueError for one that is cut."""
+    for file in files:
+        path = folder / file.name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} lacks {file.name}, which its manifest lists; delete it, and copy or convert it again"
+            )
+        if path.stat().st_size != file.bytes:
+            raise ValueError(
+                f"{path} has {path.stat().st_size:,} bytes and not {file.bytes:,}, as the manifest says; delete "
+                f"{folder}, and copy or convert it again"
+            )
 
 
 def records_name(split: str) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dataset_tools.files import ByteFile
 from dataset_tools.formats.formats import FORMATS
-from dataset_tools.formats.manifest import Manifest
+from dataset_tools.formats.manifest import Manifest, require_files
 from dataset_tools.formats.output_format import OutputFormat
 from dataset_tools.formats.records import HASH_BYTES, RAW, SampleRecords
 from dataset_tools.packed_names import PackedNames
@@ -81,18 +81,7 @@ def open_converted(folder: Path) -> ImageSource:
     manifest = Manifest.load(folder)
     splits: dict[str, Split] = {}
     for name in sorted(manifest.splits, key=split_rank):
-        entry = manifest.splits[name]
-        for file in (entry.records, *entry.files):
-            path = folder / file.name
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"{folder} lacks {file.name}, which its manifest lists; copy or convert it again"
-                )
-            if path.stat().st_size != file.bytes:
-                raise ValueError(
-                    f"{path} has {path.stat().st_size:,} bytes and not {file.bytes:,}, as the manifest says; copy or "
-                    "convert it again"
-                )
+        require_files(folder, manifest.splits[name].all_files)
         split = open_split(folder, manifest, name)
         if split.labels.min() < -1 or split.labels.max() >= len(manifest.classes):
             raise ValueError(f"{split.records.path} is damaged: it has labels that do not exist")

@@ -63,7 +63,7 @@ def test_whole_already_is_looked_at(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 images are in quarantine, which --strict forbids"):
         convert(source, tmp_path / "made", FFCV, strict=True)
     (tmp_path / "made" / "train.beton").unlink()
-    with pytest.raises(ValueError, match=r"was whole, but its train\.beton is missing or cut"):
+    with pytest.raises(FileNotFoundError, match=r"made lacks train\.beton, which its manifest lists; delete it"):
         convert(source, tmp_path / "made", FFCV)
 
 
