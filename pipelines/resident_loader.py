@@ -116,8 +116,7 @@ def _loaded(split: Split, device: torch.device, workers: int | None) -> Resident
 
 def _identity(split: Split) -> str:
     """Of the images, by their names, labels and some of their bytes: 32 digits, the same on all ranks."""
-    names = split.packed_names()
-    digest = hashlib.sha256(names.blob + names.offsets.tobytes() + split.labels.tobytes())
+    digest = hashlib.sha256(split.names.blob + split.names.offsets.tobytes() + split.labels.tobytes())
     for index in np.linspace(0, len(split) - 1, min(_SIZE_SAMPLES, len(split))).astype(int).tolist():
         with suppress(OSError):
             digest.update(split.read(index))

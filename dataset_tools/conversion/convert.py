@@ -250,7 +250,7 @@ class _Conversion:
         return complete_split(
             split.name,
             rows,
-            split.packed_names().select(indices),
+            split.names.select(indices),
             images,
             self.options.output,
             num_workers=self.num_workers,

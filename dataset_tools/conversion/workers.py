@@ -27,6 +27,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from dataset_tools.files import allow_open_files, write_pieces
+from dataset_tools.stop_signals import HANDLED
 
 logger = logging.getLogger(__name__)
 
@@ -265,11 +266,7 @@ def _read(descriptor: int, num_bytes: int) -> memoryview:
 
 def _serve(work: Work[Any, Any], connection: Connection, descriptors: tuple[int, ...], parent: int) -> None:
     """A worker does this until its parent is gone."""
-    for stop_signal in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # they may reach the whole group; the parent decides
+    for stop_signal in HANDLED:  # they may reach the whole group; the parent decides
         signal.signal(stop_signal, signal.SIG_IGN)
     for descriptor in descriptors:
         os.close(descriptor)

@@ -116,7 +116,6 @@ def _open_tree(folder: Path) -> ImageSource | None:
     splits: dict[str, Split] = {}
     for name, split in source.splits.items():
         assert isinstance(split, FolderSplit)
-        assert isinstance(split.names, PackedNames)
         ranks = labels.ranks(stems, classes, tree / "val") if name == "val" else split.labels
         splits[name] = FolderSplit(name, split.root, split.names, ranks, classes)
     return ImageSource(path=folder, kind="ILSVRC2012", splits=splits, classes=classes, account=source.account)

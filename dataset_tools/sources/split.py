@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,7 +37,7 @@ class Split(ABC):
 
     name: str
     labels: NDArray[np.int64]
-    names: Sequence[str]
+    names: PackedNames
     classes: tuple[str, ...]
 
     @abstractmethod
@@ -56,13 +54,9 @@ class Split(ABC):
         """As `read`; where the source knows what the bytes were, raises RottenImageError if they are others now."""
         return self.read(index)
 
-    def packed_names(self) -> PackedNames:
-        """The names, in little memory."""
-        return self.names if isinstance(self.names, PackedNames) else PackedNames(self.names)
-
     def subset(self, indices: ArrayLike) -> Split:
         """A view of the samples at `indices` (integers [M], in [0, N), distinct or not), in that order."""
-        return SubsetSplit(self, checked_indices(indices, len(self)))
+        return SubsetSplit(self, np.asarray(indices, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,29 +65,14 @@ class Split(ABC):
         return f"<{type(self).__name__} {self.name!r}: {len(self)} images, {len(self.classes)} classes>"
 
 
-class _ChosenNames(Sequence[str]):
-    """Some of many names, which are looked up when they are asked for."""
-
-    def __init__(self, names: Sequence[str], indices: NDArray[np.int64]) -> None:
-        self._names, self._indices = names, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return _ChosenNames(self._names, self._indices[index])
-        return self._names[int(self._indices[index])]
-
-
 class SubsetSplit(Split):
-    """Some samples of another split. Its memory: 16 bytes for each sample."""
+    """Some samples of another split. Memory: the name and 24 bytes for each."""
 
     def __init__(self, parent: Split, indices: NDArray[np.int64]) -> None:
         self.parent, self.indices = parent, indices
         self.name, self.classes = parent.name, parent.classes
         self.labels = parent.labels[indices]
-        self.names = _ChosenNames(parent.names, indices)
+        self.names = parent.names.select(indices)
 
     def read(self, index: int) -> bytes:
         return self.parent.read(int(self.indices[index]))
@@ -106,9 +85,6 @@ class SubsetSplit(Split):
 
     def read_checked(self, index: int) -> bytes:
         return self.parent.read_checked(int(self.indices[index]))
-
-    def subset(self, indices: ArrayLike) -> Split:
-        return SubsetSplit(self.parent, self.indices[checked_indices(indices, len(self))])
 
 
 @dataclass(eq=False, repr=False)
@@ -151,10 +127,9 @@ class ImageSource:
         """SHA-256 (hex) over split names, sample names and labels, not over the images: is this the same data?"""
         digest = hashlib.sha256()
         for name, split in self.splits.items():
-            names = split.packed_names()
             digest.update(f"{name} {len(split)}\n".encode())
-            digest.update(names.blob)
-            digest.update(names.offsets.astype("<i8").tobytes())
+            digest.update(split.names.blob)
+            digest.update(split.names.offsets.astype("<i8").tobytes())
             digest.update(split.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
@@ -192,13 +167,3 @@ class ImageSource:
             labels += f"; {', '.join(unlabelled)} without labels"
         sizes = ", ".join(f"{name} {len(split):,} images" for name, split in self.splits.items())
         return [f"{self.path} ({self.kind}): {sizes}; {labels}", *filter(None, [str(self.account)])]
-
-
-def checked_indices(indices: ArrayLike, size: int) -> NDArray[np.int64]:
-    """`indices` as int64 [M]. Raises ValueError if not integers in one dimension, IndexError out of [0, size)."""
-    given = np.asarray(indices)
-    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-        raise ValueError(f"indices must be integers in one dimension, not {given.dtype} of shape {given.shape}")
-    if given.size and (given.min() < 0 or given.max() >= size):
-        raise IndexError(f"indices from {given.min()} to {given.max()} do not fit a split of {size} images")
-    return given.astype(np.int64)

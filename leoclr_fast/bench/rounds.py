@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources import Split, open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
@@ -80,7 +81,7 @@ class UnreadImages(Split):
     def __init__(self, num_images: int) -> None:
         self.name = "synthetic"
         self.labels = np.full(num_images, -1, dtype=np.int64)
-        self.names = [f"synthetic {number}" for number in range(num_images)]
+        self.names = PackedNames(f"synthetic {number}" for number in range(num_images))
         self.classes = ()
 
     def read(self, index: int) -> bytes:

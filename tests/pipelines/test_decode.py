@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.datasets.folder import default_loader
 
 from dataset_tools import images
+from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources import Split, open_source
 from pipelines.decode import (
     Substitutes,
@@ -100,7 +101,7 @@ class MemorySplit(Split):
         self.images = images
         self.name, self.classes = "train", ()
         self.labels = np.full(len(images), -1)
-        self.names = [f"image {index}" for index in range(len(images))]
+        self.names = PackedNames(f"image {index}" for index in range(len(images)))
 
     def read(self, index: int) -> bytes:
         return self.images[index]

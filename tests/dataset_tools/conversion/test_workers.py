@@ -105,7 +105,7 @@ def test_an_error_of_the_machine_comes_in_its_own_words() -> None:
         list(pool.map([7]))
 
 
-@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_that_ask_for_an_end_are_for_the_parent(stop_signal: signal.Signals) -> None:
     with WorkerPool(dies(stop_signal, lambda task: True), 2) as pool:
         assert [task for task, _, _ in results(pool, list(range(5)))] == list(range(5))
