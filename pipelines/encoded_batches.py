@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_tools.conversion.jpeg import END, START, DamagedJpegError, JpegHeader, read_jpeg_header
-from dataset_tools.formats.records import MAX_PIXELS
+from dataset_tools.images import MAX_PIXELS
 from dataset_tools.sources import Split
 from pipelines.byte_readers import Indices, open_bytes
 from pipelines.config import ViewConfig

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dataset_tools.conversion.jpeg import START, DamagedJpegError, read_jpeg_header
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.formats.records import JPG, PASSED_THROUGH, PNG, RAW, REENCODED
+from dataset_tools.formats.records import JPG, MAX_SIDE, PASSED_THROUGH, PNG, RAW, REENCODED
 from dataset_tools.images import UnusableImageError, check_pixels, decode_rgb, load_image, rgb, unusable_unless_done
 
 MAX_JPEG_SIDE = 65_500
@@ -81,13 +81,11 @@ def _transform_jpeg(data: bytes, options: ConvertOptions) -> StoredImage:
     except DamagedJpegError as damage:
         # What libjpeg puts up with (padding between markers, say) is mended; what it does not is the user's to see.
         return _reencode_unless_forbidden(data, options, "irregular markers", str(damage))
-    width, height, largest_side = header.width, header.height, options.output.largest_side
+    width, height = header.width, header.height
     check_pixels(width, height)
     reason = header.obstacle
     if not reason and options.target_size(width, height) != (width, height):
         reason = "larger than the limit"
-    if not reason and largest_side and max(width, height) > largest_side:
-        reason = f"a side of more than {largest_side} pixels"
     if not reason and options.max_jpeg_bytes and len(data) > options.max_jpeg_bytes:
         reason = "more bytes than a page"
     if not reason and options.mode == "reencode":
@@ -107,6 +105,7 @@ def _pass_png(data: bytes, options: ConvertOptions) -> StoredImage | None:
     if options.target_size(width, height) != (width, height):
         return None
     check_pixels(width, height)
+    _check_sides(width, height)
     return _passed_through(data, width, height, PNG, options)
 
 
@@ -146,8 +145,10 @@ def _fitted(image: Image.Image, options: ConvertOptions) -> Image.Image:
         if size != image.size:
             image = image.resize(size, Image.Resampling.LANCZOS)
     image.info = {}
-    largest_side = options.output.largest_side
-    if largest_side and max(image.size) > largest_side:
-        what = f"{options.output.title}'s {largest_side:,}"
-        raise UnusableImageError(f"a side of {max(image.size):,} pixels is more than {what}")
+    _check_sides(*image.size)
     return image
+
+
+def _check_sides(width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE:
+        raise UnusableImageError(f"a side of {max(width, height):,} pixels is more than can be stored, {MAX_SIDE:,}")

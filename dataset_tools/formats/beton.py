@@ -27,8 +27,6 @@ from dataset_tools.formats.split_manifest import SplitManifest
 VERSION = 2
 MIN_PAGE_BYTES = 1 << 21
 MAX_PAGE_BYTES = 1 << 31
-MAX_SIDE = (1 << 16) - 1
-"""Width and height are stored in 16 bits."""
 
 HEADER = np.dtype(
     [
@@ -67,7 +65,6 @@ class Beton(OutputFormat):
     lossless = RAW
     default_order = "source"
     default_max_side = DEFAULT_MAX_SIDE
-    largest_side = MAX_SIDE
     sample_overhead_bytes = 300  # row, record, name, tables
     hash_block_bytes = HASH_BLOCK_BYTES
     decodes_into_buffers = True

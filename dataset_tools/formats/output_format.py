@@ -57,8 +57,6 @@ class OutputFormat(ABC):
     """The order of samples: source or shuffled."""
     default_max_side: ClassVar[int | None] = None
     """Pixels; None: no limit."""
-    largest_side: ClassVar[int | None] = None
-    """Pixels that the format can store; None: no limit."""
     sample_overhead_bytes: ClassVar[int]
     """An upper bound of what a sample takes beside its image, in all files."""
     hash_block_bytes: ClassVar[int | None] = None

@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from dataset_tools.files import open_regular, raise_if_of_machine
+from dataset_tools.images import MAX_PIXELS
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.schema import decode_json
 
@@ -46,8 +47,8 @@ PASSED_THROUGH, REENCODED = 0, 1
 
 BLOCK_ROWS = 1 << 16
 MAX_HEADER_BYTES = 1 << 20
-MAX_SIDE, MAX_PIXELS = (1 << 16) - 1, 178_956_970
-"""Of a sample. The second is Pillow's limit, beyond which an image is taken for a decompression bomb."""
+MAX_SIDE = (1 << 16) - 1
+"""Of a sample, pixels: FFCV stores width and height in 16 bits."""
 TYPE_NAMES = {"<i8": "I64", "<i4": "I32", "|u1": "U8"}
 """numpy's names of the types of columns → those of a safetensors file."""
 _TYPES = {name: np.dtype(code) for code, name in TYPE_NAMES.items()}

@@ -22,7 +22,7 @@ from PIL import Image
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.jpeg import JpegHeader
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.formats.records import MAX_PIXELS
+from dataset_tools.images import MAX_PIXELS
 from dataset_tools.sources import Split, open_source
 from pipelines import encoded_batches
 from pipelines.decode import UnreadableImageError, decode_bytes
