@@ -54,6 +54,11 @@ def split_of(name: str) -> str | None:
     return SPLIT_NAMES.get(name.lower())
 
 
+def split_word(file_name: str) -> str | None:
+    """The first word of a file name that means a split: "valid" in "tiny-valid-00000.parquet"."""
+    return next(filter(split_of, re.split(r"[-_.]", file_name)), None)
+
+
 def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LEFT_BEHIND
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from dataset_tools.account import Account
 from dataset_tools.files import open_regular
 from dataset_tools.sources.image_folder import scan
-from dataset_tools.sources.layout import SPLIT_NAMES, first_few, is_hidden, is_image, split_of
+from dataset_tools.sources.layout import SPLIT_NAMES, first_few, is_hidden, is_image, split_of, split_word
 from dataset_tools.sources.split import SPLIT_ORDER
 
 SUFFIX = ".parquet"
@@ -40,7 +40,7 @@ def split_files(place: Path, account: Account) -> dict[str, list[Path]]:
     of their own, a split is named in two ways, or a shard (-00001-of-00005) is missing.
     """
     if place.is_file():
-        return {split_of(_split_word(place.name) or "train") or "train": [place]}
+        return {SPLIT_NAMES[(split_word(place.name) or "train").lower()]: [place]}
     files = _find(place, account)
     if not files:
         return {}
@@ -51,7 +51,7 @@ def split_files(place: Path, account: Account) -> dict[str, list[Path]]:
         folder, name = os.path.split(file)
         parent, last = os.path.split(folder)
         folders.add(parent if split_of(last) else folder)
-        if word := _split_word(name) or (last if split_of(last) else None):
+        if word := split_word(name) or (last if split_of(last) else None):
             split = SPLIT_NAMES[word.lower()]
             named[split].append(file)
             spellings[split].add(word)
@@ -85,11 +85,6 @@ def _find(place: Path, account: Account) -> list[str]:
     if found:
         account.leave_out_by_extension(others)
     return sorted(found)
-
-
-def _split_word(file_name: str) -> str | None:
-    """The first word of a file name that names a split: "valid" in "tiny-valid-00000.parquet"."""
-    return next((word for word in re.split(r"[-_.]", file_name) if split_of(word)), None)
 
 
 def _refuse_missing_shards(place: Path, files: list[str]) -> None:

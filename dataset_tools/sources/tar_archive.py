@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dataset_tools.account import Account
 from dataset_tools.files import ByteFile, open_regular
 from dataset_tools.packed_names import PackedNames
-from dataset_tools.sources.layout import first_few, label_by_name, lay_out, refuse_strangers, split_of
+from dataset_tools.sources.layout import first_few, label_by_name, lay_out, refuse_strangers, split_of, split_word
 from dataset_tools.sources.split import SPLIT_ORDER, UNLABELED, ExtentSplit, ImageSource, Split
 from dataset_tools.sources.spool import compression, plain_tar
 from dataset_tools.sources.tar_index import END_OF_ARCHIVE, DamagedArchiveError, TarIndex, is_tar_of_tars
@@ -100,7 +100,7 @@ def open_tar_folder(folder: Path, tars: Sequence[str], account: Account) -> Imag
 
 def _split_named(archive: Path) -> str | None:
     """The split that a word of a tar's name, or of its folders' names, means."""
-    return next(filter(None, map(split_of, re.split(r"[-_.]", archive.name))), None) or split_of(archive.parent.name)
+    return split_of(split_word(archive.name) or archive.parent.name)
 
 
 def _joined(

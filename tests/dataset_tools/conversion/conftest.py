@@ -12,7 +12,7 @@ from tests.dataset_tools.conversion.trouble import FORMATS, Commands, mixed_file
 from tests.dataset_tools.made_up import write_tar
 
 
-@pytest.fixture(scope="session", params=FORMATS)
+@pytest.fixture(scope="module", params=FORMATS)
 def format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -22,7 +22,7 @@ def mixed_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tar(tmp_path_factory.mktemp("source") / "images.tar", mixed_files(300, 60))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mixed_whole(mixed_tar: Path, format: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What undisturbed conversions of `mixed_tar` with one worker make."""
     folder = tmp_path_factory.mktemp("whole") / format
