@@ -1,9 +1,7 @@
-"""Reads converted data sets with the libraries they are made for."""
+"""Reads converted data sets with the libraries they are made for; FFCV sets numbers of threads for a whole process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,19 +9,6 @@ from typing import Any
 import numpy as np
 
 
-@contextmanager
-def threads_as_they_were() -> Iterator[None]:
-    """FFCV sets the numbers of threads of numba and torch, for the whole process."""
-    import numba
-    import torch
-
-    before = numba.get_num_threads(), torch.get_num_threads()
-    yield
-    numba.set_num_threads(before[0])
-    torch.set_num_threads(before[1])
-
-
-@threads_as_they_were()
 def read_with_ffcv(
     path: Path, *, os_cache: bool, order: str, side: int = 16, decoder: str = "center"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +34,6 @@ def read_with_ffcv(
     return np.concatenate([image for image, _ in batches]), np.concatenate([label for _, label in batches])
 
 
-@threads_as_they_were()
 def ffcv_layout(path: Path) -> SimpleNamespace:
     """FFCV's dtypes, and what its Reader finds in the file."""
     from ffcv.fields import IntField, RGBImageField
@@ -58,7 +42,16 @@ def ffcv_layout(path: Path) -> SimpleNamespace:
 
     dtypes = {"header": HeaderType, "field": FieldDescType, "allocation": ALLOC_TABLE_TYPE}
     dtypes["metadata"] = get_metadata_type([RGBImageField(), IntField()])
-    return SimpleNamespace(version=CURRENT_VERSION, dtypes=dtypes, reader=Reader(str(path)))
+    reader = Reader(str(path))
+    return SimpleNamespace(
+        version=CURRENT_VERSION,
+        dtypes=dtypes,
+        fields={name: type(handler).__name__ for name, handler in reader.handlers.items()},
+        num_samples=int(reader.num_samples),
+        page_size=int(reader.page_size),
+        metadata=np.array(reader.metadata),
+        allocations=np.array(reader.alloc_table),
+    )
 
 
 def read_with_dali(tars: list[Path], *extensions: str, decode: bool = False) -> list[list[Any]]:
