@@ -172,7 +172,11 @@ def _merge_split(name: str, parts: list[_Part], folder: Path, num_workers: int, 
                 block = split.records.rows(start, start + CHUNK_IMAGES)
                 images = b"".join(map(split.read_stored, range(start, start + len(block))))
                 block["offset"] = np.cumsum(block["num_bytes"]) - block["num_bytes"]
-                writer.write(block, lambda offset, size, images=images: images[offset : offset + size])
+
+                def read(offset: int, size: int, images: bytes = images) -> bytes:
+                    return images[offset : offset + size]
+
+                writer.write(block, read)
                 rows.append(block)
         return complete_split(
             name,
