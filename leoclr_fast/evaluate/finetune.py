@@ -19,7 +19,7 @@ from leoclr_fast.config_file import as_plain
 from leoclr_fast.evaluate.data import LabelledData, open_labelled_data, require_every_class
 from leoclr_fast.evaluate.evaluation import Evaluation, evaluation_of
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters
-from leoclr_fast.evaluate.grid import GridSearch
+from leoclr_fast.evaluate.grid import grid_search
 from leoclr_fast.evaluate.protocols import FineTuneProtocol, TrainingOptions
 
 _CHOICES = ("percent", "list", "subset_seed")  # of the labels: a share of them has its own
@@ -64,27 +64,22 @@ def _fine_tuned(
     names = subset_text(labelled.train, indices)
     epochs = protocol.num_epochs(percent)
     chosen = {"epochs": epochs, "labels_sha256": hashlib.sha256(names).hexdigest()}
-    search = GridSearch(
-        evaluation=evaluation,
-        data=replace(labelled, train=part),
-        trials=tuple(
-            Hyperparameters(
-                lr=base_lr * protocol.batch_size / LR_REFERENCE_BATCH_SIZE,
-                weight_decay=protocol.weight_decay,
-                batch_size=protocol.batch_size,
-                seed=protocol.seed,
-            )
-            for base_lr in protocol.base_lr_grid or (protocol.base_lr,)
-        ),
-        metric="top1",
-        epochs=epochs,
-    )
+    trials = [
+        Hyperparameters(
+            lr=base_lr * protocol.batch_size / LR_REFERENCE_BATCH_SIZE,
+            weight_decay=protocol.weight_decay,
+            batch_size=protocol.batch_size,
+            seed=protocol.seed,
+        )
+        for base_lr in protocol.base_lr_grid or (protocol.base_lr,)
+    ]
 
     def compute(folder: Path) -> dict[str, Any]:
         if evaluation.ranks.is_main:
             write_file(folder / "labels.txt", names)
         sizes = {"percent": percent, "labels": len(part), "train_images": len(labelled.train)}
-        return search.run(folder) | chosen | sizes
+        of_part = replace(labelled, train=part)
+        return grid_search(evaluation, folder, of_part, trials, metric="top1", epochs=epochs) | chosen | sizes
 
     settings = {name: value for name, value in as_plain(protocol).items() if name not in _CHOICES}
     settings |= {**chosen, **subset, **evaluation.view_settings(labelled.fingerprint)}

@@ -13,7 +13,7 @@ from dataset_tools.subsets import limited
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.evaluate.evaluation import evaluation_of
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters
-from leoclr_fast.evaluate.grid import GridSearch
+from leoclr_fast.evaluate.grid import grid_search
 from leoclr_fast.evaluate.protocols import TrainingOptions, TransferProtocol
 from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS, open_transfer_data
 
@@ -51,12 +51,11 @@ def run(
             for lr in protocol.lr_grid
             for weight_decay in protocol.weight_decay_grid
         )
-        search = GridSearch(
-            evaluation=evaluation,
-            data=replace(whole, train=train, val=test),
-            trials=trials,
-            metric=TRANSFER_SETS[dataset].metric,
-            steps=protocol.steps,
-        )
+
+        def compute(folder: Path) -> dict[str, Any]:
+            data, metric = replace(whole, train=train, val=test), TRANSFER_SETS[dataset].metric
+            found = grid_search(evaluation, folder, data, trials, metric=metric, steps=protocol.steps)
+            return found | {"dataset": dataset}
+
         settings = {"dataset": dataset, **as_plain(protocol), **evaluation.view_settings(whole.fingerprint)}
-        return evaluation.result("transfer", settings, lambda folder: search.run(folder) | {"dataset": dataset})
+        return evaluation.result("transfer", settings, compute)
