@@ -56,9 +56,9 @@ def sharing_warnings(state: dict[str, Any]) -> list[str]:
             f"other programs hold {state['memory_used_elsewhere_gib']:.1f} GiB of this GPU: it is shared, and the "
             "figures with it"
         )
-    busy = _as_number(state["utilization_percent"])
-    if busy is not None and busy > _BUSY_PERCENT:
-        warnings.append(f"the GPU was {busy:.0f} % busy before the first measurement: somebody else is using it")
+    busy = state["utilization_percent"] or ""  # nvidia-smi has words in place of a number, too
+    if busy.isdigit() and int(busy) > _BUSY_PERCENT:
+        warnings.append(f"the GPU was {busy} % busy before the first measurement: somebody else is using it")
     return warnings
 
 
@@ -80,10 +80,3 @@ def _ask_nvidia_smi(uuid: str) -> dict[str, str | None]:
     if len(values) != len(_FIELDS):
         return nothing
     return {name: None if "N/A" in value else value for name, value in zip(_FIELDS, values, strict=True)}
-
-
-def _as_number(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None

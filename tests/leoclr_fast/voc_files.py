@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from leoclr_fast.evaluate.detection.voc import VOC_CLASSES, read_voc
 
 SHAPES = ("bicycle", "car", "person")
 COLOURS = ((230, 60, 50), (60, 220, 70), (70, 90, 240))
@@ -49,27 +52,18 @@ def annotation(width: int, height: int, objects: list[tuple[str, tuple[int, int,
 
 def write_coco(root: Path, voc: Path) -> Path:
     """The images of a drawn VOCdevkit in COCO's layout: trainval as `train2017`, test as `val2017`."""
-    import xml.etree.ElementTree as ElementTree
-
-    year = voc / "VOC2007"
     (root / "annotations").mkdir(parents=True)
     for image_set, split in (("trainval", "train2017"), ("test", "val2017")):
         (root / split).mkdir()
         images, boxes = [], []
-        for number, name in enumerate((year / "ImageSets" / "Main" / f"{image_set}.txt").read_text().split(), start=1):
-            tree = ElementTree.parse(year / "Annotations" / f"{name}.xml").getroot()
-            width, height = (int(tree.findtext(f"size/{key}", "")) for key in ("width", "height"))
-            (root / split / f"{name}.jpg").write_bytes((year / "JPEGImages" / f"{name}.jpg").read_bytes())
-            images.append({"id": number, "file_name": f"{name}.jpg", "width": width, "height": height})
-            for item in tree.findall("object"):
-                edges = ("xmin", "ymin", "xmax", "ymax")
-                x1, y1, x2, y2 = (int(item.findtext(f"bndbox/{edge}", "")) for edge in edges)
-                box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
-                label = SHAPES.index(item.findtext("name", "")) * 10 + 7  # ids with gaps, as COCO's
-                boxes.append(
-                    {"id": len(boxes) + 1, "image_id": number, "category_id": label, "bbox": box, "iscrowd": 0}
-                )
-                boxes[-1]["area"] = box[2] * box[3]
+        for number, image in enumerate(read_voc(voc, [f"VOC2007/{image_set}"]).images, start=1):
+            shutil.copy(image.path, root / split)
+            sizes = {"width": image.width, "height": image.height}
+            images.append({"id": number, "file_name": image.path.name, **sizes})
+            for (x1, y1, x2, y2), label in zip(image.boxes.tolist(), image.labels.tolist(), strict=True):
+                box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
+                category = SHAPES.index(VOC_CLASSES[label]) * 10 + 7  # ids with gaps, as COCO's
+                boxes.append({"id": len(boxes) + 1, "image_id": number, "category_id": category, **box})
         categories = [{"id": label * 10 + 7, "name": name} for label, name in enumerate(SHAPES)]
         document = {"images": images, "annotations": boxes, "categories": categories}
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
