@@ -26,6 +26,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from dataset_tools.files import allow_open_files, write_pieces
 from dataset_tools.stop_signals import HANDLED
 
@@ -255,7 +257,7 @@ class WorkerPool(Generic[T, R]):
 
 def _read(descriptor: int, num_bytes: int) -> memoryview:
     """So many bytes, copied once, where `Connection.recv_bytes` copies them three times. Raises EOFError, OSError."""
-    payload = memoryview(bytearray(num_bytes))
+    payload = np.empty(num_bytes, dtype=np.uint8).data  # bytearray would fill it with zeros first
     done = 0
     while done < num_bytes:
         if not (more := os.readv(descriptor, [payload[done:]])):
