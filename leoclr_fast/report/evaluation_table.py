@@ -79,8 +79,8 @@ class Row:
     label: str
     evaluator: str
     metric: str
-    untrained: bool
-    settings: dict[str, Any]
+    untrained: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
     cells: tuple[Cell, ...]
     """One for each column."""
     differences: tuple[Difference | None, ...]
@@ -391,8 +391,6 @@ def _costs(groups: list[list[RunRecord]], ours: list[int], baseline: int) -> tup
             label=label,
             evaluator="pretrain",
             metric=label,
-            untrained=False,
-            settings={},
             cells=tuple(cells),
             differences=(None,) * len(groups),
         )

@@ -211,12 +211,9 @@ def _draw(axes: Any, curve: Curve, max_points: int) -> dict[str, Any]:
     }
 
 
-def _compact(value: float) -> float | int | None:
-    """A number with seven digits, as short as JSON can write it; None for NaN and infinities."""
-    if not math.isfinite(value):
-        return None
-    rounded = float(f"{value:.7g}")
-    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+def _compact(value: float) -> float | None:
+    """A number with seven digits; None for NaN and infinities."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def _inlined(document: str, name: str) -> Markup:

@@ -1,4 +1,4 @@
-"""`leoclr-fast report`: runs as a page."""
+"""The commands that look at runs: `leoclr-fast report`, `compare` and `watch`."""
 
 from __future__ import annotations
 
@@ -39,3 +39,35 @@ class Report(CommonFlags):
             raise ValueError(f"cannot write {out}: {error.strerror}; give --out FILE.html, elsewhere") from error
         say(console, f"report: {out} ({document['bytes'] / 1e3:,.0f} kB)")
         return document
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(CommonFlags):
+    """All results of some runs in one table, over their seeds: leoclr-fast compare RUN_A RUN_B …."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folders; those that differ in nothing but the seed are averaged."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from leoclr_fast.report.evaluation_table import evaluation_table
+
+        table = evaluation_table(self.runs)
+        say(console, table.as_markdown())
+        return table.as_document()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch(CommonFlags):
+    """A run in the terminal, live, from its folder: also one of another process or machine."""
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+    """The --out of a pretrain."""
+    every_s: float = 2.0
+    """Seconds between two looks."""
+    once: bool = False
+    """Show it as it is now, and return."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from leoclr_fast.report.watch import watch
+
+        return watch(self.run_folder, console, every_s=self.every_s, once=self.once)
