@@ -71,7 +71,10 @@ class Page:
             self.call("Input.dispatchKeyEvent", type=kind, **named)
 
     def move_to(self, x: float, y: float) -> None:
+        """To another place; returns when the page has heard of it, which it does once a frame."""
+        self.evaluate("self.heard = new Promise((done) => addEventListener('pointermove', done, {once: true})); 0")
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        self.evaluate("self.heard.then(() => 0)")
 
     def screenshot(self, path: Path) -> Path:
         """What is seen."""
