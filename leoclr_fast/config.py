@@ -172,9 +172,6 @@ class SpeedConfig:
     """The whole step as one captured CUDA graph. auto: on a single GPU, except in fp64; on: with several ranks, too."""
     loss_impl: InfoNCEImpl = "auto"
     """auto (triton on a GPU, eager on a CPU), eager, compiled or triton."""
-    gradient_compression: Literal["none", "bf16", "fp16"] = "none"
-    """What the gradients are rounded to, and summed in, on their way between ranks: half the bytes. fp16 overflows
-    above 65,504 and loses what is below 6e-8. Batch statistics are never rounded."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
 

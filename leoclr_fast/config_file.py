@@ -13,7 +13,10 @@ from dataset_tools.schema import FileContentError, convert
 
 Config = TypeVar("Config")
 
-RETIRED = {"monitor.silence_limit_s", "monitor.hang_limit_s", "monitor.phase_limit_s", "monitor.keep_best"}
+RETIRED = {
+    *("monitor.silence_limit_s", "monitor.hang_limit_s", "monitor.phase_limit_s", "monitor.keep_best"),
+    "speed.gradient_compression",
+}
 """Fields of earlier versions, which their runs and scripts still name: they are passed over."""
 
 

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from leoclr_fast.config import SpeedConfig
 from leoclr_fast.distributed.collectives import Ranks
 
 _BUCKET_BYTES = 25 << 20
-_WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(slots=True)
@@ -36,18 +33,11 @@ class GradientBuckets:
     differ in the last bits. What keeps it from that (`find_unused_parameters`) walks the graph in every step.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[nn.Parameter],
-        ranks: Ranks,
-        wire_dtype: torch.dtype | None = None,
-        bucket_bytes: int = _BUCKET_BYTES,
-    ) -> None:
-        """wire_dtype: what gradients are rounded to before they travel; the backend sums in it, too. On a single rank
-        nothing happens to them."""
-        self._ranks, self._wire_dtype = ranks, wire_dtype
+    def __init__(self, weights: Sequence[nn.Parameter], ranks: Ranks, bucket_bytes: int = _BUCKET_BYTES) -> None:
+        """On a single rank nothing happens to the gradients."""
+        self._ranks = ranks
         self._buckets: list[_Bucket] = []
-        self._under_way: list[tuple[Tensor, Tensor, Callable[[], None]]] = []
+        self._under_way: list[Callable[[], None]] = []
         last = list(reversed(weights)) if ranks.world_size > 1 else []
         while last:
             own = [last.pop(0)]
@@ -71,10 +61,8 @@ class GradientBuckets:
     def finish(self) -> None:
         """After the last backward pass: wait, on the device, until the gradients are those of all ranks."""
         self._send(len(self._buckets))  # what a weight without a gradient has kept back
-        for flat, sent, wait in self._under_way:
+        for wait in self._under_way:
             wait()
-            if sent is not flat:
-                flat.copy_(sent)
         self._under_way.clear()
 
     def _added(self, bucket: _Bucket, _: Tensor) -> None:
@@ -95,31 +83,5 @@ class GradientBuckets:
             torch._foreach_copy_(views, [gradient for _, _, gradient in given])
             for (weight, _, _), view in zip(given, views, strict=True):
                 weight.grad = view
-            sent = bucket.flat if self._wire_dtype is None else bucket.flat.to(self._wire_dtype)
-            self._under_way.append((bucket.flat, sent, self._ranks.begin_all_reduce_sum(sent)))
+            self._under_way.append(self._ranks.begin_all_reduce_sum(bucket.flat))
             self._num_sent += 1
-
-
-def wire_dtype(speed: SpeedConfig, ranks: Ranks, device: torch.device) -> torch.dtype | None:
-    """The dtype that gradients travel in between ranks by `--gradient-compression`; None if they are not rounded. On
-    one rank nothing travels.
-
-    Asks the backend, on all ranks together. Raises ValueError for fp64, or for a backend that cannot sum this dtype.
-    """
-    if speed.gradient_compression == "none" or ranks.world_size == 1:
-        return None
-    if speed.precision == "fp64":
-        raise ValueError(
-            f"--gradient-compression {speed.gradient_compression} would round the gradients of --precision fp64, which "
-            "is there as a truth; choose --gradient-compression none or another --precision"
-        )
-    dtype = _WIRE_DTYPES[speed.gradient_compression]
-    try:
-        ranks.all_reduce_sum([torch.ones(1, dtype=dtype, device=device)])
-    except RuntimeError as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(
-            f"--gradient-compression {speed.gradient_compression} is not possible: the backend {dist.get_backend()} "
-            f"cannot sum {dtype} ({reason}); choose another one, or none"
-        ) from error
-    return dtype
