@@ -31,7 +31,7 @@ from leoclr_fast.machine.compiling import what_compiling_lacks
 from leoclr_fast.machine.precision import settled
 from leoclr_fast.method.methods import method_class
 from leoclr_fast.run.environment import environment
-from pipelines.augment import AugmentParameters, augment, draw_augmentation
+from pipelines.augment import augment, draw_augmentation
 from pipelines.config import ViewConfig
 
 CROSS_ENTROPIES = "cross entropies"
@@ -179,8 +179,8 @@ def bench_augment(config: AugmentBenchConfig) -> dict[str, Any]:
             calls["triton"] = lambda: augment(crops, drawn, view_config, dtype=dtype, impl="triton")
         else:
             left_out["compiled"] = left_out["triton"] = f"it lacks {lacking}"
-    chosen = np.linspace(0, len(drawn.table) - 1, min(_CHECKED_VIEWS, len(drawn.table))).astype(int).tolist()
-    parameters = AugmentParameters(drawn.table[chosen])
+    chosen = np.linspace(0, len(drawn) - 1, min(_CHECKED_VIEWS, len(drawn))).astype(int).tolist()
+    parameters = drawn[chosen]
     truth = augment(crops.flatten(0, 1)[chosen], parameters, view_config, dtype=torch.float64, impl="torch")
 
     def errors(result: Tensor) -> dict[str, float]:

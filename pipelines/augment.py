@@ -17,7 +17,7 @@ here is what they are tested by.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 
@@ -33,80 +33,24 @@ from pipelines.counter_rng import photometry_stream, uniform
 from pipelines.kernels import Impl, Kernels
 from pipelines.views import ViewRecipe
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+# Columns of a table of parameters, float64 [M, 13], a row for each sample. A single copy brings all to the device.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # factors, and a shift in turns
+ORDER = slice(4, 8)  # which of these four is due at each place
+JITTER, GRAYSCALE, BLUR, FLIP = range(8, 12)  # 0 or 1
+SIGMA = 12  # of the blur, pixels
 _JITTER_ORDERS = np.array(list(permutations(range(4))))
-_COLUMNS = 13
 _CPU_CHUNK_ELEMENTS = 1 << 17
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's
 
 
-@dataclass(frozen=True, slots=True)
-class AugmentParameters:
-    """One row per sample, in one table so that a single copy brings all of them to the device."""
-
-    table: Tensor
-    """float64 [M, 13]: brightness, contrast, saturation factors, hue shift (turns), the order of the four (four
-    columns: which operation is due at each place), and 0 or 1 for jitter, grayscale, blur, flip; last the blur's
-    sigma (pixels)."""
-
-    @classmethod
-    def from_columns(
-        cls,
-        *,
-        factors: npt.NDArray[np.float64],
-        order: npt.NDArray[np.int64],
-        jitter: npt.NDArray[np.bool_],
-        grayscale: npt.NDArray[np.bool_],
-        blur: npt.NDArray[np.bool_],
-        flip: npt.NDArray[np.bool_],
-        sigma: npt.NDArray[np.float64],
-    ) -> AugmentParameters:
-        """factors, order: [M, 4] (brightness, contrast, saturation, hue); the others: [M]."""
-        flags = np.stack((jitter, grayscale, blur, flip, sigma), axis=1).astype(np.float64)
-        return cls(torch.from_numpy(np.concatenate((factors, order.astype(np.float64), flags), axis=1)))
-
-    def to(self, device: torch.device) -> AugmentParameters:
-        table = self.table.pin_memory() if device.type == "cuda" else self.table  # else the copy would wait
-        return AugmentParameters(table.to(device, non_blocking=True))
-
-    @property
-    def factors(self) -> Tensor:
-        return self.table[:, 0:4]
-
-    @property
-    def order(self) -> Tensor:
-        return self.table[:, 4:8]
-
-    @property
-    def jitter(self) -> Tensor:
-        return self.table[:, 8] > 0
-
-    @property
-    def grayscale(self) -> Tensor:
-        return self.table[:, 9] > 0
-
-    @property
-    def blur(self) -> Tensor:
-        return self.table[:, 10] > 0
-
-    @property
-    def flip(self) -> Tensor:
-        return self.table[:, 11] > 0
-
-    @property
-    def sigma(self) -> Tensor:
-        return self.table[:, 12]
-
-
 def draw_augmentation(
     views: ViewRecipe, config: ViewConfig, seed: int, epoch: int, indices: npt.NDArray[np.int64]
-) -> AugmentParameters:
+) -> Tensor:
     """Parameters of all views of a batch, as a pure function of (seed, epoch, index, view).
 
-    indices: int64 [B]. The table has M = V * B rows, view by view.
+    indices: int64 [B]. Returns float64 [V * B, 13], view by view, on the host.
     """
-    per_view = [_draw_view(view.photometry, view.number, config, seed, epoch, indices) for view in views]
-    return AugmentParameters(torch.cat(per_view))
+    return torch.cat([_draw_view(view.photometry, view.number, config, seed, epoch, indices) for view in views])
 
 
 def augmented_views(
@@ -116,13 +60,16 @@ def augmented_views(
 
     views: the recipe that the batch's crops were cut by.
     """
-    parameters = draw_augmentation(views, config, seed, batch.epoch, batch.indices).to(batch.crops.device)
+    parameters = draw_augmentation(views, config, seed, batch.epoch, batch.indices)
+    if batch.crops.is_cuda:
+        parameters = parameters.pin_memory()  # else the copy would wait
+    parameters = parameters.to(batch.crops.device, non_blocking=True)
     return augment_crops(batch.crops, parameters, views, config, dtype=dtype)
 
 
 def augment_crops(
     crops: Tensor,
-    parameters: AugmentParameters,
+    parameters: Tensor,
     views: ViewRecipe,
     config: ViewConfig,
     *,
@@ -139,7 +86,7 @@ def augment_crops(
 
 def augment(
     crops: Tensor,
-    parameters: AugmentParameters,
+    parameters: Tensor,
     config: ViewConfig,
     *,
     dtype: torch.dtype = torch.float32,
@@ -147,28 +94,23 @@ def augment(
 ) -> Tensor:
     """Augment and normalise.
 
-    crops: uint8 [..., S, S, 3], RGB, M samples in all. parameters: M rows, on the crops' device. impl: `auto` takes
-    numba on a CPU and triton on a GPU, but not for float64, and torch elsewhere; they differ by float32's rounding.
+    crops: uint8 [..., S, S, 3], RGB, M samples in all. parameters: float64 [M, 13], on the crops' device. impl: `auto`
+    takes numba on a CPU and triton on a GPU, but for float64 and elsewhere torch; they differ by float32's rounding.
     Returns ``dtype`` [M, 3, S, S] in channels_last; the arithmetic is float32, or float64 if ``dtype`` is, also where
     an encoder's autocast is on.
-    Raises ValueError if numba or triton is asked for where it cannot be used.
     """
-    count = crops[..., 0, 0, 0].numel()
-    if len(parameters.table) != count:
-        raise ValueError(
-            f"{count} crops cannot be augmented with {len(parameters.table)} rows of parameters: give one each"
-        )
-    unsuitable = _what_compiled_code_cannot_take(crops, parameters.table, dtype)
-    chosen = _KERNELS.choose(impl, {"crops": crops, "parameters": parameters.table}, unsuitable)
-    weights = blur_weights(parameters.sigma, config)
-    if chosen == "triton":
+    assert len(parameters) == crops[..., 0, 0, 0].numel()
+    if impl == "auto":
+        impl = "torch" if dtype == torch.float64 else _KERNELS.automatic(crops.device)
+    weights = blur_weights(parameters[:, SIGMA], config)
+    if impl == "triton":
         from pipelines.augment_triton import augment_triton
 
-        return augment_triton(crops, parameters.table, weights, config, dtype)
-    if chosen == "numba":
+        return augment_triton(crops, parameters, weights, config, dtype)
+    if impl == "numba":
         from pipelines.augment_numba import augment_numba
 
-        return augment_numba(crops, parameters.table, weights, config, torch.get_num_threads()).to(dtype)
+        return augment_numba(crops, parameters, weights, config, torch.get_num_threads()).to(dtype)
     crops = crops.flatten(0, -4)  # copies unless each view is one contiguous block
     with torch.autocast("cuda" if crops.is_cuda else "cpu", enabled=False):
         if crops.device.type != "cpu":
@@ -176,22 +118,10 @@ def augment(
         # On a CPU the many passes over the pixels should find them in the cache.
         rows = max(1, _CPU_CHUNK_ELEMENTS // crops[0].numel()) if len(crops) else 1
         chunks = [
-            _augment_chunk(part, AugmentParameters(table), own_weights, config, dtype)
-            for part, table, own_weights in zip(
-                crops.split(rows), parameters.table.split(rows), weights.split(rows), strict=True
-            )
+            _augment_chunk(*part, config, dtype)
+            for part in zip(crops.split(rows), parameters.split(rows), weights.split(rows), strict=True)
         ]
         return torch.cat(chunks)
-
-
-def _what_compiled_code_cannot_take(crops: Tensor, table: Tensor, dtype: torch.dtype) -> str | None:
-    if dtype == torch.float64:
-        return "it computes in float32, not float64"
-    if crops.dtype != torch.uint8 or crops.shape[-3] != crops.shape[-2] or crops.shape[-1] != 3:
-        return f"it takes squares of uint8 RGB, and these are {crops.dtype} {list(crops.shape)}"
-    if table.dtype != torch.float64 or table.requires_grad:
-        return "it takes parameters in float64, and gives them no gradients"
-    return None
 
 
 def _try_numba() -> None:
@@ -204,27 +134,27 @@ def _try_triton(device: torch.device) -> None:
     from pipelines.augment_triton import augment_triton
 
     crop = torch.zeros(1, 3, 3, 3, dtype=torch.uint8, device=device)
-    table = torch.zeros(1, _COLUMNS, dtype=torch.float64, device=device)
+    table = torch.zeros(1, SIGMA + 1, dtype=torch.float64, device=device)
     config = ViewConfig(image_size=3)
     augment_triton(crop, table, blur_weights(table[:, -1], config), config, torch.float32)
 
 
-_KERNELS = Kernels(verb="augment", done="augmented", try_numba=_try_numba, try_triton=_try_triton)
+_KERNELS = Kernels(done="augmented", try_numba=_try_numba, try_triton=_try_triton)
 
 
 def _augment_chunk(
-    crops: Tensor, parameters: AugmentParameters, weights: Tensor, config: ViewConfig, dtype: torch.dtype
+    crops: Tensor, parameters: Tensor, weights: Tensor, config: ViewConfig, dtype: torch.dtype
 ) -> Tensor:
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     images = crops.permute(0, 3, 1, 2).to(compute, memory_format=torch.contiguous_format) / 255
     if config.jitter_probability > 0:
-        images = torch.where(_per_sample(parameters.jitter), color_jitter(images, parameters), images)
+        images = torch.where(_per_sample(parameters[:, JITTER] > 0), color_jitter(images, parameters), images)
     if config.grayscale_probability > 0:
-        images = torch.where(_per_sample(parameters.grayscale), _gray(images), images)
+        images = torch.where(_per_sample(parameters[:, GRAYSCALE] > 0), _gray(images), images)
     if config.blur_probability > 0:
-        images = blur(images, parameters.blur, weights)
+        images = blur(images, parameters[:, BLUR] > 0, weights)
     if config.flip_probability > 0:
-        images = torch.where(_per_sample(parameters.flip), images.flip(-1), images)
+        images = torch.where(_per_sample(parameters[:, FLIP] > 0), images.flip(-1), images)
     mean, std = (_per_channel(values, compute, images.device) for values in (config.mean, config.std))
     images = (images - mean) / std
     return images.to(dtype, memory_format=torch.channels_last)
@@ -236,12 +166,12 @@ def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.de
     return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
-def color_jitter(images: Tensor, parameters: AugmentParameters) -> Tensor:
+def color_jitter(images: Tensor, parameters: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue in each sample's own order.
 
     images: float [M, 3, S, S] in [0, 1]; returns the same shape. Applied to every sample.
     """
-    order, factors = parameters.order, parameters.factors.to(images.dtype)
+    order, factors = parameters[:, ORDER], parameters[:, : HUE + 1].to(images.dtype)
     hue_place = (order == HUE).to(torch.int64).argmax(dim=1)  # [M]
     for place in range(3):
         images = _blend(images, order[:, place], factors, active=place < hue_place)
@@ -335,21 +265,14 @@ def _draw_view(
 ) -> Tensor:
     draws = uniform(seed, epoch, indices, photometry_stream(number), 10)  # [B, 10]
     colour = photometry == "mocov2"
-    factors = np.stack(
-        [
-            1 + config.brightness * (2 * draws[:, 4] - 1),
-            1 + config.contrast * (2 * draws[:, 5] - 1),
-            1 + config.saturation * (2 * draws[:, 6] - 1),
-            config.hue * (2 * draws[:, 7] - 1),
-        ],
-        axis=1,
-    )
-    return AugmentParameters.from_columns(
-        factors=factors,
-        order=_JITTER_ORDERS[(draws[:, 8] * len(_JITTER_ORDERS)).astype(np.int64)],
-        jitter=(draws[:, 0] < config.jitter_probability) & colour,
-        grayscale=(draws[:, 1] < config.grayscale_probability) & colour,
-        blur=(draws[:, 2] < config.blur_probability) & colour,
-        flip=(draws[:, 3] < config.flip_probability) & (photometry != "none"),
-        sigma=config.blur_sigma[0] + (config.blur_sigma[1] - config.blur_sigma[0]) * draws[:, 9],
-    ).table
+    spreads = np.array([config.brightness, config.contrast, config.saturation, config.hue])
+    factors = np.array([1, 1, 1, 0]) + spreads * (2 * draws[:, 4:8] - 1)
+    order = _JITTER_ORDERS[(draws[:, 8] * len(_JITTER_ORDERS)).astype(np.int64)]
+    others = [
+        (draws[:, 0] < config.jitter_probability) & colour,
+        (draws[:, 1] < config.grayscale_probability) & colour,
+        (draws[:, 2] < config.blur_probability) & colour,
+        (draws[:, 3] < config.flip_probability) & (photometry != "none"),
+        config.blur_sigma[0] + (config.blur_sigma[1] - config.blur_sigma[0]) * draws[:, 9],
+    ]
+    return torch.from_numpy(np.column_stack((factors, order, *others)).astype(np.float64))

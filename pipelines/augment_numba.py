@@ -24,7 +24,7 @@ from pipelines.config import ViewConfig
 from pipelines.kernels import compile_by_numba
 from pipelines.threads import run_in_threads
 
-# Of the columns of `AugmentParameters`. Written out once more: a compiled function in numba's cache on the disk is not
+# Of the columns of `pipelines.augment`. Written out once more: a compiled function in numba's cache on the disk is not
 # replaced when a constant of another file changes.
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _ORDER, _JITTER, _GRAYSCALE, _BLUR, _FLIP = 4, 8, 9, 10, 11

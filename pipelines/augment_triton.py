@@ -116,7 +116,7 @@ def launches(
             )
 
 
-# Columns of `AugmentParameters`.
+# Columns of `pipelines.augment`.
 _BRIGHTNESS = tl.constexpr(0)
 _CONTRAST = tl.constexpr(1)
 _HUE = tl.constexpr(3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +21,6 @@ Argument = Tensor | int | float
 class Kernels:
     """An operation of the data layer that Numba does on CPUs and Triton on GPUs; torch does it where they cannot."""
 
-    verb: str
     done: str
     """What is done to views by it: a participle."""
     try_numba: Callable[[], object]
@@ -30,40 +28,15 @@ class Kernels:
     try_triton: Callable[[torch.device], object]
     """Imports Triton and does the operation once on a device, on the least input there is."""
 
-    def choose(self, impl: Impl, tensors: Mapping[str, Tensor], unsuitable: str | None) -> str:
-        """The name of the implementation to run: torch, numba or triton.
-
-        impl: `auto` is triton for tensors on a GPU and numba elsewhere, or torch where these cannot be used. tensors:
-        by what messages call them. unsuitable: why compiled code cannot take them, if it cannot.
-        Raises ValueError if numba or triton is asked for where it cannot be used.
-        """
-        first = next(iter(tensors.values()))
-        wanted = {"auto": "triton" if first.is_cuda else "numba"}.get(impl, impl)
-        if wanted == "torch":
-            return wanted
-        obstacle = _what_is_out_of_reach(wanted, tensors) or unsuitable or _what_is_wrong(self, wanted, first.device)
-        if obstacle is None:
-            return wanted
-        if impl == "auto":
-            return "torch"
-        raise ValueError(f"{impl} cannot {self.verb} here, since {obstacle}; choose impl auto or torch")
-
-
-def _what_is_out_of_reach(impl: str, tensors: Mapping[str, Tensor]) -> str | None:
-    devices = {tensor.device for tensor in tensors.values()}
-    on_cpu = all(device.type == "cpu" for device in devices)
-    where = ", the ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items()).replace(" on", " are on", 1)
-    if impl == "numba":
-        return None if on_cpu else f"the {where}, and it knows only the CPU"
-    on_gpu = len(devices) == 1 and all(device.type == "cuda" for device in devices)
-    interpreted = on_cpu and os.environ.get("TRITON_INTERPRET") == "1"
-    return (
-        None if on_gpu or interpreted else f"the {where}, and it needs {'one' if len(tensors) > 1 else 'a'} CUDA device"
-    )
+    def automatic(self, device: torch.device) -> Impl:
+        """Triton on a GPU and numba on a CPU where they work; else torch."""
+        impls: dict[str, Impl] = {"cuda": "triton", "cpu": "numba"}
+        impl = impls.get(device.type, "torch")
+        return impl if impl == "torch" or _works(self, impl, device) else "torch"
 
 
 @cache
-def _what_is_wrong(kernels: Kernels, impl: str, device: torch.device) -> str | None:
+def _works(kernels: Kernels, impl: Impl, device: torch.device) -> bool:
     """Tries a kernel, or says why it does not work, once: it makes things faster, and must not stop a run."""
     try:
         if impl == "triton":
@@ -71,11 +44,10 @@ def _what_is_wrong(kernels: Kernels, impl: str, device: torch.device) -> str | N
         else:
             kernels.try_numba()
     except Exception as error:
-        slower, name = ("several", "Triton") if impl == "triton" else ("many", "numba")
-        message = "views are %s by torch, %s times slower, since %s does not work here: %r"
-        log.warning(message, kernels.done, slower, name, error)
-        return f"it does not work on this machine: {error!r}"
-    return None
+        message = "views are %s by torch, many times slower, since %s does not work here: %r"
+        log.warning(message, kernels.done, impl, error)
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,12 +17,12 @@ from torch.nn.utils import get_total_norm
 
 from leoclr_fast.config import RunConfig
 from leoclr_fast.distributed.batch_layout import BatchLayout
-from leoclr_fast.distributed.gradient_buckets import GradientBuckets, wire_dtype
+from leoclr_fast.distributed.gradient_buckets import GradientBuckets
 from leoclr_fast.machine.precision import encoder_precision, require_precision, view_dtype
 from leoclr_fast.training.acceleration import captures_step, compiles_encoders
 from leoclr_fast.training.cuda_graph import CaptureError, StaticFunction, is_out_of_memory
 from leoclr_fast.training.state import TrainingState
-from pipelines.augment import AugmentParameters, augment_crops, draw_augmentation
+from pipelines.augment import augment_crops, draw_augmentation
 from pipelines.batch import CropBatch
 from pipelines.views import ViewRecipe
 
@@ -56,7 +56,7 @@ class TrainingStep:
         averages_statistics = config.result.method.query_batchnorm != "sync"
         buffers = method.kept_encoder.buffers() if averages_statistics else ()
         self._statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
-        self._buckets = GradientBuckets(self._weights, ranks, wire_dtype(config.speed, ranks, device))
+        self._buckets = GradientBuckets(self._weights, ranks)
         self._common = self._plan(config.result.batch_size)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # sizes stay the same for a whole run
@@ -91,7 +91,7 @@ class TrainingStep:
     def _inputs(self, batch: CropBatch, plan: Any) -> list[Tensor]:
         """What is drawn and handed between ranks before the step; on the host, pinned where a copy would wait."""
         method, result = self.training.method, self._result
-        drawn = draw_augmentation(method.views, result.views, result.seed, batch.epoch, batch.indices).table
+        drawn = draw_augmentation(method.views, result.views, result.seed, batch.epoch, batch.indices)
         inputs = method.inputs(plan, batch, drawn, self.training.step, self)
         return [self._pinned(tensor) for tensor in inputs]
 
@@ -132,7 +132,7 @@ class TrainingStep:
         """Views [size, 3, S, S] of the crops [N, S, S, 3], for each of the sizes in turn; made when it comes."""
         dtype = view_dtype(self._speed.precision)
         for part, rows in zip(crops.split(list(sizes)), parameters.split(list(sizes)), strict=True):
-            yield augment_crops(part[:, None], AugmentParameters(rows), recipe, self._result.views, dtype=dtype)[0]
+            yield augment_crops(part[:, None], rows, recipe, self._result.views, dtype=dtype)[0]
 
     def encode(self, encoder: nn.Module) -> Callable[[Tensor], Tensor]:
         """The encoder, compiled where this batch allows it, in the precision of the run."""
@@ -203,8 +203,7 @@ class TrainingStep:
         return self._plan(size)
 
     def forget_captured(self) -> None:
-        """Give back the memory of a captured step, and of a step that was cut short; the next common batch is captured
-        anew."""
+        """Give back the memory of a captured step, and of one that was cut short."""
         self._static = None
         self.training.forget_unfinished_step()
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
-from itertools import permutations
 
 import numpy as np
 import pytest
@@ -18,46 +16,18 @@ from benchmarks.kernels import cross_entropies
 from leoclr_fast.bench.timing import peak_extra_mib
 from leoclr_fast.losses.info_nce import info_nce
 from pipelines import augment_triton as fused
-from pipelines.augment import AugmentParameters, augment, draw_augmentation
+from pipelines.augment import augment, draw_augmentation
 from pipelines.config import ViewConfig
 from pipelines.views import LEOCLR_VIEWS
 from tests.leoclr_fast.losses.test_info_nce import unit_vectors
-from tests.pipelines.pictures import picture
+from tests.pipelines.test_augment import pictures, plain_config, random_parameters
 from tests.tolerances import AUGMENT_TRITON_ON_GPU, INFO_NCE_TRITON_ON_GPU
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
-    pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed"),
-]
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 
 GPU = torch.device("cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PAPER = (256, 65536, 128, 2)
-
-
-ORDERS = np.array(list(permutations(range(4))))
-
-
-def pictures(count: int, size: int, kind: str = "noise") -> Tensor:
-    """uint8 [count, S, S, 3]"""
-    return torch.from_numpy(np.stack([picture(size, size, kind, seed) for seed in range(count)]))
-
-
-def plain_config(size: int) -> ViewConfig:
-    """Leaves the values in [0, 1]."""
-    return replace(ViewConfig(image_size=size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-
-
-def random_parameters(count: int, seed: int = 0, **given: bool | list[bool]) -> AugmentParameters:
-    """Jitter always, in each of the 24 orders, and the rest as MoCo-v2 has it, where ``given`` does not say."""
-    rng = np.random.default_rng(seed)
-    factors = np.stack([*rng.uniform(0.6, 1.4, (3, count)), rng.uniform(-0.1, 0.1, count)], axis=1)
-    shares = {"jitter": 1.0, "grayscale": 0.2, "blur": 0.5, "flip": 0.5}
-    flags = {name: rng.random(count) < share for name, share in shares.items()}
-    flags |= {name: np.broadcast_to(value, count) for name, value in given.items()}
-    order, sigma = ORDERS[np.arange(count) % len(ORDERS)], rng.uniform(0.1, 2.0, count)
-    return AugmentParameters.from_columns(factors=factors, order=order, sigma=sigma, **flags)
 
 
 @contextmanager
@@ -172,8 +142,7 @@ class TestAugmentation:
         crops, drawn = pictures(count, size, kind).to(GPU), random_parameters(count).to(GPU)
         ours = augment(crops, drawn, plain_config(size), impl="triton")
         for rows in torch.arange(count).split(24):
-            part = AugmentParameters(drawn.table[rows])
-            truth = augment(crops[rows], part, plain_config(size), dtype=torch.float64)
+            truth = augment(crops[rows], drawn[rows], plain_config(size), dtype=torch.float64)
             difference = (ours[rows].double() - truth).abs()
             assert difference.max().item() <= AUGMENT_TRITON_ON_GPU.max
             assert difference.mean().item() <= AUGMENT_TRITON_ON_GPU.mean
@@ -202,7 +171,7 @@ class TestAugmentation:
         call()
         replay = captured(call)
         crops.copy_(pictures(24, 64, "waves"))
-        drawn.table.copy_(random_parameters(24, seed=1).table)
+        drawn.copy_(random_parameters(24, seed=1))
         ours, expected = replay(), call()
         torch.cuda.synchronize()
         assert torch.equal(ours, expected)

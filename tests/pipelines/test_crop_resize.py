@@ -32,8 +32,6 @@ from pipelines.crops import (
     center_crops,
     full_image_boxes,
     padded,
-    random_resized_crop_boxes,
-    random_resized_crop_draws,
     squashed,
 )
 from pipelines.decode import decode_rgb
@@ -52,13 +50,8 @@ each = pytest.mark.parametrize("impl", IMPLS)
 
 def pack(*images: np.ndarray, planar: bool = False) -> PackedImages:
     flat = [(image.transpose(2, 0, 1) if planar else image).reshape(-1) for image in images]
-    return PackedImages(
-        pixels=torch.from_numpy(np.concatenate(flat)),
-        offsets=np.cumsum([0, *(image.size for image in images[:-1])]),
-        heights=np.array([image.shape[0] for image in images]),
-        widths=np.array([image.shape[1] for image in images]),
-        planar=planar,
-    )
+    heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
+    return PackedImages.side_by_side(torch.from_numpy(np.concatenate(flat)), heights, widths, planar=planar)
 
 
 def random_boxes(height: int, width: int, count: int, seed: int = 0) -> Boxes:
@@ -196,10 +189,10 @@ class TestEachImplementation:
         """Compiled code checks no place in memory: what is outside is refused before."""
         packed = pack(picture(9, 9), picture(4, 3))
         boxes = np.array([[0, 0, 9, 9], box], dtype=np.int32)
-        with pytest.raises(ValueError, match=r"box 1 is \[.*\] as \(top, left, height, width\), .* 4 x 3 pixels"):
+        with pytest.raises(AssertionError):
             crop_resize(packed, np.array([0, 1]), boxes, 8, impl=impl)
 
-    @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "torch"])
+    @each
     @pytest.mark.parametrize("planar", [False, True])
     @pytest.mark.parametrize(
         ("height", "width", "size"), [(3, 400, 3)] if INTERPRETED else [(900, 1300, 8), (700, 40, 1), (40, 2500, 3)]
@@ -215,71 +208,26 @@ class TestEachImplementation:
         ours = crop_resize(pack(pixels, planar=planar), rows, boxes, size, impl=impl).numpy()
         assert np.array_equal(ours, by_pillow(pixels, boxes, size))
 
-    @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "torch"])
-    def test_what_compiled_code_cannot_take(self, impl: Impl) -> None:
-        packed, rows, boxes = pack(picture(4, 4)), np.array([0]), np.array([[0, 0, 4, 4]], dtype=np.int32)
-        needs = {"numba": "it knows only the CPU", "triton": "it needs a CUDA device"}[impl]
-        with pytest.raises(ValueError, match=rf"{impl} cannot resize here, since the images are on meta, and {needs}"):
-            crop_resize(replace(packed, pixels=packed.pixels.to("meta")), rows, boxes, 8, impl=impl)
-        with pytest.raises(ValueError, match=r"one row of uint8 without gaps, and this is torch.float32 \[48\]"):
-            crop_resize(replace(packed, pixels=packed.pixels.float()), rows, boxes, 8, impl=impl)
-        spread = replace(packed, pixels=packed.pixels.repeat_interleave(2)[::2])
-        with pytest.raises(ValueError, match=r"one row of uint8 without gaps, and this is torch.uint8 .* \[2\]"):
-            crop_resize(spread, rows, boxes, 8, impl=impl)
-        assert torch.equal(crop_resize(spread, rows, boxes, 8), crop_resize(packed, rows, boxes, 8))
-
     def test_an_image_that_leaves_the_buffer(self) -> None:
         packed = pack(picture(9, 9), picture(4, 3))
         boxes = full_image_boxes(packed.heights, packed.widths)
-        for offsets, wrong in (([0, 244], 1), ([-1, 243], 0)):
-            with pytest.raises(ValueError, match=rf"image {wrong} of .* does not end within the buffer of 279 bytes"):
+        for offsets in ([0, 244], [-1, 243]):
+            with pytest.raises(AssertionError):
                 crop_resize(replace(packed, offsets=np.array(offsets)), np.array([0, 1]), boxes, 8)
 
 
-class TestTorch:
-    boxes = np.concatenate([random_boxes(53, 31, 9, 1), random_boxes(1, 40, 7, 2), random_boxes(90, 90, 9, 3)])
-
-    @pytest.mark.parametrize("max_elements", [1, 5_000, 20_000, 1 << 40])
-    def test_chunks_hold_each_box_once_and_stay_small(self, max_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        chunks = module._chunks_of_similar_size(self.boxes, 24, max_elements)
-        assert sorted(np.concatenate(chunks).tolist()) == list(range(len(self.boxes)))
-        for chunk in chunks:
-            height, width = np.maximum(self.boxes[chunk, 2:].max(axis=0), 24)
-            assert len(chunk) == 1 or len(chunk) * 3 * height * width <= max_elements
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": max_elements})
-        given = arguments()
-        assert torch.equal(crop_resize(*given, 24, impl="torch"), crop_resize(*given, 24, impl="numba"))
-
-    def test_nothing_is_read_back_from_the_device(self) -> None:
-        """The meta device holds no values: whatever asked for one would raise."""
-        packed = pack(picture(20, 30))
-        on_device = replace(packed, pixels=packed.pixels.to("meta"))
-        ours = crop_resize(on_device, np.zeros(5, dtype=np.int64), random_boxes(20, 30, 5), 8)
-        assert ours.shape == (5, 8, 8, 3)
-        assert ours.device.type == "meta"
-
-    @pytest.mark.parametrize("size", [1, 5, 32, 224])
-    def test_weights_are_exact_in_tf32(self, size: int) -> None:
-        """Integers of at most 11 bits, so that any device's float32 product is exact."""
-        sides = torch.tensor([1, 2, 7, 31, 224, 225, 500, 1023])
-        high, low = module._resize_weights(sides, torch.full_like(sides, size), torch.zeros_like(sides), 1023, size)
-        assert high.dtype == low.dtype == torch.float32
-        assert torch.equal(high, high.round())
-        assert torch.equal(low, low.round())
-        assert high.min() >= 0
-        assert high.max() <= 2**11
-        assert low.abs().max() <= 2**10
-        weights = (2.0**11 * high.double() + low.double()) / 2.0**22
-        assert weights.min() >= 0
-        taps = (weights > 0).sum(dim=2)
-        assert ((weights.sum(dim=2) - 1).abs() <= taps * 2.0**-23).all()
-        outside = torch.arange(1023) >= sides[:, None, None]
-        assert (weights * outside).max() == 0
+def test_nothing_is_read_back_from_the_device() -> None:
+    """The meta device holds no values: whatever asked for one would raise."""
+    packed = pack(picture(20, 30))
+    on_device = replace(packed, pixels=packed.pixels.to("meta"))
+    ours = crop_resize(on_device, np.zeros(5, dtype=np.int64), random_boxes(20, 30, 5), 8)
+    assert ours.shape == (5, 8, 8, 3)
+    assert ours.device.type == "meta"
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 class TestTritonElsewhere:
-    """In its interpreter, compiled for GPUs that are not here, and refused."""
+    """In its interpreter, and compiled for GPUs that are not here."""
 
     @pytest.mark.parametrize(
         ("marked", "at_least"),
@@ -293,11 +241,6 @@ class TestTritonElsewhere:
     def test_it_compiles_ahead_of_time_and_fits(self, sizes: str, targets: tuple[int, ...], tmp_path: Path) -> None:
         kernels = {"crop_resize_weights", "crop_resize_rows", "crop_resize_columns"}
         assert_compiles_and_fits(sizes, kernels, tmp_path, targets)
-
-    def test_a_cpu_without_the_interpreter(self) -> None:
-        boxes = np.array([[0, 0, 4, 4]], dtype=np.int32)
-        with pytest.raises(ValueError, match=r"triton cannot resize here, since the images are on cpu, .* choose impl"):
-            crop_resize(pack(picture(4, 4)), np.array([0]), boxes, 8, impl="triton")
 
 
 if INTERPRETED:
@@ -426,22 +369,6 @@ assert len(compiled_kernel().overloads) == 1
     for moment in ("before", "after"):
         done = subprocess.run([sys.executable, "-c", code, moment], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.real_data
-def test_real_photographs(real_data: Path) -> None:
-    split = open_source(real_data / "imagenet-sample-400.tar").splits["train"]
-    for index in range(0, len(split), 16):
-        image = decode_rgb(split, index)
-        sizes = np.full(3, image.height), np.full(3, image.width)
-        draws = random_resized_crop_draws(0, 0, np.arange(3) + 3 * index, 16)
-        boxes = random_resized_crop_boxes(*sizes, draws, (0.2, 1.0), (3 / 4, 4 / 3))
-        boxes[2] = full_image_boxes(*sizes)[2]
-        expected = np.stack([in_single_passes(image, box, 224) for box in boxes.tolist()])
-        for impl in IMPLS:
-            ours = crop_resize(pack(np.asarray(image)), np.zeros(3, dtype=np.int64), boxes, 224, impl=impl).numpy()
-            assert np.array_equal(ours, expected), impl
-        assert_close(ours, np.stack([in_one_call(image, box, 224) for box in boxes.tolist()]), CROP_RESIZE)
 
 
 @pytest.mark.real_data
