@@ -108,7 +108,7 @@ def read_only(task: LoaderTask) -> Epochs:
 
         def epoch(number: int) -> tuple[int, int]:
             batches = [order.indices(number, step) for step in range(order.steps_per_epoch)]
-            return sum(len(encoded) for encoded in pool.map(reader.read, batches)), 0
+            return sum(len(encoded.images) for encoded in pool.map(reader.read, batches)), 0
 
         yield from timed(epoch)
 
@@ -122,8 +122,7 @@ def decode_only(task: LoaderTask) -> Epochs:
 
     split = next(splits(task))
     encoded = open_bytes(split).read(np.arange(len(split), dtype=np.int64))
-    rows = [row for row in range(len(encoded)) if encoded[row][:2].tobytes() == START]
-    images = [torch.from_numpy(encoded[row]) for row in rows]
+    images = [torch.from_numpy(image) for image in encoded.images if image[:2].tobytes() == START]
     if not images:
         raise ValueError("it decodes JPEGs alone, and none of the images is one")
 

@@ -6,7 +6,7 @@ training kills the process without a word (SIGBUS); here it is an `UnreadableIma
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,45 +20,14 @@ from dataset_tools.sources.split import ExtentSplit, SubsetSplit
 Indices = npt.NDArray[np.int64]
 
 
-class EncodedImages:
-    """The bytes of B images in one buffer. An image that could not be read has none, and a reason."""
+class EncodedImages(NamedTuple):
+    """B images. One that could not be read has no bytes, and a reason."""
 
-    def __init__(
-        self,
-        buffer: npt.NDArray[np.uint8],
-        offsets: Indices,
-        unreadable: dict[int, str],
-        raw_sizes: npt.NDArray[np.int32],
-    ) -> None:
-        """buffer: uint8 [total]; offsets: int64 [B + 1]; unreadable: row -> reason; raw_sizes: int32 [B, 2], height and
-        width of those that are pixels, uint8 [H, W, 3], and 0 for encoded ones.
-        """
-        self.buffer, self.offsets, self.unreadable, self.raw_sizes = buffer, offsets, unreadable, raw_sizes
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> npt.NDArray[np.uint8]:
-        """A view of one image's bytes."""
-        return self.buffer[self.offsets[row] : self.offsets[row + 1]]
-
-
-class ByteReader(ABC):
-    """Images of a split. May be used by several threads at once; holds file descriptors and no image."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    @abstractmethod
-    def read(self, indices: Indices) -> EncodedImages:
-        """The encoded images at ``indices`` (int64 [B]), in that order: JPEG, PNG, … or raw pixels.
-
-        Raises nothing for an image that cannot be read: it is in ``unreadable``.
-        """
-
-    @abstractmethod
-    def will_need(self, indices: Indices) -> None:
-        """These images will be read soon: the system may fetch them from the disk."""
+    images: list[npt.NDArray[np.uint8]]
+    unreadable: dict[int, str]
+    """Row -> reason."""
+    raw_sizes: npt.NDArray[np.int32]
+    """[B, 2], height and width of those that are pixels, uint8 [H, W, 3], and 0 for encoded ones."""
 
 
 def open_bytes(split: Split) -> ByteReader:
@@ -74,27 +43,32 @@ def open_bytes(split: Split) -> ByteReader:
         offsets, lengths = (np.ascontiguousarray(base.extents[rows, column]) for column in (0, 1))
         file_of = np.zeros(len(split), dtype=np.int32) if base.file_of is None else base.file_of[rows]
         return ExtentReader(split, base.files, offsets, lengths, file_of)
-    return SplitReader(split)
+    return ByteReader(split)
 
 
-class SplitReader(ByteReader):
-    """Any split, through `Split.read`: image folders."""
+class ByteReader:
+    """Images of a split, one by one. May be used by several threads at once; holds file descriptors and no image."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
 
     def read(self, indices: Indices) -> EncodedImages:
-        pieces: list[bytes] = []
+        """The encoded images at ``indices`` (int64 [B]), in that order: JPEG, PNG, … or raw pixels.
+
+        Raises nothing for an image that cannot be read: it is in ``unreadable``.
+        """
+        images: list[npt.NDArray[np.uint8]] = [np.empty(0, dtype=np.uint8)] * len(indices)
         unreadable: dict[int, str] = {}
         for row, index in enumerate(indices.tolist()):
             try:
-                pieces.append(self.split.read(index))
+                images[row] = np.frombuffer(bytearray(self.split.read(index)), dtype=np.uint8)
             except OSError as error:
                 raise_if_of_machine(error)
-                pieces.append(b"")
                 unreadable[row] = str(error)
-        offsets = np.concatenate(([0], np.cumsum([len(piece) for piece in pieces]))).astype(np.int64)
-        buffer = np.frombuffer(bytearray().join(pieces), dtype=np.uint8)
-        return EncodedImages(buffer, offsets, unreadable, np.zeros((len(pieces), 2), dtype=np.int32))
+        return EncodedImages(images, unreadable, np.zeros((len(images), 2), dtype=np.int32))
 
     def will_need(self, indices: Indices) -> None:
+        """These images will be read soon: the system may fetch them from the disk."""
         for index in indices.tolist():
             self.split.will_need(index)
 
@@ -122,19 +96,16 @@ class ExtentReader(ByteReader):
         offsets, shards = self._offsets[indices], self._shards[indices].astype(np.int64)
         ends = np.concatenate(([0], np.cumsum(self._lengths[indices])))
         buffer = np.empty(int(ends[-1]), dtype=np.uint8)
-        view = buffer.data
+        images = np.split(buffer, ends[1:-1]) if len(indices) else []
         unreadable: dict[int, str] = {}
         for row in np.argsort(shards * (1 << 48) + offsets, kind="stable").tolist():  # as they lie on disk
-            piece = view[ends[row] : ends[row + 1]]
             try:
-                self._files[shards[row]].read_into(int(offsets[row]), piece, self.split.names[indices[row]])
+                self._files[shards[row]].read_into(int(offsets[row]), images[row].data, self.split.names[indices[row]])
             except OSError as error:
                 raise_if_of_machine(error)
                 unreadable[row] = str(error)
         no_sizes = np.zeros((len(indices), 2), dtype=np.int32)
-        return EncodedImages(
-            buffer, ends, unreadable, no_sizes if self._raw_sizes is None else self._raw_sizes[indices]
-        )
+        return EncodedImages(images, unreadable, no_sizes if self._raw_sizes is None else self._raw_sizes[indices])
 
     def will_need(self, indices: Indices) -> None:
         places = (column[indices].tolist() for column in (self._shards, self._offsets, self._lengths))

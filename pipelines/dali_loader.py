@@ -38,7 +38,7 @@ class DaliLoader(EncodedLoader):
 
     DALI decodes ``prefetch_batches`` ahead, beside as many that are read ahead; only the decoding thread talks to it. A
     batch that DALI cannot decode is fed again without the images at fault.
-    Raises ImportError where DALI is not installed, ValueError for a device that is not there.
+    Raises ImportError where DALI is not installed.
     """
 
     name = "dali"
@@ -53,12 +53,6 @@ class DaliLoader(EncodedLoader):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _import_dali()
-        if self.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"DALI decodes on cpu or cuda, not on {self.device}; choose --loader torchvision")
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"DALI is to decode on {self.device}, but this machine has no CUDA device; give --device cpu"
-            )
         self._hints = _decoder_hints(self.split, self.order.max_local_batch_size, self.num_threads)
         # What follows belongs to the decoding thread.
         self._pipeline: Any = None
@@ -128,7 +122,7 @@ class DaliLoader(EncodedLoader):
         self._drop_pipeline()
         for epoch, step in again:
             self._doing = f"reading the images of step {step} again"
-            self._feed(self._batches.prepare(epoch, step))
+            self._feed(self.prepare(epoch, step))
 
     def _drain(self) -> None:
         """Let go of what an earlier pass has left in flight."""

@@ -1,11 +1,16 @@
-"""Loaders that are given encoded images: threads read batches in pieces, and one more thread decodes and cuts them."""
+"""Loaders that are given encoded images: threads read batches in pieces, and one more thread decodes and cuts them.
+
+An image that cannot be read is replaced by the next one that can. Plain JPEGs go to the decoder as they are; what it
+might see differently from Pillow (cut JPEGs, other formats) is decoded by Pillow.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, ClassVar, TypeVar
@@ -16,12 +21,15 @@ import torch
 from torch import Tensor
 
 from dataset_tools.conversion.jpeg import JpegHeader
-from pipelines.byte_readers import Indices
+from pipelines.byte_readers import Indices, open_bytes
 from pipelines.crop_resize import PackedImages, cut_views
-from pipelines.decode import UnreadableImageError, require_decodable
-from pipelines.encoded_batches import EncodedBatch, EncodedBatches
+from pipelines.decode import Substitutes, UnreadableImageError, decode_bytes, require_decodable
+from pipelines.encoded_batches import Bytes, EncodedBatch, plain_header
 from pipelines.loader import DecodedBatch, Loader
 from pipelines.threads import WorkerThreads, available_cores
+from pipelines.views import draw_boxes
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -30,6 +38,8 @@ _OF_DEVICE = re.compile(
 )
 _LEAST_PIECE = 4
 """Images that one thread reads: fewer would cost more than they take from the disk."""
+_MAX_LOGGED = 10
+_MANY_REFUSED = 4
 
 
 class EncodedLoader(Loader):
@@ -47,9 +57,10 @@ class EncodedLoader(Loader):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._batches = EncodedBatches(
-            self.split, self.views, self.view_config, self.order, seed=self.seed, is_plain=self.is_plain
-        )
+        self._byte_reader = open_bytes(self.split)
+        self._substitutes = Substitutes(self.split)
+        self.for_pillow: set[int] = set()
+        """Images that Pillow decodes, whatever they are: what the decoder turned out to be unable to decode."""
         self._readers: WorkerThreads | None = None
         self._decoder: WorkerThreads | None = None
         self._doing = "starting"
@@ -66,11 +77,6 @@ class EncodedLoader(Loader):
     def is_plain(header: JpegHeader) -> bool:
         """Whether the decoder sees what Pillow sees in a JPEG that passed `plain_header`. Else Pillow decodes it."""
         return True
-
-    @property
-    def num_for_pillow(self) -> int:
-        """How many images the decoder turned out to be unable to decode, so that Pillow does it."""
-        return self._batches.num_for_pillow
 
     def decode_batches(self, epoch: int, start_step: int) -> Generator[DecodedBatch, None, None]:
         current = Pass(epoch, start_step, self.steps_per_epoch, *self._threads())
@@ -124,8 +130,53 @@ class EncodedLoader(Loader):
         """A piece of a batch. later: images that are read a while after these."""
         if current.cancelled:
             raise CancelledError
-        self._batches.will_need(later)
-        return self._batches.prepare(current.epoch, step, indices)
+        self._byte_reader.will_need(later)
+        return self.prepare(current.epoch, step, indices)
+
+    def prepare(self, epoch: int, step: int, indices: Indices | None = None) -> EncodedBatch:
+        """The batch of this rank, or the piece of it with these ``indices``; see `EncodedBatch.joined`.
+
+        Raises nothing for an image that cannot be read.
+        """
+        indices = (self.order.indices(epoch, step) if indices is None else indices).copy()
+        images: list[Bytes] = [np.empty(0, dtype=np.uint8)] * len(indices)
+        heights, widths = np.ones_like(indices), np.ones_like(indices)
+        unreadable: dict[int, str] = {}
+        missing = np.arange(len(indices))
+        while len(missing):
+            if self._substitutes.unreadable:
+                found = [self._substitutes.find(index, unreadable) for index in indices[missing].tolist()]
+                if None in found:  # so many are unreadable that the run ends
+                    indices, heights, widths, images = indices[:0], heights[:0], widths[:0], []
+                    break
+                indices[missing] = np.array(found, dtype=np.int64)
+            encoded = self._byte_reader.read(indices[missing])
+            failed = []
+            for place, row in enumerate(missing.tolist()):
+                index, image, raw_size = int(indices[row]), encoded.images[place], encoded.raw_sizes[place].tolist()
+                try:
+                    if place in encoded.unreadable:
+                        raise UnreadableImageError(encoded.unreadable[place])
+                    images[row], (heights[row], widths[row]) = self._opened(index, image, raw_size)
+                except UnreadableImageError as error:
+                    self._substitutes.unreadable[index] = str(error)
+                    failed.append(row)
+            missing = np.array(failed, dtype=np.int64)
+        boxes = draw_boxes(self.views, self.view_config, heights, widths, self.seed, epoch, indices)
+        return EncodedBatch(epoch, step, indices, heights, widths, boxes, images, unreadable)
+
+    def _opened(self, index: int, image: Bytes, raw_size: Sequence[int]) -> tuple[Bytes, tuple[int, int]]:
+        """What is handed out of an image, and its height and width. Raises `UnreadableImageError`."""
+        height, width = raw_size
+        if height:
+            if len(image) != 3 * height * width:
+                raise UnreadableImageError(f"its {len(image)} bytes are not {height} x {width} pixels")
+            return image.reshape(height, width, 3), (height, width)
+        header = None if index in self.for_pillow else plain_header(image)
+        if header is not None and self.is_plain(header):
+            return image, (header.height, header.width)
+        pixels = np.array(decode_bytes(image.tobytes()))  # a copy, which may be written to: some ask for that
+        return pixels, (pixels.shape[0], pixels.shape[1])
 
     # ---- what the decoder does ------------------------------------------------------------------------------------
 
@@ -150,7 +201,7 @@ class EncodedLoader(Loader):
         sizes: int64 [B, 2], height and width of the decoded images.
         """
         wrong = np.flatnonzero((sizes[:, 0] != batch.heights) | (sizes[:, 1] != batch.widths))
-        self._batches.for_pillow.update(batch.indices[wrong].tolist())
+        self.for_pillow.update(batch.indices[wrong].tolist())
         return not len(wrong)
 
     def cut(self, batch: EncodedBatch, images: Iterable[Tensor], *, planar: bool = False) -> DecodedBatch:
@@ -178,7 +229,7 @@ class EncodedLoader(Loader):
             try:
                 require_decodable(batch.images[row].tobytes())
             except UnreadableImageError as reason:
-                self._batches.mark_unreadable(int(batch.indices[row]), str(reason))
+                self._substitutes.unreadable[int(batch.indices[row])] = str(reason)
                 return False
             return True
 
@@ -189,8 +240,9 @@ class EncodedLoader(Loader):
         """Find the images that made the decoder fail, so that the batch can be prepared again without them.
 
         What Pillow cannot read either is replaced from now on; what it can, and the decoder not, is decoded by Pillow
-        from now on. Raises RuntimeError if there is no such image, or if it is all of them; and the error itself where
-        it is of the device or its memory, which is the fault of no image.
+        from now on, and the first such are logged. Raises RuntimeError if there is no such image, or if it is all of
+        several: then it is the decoder; and the error itself where it is of the device or its memory, which is the
+        fault of no image.
         """
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise error
@@ -201,7 +253,16 @@ class EncodedLoader(Loader):
         if len(self.readable_by_pillow(batch, rows)) < len(rows):
             return
         refused = [int(batch.indices[row]) for row in self._refused(batch, rows)]
-        self._batches.mark_for_pillow(refused, len(rows), self.decoder, error)
+        if len(refused) == len(rows) >= _MANY_REFUSED:
+            raise RuntimeError(
+                f"{self.decoder} decodes none of the {len(rows)} images of a batch, and Pillow decodes all of them: "
+                f"{error}"
+            ) from error
+        for index in refused:
+            self.for_pillow.add(index)
+            if len(self.for_pillow) <= _MAX_LOGGED:
+                last = "; others will not be named" if len(self.for_pillow) == _MAX_LOGGED else ""
+                log.warning("%s cannot decode %s, Pillow does%s", self.decoder, self.split.names[index], last)
         if not refused:
             raise RuntimeError(
                 f"{self.decoder} failed at step {batch.step} of epoch {batch.epoch}, though it can decode each of the "

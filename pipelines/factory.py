@@ -65,15 +65,13 @@ def shows_images(config: LoaderConfig) -> bool:
     return config.name == "auto" or loader_class(config.name).shows_images
 
 
-def choose_loader(split: Split, config: LoaderConfig, device: torch.device | None = None) -> str:
+def choose_loader(split: Split, config: LoaderConfig, device: torch.device) -> str:
     """The name that ``auto`` stands for with this split; logs the choice and its reason.
 
-    device: by default CUDA where there is some: DALI decodes there, or torchvision's nvJPEG. On a CPU FFCV, which reads
-    .betons, is the fastest, then DALI, then torchvision's worker processes (benchmarks/results/loaders_cpu.md).
+    On a GPU DALI decodes, or torchvision's nvJPEG. On a CPU FFCV, which reads .betons, is the fastest, then DALI, then
+    torchvision's worker processes (benchmarks/results/loaders_cpu.md).
     """
     gib, limit_gib = estimate_decoded_bytes(split) / 2**30, config.resident_limit_gib
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if gib <= limit_gib:
         limit_gib = min(limit_gib, room_for_pixels(device) / 2**30)
     if gib <= limit_gib:
@@ -87,7 +85,7 @@ def choose_loader(split: Split, config: LoaderConfig, device: torch.device | Non
     return name
 
 
-def settle_loader(split: Split, config: LoaderConfig, device: torch.device | None = None) -> LoaderConfig:
+def settle_loader(split: Split, config: LoaderConfig, device: torch.device) -> LoaderConfig:
     """``config`` with ``auto`` replaced by the loader it stands for, so that the choice is made and logged once."""
     return replace(config, name=choose_loader(split, config, device)) if config.name == "auto" else config
 

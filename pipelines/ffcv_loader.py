@@ -65,8 +65,8 @@ class FfcvLoader(EncodedLoader):
         self._doing = f"decoding step {batch.step} of epoch {batch.epoch}"
         while failed := sorted(row for share in shares for row in share.result()):
             # What TurboJPEG refuses or only warns of is up to Pillow, as in the other loaders.
-            self._batches.for_pillow.update(self.readable_by_pillow(batch, failed))
-            batch, crops, shares = self._started(self._batches.prepare(batch.epoch, batch.step))
+            self.for_pillow.update(self.readable_by_pillow(batch, failed))
+            batch, crops, shares = self._started(self.prepare(batch.epoch, batch.step))
         return self.on_device(DecodedBatch(crops, batch.indices, batch.boxes, batch.unreadable))
 
     def _started(self, batch: EncodedBatch) -> _Started:

@@ -1,6 +1,6 @@
 """Arrays that one of a node's ranks makes and all of them use: in memory that ends with the last process that has it.
 
-They lie in a memory file (`memfd_create`) of the rank that came first, which the others open through /proc. So nothing
+They lie in memory files (`memfd_create`) of the rank that came first, which the others open through /proc. So nothing
 is left behind by a run that is killed, but a few bytes in the folder for temporary files that say where they are.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import mmap
 import os
 import tempfile
 from collections.abc import Callable
@@ -41,48 +40,31 @@ def made_once(key: str, make: Callable[[], Arrays]) -> tuple[Arrays, bool]:
         fcntl.flock(note, fcntl.LOCK_EX)
         if os.fstat(place).st_uid == os.getuid() and (found := _opened(note.read(), name)) is not None:
             return found, False
-        file, layout = _written(make(), name)
+        paths = {array_name: _saved(array, name) for array_name, array in make().items()}
         note.seek(0)
         note.truncate()
-        note.write(json.dumps({"process": os.getpid(), "file": file, "arrays": layout}))
-        return _mapped(file, layout), True
+        note.write(json.dumps(paths))
+        return _mapped(paths), True
 
 
-def _written(arrays: Arrays, name: str) -> tuple[int, list[Any]]:
-    """A memory file, which stays open as long as the process lives, and where in it each array is."""
-    file, layout, offset = os.memfd_create(name), [], 0
-    for array_name, array in arrays.items():
-        layout.append((array_name, array.dtype.str, array.shape, offset))
-        view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        while view:
-            written = os.write(file, view[: 1 << 30])
-            view, offset = view[written:], offset + written
-        offset = -(-offset // 64) * 64
-        os.ftruncate(file, max(1, offset))
-        os.lseek(file, offset, os.SEEK_SET)
-    return file, layout
+def _saved(array: npt.NDArray[Any], name: str) -> str:
+    """Where an array lies, in a memory file that stays open as long as the process lives."""
+    descriptor = os.memfd_create(name)
+    with os.fdopen(descriptor, "wb", closefd=False) as file:
+        np.save(file, array)
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 def _opened(text: str, name: str) -> Arrays | None:
     """The arrays of another process that is still there; None if they are not."""
     try:
-        note = json.loads(text)
-        path = f"/proc/{note['process']}/fd/{note['file']}"
-        if os.readlink(path).removesuffix(" (deleted)") != f"/memfd:{name}":
-            return None
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    try:
-        return _mapped(file, note["arrays"])
-    finally:
-        os.close(file)
+        paths = json.loads(text)
+        if all(os.readlink(path).removesuffix(" (deleted)") == f"/memfd:{name}" for path in paths.values()):
+            return _mapped(paths)
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass
+    return None
 
 
-def _mapped(file: int, layout: list[Any]) -> Arrays:
-    memory = np.frombuffer(mmap.mmap(file, 0), dtype=np.uint8)
-    arrays: Arrays = {}
-    for name, dtype, shape, offset in layout:
-        num_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
-        arrays[name] = memory[offset : offset + num_bytes].view(dtype).reshape(shape)
-    return arrays
+def _mapped(paths: dict[str, str]) -> Arrays:
+    return {name: np.asarray(np.load(path, mmap_mode="r+")) for name, path in paths.items()}

@@ -46,10 +46,6 @@ class NvjpegLoader(EncodedLoader):
         super().__init__(*args, **kwargs)
         if self.device.type not in self.devices:
             raise ValueError(f"nvJPEG decodes on a GPU, not on {self.device}; choose --loader auto, or give --device")
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"nvJPEG is to decode on {self.device}, but this machine has no CUDA device; choose --loader auto"
-            )
         if obstacle := nvjpeg_obstacle(self.device):
             raise RuntimeError(f"the nvjpeg loader cannot be used: {obstacle}; choose --loader torchvision")
 
@@ -68,7 +64,7 @@ class NvjpegLoader(EncodedLoader):
             self._doing = f"decoding step {batch.step} of epoch {batch.epoch}"
             if (images := self._images(batch)) is not None:
                 return self.cut(batch, images, planar=True)
-            batch = self._batches.prepare(batch.epoch, batch.step)
+            batch = self.prepare(batch.epoch, batch.step)
 
     def try_to_decode(self, batch: EncodedBatch, rows: list[int]) -> None:
         self._decode_jpegs([batch.images[row] for row in rows])

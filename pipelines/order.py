@@ -46,21 +46,13 @@ class Order(ABC):
     """Parts of a global batch that are worked through one after the other; each is shared by all ranks."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch size {self.batch_size} is not allowed: give a global --batch-size of at least 1")
-        if self.micro_batches < 1:
-            raise ValueError(f"micro_batches {self.micro_batches} is not allowed: give --micro-batches of at least 1")
         least = self.micro_batches * self.world_size
-        if self.micro_batches > 1 and self.batch_size < least:
+        if self.batch_size < least:
+            parts = f" in {self.micro_batches} micro-batches" if self.micro_batches > 1 else ""
             raise ValueError(
-                f"a global batch of {self.batch_size} in {self.micro_batches} micro-batches cannot be shared by "
-                f"{self.world_size} rank{'s' if self.world_size > 1 else ''}: each needs at least one image of every "
-                f"micro-batch; raise --batch-size to {least} or more, or lower --micro-batches"
-            )
-        if self.batch_size < self.world_size:
-            raise ValueError(
-                f"a global batch of {self.batch_size} cannot be shared by {self.world_size} ranks: each needs at least "
-                f"one image; raise --batch-size to {self.world_size} or more, or start fewer ranks"
+                f"a global batch of {self.batch_size}{parts} cannot be shared by {self.world_size} ranks: each needs "
+                f"at least one image of every micro-batch; raise --batch-size to {least} or more, or take fewer "
+                "--micro-batches or ranks"
             )
 
     @property

@@ -23,7 +23,6 @@ from pipelines.crop_resize import PackedImages, cut_views
 from pipelines.decode import Substitutes, UnreadableImageError, decode_rgb, image_size, none_readable
 from pipelines.loader import DecodedBatch, Loader
 from pipelines.node_memory import made_once, num_local_ranks
-from pipelines.threads import available_cores
 from pipelines.views import draw_boxes
 
 _SIZE_SAMPLES = 64
@@ -96,11 +95,9 @@ _LOADED: WeakKeyDictionary[Split, dict[torch.device, ResidentImages]] = WeakKeyD
 
 
 def _loaded(split: Split, device: torch.device, workers: int | None) -> ResidentImages:
-    if num_local_ranks() == 1:
-        arrays, is_ours = _decode_all(split, device, workers), True
-    else:
-        cores = len(os.sched_getaffinity(0)) if workers is None else workers * num_local_ranks()
-        arrays, is_ours = made_once(_identity(split), lambda: _decode_all(split, device, cores))
+    cores = len(os.sched_getaffinity(0)) if workers is None else max(1, workers * num_local_ranks())
+    key = "" if num_local_ranks() == 1 else _identity(split)
+    arrays, is_ours = made_once(key, lambda: _decode_all(split, device, cores))
     if not is_ours and device.type == "cuda":  # who decoded has looked before
         _require_room(len(arrays["pixels"]), device)
     unreadable: dict[str, str] = json.loads(arrays["unreadable"].tobytes())
@@ -123,7 +120,7 @@ def _identity(split: Split) -> str:
     return digest.hexdigest()[:32]
 
 
-def _decode_all(split: Split, device: torch.device, workers: int | None) -> dict[str, npt.NDArray[Any]]:
+def _decode_all(split: Split, device: torch.device, num_threads: int) -> dict[str, npt.NDArray[Any]]:
     """The pixels of all images, and what `ResidentImages` has beside them."""
     heights = np.ones(len(split), dtype=np.int64)
     widths = np.ones(len(split), dtype=np.int64)
@@ -151,7 +148,6 @@ def _decode_all(split: Split, device: torch.device, workers: int | None) -> dict
             return
         pixels[offsets[index] : offsets[index] + image.size] = image.reshape(-1)
 
-    num_threads = available_cores() if workers is None else max(1, workers)
     with ThreadPoolExecutor(num_threads) as pool:
         blocks = [range(start, min(start + _BLOCK, len(split))) for start in range(0, len(split), _BLOCK)]
         list(pool.map(partial(_for_each, measure), blocks))

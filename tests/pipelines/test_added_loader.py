@@ -64,7 +64,7 @@ def test_it_is_named_among_the_others_and_auto_does_not_take_it(split: Split) ->
     ):
         open_by_name("plan", split)
     assert choose_loader(split, LoaderConfig(resident_limit_gib=0.0), torch.device("cpu")) != "plain"
-    assert settle_loader(split, LoaderConfig(name="plain")).name == "plain"
+    assert settle_loader(split, LoaderConfig(name="plain"), torch.device("cpu")).name == "plain"
 
 
 def test_auto_takes_one_that_asks_for_it(split: Split, package_log: pytest.LogCaptureFixture) -> None:

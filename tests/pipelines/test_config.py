@@ -7,17 +7,6 @@ import pytest
 from pipelines.config import ViewConfig
 
 
-def test_the_defaults_are_moco_v2_s() -> None:
-    config = ViewConfig()
-    assert (config.image_size, config.crop_scale, config.crop_ratio) == (224, (0.2, 1.0), (3 / 4, 4 / 3))
-    assert (config.brightness, config.contrast, config.saturation, config.hue) == (0.4, 0.4, 0.4, 0.1)
-    assert (config.jitter_probability, config.grayscale_probability) == (0.8, 0.2)
-    assert (config.blur_probability, config.flip_probability) == (0.5, 0.5)
-    assert config.blur_sigma == (0.1, 2.0)
-    assert (config.mean, config.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert config.center_crop_fraction == 224 / 256
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,13 +1,12 @@
-"""Boxes: torchvision's algorithm draw for draw, its distributions, and the image's borders."""
+"""Boxes: torchvision's algorithm draw for draw, and the image's borders."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from pipelines.crops import (
@@ -23,41 +22,6 @@ from pipelines.crops import (
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 SIDES = (1, 2, 3, 4, 7, 32, 37, 224, 500, 1023)
 ALMOST_ONE = 1 - 2.0**-32
-
-
-def scalar_get_params(
-    height: int, width: int, draws: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """`torchvision.transforms.RandomResizedCrop.get_params`, line by line, with its random calls replaced."""
-    stream = iter(draws.tolist())
-    area = height * width
-    log_ratio = math.log(ratio[0]), math.log(ratio[1])
-    for _ in range(10):
-        target_area = area * (scale[0] + (scale[1] - scale[0]) * next(stream))
-        aspect_ratio = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * next(stream))
-        top_draw, left_draw = next(stream), next(stream)
-
-        w = int(round(math.sqrt(target_area * aspect_ratio)))  # noqa: RUF046 - as torchvision has it
-        h = int(round(math.sqrt(target_area / aspect_ratio)))  # noqa: RUF046
-
-        if 0 < w <= width and 0 < h <= height:
-            i = int(top_draw * (height - h + 1))
-            j = int(left_draw * (width - w + 1))
-            return i, j, h, w
-
-    in_ratio = float(width) / float(height)
-    if in_ratio < min(ratio):
-        w = width
-        h = max(1, int(round(w / min(ratio))))  # noqa: RUF046 - torchvision has no max: 0 rows, which it cannot resize
-    elif in_ratio > max(ratio):
-        h = height
-        w = max(1, int(round(h * max(ratio))))  # noqa: RUF046
-    else:
-        w = width
-        h = height
-    i = (height - h) // 2
-    j = (width - w) // 2
-    return i, j, h, w
 
 
 def boxes_of(height: int, width: int, draws: np.ndarray, scale=SCALE, ratio=RATIO) -> Boxes:
@@ -76,25 +40,12 @@ def assert_inside(boxes: Boxes, height: int | np.ndarray, width: int | np.ndarra
     assert (left + box_width <= width).all()
 
 
-@pytest.mark.parametrize(
-    ("scale", "ratio"),
-    [
-        (SCALE, RATIO),
-        ((0.08, 1.0), RATIO),
-        ((0.9, 1.0), (0.2, 0.3)),
-        ((0.9, 1.0), (3.0, 4.0)),
-        ((1.0, 1.0), (0.5, 2.0)),
-    ],
-)
-def test_equals_a_scalar_transcription_of_torchvision(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
-    sizes = np.array([(height, width) for height in SIDES for width in SIDES] * 8)
-    draws = random_resized_crop_draws(0, 0, np.arange(len(sizes)), 16)
-    boxes = random_resized_crop_boxes(sizes[:, 0], sizes[:, 1], draws, scale, ratio)
-    expected = [
-        scalar_get_params(int(height), int(width), row, scale, ratio)
-        for (height, width), row in zip(sizes, draws, strict=True)
-    ]
-    assert boxes.tolist() == [list(box) for box in expected]
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    """For torchvision, which else draws in float32."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 class Replay:
@@ -115,16 +66,31 @@ class Replay:
         return torch.full(size, low + int(self.draws[attempt, column] * (high - low)))
 
 
-@pytest.mark.parametrize(("height", "width"), [(500, 375), (37, 300), (300, 37), (32, 32), (5, 9), (1, 40)])
-def test_equals_torchvision_fed_the_same_draws(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    draws = random_resized_crop_draws(0, 0, np.arange(100), 16)
-    image = torch.empty(3, height, width)
-    for box, row in zip(boxes_of(height, width, draws).tolist(), draws, strict=True):
+@pytest.mark.parametrize(
+    ("scale", "ratio"),
+    [
+        (SCALE, RATIO),
+        ((0.08, 1.0), RATIO),
+        ((0.9, 1.0), (0.2, 0.3)),
+        ((0.9, 1.0), (3.0, 4.0)),
+        ((1.0, 1.0), (0.5, 2.0)),
+    ],
+)
+def test_equals_torchvision_fed_the_same_draws(
+    scale: tuple[float, float], ratio: tuple[float, float], monkeypatch: pytest.MonkeyPatch, double_precision: None
+) -> None:
+    sizes = np.array([(height, width) for height in SIDES for width in SIDES] * 4)
+    draws = random_resized_crop_draws(0, 0, np.arange(len(sizes)), 16)
+    boxes = random_resized_crop_boxes(*sizes.T, draws, scale, ratio)
+    for (height, width), row, box in zip(sizes.tolist(), draws, boxes.tolist(), strict=True):
         replay = Replay(row)
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "uniform_", lambda tensor, low, high, r=replay: r.uniform_(tensor, low, high))
             patch.setattr(torch, "randint", replay.randint)
-            assert box == list(RandomResizedCrop.get_params(image, list(SCALE), list(RATIO)))
+            theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), list(scale), list(ratio))
+        if 0 in theirs[2:]:  # a crop without pixels, which torchvision cannot resize: ours has one
+            theirs = [(height - 1) // 2, (width - 1) // 2, *(max(1, side) for side in theirs[2:])]
+        assert box == list(theirs)
 
 
 def test_the_fallback_is_the_largest_central_crop() -> None:
@@ -146,32 +112,6 @@ def test_boxes_stay_inside_images_of_any_size() -> None:
         extreme = np.full((len(sizes), 40), value)
         assert_inside(random_resized_crop_boxes(*sizes.T, extreme, SCALE, RATIO), *sizes.T)
         assert_inside(random_resized_crop_boxes(*sizes.T, extreme, (1e-4, 1e-4), (0.02, 50.0)), *sizes.T)
-
-
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (32, 32), (96, 96), (100, 300), (768, 1024)])
-def test_distributions_are_torchvision_s(height: int, width: int) -> None:
-    ours = boxes_of(height, width, random_resized_crop_draws(0, 0, np.arange(8_000), 16))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        image = torch.empty(3, height, width)
-        theirs = np.array([RandomResizedCrop.get_params(image, list(SCALE), list(RATIO)) for _ in range(3_000)])
-    for name, measure in MEASURES.items():
-        result = stats.ks_2samp(measure(ours, height, width), measure(theirs, height, width))
-        assert result.pvalue > 1e-3, f"{name}: {result}"
-
-
-MEASURES = {
-    "area share": lambda boxes, height, width: boxes[:, 2] * boxes[:, 3] / (height * width),
-    "log aspect ratio": lambda boxes, height, width: np.log(boxes[:, 3] / boxes[:, 2]),
-    "top": lambda boxes, height, width: boxes[:, 0] / (height - boxes[:, 2] + 1),
-    "left": lambda boxes, height, width: boxes[:, 1] / (width - boxes[:, 3] + 1),
-}
-
-
-def test_full_image() -> None:
-    boxes = full_image_boxes(np.array([3, 500, 1]), np.array([7, 375, 1]))
-    assert boxes.tolist() == [[0, 0, 3, 7], [0, 0, 500, 375], [0, 0, 1, 1]]
-    assert boxes.dtype == np.int32
 
 
 @pytest.mark.parametrize(

@@ -8,24 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from dataset_tools.sources import Split
 from pipelines.dali_loader import DaliLoader, _decoder_hints
 from tests.pipelines.optional_packages import needs_dali
-from tests.pipelines.oracle import assert_like_the_oracle, open_by_name
+from tests.pipelines.oracle import open_by_name
 
 Open = Callable[..., DaliLoader]
-
-
-@needs_dali
-@pytest.mark.parametrize(("workers", "prefetch_batches"), [(0, 1), (1, 5), (3, 2)])
-def test_any_number_of_workers_and_of_batches_ahead(
-    workers: int, prefetch_batches: int, split: Split, open_loader: Open
-) -> None:
-    """Four steps in an epoch: fewer than what may be decoded and read ahead at 5."""
-    loader = open_loader(split, "dali", workers=workers, prefetch_batches=prefetch_batches)
-    assert_like_the_oracle(loader, epochs=2)
 
 
 @needs_dali
@@ -69,14 +58,6 @@ def test_without_dali(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(ImportError, match=message):
         open_by_name("dali", split)
-
-
-@needs_dali
-@pytest.mark.parametrize(("device", "message"), [("cuda", "this machine has no CUDA device"), ("meta", "not on meta")])
-def test_a_device_that_is_not_there(device: str, message: str, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=message):
-        open_by_name("dali", split, device=device)
 
 
 class TestHints:

@@ -25,8 +25,9 @@ from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.images import MAX_PIXELS
 from dataset_tools.sources import Split, open_source
 from pipelines import encoded_batches
+from pipelines.byte_readers import open_bytes
 from pipelines.decode import UnreadableImageError, decode_bytes
-from pipelines.encoded_batches import EncodedBatches, plain_header
+from pipelines.encoded_batches import plain_header
 from pipelines.encoded_loader import EncodedLoader
 from tests.pipelines.optional_packages import needs_dali, needs_ffcv
 from tests.pipelines.oracle import assert_like_the_oracle, in_order
@@ -47,12 +48,10 @@ def test_larger_than_the_data_set_says(name: str, as_beton: Any, split: Split, o
         for index, value in wrong.items():
             column[index] = value
         beton.records.columns[side] = column
-    loader._batches = EncodedBatches(
-        beton, loader.views, loader.view_config, loader.order, seed=loader.seed, is_plain=loader.is_plain
-    )
+    loader._byte_reader = open_bytes(beton)
     assert_like_the_oracle(loader, epochs=2)
     assert loader.unreadable == {}
-    assert loader._batches.for_pillow == set()
+    assert loader.for_pillow == set()
 
 
 @pytest.mark.parametrize("name", OF_ANY_SOURCE)
@@ -68,7 +67,7 @@ def test_a_decoder_that_sees_another_size(name: str, split: Split, open_loader: 
     monkeypatch.setattr(encoded_batches, "read_jpeg_header", misread)
     loader = open_loader(split, name, in_order(split, 6))
     assert_like_the_oracle(loader, epochs=2)
-    assert loader._batches.for_pillow == {4}
+    assert loader.for_pillow == {4}
 
 
 @pytest.mark.parametrize("name", OF_ANY_SOURCE)
@@ -77,14 +76,14 @@ def test_all_workers_read_a_batch_and_each_image_once(
 ) -> None:
     loader = open_loader(split, name, in_order(split, 20), workers=4)
     together, reads = threading.Barrier(4, timeout=8), Counter[int]()
-    read_some, read_one = loader._batches._reader.read, type(split).read
+    read_some, read_one = loader._byte_reader.read, type(split).read
 
     def read_together(indices: Any) -> Any:
         if len(indices) == 5:
             together.wait()  # breaks unless four threads read at a time
         return read_some(indices)
 
-    monkeypatch.setattr(loader._batches._reader, "read", read_together)
+    monkeypatch.setattr(loader._byte_reader, "read", read_together)
     monkeypatch.setattr(type(split), "read", lambda split, index: reads.update([index]) or read_one(split, index))
     assert [batch.indices.tolist() for batch in loader.batches(0)] == [list(range(20)), [20, 21, 22]]
     assert reads == Counter(range(23))
@@ -119,18 +118,6 @@ def test_a_file_that_is_cut_while_training(
 
 
 @pytest.mark.parametrize("name", OF_ANY_SOURCE)
-def test_a_folder_that_is_deleted_while_training(
-    name: str, write_split: Callable[..., Split], damage: Callable[..., None], open_loader: Open
-) -> None:
-    split = write_split(60)
-    batches = open_loader(split, name, in_order(split, 6)).batches(0)
-    next(batches)
-    damage(split, *range(60), how="missing")
-    with pytest.raises(RuntimeError, match=r"11 of 60 images cannot be read"):
-        list(batches)
-
-
-@pytest.mark.parametrize("name", OF_ANY_SOURCE)
 def test_later_epochs_do_not_stumble(name: str, split: Split, open_loader: Open, monkeypatch: Any) -> None:
     """A JPEG whose Huffman tables are damaged has a size, and gets as far as the decoder: once."""
     for index in (7, 8, 20):
@@ -156,21 +143,21 @@ def test_what_the_decoder_alone_cannot_read_is_decoded_by_pillow(
 ) -> None:
     """Pillow reads a GIF, decoders of JPEGs do not: here they are given one, as if it were a plain JPEG."""
     gif = np.frombuffer(encode(Image.fromarray(picture(33, 44, "waves")), "GIF"), dtype=np.uint8)
-    original, num_given = EncodedBatches.prepare, [0]
+    original, num_given = EncodedLoader.prepare, [0]
 
-    def prepare(batches: EncodedBatches, *given: Any) -> Any:
-        batch = original(batches, *given)
+    def prepare(loader: EncodedLoader, *given: Any) -> Any:
+        batch = original(loader, *given)
         for row, index in enumerate(batch.indices.tolist()):
-            if index in (5, 6) and index not in batches.for_pillow:
+            if index in (5, 6) and index not in loader.for_pillow:
                 batch.images[row] = gif
                 num_given[0] += 1
         return batch
 
-    monkeypatch.setattr(EncodedBatches, "prepare", prepare)
+    monkeypatch.setattr(EncodedLoader, "prepare", prepare)
     loader = open_loader(split, name, in_order(split, 6), prefetch_batches=1)
     assert_like_the_oracle(loader, epochs=3)
     assert loader.unreadable == {}
-    assert loader._batches.for_pillow == {5, 6}
+    assert loader.for_pillow == {5, 6}
     assert num_given[0] <= 4  # later epochs do not stumble again
     warned = [message for message in package_log.messages if "Pillow" in message]
     if name != "ffcv":  # there, a warning of TurboJPEG's is enough
@@ -198,7 +185,7 @@ class TestThreads:
         loader = open_loader(split, name)
         list(loader.batches(0))
         with monkeypatch.context() as patch:
-            patch.setattr(loader if place == "decode_next" else loader._batches, place, fail)
+            patch.setattr(loader._byte_reader if place == "will_need" else loader, place, fail)
             with pytest.raises(type(error)):
                 list(loader.batches(1))
         assert len(list(loader.batches(2))) == loader.steps_per_epoch
@@ -215,7 +202,7 @@ class TestThreads:
             raise RuntimeError("released")
 
         loader = open_loader(split, name, stall_timeout_s=0.5)
-        monkeypatch.setattr(loader._batches if place == "prepare" else loader, place, hang)
+        monkeypatch.setattr(loader, place, hang)
         doing = "reading the images of step 0" if place == "prepare" else "starting"
         try:
             with pytest.raises(RuntimeError, match=rf"thread has not answered for \d s while {doing}.*stall_timeout_s"):

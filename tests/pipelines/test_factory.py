@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,18 +108,6 @@ class TestAuto:
         why_not = "dali (slower on a .beton), nvjpeg (" if has_ffcv else "ffcv (not installed: make ffcv), nvjpeg ("
         assert f"(resident up to 0 GiB); not {why_not}" in package_log.messages[-1]
         assert choose_loader(split, config, torch.device("cpu")) == "dali"
-
-    def test_never_synthetic_and_never_silent(self, split: Split, package_log: pytest.LogCaptureFixture) -> None:
-        for limit in (0.0, 1e-6, 8.0):
-            package_log.clear()
-            name = choose_loader(split, LoaderConfig(resident_limit_gib=limit), torch.device("cpu"))
-            assert name in ("resident", "dali", "torchvision")
-            assert [message.split(":")[0] for message in package_log.messages] == [f"loader {name}"]
-
-    def test_data_of_which_nothing_can_be_read(self, split: Split, damage: Callable[..., None]) -> None:
-        damage(split, *range(23))
-        with pytest.raises(ValueError, match="none of the 23 images can be read"):
-            make(split, LoaderConfig())
 
 
 def test_optional_packages_are_not_imported_by_the_way() -> None:

@@ -69,7 +69,7 @@ class TestPixels:
         overwrite(beton, 6, b"\xff\x00\x12\x34" * 8, at=middle)
         loader = open_loader(beton, "ffcv", in_order(beton))
         assert_plain(loader)
-        assert loader._batches.for_pillow == {6}
+        assert loader.for_pillow == {6}
 
     def test_a_jpeg_whose_second_half_is_lost(self, beton: ConvertedSplit, open_loader: Open) -> None:
         half = int(beton.records["num_bytes"][6]) // 2

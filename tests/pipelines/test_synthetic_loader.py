@@ -5,21 +5,14 @@ import pytest
 import torch
 
 from dataset_tools.sources import Split
-from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.order import Order, TrainOrder
-from pipelines.synthetic_loader import SyntheticLoader
-from pipelines.views import LEOCLR_VIEWS
-
-
-def open_synthetic(split: Split, order: Order, seed: int = 0) -> SyntheticLoader:
-    config = ViewConfig(image_size=16)
-    return SyntheticLoader(split, LEOCLR_VIEWS, config, LoaderConfig(), order, seed=seed, device=torch.device("cpu"))
+from pipelines.order import TrainOrder
+from tests.pipelines.oracle import open_by_name
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_fixed_crops_with_the_labels_of_the_order(split: Split, rank: int) -> None:
     order = TrainOrder(num_images=23, batch_size=7, seed=3, rank=rank, world_size=3)
-    with open_synthetic(split, order) as loader:
+    with open_by_name("synthetic", split, order) as loader:
         batches = [*loader.batches(0), *loader.batches(1, start_step=2)]
     assert [(batch.epoch, batch.step) for batch in batches] == [(0, 0), (0, 1), (0, 2), (1, 2)]
     for batch in batches:
@@ -35,4 +28,4 @@ def test_fixed_crops_with_the_labels_of_the_order(split: Split, rank: int) -> No
 
 def test_no_image_is_read(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "read", lambda _: pytest.fail("an image was read"))
-    list(open_synthetic(split, TrainOrder(num_images=23, batch_size=4, seed=0)).batches(0))
+    list(open_by_name("synthetic", split).batches(0))

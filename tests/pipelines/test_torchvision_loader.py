@@ -19,28 +19,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from dataset_tools.sources import Split
-from pipelines.config import LoaderConfig, ViewConfig
 from pipelines.decode import decode_rgb
-from pipelines.order import SequentialOrder, TrainOrder
 from pipelines.torchvision_loader import TorchvisionLoader, require_room_for_workers
-from pipelines.views import LEOCLR_VIEWS
+from tests.pipelines.oracle import in_order, open_by_name
 from tests.tolerances import CROP_RESIZE
 
 BILINEAR = InterpolationMode.BILINEAR
-
-
-def open_torchvision(
-    split: Split, workers: int | None, image_size: int = 16, stall_timeout_s: float = 300.0
-) -> TorchvisionLoader:
-    return TorchvisionLoader(
-        split,
-        LEOCLR_VIEWS,
-        ViewConfig(image_size=image_size),
-        LoaderConfig(workers=workers, stall_timeout_s=stall_timeout_s),
-        TrainOrder(num_images=len(split), batch_size=4, seed=0),
-        seed=0,
-        device=torch.device("cpu"),
-    )
 
 
 def workers_beside(others: set[BaseProcess]) -> set[int]:
@@ -52,7 +36,7 @@ def workers_beside(others: set[BaseProcess]) -> set[int]:
 def test_crops_are_torchvision_s(split: Split, image_size: int) -> None:
     """Exactly so up to Pillow 12; from 13 on its order of the two passes depends on the box."""
     differences = []
-    for batch in open_torchvision(split, 0, image_size).batches(0):
+    for batch in open_by_name("torchvision", split, workers=0, image_size=image_size).batches(0):
         for row, index in enumerate(batch.indices):
             image = decode_rgb(split, int(index))
             for crop, box in zip(batch.crops[row].numpy(), batch.boxes[row].tolist(), strict=True):
@@ -79,7 +63,7 @@ def test_workers_without_room_are_named_at_the_start(tmp_path: Path, monkeypatch
 
 def test_workers_live_on_between_epochs(split: Split) -> None:
     others = set(multiprocessing.active_children())
-    with open_torchvision(split, 2) as loader:
+    with open_by_name("torchvision", split, workers=2) as loader:
         list(loader.batches(0))
         workers = workers_beside(others)
         assert len(workers) == 2
@@ -89,20 +73,13 @@ def test_workers_live_on_between_epochs(split: Split) -> None:
 
 def test_by_default_one_worker_for_each_core(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 5})
-    assert open_torchvision(split, None)._loader.num_workers == 3
+    loader = open_by_name("torchvision", split)
+    assert isinstance(loader, TorchvisionLoader)
+    assert loader._loader.num_workers == 3
 
 
 def test_labels_stay_on_the_host(split: Split) -> None:
-    loader = TorchvisionLoader(
-        split,
-        LEOCLR_VIEWS,
-        ViewConfig(image_size=16),
-        LoaderConfig(workers=0),
-        SequentialOrder(num_images=23, batch_size=23),
-        seed=0,
-        device=torch.device("meta"),
-    )
-    (batch,) = loader.batches(0)
+    (batch,) = open_by_name("torchvision", split, in_order(split, 23), device="meta", workers=0).batches(0)
     assert batch.crops.device.type == "meta"
     assert batch.labels.device.type == "cpu"
     assert batch.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 7
@@ -113,7 +90,7 @@ def test_a_worker_that_was_killed(split: Split) -> None:
     began = 0.0
     # torch's handler of SIGCHLD may raise as soon as the first one is dead, and again for the second while it is left
     expected = r"worker.*(killed by signal|exited unexpectedly|has died)"
-    with pytest.raises(RuntimeError, match=expected), open_torchvision(split, 2) as loader:  # noqa: PT012
+    with pytest.raises(RuntimeError, match=expected), open_by_name("torchvision", split, workers=2) as loader:  # noqa: PT012
         batches = islice(chain.from_iterable(map(loader.batches, count())), 1000)
         next(batches)
         workers, began = workers_beside(others), time.monotonic()
@@ -126,7 +103,7 @@ def test_a_worker_that_was_killed(split: Split) -> None:
 def test_signals_to_the_group_of_the_run_leave_its_workers_alone(split: Split) -> None:
     """torchrun sends SIGTERM to a rank's whole group of processes; the rank still has a checkpoint to write."""
     others = set(multiprocessing.active_children())
-    with open_torchvision(split, 2) as loader:
+    with open_by_name("torchvision", split, workers=2) as loader:
         expected = [batch.indices.tolist() for batch in loader.batches(0)]
         batches = loader.batches(0)
         seen = [next(batches).indices.tolist()]
@@ -145,7 +122,8 @@ def test_signals_to_the_group_of_the_run_leave_its_workers_alone(split: Split) -
 def test_a_worker_that_hangs(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "read", lambda _: time.sleep(60))
     began = time.monotonic()
-    with open_torchvision(split, 1, stall_timeout_s=1.0) as loader, pytest.raises(RuntimeError, match="timed out"):
+    loader = open_by_name("torchvision", split, workers=1, stall_timeout_s=1.0)
+    with loader, pytest.raises(RuntimeError, match="timed out"):
         list(loader.batches(0))
     assert time.monotonic() - began < 50
 
@@ -153,12 +131,12 @@ def test_a_worker_that_hangs(split: Split, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("workers", [0, 2])
 def test_copying_ahead_keeps_the_order(workers: int, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done for a GPU, without one."""
-    with open_torchvision(split, workers) as loader:
+    with open_by_name("torchvision", split, workers=workers) as loader:
         expected = list(loader.batches(2))
         monkeypatch.setattr(TorchvisionLoader, "_is_copied_ahead", True)
-        for start in range(6):
+        for start in range(5):
             batches = list(loader.batches(2, start))
-            assert [batch.step for batch in batches] == list(range(start, 5))
+            assert [batch.step for batch in batches] == list(range(start, 4))
             for batch, other in zip(batches, expected[start:], strict=True):
                 assert torch.equal(batch.crops, other.crops)
                 assert np.array_equal(batch.indices, other.indices)

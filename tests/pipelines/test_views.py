@@ -14,27 +14,13 @@ from pipelines.crops import (
     random_resized_crop_draws,
     squashed,
 )
-from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS, LINEAR_TRAIN_VIEWS, MOCOV2_VIEWS, View, draw_boxes
+from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS, MOCOV2_VIEWS, View, draw_boxes
 
 HEIGHTS, WIDTHS, INDICES = np.array([500, 37, 96, 500]), np.array([375, 300, 96, 375]), np.array([0, 7, 3, 12])
 
 
 def boxes_of(views: tuple[View, ...], seed: int = 0, epoch: int = 0, config: ViewConfig | None = None) -> Boxes:
     return draw_boxes(views, config or ViewConfig(), HEIGHTS, WIDTHS, seed, epoch, INDICES)
-
-
-def test_recipes() -> None:
-    assert [(view.geometry, view.photometry) for view in LEOCLR_VIEWS] == [
-        ("original", "mocov2"),
-        ("random_resized_crop", "mocov2"),
-        ("random_resized_crop", "mocov2"),
-    ]
-    assert LEOCLR_VIEWS[1:] == MOCOV2_VIEWS
-    assert [(view.geometry, view.photometry) for view in LINEAR_TRAIN_VIEWS] == [("random_resized_crop", "flip")]
-    assert [(view.geometry, view.photometry) for view in CENTER_CROP_VIEWS] == [("center_crop", "none")]
-    for views in (LEOCLR_VIEWS, MOCOV2_VIEWS):  # views of one image never share their draws
-        assert len({view.number for view in views}) == len(views)
-        assert len({view.name for view in views}) == len(views)
 
 
 def test_boxes_of_each_geometry() -> None:
