@@ -21,7 +21,6 @@ from tests.leoclr_fast.rank_program import noise_batches
 from tests.tolerances import CAPTURED_FIRST_LOSSES, CAPTURED_LOSS
 
 pytestmark = [
-    pytest.mark.gpu,
     pytest.mark.timeout(300),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has fewer than two CUDA devices"),
 ]

@@ -19,11 +19,6 @@ from leoclr_fast.weights.backbone_file import Description, backbone_bytes
 from pipelines.config import ViewConfig
 from tests.leoclr_fast.voc_files import write_voc
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
-]
-
 NARROW = BackboneConfig(arch="resnet18", width_multiplier=0.125)
 TINY = DetectionProtocol(
     train_sets=("VOC2007/trainval",),

@@ -6,18 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from leoclr_fast.evaluate import linear
 from leoclr_fast.evaluate.protocols import LinearProtocol, TrainingOptions
 from leoclr_fast.training.loop import pretrain
 from pipelines.config import LoaderConfig
 from tests.leoclr_fast.conftest import tiny_config, write_tiny_images
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
-]
 
 
 @pytest.fixture(scope="module")

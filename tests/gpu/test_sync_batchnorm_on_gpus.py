@@ -15,7 +15,6 @@ from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d
 
 pytestmark = [
-    pytest.mark.gpu,
     pytest.mark.timeout(300),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has fewer than two CUDA devices"),
 ]
