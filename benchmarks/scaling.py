@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from benchmarks.communication_meter import CommunicationMeter
 from benchmarks.processes import OwnProcess
 from benchmarks.results import print_document
 from dataset_tools.limits import Count, Seconds, require_allowed
@@ -30,7 +31,6 @@ from leoclr_fast.bench.timing import Say, interleaved, synchronize
 from leoclr_fast.config import MethodName, ResultConfig, RunConfig, SpeedConfig
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.communication_meter import CommunicationMeter
 from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.machine.precision import settled
@@ -259,7 +259,7 @@ def train_rank(
 
 def _train(point: Point, rank: int, config: ScalingConfig, speed: SpeedConfig, device: torch.device) -> RankTiming:
     meter, result = CommunicationMeter(), point.result
-    ranks = Ranks(rank, point.num_ranks, meter)
+    ranks = Ranks(rank, point.num_ranks, meter.collective)
     run = RunConfig(recipe="scaling", result=result, speed=speed)
     step = TrainingStep(TrainingState.fresh(run, ranks, device), run, device)
     images = training_images(None, result)

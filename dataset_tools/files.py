@@ -82,7 +82,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_file(path: Path, content: bytes | str) -> None:
+def write_file(path: Path, content: bytes | memoryview | str) -> None:
     """Writes a whole file (text as UTF-8) as `written` does."""
     with written(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leoclr_fast.distributed.communication_meter import CommunicationMeter
 from pipelines.order import rank_slice
 
 Value = TypeVar("Value")
@@ -23,8 +22,8 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    meter: CommunicationMeter | None = field(default=None, compare=False, repr=False)
-    """Counts the collectives of tensors, where a benchmark wants that."""
+    meter: Callable[[str, Tensor], AbstractContextManager[None]] | None = field(default=None, compare=False, repr=False)
+    """Surrounds each collective of tensors, given its kind and the tensor, where a benchmark counts them."""
     store: dist.Store | None = field(default=None, compare=False, repr=False)
     """Where the ranks have met, and leave each other why they fail; None for a single one."""
 
@@ -91,10 +90,6 @@ class Ranks:
             dist.all_to_all_single(received, rows.contiguous(), receive_sizes, send_sizes)
         return received
 
-    def main_says(self, answer: bool, device: torch.device) -> bool:
-        """The first rank's answer, on every rank."""
-        return self.any_says(answer and self.is_main, device)
-
     def any_says(self, answer: bool, device: torch.device) -> bool:
         """Whether the answer of at least one rank is yes, on every rank."""
         if self.world_size == 1:
@@ -103,11 +98,17 @@ class Ranks:
         dist.all_reduce(flag)
         return bool(flag.item())
 
-    def require_equal(self, value: int, what: str, device: torch.device) -> None:
-        """Raises RuntimeError if the ranks do not have the same value, which would hang or corrupt them later."""
+    def gathered(self, value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
+        """The value of every rank, a picklable one, in rank order."""
         if self.world_size == 1:
-            return
-        values = self.all_gather_rows(torch.tensor([value], device=device), self.world_size).tolist()
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    def require_equal(self, value: int, what: str) -> None:
+        """Raises RuntimeError if the ranks do not have the same value, which would hang or corrupt them later."""
+        values = self.gathered(value)
         if len(set(values)) > 1:
             raise RuntimeError(
                 f"{what} differs between the ranks: {values} on ranks 0 to {self.world_size - 1}; all ranks must "
@@ -116,18 +117,14 @@ class Ranks:
 
     def merged(self, own: dict[str, Value]) -> dict[str, Value]:
         """The entries of all ranks' dicts, picklable ones."""
-        if self.world_size == 1:
-            return own
-        parts: list[dict[str, Value]] = [{}] * self.world_size
-        dist.all_gather_object(parts, own)
-        return {key: value for part in parts for key, value in part.items()}
+        return {key: value for part in self.gathered(own) for key, value in part.items()}
 
-    def from_main(self, value: Value) -> Value:
+    def from_main(self, value: Value, group: dist.ProcessGroup | None = None) -> Value:
         """The first rank's value, a picklable one, on every rank."""
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=group)
         return values[0]
 
     def barrier(self) -> None:
@@ -136,4 +133,4 @@ class Ranks:
             dist.barrier()
 
     def _metered(self, kind: str, tensor: Tensor) -> AbstractContextManager[None]:
-        return nullcontext() if self.meter is None else self.meter.collective(kind, tensor)
+        return nullcontext() if self.meter is None else self.meter(kind, tensor)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from dataset_tools.stop_signals import StoppedBySignalError
@@ -39,16 +38,12 @@ class HostGroup:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """After an orderly end the ranks leave together: torchrun ends all as soon as one has left with an error."""
-        if kind is None or issubclass(kind, StoppedBySignalError):
-            self.barrier()
+        if self.group is not None and (kind is None or issubclass(kind, StoppedBySignalError)):
+            dist.barrier(group=self.group)
 
     def gathered(self, value: Value) -> list[Value]:
         """The value of every rank, a picklable one, in rank order."""
-        if self.group is None:
-            return [value]
-        values: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return self.ranks.gathered(value, self.group)
 
     def together(self, action: Callable[[], Value]) -> Value:
         """The result of an action that every rank does for itself; if it fails on one, it fails on all.
@@ -58,11 +53,18 @@ class HostGroup:
         """
         if self.group is None:
             return action()
-        value, error = _attempt(action)
-        errors = self.gathered(None if error is None else self._named(error))
+        value: Value | None = None
+        error: Exception | None = None
+        try:
+            value = action()
+        except Exception as own:
+            error = own
+        failures = self.gathered(None if error is None else self._named(error))
         if error is not None:
             raise error
-        _raise_first(errors)
+        for failure in failures:
+            if failure is not None:
+                raise OtherRankError(failure)
         return value  # type: ignore[return-value]
 
     def from_main(self, action: Callable[[], Value]) -> Value:
@@ -70,35 +72,8 @@ class HostGroup:
 
         Raises as `together`.
         """
-        if self.group is None:
-            return action()
-        value, error = _attempt(action) if self.ranks.is_main else (None, None)
-        outcome: list[Any] = [(value, None if error is None else self._named(error))]
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
-        if error is not None:
-            raise error
-        value, failure = outcome[0]
-        _raise_first([failure])
-        return value
-
-    def bytes_from_main(self, content: bytes | None) -> bytes:
-        """The first rank's bytes (the others give None), on every rank."""
-        if self.group is None:
-            assert content is not None
-            return content
-        size = torch.tensor([0 if content is None else len(content)])
-        dist.broadcast(size, src=0, group=self.group)
-        if content is None:
-            received = torch.empty(int(size), dtype=torch.uint8)
-        else:
-            received = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        dist.broadcast(received, src=0, group=self.group)
-        return received.numpy().tobytes() if content is None else content
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.group is not None:
-            dist.barrier(group=self.group)
+        value = self.together(lambda: action() if self.ranks.is_main else None)
+        return self.ranks.from_main(value, self.group)  # type: ignore[return-value]
 
     def _named(self, error: Exception) -> str:
         return f"rank {self.ranks.rank} on {socket.gethostname()}: {describe(error)}"
@@ -108,16 +83,3 @@ def describe(error: BaseException) -> str:
     """An error in one line."""
     text = str(error) if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())
-
-
-def _raise_first(errors: list[str | None]) -> None:
-    first = next((text for text in errors if text is not None), None)
-    if first is not None:
-        raise OtherRankError(first)
-
-
-def _attempt(action: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
-    try:
-        return action(), None
-    except Exception as error:
-        return None, error

@@ -78,12 +78,9 @@ class Rendezvous:
         )
 
     def connect(self, limit_s: float) -> dist.Store:
-        """A new connection to the store. Raises JoinError if there is none within the limit, ValueError for a port that
-        is taken."""
+        """A new connection to the store. Raises JoinError if there is none within the limit, or its port is taken."""
         hosts = self.rank == 0 and not self.has_host
-        if hosts:
-            self._require_free_port()
-        else:
+        if not hosts:
             self._wait_for_port(limit_s)
         return dist.PrefixStore(self._prefix, self._open_store(hosts, limit_s))
 
@@ -113,17 +110,6 @@ class Rendezvous:
                 )
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.5)
-
-    def _require_free_port(self) -> None:
-        with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", self.port))
-            except OSError as error:
-                raise ValueError(
-                    f"port {self.port}, which the ranks are to meet at, cannot be used on {socket.gethostname()}: "
-                    f"{error.strerror}; choose another MASTER_PORT (torchrun --master-port)"
-                ) from error
 
     def _wait_for_port(self, limit_s: float) -> None:
         """A quiet wait: torch's own one prints a trace of its C++ calls."""

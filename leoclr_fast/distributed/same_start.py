@@ -9,7 +9,7 @@ from typing import Any
 from dataset_tools.sources import ImageSource
 from dataset_tools.versions import installed_version
 from leoclr_fast.config import RunConfig
-from leoclr_fast.config_file import as_plain
+from leoclr_fast.config_file import as_plain, flat
 from leoclr_fast.distributed.host_group import HostGroup
 from leoclr_fast.distributed.process_group import listed_ranks
 
@@ -22,7 +22,7 @@ def require_same_everywhere(host: HostGroup, config: RunConfig, source: ImageSou
 
     `--device` may differ. options: further ones of the command line.
     """
-    own = _flat(as_plain(config)) | options
+    own = flat(as_plain(config)) | options
     own.pop("speed.device")
     own["the data's names and labels"] = source.fingerprint
     own["the bytes of a sample of its images"] = source.sample_digest()
@@ -45,10 +45,3 @@ def require_same_everywhere(host: HostGroup, config: RunConfig, source: ImageSou
         f"the ranks were not started alike. {'; '.join(places[:_MAX_FIELDS])}{more}. Start every rank with the same "
         "options, data and packages."
     )
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

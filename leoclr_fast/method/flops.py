@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from leoclr_fast.config import BackboneConfig, ResultConfig
 from leoclr_fast.method.backbone import Encoder
@@ -38,23 +39,9 @@ def forward_macs(module: nn.Module, inputs: Tensor) -> int:
     """Multiply-accumulates of the convolutions and linear layers that `module` runs on `inputs` (any device,
     `meta` too). Batch-norm, activations and pooling are not counted, as is usual.
     """
-    total = 0
-
-    def count(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        if isinstance(layer, nn.Conv2d):
-            total += output.numel() * layer.weight[0].numel()
-        elif isinstance(layer, nn.Linear):
-            total += output.numel() * layer.in_features
-
-    hooks = [layer.register_forward_hook(count) for layer in module.modules()]
-    try:
-        with torch.no_grad():
-            module(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(inputs)
+    return int(counter.get_total_flops()) // 2
 
 
 def encoder_macs(backbone: BackboneConfig, projection_dim: int, image_size: int, projection_layers: int = 2) -> int:

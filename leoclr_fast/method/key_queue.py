@@ -28,12 +28,8 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Overwrite the oldest rows with `keys` [B, D], in place and without waiting for the device.
-
-        Raises ValueError if the queue is smaller than the batch.
-        """
-        if len(keys) > len(self):
-            raise ValueError(f"{len(keys)} keys do not fit a queue of {len(self)}; give a queue of at least a batch")
+        """Overwrite the oldest rows with `keys` [B, D], in place and without waiting for the device."""
+        assert len(keys) <= len(self)
         rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self)
         self.keys.index_copy_(0, rows, keys.to(self.keys.dtype))
         self.pointer.add_(len(keys)).remainder_(len(self))

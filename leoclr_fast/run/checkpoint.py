@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dataset_tools.files import open_regular, raise_if_of_machine, sync_folder
+from dataset_tools.files import raise_if_of_machine, read_file, sync_folder, write_file
 from dataset_tools.schema import read_bounded
 from leoclr_fast.run.tensors import UnreadableTensorsError, load_tensors
 
@@ -48,8 +48,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         if shutil.disk_usage(folder).free < len(content):
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {len(content) / 1e6:,.0f} MB are needed")
         temporary.mkdir()
-        _write_synced(temporary / _STATE, content)
-        _write_synced(temporary / _SUMS, f"{hashlib.sha256(content).hexdigest()}  {_STATE}\n".encode())
+        write_file(temporary / _STATE, content)
+        write_file(temporary / _SUMS, f"{hashlib.sha256(content).hexdigest()}  {_STATE}\n".encode())
         aside = folder / f".{final.name}{_ASIDE}"
         shutil.rmtree(aside, ignore_errors=True)
         if final.exists():  # a damaged one, or one that a resumed run has reached again
@@ -120,8 +120,7 @@ def read_checkpoint(path: Path) -> bytes:
     if not (path / _STATE).exists() and not (path / _SUMS).exists():
         raise FileNotFoundError(f"there is no checkpoint {path}; give a folder such as RUN/checkpoints/step-00000123")
     try:
-        with open_regular(path / _STATE) as file:
-            content = file.read()
+        content = read_file(path / _STATE)
         sums = read_bounded(path / _SUMS, 4096)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno != errno.EIO:  # a bad sector is this file's
@@ -147,22 +146,12 @@ def state_of(content: bytes, origin: object, device: torch.device | str = "cpu")
     return state
 
 
-def load_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint in `folder`, or None if there never was one; damaged ones are passed over, loudly.
+def newest_checkpoint(folder: Path) -> tuple[Path, bytes, dict[str, Any]] | None:
+    """The newest whole checkpoint in `folder`, its content and its state, or None if there never was one; damaged ones
+    are passed over, loudly.
 
     Raises DamagedCheckpointError if there are checkpoints but none is whole.
     """
-    newest = _newest_checkpoint(folder)
-    return None if newest is None else (newest[0], newest[2])
-
-
-def read_newest_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
-    """As `load_newest_checkpoint`, but the content."""
-    newest = _newest_checkpoint(folder)
-    return None if newest is None else newest[:2]
-
-
-def _newest_checkpoint(folder: Path) -> tuple[Path, bytes, dict[str, Any]] | None:
     damaged = []
     for path in reversed(list_checkpoints(folder)):
         try:
@@ -184,10 +173,3 @@ def _remove(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_synced(path: Path, content: bytes | memoryview) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -140,11 +140,6 @@ class RunFolder:
         kept = [record for record in found if record["kind"] in HISTORY_KINDS or 0 < step >= record["step"]]
         write_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def has_knn_of(self, step: int) -> bool:
-        """Whether the newest kNN record is of this step."""
-        records = self.read_metrics("knn")
-        return bool(records) and records[-1]["step"] == step
-
     def add_evaluation(self, evaluator: str, result: dict[str, Any]) -> None:
         """Append a result to `evaluations.jsonl`, for the report. Where that cannot be written, it is a warning."""
         line = json.dumps({"evaluator": evaluator, "unix_s": round(time.time(), 3), **result}) + "\n"

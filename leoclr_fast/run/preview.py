@@ -60,7 +60,7 @@ def _contact_sheet(
     sheet = Image.new("RGB", (columns * pitch + _GAP, _CAPTION + rows * pitch + _GAP), (24, 24, 24))
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
-    captions = ["image and crop boxes", *(_caption(number, view.name) for number, view in enumerate(views))]
+    captions = ["image and crop boxes", *(f"{'key' if n else 'query'}: {view.name}" for n, view in enumerate(views))]
     for column, caption in enumerate(captions):
         colour = (220, 220, 220) if column == 0 else _BOX_COLOURS[views[column - 1].number % len(_BOX_COLOURS)]
         draw.text((_GAP + column * pitch, 3), caption, fill=colour, font=font)
@@ -72,10 +72,6 @@ def _contact_sheet(
             picture = Image.fromarray(_denormalised(view[row], config)).resize((_CELL, _CELL), Image.Resampling.NEAREST)
             sheet.paste(picture, (_GAP + column * pitch, top))
     return sheet
-
-
-def _caption(number: int, name: str) -> str:
-    return f"{'query' if number == 0 else 'key'}: {name}"
 
 
 def _with_boxes(image: Image.Image, views: ViewRecipe, boxes: npt.NDArray[np.int32], view_size: int) -> Image.Image:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.run.checkpoint import load_newest_checkpoint, save_checkpoint, step_of
+from leoclr_fast.run.checkpoint import newest_checkpoint, save_checkpoint, step_of
 from leoclr_fast.run.telemetry import ProgressDisplay, TrainingClock
 
 log = logging.getLogger(__name__)
@@ -86,14 +86,14 @@ class Stepper:
         Raises DamagedCheckpointError if there are checkpoints and none is whole, RuntimeError if the ranks do not
         see the same one.
         """
-        newest = load_newest_checkpoint(self.folder)
+        newest = newest_checkpoint(self.folder)
         step = -1 if newest is None else step_of(newest[0])
-        self._ranks.require_equal(step, f"the step to continue {self.folder} from", self._device)
+        self._ranks.require_equal(step, f"the step to continue {self.folder} from")
         if newest is None:
             return None
         log.info("resuming from %s", newest[0])
         self.step = step
-        return newest[1]
+        return newest[2]
 
     def steps(self, batches_from: Callable[[int], Iterable[Batch]], state: Callable[[], State]) -> Iterator[Batch]:
         """The batches of the steps to come, one for each step of the loop's body.
@@ -153,7 +153,7 @@ class Stepper:
             return False
         if not self._save_every_s:
             return True
-        return self._ranks.main_says(time.monotonic() - self._saved_at_s >= self._save_every_s, self._device)
+        return self._ranks.from_main(time.monotonic() - self._saved_at_s >= self._save_every_s)
 
 
 def endless(epoch_batches: Callable[[int, int], Iterable[Batch]], steps_per_epoch: int, step: int) -> Iterator[Batch]:

@@ -51,8 +51,6 @@ class StepMetrics:
         self._rows: list[Tensor] = []
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None, dict[str, Any]]] = deque()
         self._num_read = 0
-        self.device_wait_s = 0.0
-        """Seconds that `add` has waited for the device."""
         self._unfinished_steps: deque[torch.cuda.Event] = deque()
 
     def add(self, row: Tensor) -> None:
@@ -61,9 +59,7 @@ class StepMetrics:
         if row.is_cuda:
             self._unfinished_steps.append(_event())
             if len(self._unfinished_steps) > MAX_STEPS_AHEAD:
-                start = time.perf_counter()
                 self._unfinished_steps.popleft().synchronize()
-                self.device_wait_s += time.perf_counter() - start
 
     def send(self, **context: Any) -> None:
         """Start the way to the host for all that was added since the last time. context: comes back with the means."""
@@ -141,7 +137,8 @@ class TrainingClock:
         """Finished steps when the clock was started."""
         self._start = time.perf_counter()
         self._end: float | None = None
-        self._data_wait_s = 0.0
+        self.data_wait_s = 0.0
+        """Seconds in which the step waited for its batch."""
         self._paused_s = 0.0
         self._lap_step, self._lap_s = first_step, 0.0
 
@@ -154,7 +151,7 @@ class TrainingClock:
     @property
     def data_wait_fraction(self) -> float:
         """Share of the training time in which the step waited for its batch."""
-        return self._data_wait_s / self.training_s
+        return self.data_wait_s / self.training_s
 
     def steps_per_s(self, step: int) -> float:
         """Steps per second, when `step` steps are finished."""
@@ -171,11 +168,6 @@ class TrainingClock:
         """Training is over."""
         self._end = time.perf_counter()
 
-    @property
-    def data_wait_s(self) -> float:
-        """Seconds in which the step waited for its batch."""
-        return self._data_wait_s
-
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items; the time they let us wait is data wait."""
         iterator = iter(items)
@@ -186,7 +178,7 @@ class TrainingClock:
             except StopIteration:
                 return
             finally:
-                self._data_wait_s += time.perf_counter() - start
+                self.data_wait_s += time.perf_counter() - start
             yield item
 
     @contextmanager
@@ -219,11 +211,7 @@ class MetricsLog:
             self._file.write(line)
             self._file.flush()
         if kind in ("step", "knn"):
-            numbers = {
-                f"{kind}/{name}": float(value)
-                for name, value in values.items()
-                if name != "step" and not isinstance(value, list)
-            }
+            numbers = {f"{kind}/{name}": float(value) for name, value in values.items() if name != "step"}
             for tracker in self._trackers:
                 tracker.log(values["step"], numbers)
 

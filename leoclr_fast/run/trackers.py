@@ -23,24 +23,22 @@ class Tracker:
     def __init__(
         self, name: str, log_numbers: Callable[[int, Mapping[str, float]], object], close: Callable[[], object]
     ) -> None:
-        self._name = name
-        self._log_numbers = log_numbers
-        self._close = close
+        self._name, self._log_numbers, self._close = name, log_numbers, close
         self._works = True
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """numbers: such as `step/loss` and `knn/top1`, after `step` finished steps."""
-        if self._works:
-            self._attempt(lambda: self._log_numbers(step, numbers))
+        self._attempt(self._log_numbers, step, numbers)
 
     def close(self) -> None:
         """Nothing more will come."""
-        if self._works:
-            self._attempt(self._close)
+        self._attempt(self._close)
 
-    def _attempt(self, action: Callable[[], object]) -> None:
+    def _attempt(self, action: Callable[..., object], *given: Any) -> None:
+        if not self._works:
+            return
         try:
-            action()
+            action(*given)
         except Exception as error:
             self._works = False
             log.warning("%s gets no more metrics: %s: %s", self._name, type(error).__name__, error)

@@ -52,7 +52,7 @@ def train(run: Run) -> dict[str, Any]:
     meters, stopping = Meters(run.config, run.step.metric_names, state, run.host, run.loader.device), False
     batches = islice(endless(run.loader.batches, steps_per_epoch, state.step), max(0, run.last_step - state.step))
     with waiting("the first batch and step") as begun:
-        for batch in meters.timed(batches):
+        for batch in meters.clock.timed(batches):
             lr = learning_rate(result.optimizer.schedule, result.lr, state.step, steps_per_epoch, result.epochs)
             # ---- a single step ------------------------------------------------------------------------------
             with explained_out_of_memory(run.step, batch):
@@ -111,8 +111,8 @@ def _lacks_knn(run: Run) -> bool:
 
     Only the first rank reads the log: it may still be writing to it when another one comes here.
     """
-    missing = run.ranks.is_main and not run.folder.has_knn_of(run.state.step)
-    return run.ranks.main_says(missing, run.loader.device)
+    newest = run.folder.read_metrics("knn")[-1:] if run.ranks.is_main else []
+    return run.ranks.from_main([record["step"] for record in newest] != [run.state.step])
 
 
 def _log_metrics(run: Run, meters: Meters, *, wait: bool) -> None:

@@ -19,7 +19,6 @@ from dataset_tools.terminal import PlainConsole
 from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE, Precision, RunConfig
 from leoclr_fast.config_file import as_plain, differing_fields
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.communication_meter import CommunicationMeter
 from leoclr_fast.distributed.failures import failures_explained
 from leoclr_fast.distributed.host_group import HostGroup
 from leoclr_fast.distributed.process_group import process_group
@@ -28,7 +27,7 @@ from leoclr_fast.evaluate.data import EvaluationLoaders
 from leoclr_fast.evaluate.knn import KnnEvaluation
 from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.machine.precision import automatic_precision, settled
-from leoclr_fast.run.checkpoint import list_checkpoints, read_checkpoint, read_newest_checkpoint, state_of, step_of
+from leoclr_fast.run.checkpoint import list_checkpoints, newest_checkpoint, read_checkpoint, state_of, step_of
 from leoclr_fast.run.checkpoint_writer import CheckpointWriter
 from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.run.telemetry import MetricsLog, ProgressDisplay
@@ -81,8 +80,6 @@ def opened_run(
         ranks, device = enter(process_group(config.speed.device, monitor.join_limit_s, monitor.collective_timeout_s))
         stop = enter(stop_signals(repeats_insist=False))
         stop.patience_s = patience_s(ranks)
-        if ranks.world_size > 1 and device.type == "cpu":
-            ranks = replace(ranks, meter=CommunicationMeter())  # tells how long a rank waits for the others
         host = enter(HostGroup(ranks, monitor.collective_timeout_s))
 
         source = host.together(lambda: open_source(data))
@@ -205,17 +202,10 @@ def _with_precision(
 
 def _resume(state: TrainingState, config: RunConfig, folder: RunFolder, resume: str, host: HostGroup) -> None:
     """Load the checkpoint that `--resume` means, if any. The first rank reads it, the others get it from there."""
-    found: list[tuple[Path, bytes]] = []
-
-    def find() -> str | None:
-        checkpoint = _checkpoint_to_resume(config, folder, resume)
-        found.extend([] if checkpoint is None else [checkpoint])
-        return None if checkpoint is None else str(checkpoint[0])
-
-    path = host.from_main(find)
-    if path is None:
+    found = host.from_main(lambda: _checkpoint_to_resume(config, folder, resume))
+    if found is None:
         return
-    content = host.bytes_from_main(found[0][1] if found else None)
+    path, content = found
 
     def load() -> None:
         try:
@@ -257,7 +247,8 @@ def _checkpoint_to_resume(config: RunConfig, folder: RunFolder, resume: str) -> 
             )
     if resume != "auto":
         return Path(resume), read_checkpoint(Path(resume))
-    return read_newest_checkpoint(folder.checkpoints)
+    newest = newest_checkpoint(folder.checkpoints)
+    return None if newest is None else newest[:2]
 
 
 def _headline(

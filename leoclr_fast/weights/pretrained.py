@@ -12,7 +12,7 @@ from torchvision.models.resnet import ResNet
 from leoclr_fast.config import BackboneConfig, RunConfig
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.method.methods import build_method, method_class
-from leoclr_fast.run.checkpoint import load_newest_checkpoint
+from leoclr_fast.run.checkpoint import newest_checkpoint
 from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.weights.architecture import require_exact
 from leoclr_fast.weights.backbone_file import Description, read_backbone_file, weights_sha256
@@ -104,10 +104,10 @@ def _run_tensors(run: RunFolder, config: RunConfig) -> tuple[dict[str, Tensor], 
                 f"says ({config.result.backbone}); one of the two files is not this run's"
             )
         return tensors, run.final_weights
-    newest = load_newest_checkpoint(run.checkpoints)
+    newest = newest_checkpoint(run.checkpoints)
     if newest is None:
         raise FileNotFoundError(f"{run.path} has neither final weights nor a checkpoint yet")
-    path, state = newest
+    path, _, state = newest
     prefix = f"{method_class(config.result.method.name).encoder_name}.backbone."
     method = state.get("method")
     if not isinstance(method, dict) or not all(isinstance(tensor, Tensor) for tensor in method.values()):

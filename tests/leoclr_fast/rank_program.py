@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.communication_meter import CommunicationMeter
 from leoclr_fast.config import RunConfig
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.communication_meter import CommunicationMeter
 from leoclr_fast.distributed.gradient_buckets import GradientBuckets
 from leoclr_fast.distributed.process_group import process_group
 from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d
@@ -206,46 +206,12 @@ def batch_norm_example(dtype: torch.dtype) -> tuple[nn.BatchNorm2d, Tensor, Tens
     return norm, images.to(dtype), weights.to(norm.weight.dtype)
 
 
-def compressed(ranks: Ranks) -> dict[str, Any]:
-    """Losses and gradient norms with each compression, what one all-reduce makes of known numbers, and the bytes."""
-    seen: dict[str, Any] = {}
-    for compression in ("none", "bf16", "fp16"):
-        config = tiny_config(
-            speed__precision="fp32", speed__gradient_compression=compression, result__method__key_batchnorm="shuffle",
-            **SMALL_VIEWS,
-        )  # fmt: skip
-        meter = CommunicationMeter()
-        seen[compression] = trained(config, Ranks(ranks.rank, ranks.world_size, meter), 3)
-        seen[compression]["bytes"] = dict(meter.bytes)
-        seen[compression]["calls"] = dict(meter.calls)
-        seen[compression]["seconds"] = meter.seconds()
-    for dtype in (torch.bfloat16, torch.float16):
-        seen[f"sum {dtype}"] = summed_gradients(ranks, dtype)
-    try:
-        trained(tiny_config(speed__gradient_compression="bf16"), ranks, 1)
-    except ValueError as error:
-        seen["fp64"] = str(error)
-    return seen
-
-
-def summed_gradients(ranks: Ranks, dtype: torch.dtype) -> list[Tensor]:
-    """The known gradients of two ranks, as a step gets them."""
-    weights = [nn.Parameter(torch.zeros_like(gradient)) for gradient in known_gradients(ranks.rank)]
-    buckets = GradientBuckets(weights, ranks, dtype, bucket_bytes=100)
-    buckets.begin(1)
-    loss = sum((w * g).sum() for w, g in zip(weights, known_gradients(ranks.rank), strict=True))
-    assert isinstance(loss, Tensor)
-    loss.backward()
-    buckets.finish()
-    return [weight.grad for weight in weights if weight.grad is not None]
-
-
-def known_gradients(rank: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(rank)
-    return [
-        torch.randn(4, 3, 2, 2, generator=generator).to(memory_format=torch.channels_last),
-        torch.randn(7, generator=generator),
-    ]
+def metered(ranks: Ranks) -> dict[str, Any]:
+    """What three steps in float32 send."""
+    config = tiny_config(speed__precision="fp32", result__method__key_batchnorm="shuffle", **SMALL_VIEWS)
+    meter = CommunicationMeter()
+    trained(config, Ranks(ranks.rank, ranks.world_size, meter.collective), 3)
+    return {"bytes": dict(meter.bytes), "calls": dict(meter.calls), "seconds": meter.seconds()}
 
 
 def restarted() -> None:
@@ -286,7 +252,7 @@ def main(data: Path, out: Path) -> None:
     os.environ["WORLD_SIZE"] = "2"
     with joined() as ranks:
         cases = {f"{case}-of-2": partial(trained, trained_config(case)) for case in TRAINED}
-        keep(out, ranks, cases | {"compressed": compressed})
+        keep(out, ranks, cases | {"metered": metered})
 
 
 _ATTEMPTS = count()

@@ -20,7 +20,7 @@ def rendezvous(rank: int, port: int, *, has_host: bool = True) -> Rendezvous:
 def test_a_port_that_another_program_has() -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"port {port}, which the ranks .* choose another MASTER_PORT"):
+        with pytest.raises(JoinError, match=rf"no torch store at localhost:{port}: .*in use.*another MASTER_PORT if"):
             rendezvous(0, port, has_host=False).connect(5)
 
 
