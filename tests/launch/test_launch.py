@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ import yaml
 
 from leoclr_fast.recipes import RECIPES
 from leoclr_fast.run.checkpoint import list_checkpoints, load_checkpoint, step_of
+from leoclr_fast.run.folder import RunFolder
 from tests.launch.slurm_stubs import REQUEUED, STEP_PID, descendants, install
 from tests.leoclr_fast.conftest import write_tiny_images
 from tests.leoclr_fast.tiny_flags import TINY_FLAGS
@@ -61,10 +61,7 @@ def job(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def finished_steps(out: Path) -> list[int]:
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record["step"] for record in records if record["kind"] == "step"]
+    return [record["step"] for record in RunFolder(out).read_metrics("step")]
 
 
 def start(job: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -23,7 +23,7 @@ def test_names_and_shapes_are_torchvisions(arch: Architecture) -> None:
     assert (ours.groups, ours.base_width) == (theirs.groups, theirs.base_width)
 
 
-@pytest.mark.parametrize("arch", ["resnext50_32x4d"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_features_are_torchvisions(arch: Architecture) -> None:
     theirs, ours = models.get_model(arch, weights=None).double(), build_backbone(BackboneConfig(arch=arch)).double()
     theirs.fc = torch.nn.Identity()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from leoclr_fast.method.key_queue import KeyQueue
@@ -30,31 +29,7 @@ def test_exact_values_through_a_wrap() -> None:
     assert queue.keys.data_ptr() == storage  # in place
 
 
-def test_255_does_not_divide_65536() -> None:
-    """Three GPUs of 85 images: the pointer goes around the ring and meets every row."""
-    queue = KeyQueue(65_536, 1)
-    for step in range(300):
-        queue.enqueue(torch.full((255, 1), float(step)))
-    assert queue.pointer.item() == 300 * 255 % 65_536
-    newest, oldest = queue.keys.max().item(), queue.keys.min().item()
-    assert (newest, oldest) == (299.0, 300 - 1 - 65_536 // 255)
-
-
-def test_keys_and_pointer_are_in_the_state() -> None:
-    queue = KeyQueue(5, 2)
-    queue.enqueue(rows(1, 2, 3))
-    other = KeyQueue(5, 2)
-    other.load_state_dict(queue.state_dict())
-    assert torch.equal(other.keys, queue.keys)
-    assert other.pointer.item() == 3
-
-
 def test_starts_with_random_unit_vectors() -> None:
     keys = KeyQueue(100, 16).keys
     torch.testing.assert_close(keys.norm(dim=1), torch.ones(100))
     assert (keys @ keys.T - torch.eye(100)).abs().max() < 0.95
-
-
-def test_a_batch_larger_than_the_queue_is_refused() -> None:
-    with pytest.raises(ValueError, match="6 keys do not fit a queue of 5"):
-        KeyQueue(5, 2).enqueue(rows(1, 2, 3, 4, 5, 6))

@@ -78,16 +78,6 @@ def test_no_group_of_keys_has_the_images_of_a_query_group(mode: str, passes: str
     assert num_allowed > 80
 
 
-@pytest.mark.parametrize("micro_batches", [8, 16])
-def test_micro_batches_share_one_shuffle(micro_batches: int) -> None:
-    """Of 8 of 8, and 16 of 16, groups that held exactly the query's images, none is left."""
-    ranks = schedules(MethodConfig(), 256, 1, micro_batches)
-    keys, queries = normalised_together(ranks, 0)
-    assert (len(keys), len(queries)) == (2 * micro_batches, micro_batches)
-    assert sum(group in queries for group in keys) == 0
-    assert {len(group) for group in keys} == {256 // micro_batches}
-
-
 def test_groups_are_the_same_on_any_number_of_ranks() -> None:
     """Groups of 32, as on MoCo-v2's 8 GPUs: a step on 1, 2, 4 and 8 ranks normalises the same images together."""
     config = MethodConfig(query_batchnorm="split")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from leoclr_fast.run import checkpoint_writer
-from leoclr_fast.run.checkpoint import list_checkpoints, load_checkpoint, load_newest_checkpoint, save_checkpoint
+from leoclr_fast.run.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from leoclr_fast.run.checkpoint_writer import CheckpointWriter
 from leoclr_fast.run.folder import RunFolder
 
@@ -75,16 +75,16 @@ def test_damaged_ones_do_not_count_as_the_newest(
     writer.flush()
     for step in steps[4 in steps :]:
         (folder.checkpoints / names(step)[0] / "state.pt").write_bytes(b"damaged")
-    newest = load_newest_checkpoint(folder.checkpoints) if 4 in steps else None
-    assert newest is None or newest[1]["step"] == 4
+    newest = newest_checkpoint(folder.checkpoints) if 4 in steps else None
+    assert newest is None or newest[2]["step"] == 4
     resumed = CheckpointWriter(folder, keep)
     resumed.continue_from(4 if 4 in steps else 0)
     resumed.save(7, state(7))
     resumed.flush()
     assert kept(folder) == names(*expected)
-    again = load_newest_checkpoint(folder.checkpoints)
+    again = newest_checkpoint(folder.checkpoints)
     assert again is not None
-    assert again[1]["step"] == 7
+    assert again[2]["step"] == 7
     aside = sorted(path.name for path in folder.checkpoints.glob("damaged-*"))
     assert aside == [f"damaged-{name}" for name in names(*steps[4 in steps :])]
     assert f"the damaged checkpoint {names(18)[0]} is now" in caplog.text

@@ -20,9 +20,9 @@ from leoclr_fast.method.momentum_contrast import MomentumContrast
 from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.run.telemetry import MAX_OVERFLOWS_IN_A_ROW, MetricsLog, NonFiniteLossError, StepMetrics
 from leoclr_fast.run.trackers import open_trackers
-from leoclr_fast.training import device_meter
-from leoclr_fast.training.device_meter import DeviceMeter
+from leoclr_fast.training import meters
 from leoclr_fast.training.loop import pretrain
+from leoclr_fast.training.meters import DeviceMeter
 from tests.leoclr_fast.conftest import tiny_config
 
 CPU = torch.device("cpu")
@@ -145,9 +145,9 @@ class TestDeviceMeter:
                 return next(self.readings)
 
         now = iter([0.0, 2.0, 4.0, 6.0])
-        monkeypatch.setattr(device_meter, "peak_flops_per_s", lambda *_: (1e12, "by hand"))
-        monkeypatch.setattr(device_meter.EnergyMeter, "of", lambda _: Counter())
-        monkeypatch.setattr(device_meter.time, "perf_counter", lambda: next(now))
+        monkeypatch.setattr(meters, "peak_flops_per_s", lambda *_: (1e12, "by hand"))
+        monkeypatch.setattr(meters.EnergyMeter, "of", lambda _: Counter())
+        monkeypatch.setattr(meters.time, "perf_counter", lambda: next(now))
         meter = DeviceMeter(result, "bf16", 2, CPU)
         readings = meter.readings(500.0)
         assert readings == {

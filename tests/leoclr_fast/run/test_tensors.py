@@ -17,9 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leoclr_fast.run import checkpoint
-from leoclr_fast.run.checkpoint import DamagedCheckpointError, load_newest_checkpoint, save_checkpoint
+from leoclr_fast.run.checkpoint import DamagedCheckpointError, newest_checkpoint, save_checkpoint
 from leoclr_fast.run.tensors import UnreadableTensorsError, load_tensors
-from tests.leoclr_fast.training.test_bad_input import propagating
 
 
 def saved(document: Any, *, as_zip: bool = True) -> bytes:
@@ -87,7 +86,7 @@ def test_damaged_files_are_read_or_refused(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("damage", ["no UTF-8", "a pipe", "hostile", "a list", "cut"])
 def test_the_checkpoint_before_a_damaged_one_is_taken(
-    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    damage: str, tmp_path: Path, package_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also beside a backup copy, whose name says no step."""
     save_checkpoint(tmp_path, 3, {"step": 3}, keep=9)
@@ -102,17 +101,16 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(
         os.mkfifo(newest / "state.pt")
     elif damage == "cut":
         (newest / "state.pt").write_bytes(b"")
-    with caplog.at_level("WARNING", logger="leoclr_fast"), propagating("leoclr_fast"):
-        found = load_newest_checkpoint(tmp_path)
+    found = newest_checkpoint(tmp_path)
     assert found is not None
-    assert (found[0].name, found[1]) == ("step-00000003", {"step": 3})
-    assert f"{newest}" in caplog.text
-    assert "Trying the one before" in caplog.text
+    assert (found[0].name, found[2]) == ("step-00000003", {"step": 3})
+    assert f"{newest}" in package_log.text
+    assert "Trying the one before" in package_log.text
     with monkeypatch.context() as patched:
         full = OSError(errno.EMFILE, "Too many open files")
-        patched.setattr(checkpoint, "open_regular", Mock(side_effect=full))
+        patched.setattr(checkpoint, "read_file", Mock(side_effect=full))
         with pytest.raises(OSError, match="Too many open files"):  # the machine's fault is not the checkpoint's
-            load_newest_checkpoint(tmp_path)
+            newest_checkpoint(tmp_path)
     (tmp_path / "step-00000003" / "state.pt").unlink()
     with pytest.raises(DamagedCheckpointError, match=r"is damaged \(step-00000005, step-00000003\)"):
-        load_newest_checkpoint(tmp_path)
+        newest_checkpoint(tmp_path)

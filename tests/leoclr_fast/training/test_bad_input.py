@@ -107,24 +107,12 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tiny_data: Pat
     state = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000002")
     state["method"]["query_encoder.projection_head.0.weight"].fill_(float("nan"))
     save_checkpoint(tmp_path / "run" / "checkpoints", 2, state, keep=9)
-    with pytest.raises(NonFiniteLossError, match=r"at step 3 \(loss nan\), in epoch 0; nothing was saved since"):
+    with pytest.raises(NonFiniteLossError, match=r"step 3 \(loss nan\), in epoch 0; nothing was saved.* Lower --opt"):
         pretrain(good, tiny_data, tmp_path / "run")
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [
         "step-00000001",
         "step-00000002",
     ]
-
-
-def test_a_diverging_run_says_at_which_step(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path
-) -> None:
-    line = pretrain_line(tiny_data, tmp_path / "run", "--optimizer.base-lr=1e30", "--monitor.log-every-steps=100")
-    message = refused(capsys, *line)
-    assert "became non-finite at step" in message
-    assert "Lower --optimizer.base-lr" in message
-    for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints"):
-        weights = load_checkpoint(checkpoint)["method"]
-        assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 @pytest.fixture
@@ -144,15 +132,14 @@ def truncate(checkpoint: Path) -> None:
 
 
 def test_truncated_checkpoint_falls_back_loudly(
-    finished_run: Path, tiny_data: Path, caplog: pytest.LogCaptureFixture
+    finished_run: Path, tiny_data: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
     before = RunFolder(finished_run).read_metrics("step")
     older, newest = list_checkpoints(finished_run / "checkpoints")
     truncate(newest)
-    with caplog.at_level("WARNING", logger="leoclr_fast"), propagating("leoclr_fast"):
-        pretrain(tiny_config(), tiny_data, finished_run, max_steps=5)
-    assert f"checkpoint {newest} is damaged" in caplog.text
-    assert "Trying the one before" in caplog.text
+    pretrain(tiny_config(), tiny_data, finished_run, max_steps=5)
+    assert f"checkpoint {newest} is damaged" in package_log.text
+    assert "Trying the one before" in package_log.text
     after = RunFolder(finished_run).read_metrics("step")
     assert [(r["step"], r["loss"]) for r in after] == [(r["step"], r["loss"]) for r in before]
 
@@ -280,7 +267,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         path.write_bytes(content)
 
-    monkeypatch.setattr(leoclr_fast.run.checkpoint, "_write_synced", full)
+    monkeypatch.setattr(leoclr_fast.run.checkpoint, "write_file", full)
     with pytest.raises(OSError, match=r"step-00000006: No space left on device; the last good checkpoint is .*00003"):
         pretrain(tiny_config(), tiny_data, tmp_path / "run")
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000003"]
@@ -293,21 +280,6 @@ def test_preview_misuse(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp
     assert "--rows 0 is not allowed" in refused(
         capsys, "preview", "--data", tiny_data, "--out", tmp_path / "views.png", "--rows", "0"
     )
-
-
-class propagating:  # noqa: N801 - used as a function
-    """Let caplog see a package's records: the command line switches propagation off."""
-
-    def __init__(self, name: str) -> None:
-        import logging
-
-        self.logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self.before, self.logger.propagate = self.logger.propagate, True
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.propagate = self.before
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

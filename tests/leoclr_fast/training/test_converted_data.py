@@ -9,11 +9,9 @@ import pytest
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.sources import open_source
 from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.training.loop import pretrain
 from tests.leoclr_fast.conftest import tiny_config
-from tests.leoclr_fast.test_cli import succeeded
 
 
 def losses(run: Path) -> list[float]:
@@ -44,25 +42,3 @@ def test_a_run_goes_on_with_the_converted_data(tiny_data: Path, tmp_path: Path) 
     pretrain(config, tiny_data, tmp_path / "moved", max_steps=4)
     pretrain(config, tmp_path / "ffcv", tmp_path / "moved")
     assert losses(tmp_path / "moved") == losses(tmp_path / "whole")
-
-
-@pytest.mark.real_data
-@pytest.mark.parametrize("loader", ["resident", "torchvision"])
-@pytest.mark.parametrize("format", ["ffcv", "webdataset"])
-def test_pretraining_on_converted_imagenet(
-    real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, loader: str
-) -> None:
-    """The command line, from ImageNet's JPEGs to a step; held-out images give the kNN's queries."""
-    out = tmp_path / "converted"
-    converted, _ = succeeded(capsys, "convert", real_data / "imagenet-sample-400.tar", out, "--format", format)
-    assert converted["samples"] == 400
-    flags = ["--device=cpu", "--max-images=48", "--batch-size=16", "--views.image-size=32", "--epochs=1"]
-    flags += ["--backbone.arch=resnet18", "--backbone.width-multiplier=0.125", "--method.queue-size=64"]
-    flags += ["--monitor.knn-every-epochs=0", "--loader", loader]
-    summary, _ = succeeded(
-        capsys, "pretrain", "leoclr_imagenet_200ep", "--data", out, "--out", tmp_path / "run", *flags
-    )
-    assert (summary["steps"], summary["complete"]) == (3, True)
-    assert np.isfinite(losses(tmp_path / "run")).all()
-    split = open_source(out).splits["train"]
-    assert sorted(split.labels.tolist()) == list(range(400))

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,16 +17,15 @@ from pipelines.batch import CropBatch
 from pipelines.order import TrainOrder
 from tests.leoclr_fast.conftest import tiny_config
 from tests.leoclr_fast.rank_program import CPU, noise_batches
-
-PRECISIONS = ["fp64", "fp32", "bf16", "fp16"]
+from tests.leoclr_fast.training.test_training_step import first_images
 
 
 def train(
-    config: RunConfig, batches: list[CropBatch], *, query_in_training: bool = True, static: bool = False
+    config: RunConfig, batches: list[CropBatch], *, query_in_training: bool = True
 ) -> tuple[TrainingState, Tensor]:
     training = TrainingState.fresh(config, Ranks(), CPU)
     training.method.query_encoder.train(query_in_training)
-    step = TrainingStep(training, config, CPU, static=static)
+    step = TrainingStep(training, config, CPU, static=False)
     return training, torch.stack([step(batch, config.result.lr) for batch in batches])
 
 
@@ -55,19 +52,12 @@ class TestWithoutBatchStatistics:
         """Seven images in three parts, and two images in as many as there are."""
         config = tiny_config(result__method__key_batchnorm="ema")
         batches = [
-            first(batch, size) for batch, size in zip(noise_batches(config, Ranks(), 3), (12, 7, 2), strict=True)
+            first_images(batch, size) for batch, size in zip(noise_batches(config, Ranks(), 3), (12, 7, 2), strict=True)
         ]
         _, expected = train(config, batches, query_in_training=False)
         _, metrics = train(tiny_config(result__method__key_batchnorm="ema", result__micro_batches=3), batches,
                            query_in_training=False)  # fmt: skip
         torch.testing.assert_close(metrics, expected, rtol=1e-12, atol=1e-13)
-
-
-def first(batch: CropBatch, size: int) -> CropBatch:
-    return replace(
-        batch, crops=batch.crops[:size], labels=batch.labels[:size], indices=batch.indices[:size],
-        boxes=batch.boxes[:size],
-    )  # fmt: skip
 
 
 def test_batch_norm_sees_a_part_at_a_time() -> None:
@@ -83,21 +73,6 @@ def test_batch_norm_sees_a_part_at_a_time() -> None:
         for state in (whole, parts)
     ]
     assert tracked == [2, 6]
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_static_step_is_the_eager_one(precision: str) -> None:
-    """What a GPU captures, bit by bit; in fp16 with the loss scaled once for all parts."""
-    config = tiny_config(
-        speed__precision=precision, result__micro_batches=3, result__method__key_batchnorm="split",
-        result__method__key_batchnorm_group=2,
-    )  # fmt: skip
-    batches = noise_batches(config, Ranks(), 4)
-    eager, expected = train(config, batches)
-    static, metrics = train(config, batches, static=True)
-    torch.testing.assert_close(metrics, expected, rtol=0, atol=0, equal_nan=True)  # fp16 overflows in the first step
-    for ours, theirs in zip(static.tensors(), eager.tensors(), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 def test_an_overflow_in_fp16_skips_one_step_of_all_parts() -> None:
