@@ -18,7 +18,7 @@ class StepReports:
         self._host = host
         self._on_the_way: tuple[dist.Work | None, Tensor] | None = None
 
-    def exchange(self, *, stop: bool, num_arrived: int) -> tuple[bool, int]:
+    def exchange(self, *, stop: bool, num_arrived: int = 0) -> tuple[bool, int]:
         """stop: whether a signal asked this rank to end. num_arrived: how many of the metrics that were sent to the
         host have arrived there.
 

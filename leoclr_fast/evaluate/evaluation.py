@@ -120,7 +120,6 @@ class Evaluation:
             folder / "checkpoints" / training,
             total_steps=total_steps,
             ranks=self.ranks,
-            device=self.device,
             save_every_steps=save_every_steps,
             save_every_s=self.options.checkpoint_every_s,
             pause_after=self.options.max_steps,

@@ -1,6 +1,6 @@
 """The steps of a training: from where its checkpoint left to its end, a pause or a signal.
 
-    stepper = Stepper(folder, total_steps=…, ranks=ranks, device=device, save_every_steps=…)
+    stepper = Stepper(folder, total_steps=…, ranks=ranks, save_every_steps=…)
     saved = stepper.load()
     …  # take up what it holds
     for batch in stepper.steps(batches_from, state):
@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
 from dataset_tools.stop_signals import StoppedBySignalError, stop_signals
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.distributed.host_group import HostGroup
+from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S
+from leoclr_fast.distributed.step_reports import StepReports
 from leoclr_fast.run.checkpoint import newest_checkpoint, save_checkpoint, step_of
 from leoclr_fast.run.telemetry import ProgressDisplay, TrainingClock
 
@@ -31,9 +30,6 @@ log = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 State = dict[str, Any]
-
-STOP_LAG_STEPS = 2
-"""Steps after which all ranks know that one of them was asked to stop: none of them waits for the device."""
 
 
 class PausedError(RuntimeError):
@@ -56,7 +52,6 @@ class Stepper:
         *,
         total_steps: int,
         ranks: Ranks,
-        device: torch.device,
         save_every_steps: int,
         save_every_s: float = 0.0,
         pause_after: int | None = None,
@@ -73,7 +68,7 @@ class Stepper:
         self.step = 0
         self.clock = TrainingClock(0)
         """Runs while `steps` does."""
-        self._ranks, self._device = ranks, device
+        self._ranks = ranks
         self._save_every_steps, self._save_every_s = save_every_steps, save_every_s
         own = total_steps if pause_after is None else max(0, pause_after - steps_before)
         self._last_step, self._steps_before = min(total_steps, own), steps_before
@@ -103,23 +98,25 @@ class Stepper:
         Raises PausedError, or StoppedBySignalError on a signal of `HANDLED` to any rank, after a checkpoint;
         OSError if that cannot be written.
         """
-        self.clock = TrainingClock(self.step)
-        agreement = _StopAgreement(self._ranks, self._device)
-        to_come = max(0, self._last_step - self.step)
-        with stop_signals(repeats_insist=self._ranks.world_size == 1) as stop:
+        self.clock, stopped = TrainingClock(self.step), False
+        to_come, alone = max(0, self._last_step - self.step), self._ranks.world_size == 1
+        with (
+            HostGroup(self._ranks, EVALUATION_TIMEOUT_S) as host,
+            stop_signals(repeats_insist=alone) as stop,
+        ):
+            reports = StepReports(host)
             for batch in self.clock.timed(islice(batches_from(self.step), to_come)):
                 yield batch
                 self.step += 1
-                stopped = agreement.exchange(stop.requested) and self.step < self.total_steps
+                stopped = reports.exchange(stop=stop.requested)[0] and self.step < self.total_steps
                 if stopped or self.step == self._last_step or self._is_due():
                     stop.saving = stopped
                     self.save(state())
                 if stopped:
                     break
-            else:  # of the last steps the answers are still on their way; their checkpoint is written
-                stopped = agreement.settle(stop.requested)
+            # Of the last step the answer is still on its way; its checkpoint is written.
+            stopped = reports.settle()[0] or stopped or (alone and stop.requested)
             if stopped:
-                self._ranks.barrier()  # torchrun ends all ranks once one has left: the first is to finish writing
                 raise StoppedBySignalError(
                     f"stopped by {stop.name or 'a signal to another rank'} after step {self.step} of "
                     f"{self.total_steps}; a checkpoint was saved, and the same command continues from there"
@@ -164,41 +161,3 @@ def endless(epoch_batches: Callable[[int, int], Iterable[Batch]], steps_per_epoc
     first_epoch, start_step = divmod(step, steps_per_epoch)
     for epoch in count(first_epoch):
         yield from epoch_batches(epoch, start_step if epoch == first_epoch else 0)
-
-
-class _StopAgreement:
-    """Whether any rank was asked to stop; all of them learn it at the same step, `STOP_LAG_STEPS` later."""
-
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
-        self._ranks, self._device = ranks, device
-        self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-
-    def exchange(self, requested: bool) -> bool:
-        """Once a step. requested: whether this rank was asked."""
-        if self._ranks.world_size == 1:
-            return requested
-        asked = torch.full((1,), float(requested), device=self._device)
-        self._ranks.all_reduce_sum([asked])
-        if asked.is_cuda:
-            on_host = torch.empty(1, pin_memory=True).copy_(asked, non_blocking=True)
-            event = torch.cuda.Event(blocking=True)
-            event.record()
-            self._sent.append((on_host, event))
-        else:
-            self._sent.append((asked, None))
-        if len(self._sent) <= STOP_LAG_STEPS:
-            return False
-        return self._oldest()
-
-    def settle(self, requested: bool) -> bool:
-        """After the last step: the answers that are still on their way. requested: as in `exchange`, of a single rank.
-
-        The same on every rank.
-        """
-        return any(self._oldest() for _ in range(len(self._sent))) or (requested and self._ranks.world_size == 1)
-
-    def _oldest(self) -> bool:
-        answer, arrived = self._sent.popleft()
-        if arrived is not None:
-            arrived.synchronize()
-        return bool(answer)

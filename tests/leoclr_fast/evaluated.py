@@ -11,7 +11,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 from rich.console import Console
 
 from leoclr_fast.cli import run_command
@@ -68,9 +67,7 @@ def killed(after: int) -> Iterator[list[int]]:
 
 def steps_of(folder: Path, total_steps: int, ranks: Ranks = Ranks()) -> tuple[Stepper, ProgressDisplay]:  # noqa: B008
     """The steps of a training on the CPU, of which only the end is saved, and a display that shows nothing."""
-    steps = Stepper(
-        folder, total_steps=total_steps, ranks=ranks, device=torch.device("cpu"), save_every_steps=total_steps
-    )
+    steps = Stepper(folder, total_steps=total_steps, ranks=ranks, save_every_steps=total_steps)
     return steps, ProgressDisplay(Console(quiet=True), total_steps, enabled=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,13 @@ import torch
 
 from dataset_tools.stop_signals import HANDLED, StoppedBySignalError
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.run import stepper
 from leoclr_fast.run.checkpoint import list_checkpoints, step_of
-from leoclr_fast.run.stepper import STOP_LAG_STEPS, PausedError, Stepper, endless
-
-CPU = torch.device("cpu")
+from leoclr_fast.run.stepper import PausedError, Stepper, endless
 
 
 def steps_of(folder: Path, **options: Any) -> Stepper:
-    settings = {"total_steps": 7, "ranks": Ranks(), "device": CPU, "save_every_steps": 3, **options}
+    settings = {"total_steps": 7, "ranks": Ranks(), "save_every_steps": 3, **options}
     return Stepper(folder, **settings)
 
 
@@ -89,45 +89,63 @@ def test_what_is_ignored_stays_so(tmp_path: Path) -> None:
 
 
 class SecondOfTwo(Ranks):
-    """Rank 1; rank 0, which is not there, is asked to stop before it has finished its fourth step."""
-
-    def all_reduce_sum(self, tensors: Any) -> None:
-        calls.append(len(calls) + 1)
-        tensors[0] += float(calls[-1] >= 4)
-
-    def barrier(self) -> None:
-        pass
+    """Rank 1 of two; rank 0 is not there."""
 
     def require_equal(self, value: int, what: str) -> None:
         pass
 
 
-calls: list[int] = []
+@pytest.fixture
+def asked_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Rank 0 is asked to stop before it has finished its step of this number; it is heard of one step later."""
+
+    class Reports:
+        def __init__(self, *_: object) -> None:
+            self.calls, self.sent = 0, False
+
+        def exchange(self, *, stop: bool) -> tuple[bool, int]:
+            before, self.calls = self.sent, self.calls + 1
+            self.sent = stop or self.calls >= number
+            return before, 0
+
+        def settle(self) -> tuple[bool, int]:
+            return self.sent, 0
+
+    def ask(step: int) -> None:
+        nonlocal number
+        number = step
+
+    number = 0
+    monkeypatch.setattr(stepper, "StepReports", Reports)
+    monkeypatch.setattr(stepper, "HostGroup", lambda *_: nullcontext())
+    return ask
 
 
-def test_all_ranks_stop_when_one_is_asked(tmp_path: Path) -> None:
-    """At the same step, a few later, and without writing twice what the first rank writes."""
-    calls.clear()
+def test_all_ranks_stop_when_one_is_asked(tmp_path: Path, asked_at: Callable[[int], None]) -> None:
+    """At the same step, the next one, and without writing twice what the first rank writes."""
+    asked_at(4)
     own = steps_of(tmp_path, ranks=SecondOfTwo(1, 2))
-    with pytest.raises(StoppedBySignalError, match=f"a signal to another rank after step {4 + STOP_LAG_STEPS} of 7"):
+    with pytest.raises(StoppedBySignalError, match="a signal to another rank after step 5 of 7"):
         trained(own)
     assert saved_steps(tmp_path) == []
 
 
-def test_a_signal_in_the_last_steps_is_not_lost(tmp_path: Path) -> None:
-    """Whether it comes to this rank in the last step, or to another one whose answer is still on its way."""
-
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path: Path) -> None:
     def terminated(step: int) -> None:
         if step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(StoppedBySignalError, match="stopped by SIGTERM after step 7 of 7"):
-        trained(steps_of(tmp_path / "alone"), terminated)
-    assert saved_steps(tmp_path / "alone")[-1] == 7
-    assert trained(steps_of(tmp_path / "alone")) == [0, 10, 20, 30, 40, 50, 60]
-    calls[:] = [-1, 0]  # so that the fourth call, which asks, is in the last step
+        trained(steps_of(tmp_path), terminated)
+    assert saved_steps(tmp_path)[-1] == 7
+    assert trained(steps_of(tmp_path)) == [0, 10, 20, 30, 40, 50, 60]
+
+
+def test_nor_is_that_of_another_rank(tmp_path: Path, asked_at: Callable[[int], None]) -> None:
+    """Whose answer is still on its way after the last step."""
+    asked_at(2)
     with pytest.raises(StoppedBySignalError, match="a signal to another rank after step 2 of 2"):
-        trained(steps_of(tmp_path / "two", total_steps=2, ranks=SecondOfTwo(1, 2)))
+        trained(steps_of(tmp_path, total_steps=2, ranks=SecondOfTwo(1, 2)))
 
 
 def test_endless_epochs_begin_in_the_middle() -> None:
