@@ -270,7 +270,8 @@ def _train(point: Point, rank: int, config: ScalingConfig, speed: SpeedConfig, d
         for _ in range(config.warmup_steps):
             step(next(batches), result.lr)
         synchronize(device)
-        ranks.barrier()
+        if point.num_ranks > 1:
+            dist.barrier()
         meter.reset()
         start = time.perf_counter()
         for _ in range(config.steps):

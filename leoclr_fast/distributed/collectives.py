@@ -127,10 +127,5 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=group)
         return values[0]
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world_size > 1:
-            dist.barrier()
-
     def _metered(self, kind: str, tensor: Tensor) -> AbstractContextManager[None]:
         return nullcontext() if self.meter is None else self.meter(kind, tensor)

@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import ResNet
@@ -135,7 +136,7 @@ def main(data: Path, voc: Path, out: Path) -> None:
     with process_group("cpu") as (ranks, _):
         for case, compute in cases(data, voc, out).items():
             torch.save(compute(ranks), out / f"{case}-{ranks.rank}.pt")
-        ranks.barrier()
+        dist.barrier()
 
 
 if __name__ == "__main__":
