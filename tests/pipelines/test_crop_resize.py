@@ -296,9 +296,7 @@ for planar in (False, True):
         for offset in (page, 3 * page - num_bytes):
             pixels = np.frombuffer(memory, dtype=np.uint8, offset=offset, count=num_bytes)
             pixels[:] = np.random.default_rng(0).integers(0, 256, num_bytes)
-            images = PackedImages(
-                pixels=torch.from_numpy(pixels), offsets=zero, heights=zero + height, widths=zero + width, planar=planar
-            )
+            images = PackedImages.side_by_side(torch.from_numpy(pixels), zero + height, zero + width, planar=planar)
             boxes = np.array([[0, 0, height, width]], dtype=np.int32)
             for size in (7, 32):
                 ours, plain = (crop_resize(images, zero, boxes, size, impl=impl) for impl in ("numba", "torch"))
@@ -357,7 +355,7 @@ from pipelines.crop_resize import PackedImages
 from pipelines.crop_resize_numba import compiled_kernel
 zero, boxes = np.zeros(1, dtype=np.int64), np.array([[0, 0, 40, 50]], dtype=np.int32)
 pixels = torch.randint(0, 256, (6000,), dtype=torch.uint8)
-images = PackedImages(pixels=pixels, offsets=zero, heights=zero + 40, widths=zero + 50)
+images = PackedImages.side_by_side(pixels, zero + 40, zero + 50)
 expected = crop_resize(images, zero, boxes, 8, impl="torch")
 if sys.argv[1] == "after":
     assert torch.equal(crop_resize(images, zero, boxes, 8, impl="numba"), expected)
