@@ -10,10 +10,11 @@ from collections import deque
 from concurrent.futures import Future
 from typing import Any, ClassVar, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dataset_tools.formats.beton import Beton
+from dataset_tools.formats.beton import METADATA, METADATA_START, Beton, read_beton_head
 from dataset_tools.sources import Split
 from dataset_tools.sources.converted import ConvertedSplit
 from pipelines.byte_readers import base_of
@@ -29,7 +30,7 @@ class FfcvLoader(EncodedLoader):
     """Reads a split of a data set that was converted with ``--format ffcv``, or a subset of one.
 
     ``config.workers`` threads decode, ``config.prefetch_batches`` batches at a time. Raises ImportError where FFCV is
-    missing, ValueError for another kind of split.
+    missing, ValueError for another kind of split or a damaged .beton.
     """
 
     name = "ffcv"
@@ -42,7 +43,7 @@ class FfcvLoader(EncodedLoader):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _require_beton(self.split)
+        _require_sound_beton(self.split)
         self._new_decoder = _import_decoder().BatchDecoder
         # What follows belongs to the decoding thread.
         self._turbojpeg: Any = None
@@ -88,8 +89,8 @@ def _is_beton(split: Split) -> TypeGuard[ConvertedSplit]:
     return isinstance(split, ConvertedSplit) and isinstance(split.output, Beton)
 
 
-def _require_beton(split: Split) -> None:
-    """Raises ValueError for another kind of split."""
+def _require_sound_beton(split: Split) -> None:
+    """Raises ValueError for another kind of split, and if a .beton does not hold what its records say."""
     base, _ = base_of(split)
     if not _is_beton(base):
         what = f"tars ({base.files[0].path.name}, …)" if isinstance(base, ConvertedSplit) else type(base).__name__
@@ -97,6 +98,15 @@ def _require_beton(split: Split) -> None:
             f"the ffcv loader reads .beton files alone, but {split.name!r} is made of {what}; convert the data first "
             "(python -m dataset_tools convert SOURCE DEST --format ffcv) and give DEST, or take --loader torchvision"
         )
+    path = base.files[0].path
+    read_beton_head(path)
+    images = np.fromfile(path, METADATA, len(base), offset=METADATA_START)["f0"]
+    columns = {"mode": "encoding", "width": "width", "height": "height", "data_ptr": "offset"}
+    for field, column in columns.items():
+        if not np.array_equal(images[field], base.records[column]):
+            raise ValueError(
+                f"{path} does not fit {base.records.path}: {column} differs. Copy or convert the data set again."
+            )
 
 
 def _import_decoder() -> Any:

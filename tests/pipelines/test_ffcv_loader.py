@@ -12,6 +12,7 @@ from PIL import Image
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
+from dataset_tools.formats.beton import METADATA_START
 from dataset_tools.formats.records import RAW
 from dataset_tools.sources import Split, open_source
 from dataset_tools.sources.converted import ConvertedSplit
@@ -95,6 +96,13 @@ class TestRefusals:
         convert(tmp_path / "images", tmp_path / "tars", ConvertOptions(format="webdataset"), workers=1)
         with pytest.raises(ValueError, match=r"is made of tars \(train-\S+\.tar, …\); convert"):
             open_by_name("ffcv", open_source(tmp_path / "tars").splits["train"])
+
+    def test_a_beton_that_does_not_fit_its_records(self, beton: ConvertedSplit) -> None:
+        with open(beton.files[0].path, "r+b") as file:
+            file.seek(METADATA_START + 1)
+            file.write((60000).to_bytes(2, "little"))
+        with pytest.raises(ValueError, match=r"train\.beton does not fit .*: width differs\. Copy or convert"):
+            open_by_name("ffcv", beton)
 
 
 @pytest.mark.parametrize(
