@@ -195,6 +195,20 @@ def test_memory_for_a_step_and_not_for_its_graph() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_sections_of_the_gpu_suite(real_data: Path, tmp_path: Path) -> None:
+    """At tiny sizes, each to its end. Left out: `tests`, which look at numbers; `profile` and `loaders`, as CUPTI and
+    DALI want a driver."""
+    sections = ["machine", "parity", "decoders", "train-time", "step", "loss", "augment", "cifar10"]
+    data = ["--data", real_data / "cifar10-jpeg.tar.xz", "--photographs", real_data / "imagenet-sample-400.tar"]
+    flags = ["--tiny", "--device", "cuda", "--limit-s", "3500", "--out", tmp_path]
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--sections", *sections, *map(str, (*data, *flags))]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    found = json.loads((tmp_path / "gpu_suite.json").read_text())["sections"]
+    assert {name: section["status"] for name, section in found.items()} == dict.fromkeys(sections, "done"), done.stdout
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_every_mode() -> None:
     for case, happened in ran(*LONG_RANKS, *LONG).items():
