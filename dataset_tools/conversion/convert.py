@@ -246,13 +246,13 @@ class _Conversion:
         logger.info("%s: completing the files", split.name)
         images = conversion.writer.finish(rows)
         logger.info("%s: hashing the files", split.name)
-        indices = np.concatenate([block["source_index"] for block, _ in rows.blocks()])
         return complete_split(
             split.name,
             rows,
-            split.names.select(indices),
+            split.names,
             images,
             self.options.output,
+            of_source=True,
             num_workers=self.num_workers,
             stop=self.stop,
             positions=conversion.num_positions,

@@ -219,16 +219,18 @@ def complete_split(
     files: Sequence[Path],
     output: OutputFormat,
     *,
+    of_source: bool,
     num_workers: int,
     stop: StopSignals,
     **counted: Any,
 ) -> SplitManifest:
     """Writes the records of a split beside its `rows`, and hashes its files. Returns its manifest.
 
-    `names`: of the samples. `files`: of images, in order. `counted`: what of the manifest the rows do not tell.
+    `names`, `of_source`: as `RowFile.write_records` takes them. `files`: of images, in order. `counted`: what of the
+    manifest the rows do not tell.
     """
     path = rows.path.with_name(records_name(name))
-    rows.write_records(path, names)
+    rows.write_records(path, names, of_source=of_source)
     to_hash = [(path, None), *((file, output.hash_block_bytes) for file in files)]
     records, *images = hash_files(to_hash, num_workers, stop)
     page_bytes = output.settled_page_bytes(files)

@@ -62,20 +62,32 @@ class RowFile:
             data = read_at(self.fileno(), count * ROW.itemsize, start * ROW.itemsize)
             yield np.frombuffer(bytearray(data), dtype=ROW), start
 
-    def write_records(self, path: Path, names: PackedNames) -> None:
-        """Writes the file that `SampleRecords` opens: these rows as columns, and their names; synced to the disk."""
+    def write_records(self, path: Path, names: PackedNames, *, of_source: bool) -> None:
+        """Writes the file that `SampleRecords` opens: these rows as columns, and their names; synced to the disk.
+
+        `of_source`: `names` are those of all images of the source, else of the rows.
+        """
+
+        def blocks() -> Iterator[PackedNames]:
+            for block, start in self.blocks():
+                yield names.select(block["source_index"]) if of_source else names[start : start + len(block)]
+
         columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
             name: (ROW[name].base, (len(self), *ROW[name].shape)) for name in ROW.names or ()
         }
-        packed = {"name_ends": names.offsets.astype("<i8"), "name_bytes": np.frombuffer(names.blob, dtype=np.uint8)}
-        columns |= {name: (column.dtype, column.shape) for name, column in packed.items()}
+        ends = np.cumsum([0, *(len(block.blob) for block in blocks())])
+        columns |= {"name_ends": (np.dtype("<i8"), (len(self) + 1,)), "name_bytes": (np.dtype("u1"), (int(ends[-1]),))}
         # Wide types first: every column is then aligned.
         columns = dict(sorted(columns.items(), key=lambda item: -item[1][0].itemsize))
         with written(path) as file:
             file.write(_safetensors_header(columns))
             for name in columns:
-                if name in packed:
-                    file.write(packed[name].data)
+                if name == "name_ends":
+                    file.write(bytes(8))
+                    for end, names_of in zip(ends.tolist(), blocks(), strict=False):
+                        file.write((end + names_of.offsets[1:]).astype("<i8").data)
+                elif name == "name_bytes":
+                    file.writelines(names_of.blob for names_of in blocks())
                 else:
                     file.writelines(np.ascontiguousarray(block[name]).data for block, _ in self.blocks())
 

@@ -61,7 +61,7 @@ def write(folder: Path, rows: np.ndarray, names: PackedNames) -> Path:
     """The record file of `rows`."""
     row_file = RowFile(folder / "rows")
     row_file.append(rows)
-    row_file.write_records(folder / "records.safetensors", names)
+    row_file.write_records(folder / "records.safetensors", names, of_source=False)
     row_file.close()
     return folder / "records.safetensors"
 
