@@ -28,9 +28,9 @@ from leoclr_fast.losses import info_nce_triton
 from pipelines import augment_triton, crop_resize_triton
 from pipelines.augment import blur_weights
 from pipelines.config import ViewConfig
-from pipelines.crop_resize import PackedImages
 from pipelines.crops import squashed
 from pipelines.kernels import KernelLaunch
+from pipelines.packed_images import PackedImages
 
 TARGETS = (80, 90, 100)
 """Compute capabilities: A100; H100 and H200; B200."""

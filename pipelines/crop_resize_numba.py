@@ -18,8 +18,8 @@ import torch
 from numba import njit, types, uint32
 from torch import Tensor
 
-from pipelines.crop_resize import PackedImages
 from pipelines.kernels import compile_by_numba
+from pipelines.packed_images import PackedImages
 from pipelines.threads import run_in_threads
 
 _SHARES = 8  # that each thread takes, about: some threads are slower than others

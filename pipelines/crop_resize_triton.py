@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipelines.crop_resize import PackedImages
 from pipelines.kernels import Argument, KernelLaunch
+from pipelines.packed_images import PackedImages
 
 _TILE_ROWS, _MAX_TILE_LANES = 16, 128
 _SCRATCH_BYTES = 1 << 29  # at most, unless a single box needs more

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from dataset_tools.conversion.jpeg import JpegHeader
 from pipelines.byte_readers import Indices, open_bytes
-from pipelines.crop_resize import PackedImages, cut_views
+from pipelines.crop_resize import cut_views
 from pipelines.decode import Substitutes, UnreadableImageError, decode_bytes, require_decodable
 from pipelines.encoded_batches import Bytes, EncodedBatch, plain_header
 from pipelines.loader import DecodedBatch, Loader
+from pipelines.packed_images import PackedImages
 from pipelines.threads import WorkerThreads, available_cores
 from pipelines.views import draw_boxes
 

@@ -19,10 +19,11 @@ import torch
 
 from dataset_tools.progress import progress
 from dataset_tools.sources import Split
-from pipelines.crop_resize import PackedImages, cut_views
+from pipelines.crop_resize import cut_views
 from pipelines.decode import Substitutes, UnreadableImageError, decode_rgb, image_size, none_readable
 from pipelines.loader import DecodedBatch, Loader
 from pipelines.node_memory import made_once, num_local_ranks
+from pipelines.packed_images import PackedImages
 from pipelines.views import draw_boxes
 
 _SIZE_SAMPLES = 64

@@ -11,8 +11,9 @@ import torch
 
 from pipelines import crop_resize as module
 from pipelines.config import ViewConfig
-from pipelines.crop_resize import PackedImages, crop_resize
+from pipelines.crop_resize import crop_resize
 from pipelines.crops import Boxes
+from pipelines.packed_images import PackedImages
 from pipelines.views import LEOCLR_VIEWS, draw_boxes
 from tests.pipelines.pictures import picture
 from tests.pipelines.test_crop_resize import SIZES, by_pillow, pack, random_boxes

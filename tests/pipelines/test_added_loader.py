@@ -10,10 +10,11 @@ import torch
 
 from dataset_tools.sources import Split
 from pipelines.config import LoaderConfig
-from pipelines.crop_resize import PackedImages, cut_views
+from pipelines.crop_resize import cut_views
 from pipelines.decode import Substitutes
 from pipelines.factory import LOADERS, choose_loader, settle_loader
 from pipelines.loader import DecodedBatch, Loader
+from pipelines.packed_images import PackedImages
 from pipelines.views import draw_boxes
 from tests.pipelines.oracle import assert_like_the_oracle, in_order, open_by_name
 

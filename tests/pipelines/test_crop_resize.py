@@ -25,7 +25,7 @@ from torchvision.transforms import functional as TF
 
 from dataset_tools.sources import open_source
 from pipelines import crop_resize as module
-from pipelines.crop_resize import PackedImages, crop_resize
+from pipelines.crop_resize import crop_resize
 from pipelines.crop_resize_numba import box_geometry, compiled_kernel, crop_resize_numba, packed, scratch_size
 from pipelines.crops import (
     Boxes,
@@ -36,6 +36,7 @@ from pipelines.crops import (
 )
 from pipelines.decode import decode_rgb
 from pipelines.kernels import Impl
+from pipelines.packed_images import PackedImages
 from tests.pipelines.oracle import cut
 from tests.pipelines.pictures import picture
 from tests.tolerances import CROP_RESIZE, RESIZE_AND_CENTER_CROP, Tolerance
@@ -283,7 +284,7 @@ def test_no_byte_beyond_an_image_is_read() -> None:
 import ctypes, mmap
 import numpy as np, torch
 from pipelines.crop_resize import crop_resize
-from pipelines.crop_resize import PackedImages
+from pipelines.packed_images import PackedImages
 page = mmap.PAGESIZE
 memory = mmap.mmap(-1, 4 * page)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -351,7 +352,7 @@ import sys
 import numpy as np, torch
 from numba import types
 from pipelines.crop_resize import crop_resize
-from pipelines.crop_resize import PackedImages
+from pipelines.packed_images import PackedImages
 from pipelines.crop_resize_numba import compiled_kernel
 zero, boxes = np.zeros(1, dtype=np.int64), np.array([[0, 0, 40, 50]], dtype=np.int32)
 pixels = torch.randint(0, 256, (6000,), dtype=torch.uint8)
