@@ -13,6 +13,7 @@ import pytest
 from hypothesis import is_hypothesis_test, settings
 
 from dataset_tools.command_line import PACKAGES
+from dataset_tools.stop_signals import HANDLED
 
 settings.register_profile("quick", max_examples=40, derandomize=True, deadline=None, database=None)
 settings.register_profile("long", max_examples=100_000, derandomize=True, deadline=None, database=None)
@@ -20,6 +21,9 @@ settings.register_profile("long", max_examples=100_000, derandomize=True, deadli
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("long" if config.option.markexpr == "long" else "quick")
+    for number in HANDLED:  # what the shell ignores stays ignored, as for nohup and in the background
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 _SLOWEST_FILES = (
