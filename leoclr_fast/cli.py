@@ -52,7 +52,8 @@ COMMANDS = {
 }
 """Name → `module:Class`. A name may be of two words; its first word alone lists what follows it."""
 
-_SHORTHANDS = {"--loader": "--loader.name"}
+_OTHER_NAMES = {"--loader": "--loader.name", "--max-test-images": "--max-images", "--max-iterations": "--max-steps"}
+"""A shorthand, and what flags of `detect` were called before."""
 _PAPER = "LeOCLR: Leveraging Original Images for Contrastive Learning of Visual Representations (TMLR 2024)"
 
 
@@ -79,7 +80,7 @@ def parse_command(arguments: list[str]) -> Command | None:
     name, rest = " ".join(arguments[:num_words]), arguments[num_words:]
     if name not in COMMANDS:
         raise ValueError(unknown("command", name, group or COMMANDS))
-    rest = [_without_shorthand(argument) for argument in rest]
+    rest = [_by_its_name(argument) for argument in rest]
     if name == "pretrain":
         from leoclr_fast.commands.pretrain import parse_pretrain
 
@@ -94,9 +95,9 @@ def parse_command(arguments: list[str]) -> Command | None:
     return command
 
 
-def _without_shorthand(argument: str) -> str:
+def _by_its_name(argument: str) -> str:
     flag, equals, value = argument.partition("=")
-    return f"{_SHORTHANDS.get(flag, flag)}{equals}{value}"
+    return f"{_OTHER_NAMES.get(flag, flag)}{equals}{value}"
 
 
 def _print_overview() -> None:

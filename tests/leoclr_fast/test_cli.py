@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from dataset_tools import demo_data
-from leoclr_fast.cli import run_command
+from leoclr_fast.cli import parse_command, run_command
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import from_yaml, to_yaml
 from leoclr_fast.recipes import RECIPES, get_recipe
@@ -211,3 +211,10 @@ def test_preview_shows_the_boxes_and_all_views(
         capsys, "preview", "--data", tiny_data, "--out", out, "--rows", 2, "--recipe", "mocov2_cifar10"
     )
     assert document["views"] == ["crop 1", "crop 2"]
+
+
+def test_flags_are_known_by_their_earlier_names() -> None:
+    given = ["detect", "RUN", "--data", "DATA", "--max-test-images", "3", "--max-iterations=5"]
+    assert parse_command(given) == parse_command(
+        ["detect", "RUN", "--data", "DATA", "--max-images", "3", "--max-steps=5"]
+    )
