@@ -52,12 +52,14 @@ class LabelledData:
         }
 
 
-def open_labelled_data(path: Path, *, holdout_seed: int, max_images: int | None = None) -> LabelledData:
+def open_labelled_data(
+    path: Path, *, holdout_seed: int, max_images: int | None = None, every_class: bool = True
+) -> LabelledData:
     """The labelled splits of any source of images.
 
     holdout_seed: the run's, so that what pretraining held out is what is tested on. max_images: at most so many in
-    train and in val, a class-balanced choice.
-    Raises ValueError if there are no labels, or if a class has no image to learn from. val may lack classes.
+    train and in val, a class-balanced choice. every_class: whether train has to have images of each; val need not.
+    Raises ValueError if there are no labels, or if a class lacks an image that it has to have.
     """
     source = open_source(path)
     splits = choose_splits(source, holdout_seed=holdout_seed)
@@ -66,7 +68,8 @@ def open_labelled_data(path: Path, *, holdout_seed: int, max_images: int | None 
             f"{path} cannot be learned from: it needs labelled train images, with two or more in a class, as in "
             "train/CLASS/name.jpg"
         )
-    require_every_class(splits.bank, str(path))
+    if every_class:
+        require_every_class(splits.bank, str(path))
     held_out = splits.note.replace("are kNN's queries", "are what accuracies are reported on")
     return LabelledData(
         path=path,
@@ -74,7 +77,7 @@ def open_labelled_data(path: Path, *, holdout_seed: int, max_images: int | None 
         train=limited(splits.bank, max_images),
         val=limited(splits.queries, max_images),
         fingerprint=source.fingerprint,
-        note=f"{held_out} {lacking(splits.queries)}".strip(),
+        note=" ".join(filter(None, (held_out, lacking(splits.bank), lacking(splits.queries)))),
     )
 
 

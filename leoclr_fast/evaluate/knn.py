@@ -84,7 +84,9 @@ def run(
         pretrained, options = evaluation.pretrained, evaluation.options
         monitor = pretrained.run.read_config().monitor if pretrained.run else MonitorConfig()
         k, temperature = protocol.k or monitor.knn_k, protocol.temperature or monitor.knn_temperature
-        labelled = open_labelled_data(data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images)
+        labelled = open_labelled_data(
+            data, holdout_seed=pretrained.holdout_seed, max_images=options.max_images, every_class=False
+        )
         bank, queries = labelled.train, labelled.val
 
         def compute(_: Path) -> dict[str, Any]:

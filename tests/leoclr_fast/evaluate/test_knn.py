@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,14 @@ def test_a_result_is_found_again(
     assert knn.run(tiny_run, tiny_data, protocol, options) == first
     with pytest.raises(ValueError, match="holds another evaluation: k: 3 there, 4 here"):
         knn.run(tiny_run, tiny_data, KnnProtocol(k=4, temperature=0.1), options)
+
+
+def test_a_class_without_images_is_no_obstacle(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Nothing is learned from it, and its images in val are wrong."""
+    shutil.copytree(tiny_data, tmp_path / "data")
+    for image in (tmp_path / "data/train/class1").iterdir():
+        image.unlink()
+    options = ViewOptions(device="cpu", out=tmp_path / "knn")
+    found = knn.run(tiny_run, tmp_path / "data", KnnProtocol(k=3, temperature=0.1), options)
+    assert found["note"] == "train has no image of 1 of the 3 classes."
+    assert found["top1"] < 100
