@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.guides import consoles
-from leoclr_fast.cli import _SHORTHANDS, COMMANDS, parse_command, run_command
+from leoclr_fast.cli import _OTHER_NAMES, COMMANDS, parse_command, run_command
 from tests.pipelines.pictures import picture
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def test_commands_within_the_text_are_known(guide: str, capsys: pytest.CaptureFi
                 parse_command([*kind.split(), *recipe, "--help"])
             known = capsys.readouterr().out
             flags = [re.sub(r"[=|].*", "", word) for word in given if word.startswith("--")]
-            assert all(_SHORTHANDS.get(flag, flag) in known for flag in flags), (line, flags)
+            assert all(_OTHER_NAMES.get(flag, flag) in known for flag in flags), (line, flags)
         if not re.search(r"\b[A-Z]{1,}\b|[][…|]", line) and len(given) > len(kind.split()):
             assert parse_command(given) is not None, line
 
