@@ -48,10 +48,10 @@ class NormaliseEqualGroups(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Of images, weight and bias."""
         images, weight, mean, inverse = ctx.saved_tensors
-        wide = _wide(grad)
         unit = (_wide(images) - _of_images(mean, images)) * _of_images(inverse, images)
-        of_bias, of_weight = _mean_of_groups(wide, len(mean)), _mean_of_groups(wide * unit, len(mean))
-        rest = wide - _of_images(of_bias, images) - unit * _of_images(of_weight, images)
+        # The gradient itself has several readers, so that the compiler writes it down, and not a wide copy.
+        of_bias, of_weight = _mean_of_groups(_wide(grad), len(mean)), _mean_of_groups(grad * unit, len(mean))
+        rest = grad - _of_images(of_bias, images) - unit * _of_images(of_weight, images)
         of_images = (rest * _of_images(weight * inverse, images)).to(images.dtype)
         num_values = images.numel() // mean.numel()
         return of_images, None, of_weight.sum(0) * num_values, of_bias.sum(0) * num_values, None

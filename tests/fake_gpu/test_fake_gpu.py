@@ -154,12 +154,14 @@ def test_code_of_the_stem(seen: Mapping[str, Any]) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_code_of_a_step() -> None:
-    """64 images, and 128 keys in one pass, through a ResNet of one bottleneck in each stage; torch's own max-pooling is
-    what the guard would see (torch 2.12 to 2.15; before, it makes the same code as ours)."""
+    """64 images, and 128 keys in one pass, through a ResNet of one bottleneck in each stage, and through ResNet-50;
+    torch's own max-pooling is what the guard would see (torch 2.12 to 2.15; before, it makes the same code as ours)."""
     ours, half, torchs = "of_a_step bf16 1111", "of_a_step fp16 1111", "of_the_stem bf16 torchs"
-    found = ran(*(f"generated {case}" for case in (ours, half, torchs)))
+    resnet50 = "of_a_step bf16 3463"
+    found = ran(*(f"generated {case}" for case in (ours, half, resnet50, torchs)))
     assert_fast_code(found[f"generated {ours}"], most_gb=9.9)
     assert_fast_code(found[f"generated {half}"], most_gb=9.9)
+    assert_fast_code(found[f"generated {resnet50}"], most_gb=15.7)
     seen = found[f"generated {torchs}"]
     has_the_fault = (2, 12) <= tuple(map(int, version("torch").split(".")[:2])) <= (2, 15)
     for fault in ("atomics", "nchw", "float32"):
