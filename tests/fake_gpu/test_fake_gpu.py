@@ -161,7 +161,7 @@ def test_code_of_a_step() -> None:
     found = ran(*(f"generated {case}" for case in (ours, half, resnet50, torchs)))
     assert_fast_code(found[f"generated {ours}"], most_gb=9.9)
     assert_fast_code(found[f"generated {half}"], most_gb=9.9)
-    assert_fast_code(found[f"generated {resnet50}"], most_gb=15.7)
+    assert_fast_code(found[f"generated {resnet50}"], most_gb=17.2)
     seen = found[f"generated {torchs}"]
     has_the_fault = (2, 12) <= tuple(map(int, version("torch").split(".")[:2])) <= (2, 15)
     for fault in ("atomics", "nchw", "float32"):
