@@ -19,6 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset_tools.sources import open_source, spool
+from dataset_tools.sources.tar_archive import open_tar
+from dataset_tools.sources.tar_index import TarIndex
 from tests.dataset_tools.made_up import assert_reads_in_processes, assert_unpacked_once, everything, tar_bytes
 
 FILES = {
@@ -360,9 +362,9 @@ def test_a_changed_header_is_read_or_refused(
     path = tmp_path_factory.getbasetemp() / "changed.tar"
     path.write_bytes(data)
     try:
-        splits = open_source(path).splits.values()
+        splits = list(open_tar(path, (path, TarIndex.build(path))).splits.values())
     except ValueError:
-        splits = ()  # type: ignore[assignment]
+        splits = []
     assert all(len(split.read(index)) <= len(data) for split in splits for index in range(len(split)))
 
 

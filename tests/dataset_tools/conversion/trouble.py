@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hypothesis.strategies import DataObject, booleans, sampled_from
 from PIL import Image
 
 from dataset_tools.cli import main
@@ -157,14 +157,14 @@ class Command:
             self.wait()
 
 
-def tampered(content: dict[str, Any], values: list[Any], case: DataObject) -> None:
+def tampered(content: dict[str, Any], values: list[Any], chance: random.Random) -> None:
     """Puts another value, one of `values`, in some place of a JSON document, at any depth."""
     place: Any = content
     step: Any = None
-    while isinstance(place, dict | list) and place and (step is None or case.draw(booleans())):
-        step = case.draw(sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+    while isinstance(place, dict | list) and place and (step is None or chance.random() < 0.5):
+        step = chance.choice(list(place) if isinstance(place, dict) else range(len(place)))
         holder, place = place, place[step]
-    holder[step] = case.draw(sampled_from([value for value in values if value != place or value is True]))
+    holder[step] = chance.choice([value for value in values if value != place or value is True])
 
 
 class Commands(list[Command]):
