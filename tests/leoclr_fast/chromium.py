@@ -71,8 +71,15 @@ class Page:
             self.call("Input.dispatchKeyEvent", type=kind, **named)
 
     def move_to(self, x: float, y: float) -> None:
-        """To another place; returns when the page has heard of it, which it does once a frame."""
-        self.evaluate("self.heard = new Promise((done) => addEventListener('pointermove', done, {once: true})); 0")
+        """To another place; returns when the page has heard of it, which it does once a frame.
+
+        Scrolling makes the browser tell of the old place once more.
+        """
+        there = f"Math.hypot(event.clientX - {x}, event.clientY - {y}) < 1"
+        self.evaluate(
+            "self.heard = new Promise((done) => addEventListener('pointermove', (event) => "
+            f"{{ if ({there}) done(); }})); 0"
+        )
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         self.evaluate("self.heard.then(() => 0)")
 
