@@ -80,7 +80,6 @@ class Section:
 
 SECTIONS = {
     "machine": Section(title="Machine", function="machine.run", limit_s=15),
-    "parity": Section(title="Parity of the kernels", function="parity.run", limit_s=45),
     "tests": Section(title="Tests that need a GPU", function="gpu_tests.run", limit_s=150),
     "decoders": Section(title="The first batches of real images", function="loaders.run_parity", limit_s=40),
     "train-time": Section(title="LeOCLR next to MoCo-v2", function="benches.run_train_time", limit_s=260),
