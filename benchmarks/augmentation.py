@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 import tyro
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.results import RESULTS, Results, TimedTask, compare
+from benchmarks.results import TimedTask, WritesResults, compare
 from pipelines.config import IMAGENET_MEAN, IMAGENET_STD
 
 SIDE = 224
@@ -142,7 +141,7 @@ def _timed(epoch: Callable[[], Iterator[int]], images: int) -> Iterator[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentationBenchmark:
+class AugmentationBenchmark(WritesResults):
     """Our augmentation against torchvision's, on CPU cores."""
 
     images: int = 512
@@ -152,8 +151,6 @@ class AugmentationBenchmark:
     workers: int = len(os.sched_getaffinity(0))
     """Threads of ours, worker processes of torchvision's."""
     name: str = "augmentation_cpu"
-    """Of the result files."""
-    out: Path = RESULTS
 
     def run(self) -> None:
         """Measure, and write the result files after every round."""
@@ -164,7 +161,7 @@ class AugmentationBenchmark:
                 f"starts would decide: give at least {least}"
             )
         compare(
-            Results(module="benchmarks.augmentation", name=self.name, out=self.out),
+            self.results(),
             TASKS,
             (self.images, self.batch_size, self.workers),
             self.rounds,

@@ -108,7 +108,7 @@ class ConvertBenchmark(OnImages):
             source = Path(folder) / "images"
             images, num_bytes = write_copies(self.data, source, self.copies)
             compare(
-                self.results("benchmarks.convert"),
+                self.results(),
                 TASKS,
                 (str(source), folder, self.workers),
                 self.rounds,

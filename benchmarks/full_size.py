@@ -26,7 +26,7 @@ import torch
 import tyro
 from PIL import Image
 
-from benchmarks.results import RESULTS, Results, made_with
+from benchmarks.results import Results, WritesResults, made_with
 from leoclr_fast.bench.page import bench_page, markdown_table, spread
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.timing import interleaved
@@ -158,7 +158,7 @@ def _header(name: str, size: int) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullSizeBenchmark:
+class FullSizeBenchmark(WritesResults):
     """From `pretrain` to its first batch at 1,281,167 images, by part."""
 
     images: int = 1_281_167
@@ -168,16 +168,12 @@ class FullSizeBenchmark:
     scratch: Path | None = None
     """Folder for the made-up data, some 5 GB; the system's if not given. What lies there from before is used again."""
     name: str = "full_size_cpu"
-    """Of the result files."""
-    out: Path = RESULTS
 
     def run(self) -> None:
         """Measure, and write the result files."""
         with tempfile.TemporaryDirectory(dir=self.scratch) as temporary:
             scratch = self.scratch or Path(temporary)
-            results = Results(
-                module="benchmarks.full_size", name=self.name, out=self.out, hidden={str(scratch): "(scratch)"}
-            )
+            results = self.results({str(scratch): "(scratch)"})
             os.environ["LEOCLR_CACHE"] = str(scratch / "cache")
             prepared = self._prepare(scratch, results)
             measured: dict[str, list[dict[str, Any]]] = {kind: [] for kind in self.kinds}

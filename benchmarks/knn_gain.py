@@ -18,24 +18,21 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.results import RESULTS, Results, made_with
+from benchmarks.results import Results, WritesResults, made_with
 from leoclr_fast.bench.page import markdown_table
 from leoclr_fast.run.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnGain:
+class KnnGain(WritesResults):
     """kNN before and after pretraining, over recipes and seeds."""
 
-    name: str
-    """Of the result files."""
     recipes: tuple[str, ...]
     data: str
     """As in pretrain; `demo` draws the demo data."""
     data_label: str = ""
     """What the result files call the data, where its path should not stand in them."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    out: Path = RESULTS
     flags: Annotated[str, tyro.conf.arg(metavar="'FLAGS'")] = ""
     """Further flags of pretrain, in one string."""
 
@@ -47,8 +44,7 @@ class KnnGain:
                 from dataset_tools.demo_data import write_demo_data
 
                 data = str(write_demo_data(Path(folder) / "data"))
-            hidden = {data: label, f"{folder}/": ""}
-            results = Results(module="benchmarks.knn_gain", name=self.name, out=self.out, hidden=hidden)
+            results = self.results({data: label, f"{folder}/": ""})
             runs: list[dict[str, Any]] = []
             for seed in self.seeds:
                 for recipe in self.recipes:

@@ -35,7 +35,7 @@ class LoaderBenchmark(OnImages):
 
     def run(self) -> None:
         """Measure, and write the result files."""
-        results = self.results("benchmarks.loaders")
+        results = self.results()
         names = tuple(dict.fromkeys([*PEERS, *(peer for peers in PEERS.values() for peer in peers)]))
         config = LoaderBenchConfig(
             loaders=names, rounds=self.rounds, workers=self.workers, batch_size=BATCH, device="cpu"

@@ -23,7 +23,7 @@ from benchmarks.processes import OwnProcess
 from benchmarks.results import print_document
 from dataset_tools.limits import Count, Seconds, require_allowed
 from leoclr_fast.bench.config import BenchSetting, Rounds
-from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
+from leoclr_fast.bench.page import bench_page, number, percent, spread, table_of
 from leoclr_fast.bench.rounds import SYNTHETIC, endless, training_images
 from leoclr_fast.bench.setting import bench_device, setting_header
 from leoclr_fast.bench.statistics import quantiles
@@ -161,24 +161,24 @@ def bench_scaling(
 
 def scaling_markdown(document: dict[str, Any], command: str | None = None) -> str:
     """The document of `bench_scaling` as a page."""
-    header = ("mode", "ranks", "batch", "images/s", "step, ms", "efficiency", "communication", "MB a step")
-    cells = [
-        (
-            row["mode"],
-            str(row["ranks"]),
-            str(row["batch_size"]),
-            spread(row, "images_per_s"),
-            spread(row, "step_ms"),
-            percent(row["efficiency"]),
-            percent(row["communication_share"]),
-            number(sum(row["bytes_counted"].values()) / 1e6, 2),
-        )
-        for row in document["rows"]
-    ]
+    rows: list[dict[str, Any]] = document["rows"]
+    table = table_of(
+        rows,
+        {
+            "mode": lambda row: row["mode"],
+            "ranks": lambda row: str(row["ranks"]),
+            "batch": lambda row: str(row["batch_size"]),
+            "images/s": lambda row: spread(row, "images_per_s"),
+            "step, ms": lambda row: spread(row, "step_ms"),
+            "efficiency": lambda row: percent(row["efficiency"]),
+            "communication": lambda row: percent(row["communication_share"]),
+            "MB a step": lambda row: number(sum(row["bytes_counted"].values()) / 1e6, 2),
+        },
+    )
     return bench_page(
         "More ranks",
         f"Setting: {document['method']}, {document['header']}",
-        markdown_table(header, cells),
+        table,
         rounds=f"{document['rounds']} interleaved rounds of {document['steps']} steps each. weak: the batch grows with "
         "the ranks; strong: it does not.",
         command=command,

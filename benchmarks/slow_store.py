@@ -94,7 +94,7 @@ class SlowStoreBenchmark(OnImages):
 
     def run(self) -> None:
         """Measure, and write the result files after every round."""
-        results = self.results("benchmarks.slow_store")
+        results = self.results()
         rates: dict[tuple[str, float, int], list[float]] = {
             (name, delay, count): [] for delay in self.delays_ms for name in SOURCES for count in self.workers
         }

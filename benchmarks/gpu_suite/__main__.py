@@ -49,7 +49,7 @@ class Suite:
         hidden = {sys.prefix: "(python)", sys.base_prefix: "(python)", str(_CHECKOUT): "."}
         hidden |= {str(path): path.name for path in given}
         hidden[tempfile.gettempdir()] = "(temporary)"
-        self.results = Results(module="benchmarks.gpu_suite", name=flags.name, out=flags.out, hidden=hidden)
+        self.results = Results(name=flags.name, out=flags.out, hidden=hidden)
         self.document: dict[str, Any] = {
             "began_unix_s": round(time.time()),
             "tiny": flags.tiny,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from leoclr_fast.bench.page import markdown_table
+from leoclr_fast.bench.page import table_of
 
 Results = dict[str, Any]
 """Section -> its result, or as much of it as was found before it was stopped."""
@@ -53,16 +53,14 @@ def compare_with_targets(results: Results, *, tiny: bool) -> list[dict[str, Any]
 
 def targets_markdown(rows: list[dict[str, Any]]) -> str:
     """The comparison as a table."""
-    return markdown_table(
-        ("target (for a GPU like the H200, paper setting)", "reached", "outcome"),
-        [
-            (
-                row["claim"],
-                "–" if row["reached"] is None else f"{row['reached']:,.4g}",
-                f"not compared: {row['why_not']}" if row["met"] is None else "met" if row["met"] else "**missed**",
-            )
-            for row in rows
-        ],
+    outcomes = {True: "met", False: "**missed**"}
+    return table_of(
+        rows,
+        {
+            "target (for a GPU like the H200, paper setting)": lambda row: row["claim"],
+            "reached": lambda row: "–" if row["reached"] is None else f"{row['reached']:,.4g}",
+            "outcome": lambda row: outcomes.get(row["met"], f"not compared: {row['why_not']}"),
+        },
     )
 
 

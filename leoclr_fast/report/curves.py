@@ -27,26 +27,22 @@ def plots_of(runs: list[RunRecord], reference: Reference | None) -> list[Plot]:
     by_epoch = all(math.isfinite(run.steps_per_epoch) for run in runs)
     single = len(runs) == 1
 
-    def x_of(run: RunRecord, steps: Floats) -> Floats:
-        return steps / run.steps_per_epoch if by_epoch else steps
-
-    def curves(values: Values, label: str = "", style: int = 0) -> list[Curve]:
-        return [
-            Curve(label=label or run.label, x=x_of(run, run.metrics.column("step")), y=values(run), style=place + style)
-            for place, run in enumerate(runs)
-        ]
-
-    def knn_curves(key: str, label: str = "", style: int = 0) -> list[Curve]:
+    def curves(
+        values: Values, label: str = "", style: int = 0, *, steps: Values = _column("step"), markers: bool = False
+    ) -> list[Curve]:
         return [
             Curve(
                 label=label or run.label,
-                x=x_of(run, np.array([record.step for record in run.metrics.knn], dtype=np.float64)),
-                y=np.array([number(getattr(record, key)) for record in run.metrics.knn]),
+                x=steps(run) / run.steps_per_epoch if by_epoch else steps(run),
+                y=values(run),
                 style=place + style,
-                markers=True,
+                markers=markers,
             )
             for place, run in enumerate(runs)
         ]
+
+    def knn_curves(name: str, label: str = "", style: int = 0) -> list[Curve]:
+        return curves(_knn(name), label, style, steps=_knn("step"), markers=True)
 
     plots: list[Plot] = []
 
@@ -94,6 +90,10 @@ def plots_of(runs: list[RunRecord], reference: Reference | None) -> list[Plot]:
 
 def _column(name: str) -> Values:
     return lambda run: run.metrics.column(name)
+
+
+def _knn(name: str) -> Values:
+    return lambda run: np.array([number(getattr(record, name)) for record in run.metrics.knn])
 
 
 def _reference_curve(label: str, reference: Reference, points: Floats, per_epoch: float) -> Curve:

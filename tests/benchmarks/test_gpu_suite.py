@@ -138,9 +138,9 @@ def test_every_section_has_its_function_and_all_together_fifteen_minutes():
 def test_our_own_kernels_are_known_by_their_names():
     ahead_of_time = pytest.importorskip("benchmarks.ahead_of_time")
     kinds: dict[str, set[str]] = {}
-    for case, launches in ahead_of_time.CASES.items():
+    for case in ahead_of_time.CASES:
         kind = "loss" if case.startswith("info_nce") else "augmentation"
-        kinds.setdefault(kind, set()).update(launch.kernel.__name__ for _, launch in launches())
+        kinds.setdefault(kind, set()).update(launch.kernel.__name__ for _, launch in ahead_of_time.launches(case))
     assert kinds["loss"] == {"_share_of_the_queue", "_all_shares"}
     assert len(kinds["augmentation"]) == 7
     for kind, names in kinds.items():
@@ -149,39 +149,32 @@ def test_our_own_kernels_are_known_by_their_names():
 
 GPU_TESTS = {
     "test_quick.py": "def test_one(): pass\ndef test_two(): assert 2 == 3",
+    "test_crash.py": "import os\ndef test_ends(): os._exit(5)",
     "test_slow.py": "import time\ndef test_first(): pass\ndef test_hangs(): time.sleep(600)",
     "test_later.py": "def test_never(): pass",
 }
 
 
 @pytest.mark.long
-def test_what_hangs_costs_no_finished_test(tmp_path: Path):
+def test_what_crashes_or_hangs_costs_no_finished_test(tmp_path: Path):
     files = [tmp_path / name for name in GPU_TESTS]
     for file in files:
         file.write_text(GPU_TESTS[file.name])
     kept: list[Answer] = []
-    answer = run_groups([[file] for file in files], limit_s=45, say=lambda _: None, keep=kept.append)
+    answer = run_groups([[file] for file in files], limit_s=50, say=lambda _: None, keep=kept.append)
     assert {file["file"]: file["status"] for file in answer.result["files"]} == {
-        "test_quick.py": "finished", "test_slow.py": "stopped", "test_later.py": "not reached",
+        "test_quick.py": "finished", "test_crash.py": "crashed", "test_slow.py": "stopped",
+        "test_later.py": "not reached",
     }  # fmt: skip
     assert [(test["name"], test["outcome"]) for test in answer.result["tests"]] == [
-        ("test_quick::test_one", "passed"), ("test_quick::test_two", "failed"), ("test_slow::test_first", "passed"),
+        ("test_quick::test_one", "passed"), ("test_quick::test_two", "failed"), ("test_crash.py", "failed"),
+        ("test_slow::test_first", "passed"),
     ]  # fmt: skip
+    assert answer.result["tests"][2]["reason"] == "pytest ended with code 5 and no report"
     assert "Not reached: `test_later.py`." in answer.markdown
     assert "Stopped before the end: `test_slow.py`." in answer.markdown
-    assert [len(answer.result["tests"]) for answer in kept] == [2, 3]
-    assert [file["status"] for file in kept[0].result["files"]] == ["finished", "not reached", "not reached"]
-
-
-@pytest.mark.long
-def test_what_crashes_is_a_failure_and_the_next_file_runs(tmp_path: Path):
-    (tmp_path / "test_a.py").write_text("import os\ndef test_one(): os._exit(5)")
-    (tmp_path / "test_b.py").write_text("def test_two(): pass")
-    groups = [[tmp_path / "test_a.py"], [tmp_path / "test_b.py"]]
-    result = run_groups(groups, limit_s=100, say=lambda _: None).result
-    assert [file["status"] for file in result["files"]] == ["crashed", "finished"]
-    assert (result["passed"], result["failed"]) == (1, 1)
-    assert result["tests"][0]["reason"] == "pytest ended with code 5 and no report"
+    assert [len(answer.result["tests"]) for answer in kept] == [2, 3, 4]
+    assert [file["status"] for file in kept[0].result["files"]] == ["finished", *["not reached"] * 3]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -74,16 +74,9 @@ def test_page(written: tuple[dict[str, Any], str]) -> None:
 
 class TestBadInput:
     def test_values(self) -> None:
-        for changes, message in (
-            ({"ranks": (2, 2)}, "--ranks 2 2 is not allowed"),
-            ({"ranks": (0,)}, "--ranks 0 is not allowed"),
-            ({"rounds": 1}, "rounds 1 is not allowed"),
-            ({"limit_s": 0.0}, "limit s 0.0 is not allowed"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                ScalingConfig(**changes)  # type: ignore[arg-type]
-
-    def test_a_batch_that_cannot_be_shared(self) -> None:
+        for ranks in ((2, 2), (0,), ()):
+            with pytest.raises(ValueError, match="is not allowed: give different numbers from 1"):
+                ScalingConfig(ranks=ranks)
         with pytest.raises(ValueError, match="a global batch of 9 cannot be shared by 10 ranks"):
             bench_scaling(ScalingConfig(ranks=(10,), mode="strong"), TINY, CPU)
 
@@ -91,12 +84,7 @@ class TestBadInput:
         ("num_ranks", "limit_s", "method", "message"),
         [
             (1, 60.0, "none", "rank 0 failed"),  # there is no such method
-            (
-                2,
-                0.1,
-                "leoclr",
-                r"rank 0 has not answered for 0\.1 s; rank 1 has not answered for 0\.1 s",
-            ),  # too little to start
+            (2, 0.1, "leoclr", r"rank 0 has not answered for 0\.1 s; rank 1 has not answered for 0\.1 s"),
         ],
         ids=["fails", "too long"],
     )
