@@ -27,22 +27,18 @@ def plots_of(runs: list[RunRecord], reference: Reference | None) -> list[Plot]:
     by_epoch = all(math.isfinite(run.steps_per_epoch) for run in runs)
     single = len(runs) == 1
 
-    def curves(
-        values: Values, label: str = "", style: int = 0, *, steps: Values = _column("step"), markers: bool = False
-    ) -> list[Curve]:
+    def curves(values: Values, label: str = "", style: int = 0, *, of_knn: bool = False) -> list[Curve]:
+        steps = _knn("step") if of_knn else _column("step")
         return [
             Curve(
                 label=label or run.label,
                 x=steps(run) / run.steps_per_epoch if by_epoch else steps(run),
                 y=values(run),
                 style=place + style,
-                markers=markers,
+                markers=of_knn,
             )
             for place, run in enumerate(runs)
         ]
-
-    def knn_curves(name: str, label: str = "", style: int = 0) -> list[Curve]:
-        return curves(_knn(name), label, style, steps=_knn("step"), markers=True)
 
     plots: list[Plot] = []
 
@@ -51,7 +47,9 @@ def plots_of(runs: list[RunRecord], reference: Reference | None) -> list[Plot]:
         plots.append(Plot(name=name, title=title, x_label=x_label, curves=shown, **options))
 
     loss = curves(_column("loss"))
-    knn = [*knn_curves("top1", "top-1"), *knn_curves("top5", "top-5", 1)] if single else knn_curves("top1")
+    knn = curves(_knn("top1"), "top-1" if single else "", of_knn=True)
+    if single:
+        knn += curves(_knn("top5"), "top-5", 1, of_knn=True)
     filling, note = _filling(runs[0], by_epoch) if single else (None, _note_on_sums(runs))
     if reference is not None and by_epoch:
         loss.append(_reference_curve("expected", reference, reference.loss, runs[0].steps_per_epoch))
