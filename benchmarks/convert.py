@@ -106,7 +106,7 @@ class ConvertBenchmark(OnImages):
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             os.environ["LEOCLR_CACHE"] = str(Path(folder) / "cache")
             source = Path(folder) / "images"
-            images, num_bytes = write_copies(self.data, source, self.copies)
+            images, num_bytes = self.write_copies(source)
             compare(
                 self.results(),
                 TASKS,
@@ -121,24 +121,6 @@ class ConvertBenchmark(OnImages):
                 peers=PEERS,
                 packages=("webdataset", "opencv-python"),
             )
-
-
-def write_copies(data: Path, source: Path, copies: int) -> tuple[int, int]:
-    """An ImageFolder with every image `copies` times; returns how many images and bytes that are."""
-    from dataset_tools.sources import open_source
-
-    split = next(iter(open_source(data).splits.values()))
-    num_bytes = 0
-    for index, name in enumerate(split.names):
-        content = split.read(index)
-        folder = source / split.classes[split.labels[index]]
-        folder.mkdir(parents=True, exist_ok=True)
-        first = folder / f"0_{Path(name).name}"
-        first.write_bytes(content)
-        for copy in range(1, copies):
-            os.link(first, folder / f"{copy}_{Path(name).name}")
-        num_bytes += copies * len(content)
-    return copies * len(split), num_bytes
 
 
 if __name__ == "__main__":

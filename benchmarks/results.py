@@ -5,6 +5,7 @@ do: call commands as a user types them, or let functions do the same task in tur
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from benchmarks.processes import OwnProcess
 from dataset_tools.command_line import as_json
 from dataset_tools.files import write_file
+from dataset_tools.sources import Split, open_source
 from dataset_tools.versions import installed_version
 from leoclr_fast.bench.page import bench_page, markdown_table, spread
 from leoclr_fast.bench.statistics import quantiles
@@ -110,6 +112,29 @@ class OnImages(WritesResults):
 
     def results(self, hidden: Mapping[str, str] | None = None) -> Results:
         return super().results({str(self.data): self.data_label or str(self.data), **(hidden or {})})
+
+    def write_copies(self, folder: Path) -> tuple[int, int]:
+        """An image folder of the copies; returns how many images and bytes they are."""
+        split = next(iter(open_source(self.data).splits.values()))
+        return self.copies * len(split), write_copies(split, folder, self.copies)
+
+
+def write_copies(split: Split, source: Path, copies: int) -> int:
+    """An image folder with every image `copies` times, as hard links, in the folder of its class if it has one; returns
+    how many bytes they are.
+    """
+    num_bytes = 0
+    for index, label in enumerate(split.labels):
+        content = split.read(index)
+        folder = source / split.classes[label] if label >= 0 else source
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{index}{Path(split.names[index]).suffix}"
+        first = folder / f"0_{name}"
+        first.write_bytes(content)
+        for copy in range(1, copies):
+            os.link(first, folder / f"{copy}_{name}")
+        num_bytes += copies * len(content)
+    return num_bytes
 
 
 def print_document(document: dict[str, Any], page: Callable[..., str]) -> None:

@@ -18,7 +18,6 @@ from unittest import mock
 import torch
 import tyro
 
-from benchmarks.convert import write_copies
 from benchmarks.results import OnImages, made_with
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
@@ -101,7 +100,7 @@ class SlowStoreBenchmark(OnImages):
         surroundings = environment(torch.device("cpu"), 1)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            write_copies(self.data, folder / "folder", self.copies)
+            self.write_copies(folder / "folder")
             for kind in ("ffcv", "webdataset"):
                 convert(folder / "folder", folder / kind, ConvertOptions(format=kind, max_side=0))
             splits = {name: open_source(folder / kind, quietly=True).splits["train"] for name, kind in SOURCES.items()}

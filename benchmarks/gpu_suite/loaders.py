@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +15,7 @@ import numpy as np
 
 from benchmarks.gpu_suite.benches import rounds_of, without_title
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig, UnavailableError
+from benchmarks.results import write_copies
 from dataset_tools.sources import Split, open_source
 from dataset_tools.splits import choose_splits
 from leoclr_fast.bench.config import TrainTimeConfig
@@ -96,14 +96,9 @@ def at_least(data: Path, split: Split, num_images: int) -> Iterator[Path]:
     if len(split) >= num_images:
         yield data
         return
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        for index in range(len(split)):
-            first = folder / f"0-{index}{Path(split.names[index]).suffix}"
-            first.write_bytes(split.read(index))
-            for copy in range(1, math.ceil(num_images / len(split))):
-                os.link(first, folder / f"{copy}-{first.name.removeprefix('0-')}")
-        yield folder
+    with TemporaryDirectory() as folder:
+        write_copies(split, Path(folder), math.ceil(num_images / len(split)))
+        yield Path(folder)
 
 
 def _real_over_synthetic(document: dict[str, Any], method: str) -> float:
