@@ -37,8 +37,6 @@ from leoclr_fast.run.bottleneck import find_bottleneck
 from leoclr_fast.run.environment import environment
 from pipelines.factory import shows_images
 
-Peer = Callable[[BenchSetting, SpeedConfig, torch.device], TimedMethod]
-
 _KWH_PER_J = 1 / 3.6e6
 
 
