@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.scaling import Point, RankProcesses, ScalingConfig, bench_scaling, scaling_markdown
+from benchmarks.scaling import Point, ScalingConfig, bench_scaling, scaling_markdown, time_ranks
 from leoclr_fast.bench.config import BenchSetting
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.config import SpeedConfig
@@ -94,8 +95,6 @@ class TestBadInput:
         config = ScalingConfig(steps=1, warmup_steps=1, limit_s=limit_s)
         result = config.result(TINY, "weak", num_ranks)
         result = replace(result, method=replace(result.method, name=method))
-        with RankProcesses([Point(mode="weak", num_ranks=num_ranks, result=result)], config, CPU, 1) as ranks:
-            processes = [rank._process for rank in ranks._ranks]
-            with pytest.raises(RuntimeError, match=message):
-                ranks.next()
-        assert not any(process.is_alive() for process in processes)
+        with pytest.raises(RuntimeError, match=message):
+            time_ranks(Point(mode="weak", num_ranks=num_ranks, result=result), config, CPU, 1)
+        assert not multiprocessing.active_children()
