@@ -50,7 +50,15 @@ _TRUTH_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossBenchConfig(Limited):
+class _CallsConfig(Limited):
+    rounds: Count = 15
+    """Timed calls of each implementation, after two that are not counted."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossBenchConfig(_CallsConfig):
     """The sizes of the loss, and how often it is timed."""
 
     batch_size: Count = 256
@@ -62,14 +70,10 @@ class LossBenchConfig(Limited):
     temperature: Temperature = 0.2
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of query, keys and queue; a training hands them over in fp32, whatever its own precision."""
-    rounds: Count = 15
-    """Timed calls of each implementation, after two that are not counted."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AugmentBenchConfig(Limited):
+class AugmentBenchConfig(_CallsConfig):
     """The views that are augmented, and how often they are timed."""
 
     method: MethodName = "leoclr"
@@ -80,10 +84,6 @@ class AugmentBenchConfig(Limited):
     """Side of a view, pixels."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Of the views that come out; auto is what a training takes there."""
-    rounds: Count = 15
-    """Timed calls of each implementation, after two that are not counted."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
 
 def cross_entropies(query: Tensor, keys: Sequence[Tensor], queue: Tensor, temperature: float) -> Tensor:

@@ -34,6 +34,11 @@ class Result:
             self.remedy = f"{self.remedy} {remedy}" if self.remedy else remedy
 
 
+def in_short(error: BaseException) -> str:
+    """The kind of an error and its message, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def warning(found: str, remedy: str) -> Result:
     """It works, but slower or less safely than it could."""
     return Result(found, "warning", remedy)
