@@ -105,7 +105,6 @@ def costs(stalls_s: Sequence[float], steps_s: Sequence[list[float]], beside: int
 
 
 def page(document: dict[str, Any], command: str) -> str:
-    """The results as Markdown."""
     measured = document["measured"]
     steps, cost, by_rounds = measured["steps_per_round"], measured["cost"], measured["cost_by_rounds"]
     rows = [

@@ -79,7 +79,6 @@ class EarlierStep(WritesResults):
     name: str = "earlier_step_cpu"
 
     def run(self) -> None:
-        """Measure, and write the result files."""
         commit = subprocess.run(["git", "-C", self.earlier, "rev-parse", "--short", "HEAD"], capture_output=True,
                                 text=True, check=True).stdout.strip()  # fmt: skip
         torch.set_num_threads(self.threads)

@@ -172,7 +172,6 @@ class FullSizeBenchmark(WritesResults):
     name: str = "full_size_cpu"
 
     def run(self) -> None:
-        """Measure, and write the result files."""
         with tempfile.TemporaryDirectory(dir=self.scratch) as temporary:
             scratch = self.scratch or Path(temporary)
             results = self.results({str(scratch): "(scratch)"})
@@ -218,7 +217,6 @@ class FullSizeBenchmark(WritesResults):
         return found
 
     def _page(self, document: dict[str, Any], command: str) -> str:
-        """The results as Markdown."""
         starts: dict[str, list[dict[str, Any]]] = document["starts"]
 
         def cell(own: list[dict[str, Any]], part: str) -> str:

@@ -239,7 +239,6 @@ def timed_rows(
 
 
 def loss_markdown(document: dict[str, Any], command: str | None = None) -> str:
-    """The document of `bench_loss` as a page."""
     setting = (
         f"B = {document['batch_size']:,}, K = {document['queue_size']:,}, D = {document['dim']}, "
         f"P = {document['positives']}, {document['precision']}: a matrix of logits has {document['logits_mib']:,.1f} "
@@ -250,7 +249,6 @@ def loss_markdown(document: dict[str, Any], command: str | None = None) -> str:
 
 
 def augment_markdown(document: dict[str, Any], command: str | None = None) -> str:
-    """The document of `bench_augment` as a page."""
     setting = (
         f"{document['batch_size']:,} images of {document['views']} views at {document['image_size']} pixels, uint8 "
         f"crops ({document['crops_mib']:,.1f} MiB) to normalised {document['precision']} "

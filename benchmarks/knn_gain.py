@@ -37,7 +37,6 @@ class KnnGain(WritesResults):
     """Further flags of pretrain, in one string."""
 
     def run(self) -> None:
-        """Run everything and write the three files."""
         with tempfile.TemporaryDirectory() as folder:
             data, label = self.data, self.data_label or self.data
             if data == "demo":
@@ -90,7 +89,6 @@ def _mean_std(values: Sequence[float]) -> list[float | None]:
 
 
 def page(document: dict[str, Any]) -> str:
-    """The results as Markdown."""
     header = ("recipe", "n", "untrained, %", "trained, %", "gain, points", "images/s, median", "seconds, median")
     rows = [
         (

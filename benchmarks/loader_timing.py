@@ -134,7 +134,6 @@ def bench_loader(config: LoaderBenchConfig, data: Sequence[Path], say: Say = lam
 
 
 def loader_markdown(document: dict[str, Any], command: str | None = None) -> str:
-    """The document of `bench_loader` as a page."""
     decode = next((row["images_per_s"] for row in document["ceilings"] if row["loader"] == "decode-only"), None)
     rows: list[dict[str, Any]] = [*document["ceilings"], *document["rows"]]
     table = table_of(
@@ -245,7 +244,6 @@ class LoaderTiming:
     config: Annotated[LoaderBenchConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderBenchConfig)
 
     def run(self) -> None:
-        """Measure, and print."""
         print_document(bench_loader(self.config, self.data, print), loader_markdown)
 
 

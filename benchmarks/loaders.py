@@ -33,7 +33,6 @@ class LoaderBenchmark(OnImages):
     name: str = "loaders_cpu"
 
     def run(self) -> None:
-        """Measure, and write the result files."""
         results = self.results()
         names = tuple(dict.fromkeys([*PEERS, *(peer for peers in PEERS.values() for peer in peers)]))
         config = LoaderBenchConfig(

@@ -58,7 +58,6 @@ class OwnProcess:
         return answer
 
     def kill(self) -> None:
-        """End the process at once."""
         self._process.kill()
 
     def close(self) -> None:

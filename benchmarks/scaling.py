@@ -157,7 +157,6 @@ def bench_scaling(
 
 
 def scaling_markdown(document: dict[str, Any], command: str | None = None) -> str:
-    """The document of `bench_scaling` as a page."""
     rows: list[dict[str, Any]] = document["rows"]
     table = table_of(
         rows,
@@ -332,7 +331,6 @@ class ScalingBenchmark:
     speed: Annotated[SpeedConfig, tyro.conf.arg(name="")] = field(default_factory=SpeedConfig)
 
     def run(self) -> None:
-        """Measure, and print."""
         print_document(bench_scaling(self.config, self.setting, self.speed, print), scaling_markdown)
 
 

@@ -90,7 +90,6 @@ def bench_step(
 
 
 def step_markdown(document: dict[str, Any], command: str | None = None) -> str:
-    """The document of `bench_step` as a page."""
     return bench_page(
         "A training step and its parts",
         f"Setting: {document['header']}",
@@ -103,7 +102,6 @@ def step_markdown(document: dict[str, Any], command: str | None = None) -> str:
 
 
 def step_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Parts and wholes as a Markdown table."""
     return table_of(
         rows,
         {
@@ -230,7 +228,6 @@ class StepBenchmark:
     speed: Annotated[SpeedConfig, tyro.conf.arg(name="")] = field(default_factory=SpeedConfig)
 
     def run(self) -> None:
-        """Measure, and print."""
         print_document(bench_step(self.config, self.setting, self.speed, print), step_markdown)
 
 

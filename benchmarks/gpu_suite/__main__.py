@@ -75,7 +75,6 @@ class Suite:
             self.write()
 
     def page(self) -> str:
-        """Everything as Markdown."""
         document = self.document
         lines = [f"# {self._title()}", "", f"`{self.results.command}`", ""]
         if document["tiny"]:

@@ -52,7 +52,6 @@ def compare_with_targets(results: Results, *, tiny: bool) -> list[dict[str, Any]
 
 
 def targets_markdown(rows: list[dict[str, Any]]) -> str:
-    """The comparison as a table."""
     outcomes = {True: "met", False: "**missed**"}
     return table_of(
         rows,

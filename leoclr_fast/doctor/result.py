@@ -24,7 +24,6 @@ class Result:
         self._add("warning", what, remedy)
 
     def fail(self, what: str, remedy: str) -> None:
-        """Add what does not work."""
         self._add("failed", what, remedy)
 
     def _add(self, status: Status, what: str, remedy: str) -> None:
@@ -45,7 +44,6 @@ def warning(found: str, remedy: str) -> Result:
 
 
 def failed(found: str, remedy: str) -> Result:
-    """It does not work."""
     return Result(found, "failed", remedy)
 
 

@@ -52,7 +52,6 @@ def write_report(paths: list[Path], out: Path) -> dict[str, Any]:
 
 
 def page_of(runs: list[RunRecord]) -> str:
-    """The whole page."""
     single = len(runs) == 1
     if not single:
         _label(runs)

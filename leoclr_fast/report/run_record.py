@@ -97,7 +97,6 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        """The name of the method, as the configuration has it."""
         return str(self.setting("result.method.name", "unknown method"))
 
     @cached_property
