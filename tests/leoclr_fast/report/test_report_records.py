@@ -136,8 +136,10 @@ def test_states(tmp_path: Path, record: dict[str, object] | None, kind: str, sen
 def test_a_locked_run_is_running(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", [start(), *SOME_STEPS])
     with RunFolder(run).locked():
-        assert read_run(run).state.kind == "running"
-    assert read_run(run).state.kind == "killed"
+        page = page_of([read_run(run)])
+    assert "Running, after step 100" in page
+    assert "a run that was killed since could not say so" in page
+    assert "it left no word of its end" in page_of([read_run(run)])
 
 
 def test_a_run_elsewhere_is_given_some_minutes(tmp_path: Path) -> None:
