@@ -15,9 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
+from torchvision.datasets import ImageFolder
 
 from benchmarks.results import OnImages, TimedTask, compare
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
 
 PEERS = {
     "ours, ffcv --check header": ("FFCV DatasetWriter, jpg",),
@@ -28,9 +32,6 @@ PEERS = {
 
 
 def ours(options: dict[str, Any], source: str, scratch: str, workers: int) -> Iterator[float]:
-    from dataset_tools.conversion.convert import convert
-    from dataset_tools.conversion.options import ConvertOptions
-
     chosen = ConvertOptions(**options)
     yield from _timed(lambda out: convert(source, out / "converted", chosen, workers=workers), source, scratch)
 
@@ -39,7 +40,6 @@ def ffcv_writer(source: str, scratch: str, workers: int) -> Iterator[float]:
     """As FFCV's ImageNet example: torchvision's ImageFolder, write_mode jpg, quality 90, no resizing."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
-    from torchvision.datasets import ImageFolder
 
     def convert(out: Path) -> None:
         fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
@@ -50,8 +50,6 @@ def ffcv_writer(source: str, scratch: str, workers: int) -> Iterator[float]:
 
 def shard_writer(source: str, scratch: str, workers: int) -> Iterator[float]:
     """One process that copies the files as they are, in a shuffled order, as ours does."""
-    import numpy as np
-    from torchvision.datasets import ImageFolder
     from webdataset import ShardWriter
 
     def convert(out: Path) -> None:
