@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +117,9 @@ class SlowStoreBenchmark(OnImages):
                     results.write(document, self._page(rates, number + 1, made_with(surroundings), results.command))
 
     def _page(self, rates: dict[tuple[str, float, int], list[float]], rounds: int, setting: str, command: str) -> str:
-        cell: Callable[..., str] = lambda *key: spread(quantiles("rate", rates[key]), "rate", 0)  # noqa: E731
+        cells = {key: spread(quantiles("rate", own), "rate", 0) for key, own in rates.items()}
         rows = [
-            (f"{name} from {SOURCES[name]}, {delay:g} ms", *(cell(name, delay, count) for count in self.workers))
+            (f"{name} from {SOURCES[name]}, {delay:g} ms", *(cells[name, delay, count] for count in self.workers))
             for delay in self.delays_ms
             for name in SOURCES
         ]
