@@ -195,14 +195,13 @@ def drawn(plot: Plot, max_points: int = MAX_POINTS) -> DrawnPlot:
 
 def _draw(axes: Any, curve: Curve, max_points: int) -> dict[str, Any]:
     x, y = thinned(curve.x, curve.y, max_points)
-    colour, width = (_INK, 1.3) if curve.reference else (_SERIES[curve.style % _NUM_COLOURS], 1.8)
+    own = _SERIES[curve.style % _NUM_COLOURS]
+    colour, width, layer = (_INK, 1.3, 2) if curve.reference else (own, 1.8, 3)
     if curve.low is not None and curve.high is not None:
         axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0, zorder=1)
     few = not curve.reference and np.isfinite(y).sum() < 3
     marker = {"marker": "o", "markersize": 4.5} if curve.markers or few else {}
-    axes.plot(
-        x, y, color=colour, linewidth=width, linestyle=curve.line_style, zorder=2 + (not curve.reference), **marker
-    )
+    axes.plot(x, y, color=colour, linewidth=width, linestyle=curve.line_style, zorder=layer, **marker)
     return {
         "label": curve.label,
         "colour": curve.colour,
