@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-import tyro
 from msgspec import Meta
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -323,6 +322,8 @@ def _first_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    import tyro  # a machine with a GPU may lack it, and the suite does not need it
+
     config = tyro.cli(
         Annotated[LossBenchConfig, tyro.conf.subcommand("loss")]
         | Annotated[AugmentBenchConfig, tyro.conf.subcommand("augment")]
