@@ -47,9 +47,6 @@ class Split(ABC):
     def will_need(self, index: int) -> None:  # noqa: B027 - a hint
         """This image will be read soon: the system may fetch it from the disk. Raises nothing."""
 
-    def check(self) -> None:  # noqa: B027 - few sources have something to check
-        """Looks at what is kept of every image: whoever reads many calls it first. Raises ValueError for damage."""
-
     def read_checked(self, index: int) -> bytes:
         """As `read`; where the source knows what the bytes were, raises RottenImageError if they are others now."""
         return self.read(index)
@@ -60,9 +57,6 @@ class Split(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r}: {len(self)} images, {len(self.classes)} classes>"
 
 
 class SubsetSplit(Split):
@@ -79,9 +73,6 @@ class SubsetSplit(Split):
 
     def will_need(self, index: int) -> None:
         self.parent.will_need(int(self.indices[index]))
-
-    def check(self) -> None:
-        self.parent.check()
 
     def read_checked(self, index: int) -> bytes:
         return self.parent.read_checked(int(self.indices[index]))
