@@ -70,7 +70,11 @@ def convert(
                 f"{folder} lies inside the source {source.path}, and would be part of it the next time. Give a "
                 "destination elsewhere."
             )
-    plan = _plan(source, options)
+    plan = {
+        "source": {"kind": source.kind, "fingerprint": source.fingerprint},
+        "options": options.identity(),
+        "versions": package_versions(),
+    }
     if (whole := _already_there(target, plan, strict)) is not None:
         quarantined = sum(split.quarantined for split in whole.splits.values())
         again = f" (delete it to try the {quarantined:,} images in quarantine again)" if quarantined else ""
@@ -222,7 +226,7 @@ class _Conversion:
                 if done is not None:
                     self._quarantine.write(conversion.quarantine_lines(done.result))
                     conversion.add(done.task, done.result, done.payload)
-                    advance(done.task[1] - done.task[0], str(conversion.counts))
+                    advance(done.task[1] - done.task[0], conversion.counts)
                     if self.strict and done.result.rejected:
                         position, reason = done.result.rejected[0]
                         raise ValueError(
@@ -257,7 +261,7 @@ class _Conversion:
             stop=self.stop,
             positions=conversion.num_positions,
             reasons=dict(sorted(conversion.state.reasons.items())),
-            quarantined=conversion.counts.quarantined,
+            quarantined=conversion.num_quarantined,
         )
 
     def _save(self, conversion: SplitConversion) -> None:
@@ -285,14 +289,6 @@ class _Conversion:
         )
 
 
-def _plan(source: ImageSource, options: ConvertOptions) -> dict[str, Any]:
-    return {
-        "source": {"kind": source.kind, "fingerprint": source.fingerprint},
-        "options": options.identity(),
-        "versions": package_versions(),
-    }
-
-
 def _already_there(target: Path, plan: dict[str, Any], strict: bool) -> Manifest | None:
     """The manifest, if the destination is the whole result of the same call. Raises as `require_files`, ValueError
     if `strict` forbids what is in quarantine.
@@ -315,7 +311,6 @@ def _chosen_splits(source: ImageSource, options: ConvertOptions) -> list[Split]:
     chosen = list(source.splits.values()) if options.split is None else [source.split(options.split)]
     _, num_parts = options.part_numbers or (1, 1)
     for split in chosen:
-        split.check()
         if len(split) < num_parts:
             raise ValueError(f"{split.name} has {len(split)} images, too few for {num_parts} parts")
     return chosen

@@ -82,7 +82,10 @@ def merge(
     with staged(target, plan) as staging, stop_signals() as stop:
         num_bytes = sum(file.bytes for manifest in manifests for file in manifest.all_files)
         staging.check_room(num_bytes, "the parts have")
-        _check_files(opened, num_workers, stop)
+        for part in opened:  # a damaged part must not become a sound whole
+            for name, problem in file_problems(part.folder, part.manifest.all_files, num_workers, stop):
+                what = f"{part.folder / name} is not what its manifest says: {problem}"
+                raise ValueError(f"{what}. Convert that part again")
         merged = {
             name: _merge_split(name, chosen, staging.folder, num_workers, stop) for name, chosen in splits.items()
         }
@@ -166,7 +169,6 @@ def _merge_split(name: str, parts: list[_Part], folder: Path, num_workers: int, 
         ) as writer,
     ):
         for split in given:
-            split.check()
             for start in range(0, len(split), CHUNK_IMAGES):
                 stop.raise_if_requested()
                 block = split.records.rows(start, start + CHUNK_IMAGES)
@@ -201,13 +203,6 @@ def _merge_quarantine(splits: dict[str, list[_Part]], path: Path) -> None:
             listed = zip(read_quarantine(content), content.splitlines(keepends=True), strict=True)
             lines += [line for entry, line in listed if entry.split == name]
     write_file(path, b"".join(lines))
-
-
-def _check_files(parts: list[_Part], num_workers: int, stop: StopSignals) -> None:
-    """Raises ValueError if a part is not what its manifest says: a damaged part must not become a sound whole."""
-    for part in parts:
-        for name, problem in file_problems(part.folder, part.manifest.all_files, num_workers, stop):
-            raise ValueError(f"{part.folder / name} is not what its manifest says: {problem}. Convert that part again")
 
 
 def _common(values: list[dict[str, Any]]) -> dict[str, Any]:

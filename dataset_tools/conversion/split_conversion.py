@@ -22,7 +22,7 @@ from dataset_tools.conversion.transform import UnusableImageError, transform
 from dataset_tools.files import NoRegularFileError, raise_if_of_machine
 from dataset_tools.formats.manifest import records_name
 from dataset_tools.formats.output_format import OutputFormat, SampleWriter
-from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, ROW
+from dataset_tools.formats.records import HASH_BYTES, REENCODED, ROW
 from dataset_tools.formats.row_file import RowFile
 from dataset_tools.formats.split_manifest import SplitManifest, check_split_name
 from dataset_tools.packed_names import PackedNames
@@ -49,19 +49,6 @@ class TransformedImages:
     """(position, reason)."""
 
 
-@dataclass(slots=True)
-class Counts:
-    """Of the images of a split that were looked at."""
-
-    passed_through: int = 0
-    reencoded: int = 0
-    quarantined: int = 0
-
-    def __str__(self) -> str:
-        passed, reencoded, quarantined = self.passed_through, self.reencoded, self.quarantined
-        return f"passed {passed:,}, re-encoded {reencoded:,}, quarantined {quarantined:,}"
-
-
 class SplitConversion:
     """A split, its files in `folder`, and the journal's `state` of it, which `checkpoint` brings up to date."""
 
@@ -79,7 +66,6 @@ class SplitConversion:
         self.start, self.stop = len(split) * (number - 1) // count, len(split) * number // count
         self.num_positions = self.stop - self.start
         self.state = states.setdefault(split.name, SplitState(self.start, 0, NO_ROWS, {}))
-        self.counts = Counts()
         self._task_images = CHUNK_IMAGES
 
     @property
@@ -88,14 +74,21 @@ class SplitConversion:
 
     @property
     def num_quarantined(self) -> int:
+        """As the journal knows it."""
         return self.state.done - self.start - self.state.rows
+
+    @property
+    def counts(self) -> str:
+        """What became of the images so far."""
+        reencoded, quarantined = sum(self.state.reasons.values()), self.state.done - self.start - len(self.rows)
+        return f"passed {len(self.rows) - reencoded:,}, re-encoded {reencoded:,}, quarantined {quarantined:,}"
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Opens the files, cut back to what the journal knows. Raises ValueError if they do not fit it."""
         try:
             self.rows = RowFile(self.folder / f"{self.split.name}.rows", self.state.rows)
-            self._count_rows()
+            self._check_rows()
             self.writer = self.options.output.writer(
                 self.folder,
                 self.split.name,
@@ -111,23 +104,16 @@ class SplitConversion:
         with closing(self.rows), closing(self.writer):
             yield
 
-    def _count_rows(self) -> None:
+    def _check_rows(self) -> None:
         """Raises ValueError if what the journal says of the rows is not so."""
         state = self.state
-        self.counts = Counts(quarantined=self.num_quarantined)
-        for block, _ in self.rows.blocks():
-            self._count(block)
+        reencoded = sum(int((block["handling"] == REENCODED).sum()) for block, _ in self.rows.blocks())
         if (
             self.rows.sha256() != state.rows_sha256
-            or sum(state.reasons.values()) != self.counts.reencoded
+            or sum(state.reasons.values()) != reencoded
             or not self.start + state.rows <= state.done <= self.stop
         ):
             raise ValueError(f"{self.rows.path} is not what the journal says")
-
-    def _count(self, rows: NDArray[np.void]) -> None:
-        passed = int((rows["handling"] == PASSED_THROUGH).sum())
-        self.counts.passed_through += passed
-        self.counts.reencoded += len(rows) - passed
 
     def tasks(self) -> Iterator[Positions]:
         """The positions that are left to do, in order."""
@@ -167,8 +153,6 @@ class SplitConversion:
         rows = images.rows.copy()
         self.writer.write(rows, lambda offset, size: payload[offset : offset + size])
         self.rows.append(rows)
-        self._count(rows)
-        self.counts.quarantined += len(images.rejected)
         self.state.reasons = dict(Counter(self.state.reasons) + images.reasons)
         self.state.done = positions[1]
 
