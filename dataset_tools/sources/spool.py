@@ -94,21 +94,19 @@ def plain_tar(archive: Path) -> tuple[Path, TarIndex]:
                     index.save(kept_index)
         return archive, index
     with alone(entry):
-        if not is_intact(entry):
-            partial = entry.with_name(entry.name + ".partial")
-            try:
-                crc32 = _unpack(archive, magic, partial)
-                index = TarIndex.build(partial)
-                if not len(index.names):
-                    return archive, index  # nothing to keep
-                index.save(kept_index)
-                keep_checksum(entry, crc32)
-                os.replace(partial, entry)
-            finally:
-                partial.unlink(missing_ok=True)
-        if (index := _load(kept_index)) is None:
-            index = TarIndex.build(entry)
+        if is_intact(entry) and (index := _load(kept_index)) is not None:
+            return entry, index
+        partial = entry.with_name(entry.name + ".partial")
+        try:
+            crc32 = _unpack(archive, magic, partial)
+            index = TarIndex.build(partial)
+            if not len(index.names):
+                return archive, index  # nothing to keep
             index.save(kept_index)
+            keep_checksum(entry, crc32)
+            os.replace(partial, entry)
+        finally:
+            partial.unlink(missing_ok=True)
     return entry, index
 
 
