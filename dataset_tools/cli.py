@@ -12,7 +12,6 @@ import tyro
 from rich.console import Console
 
 from dataset_tools.command_line import (
-    Command,
     CommonFlags,
     first_line,
     parse_flags,
@@ -179,7 +178,7 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     return run_command_line(_parse, arguments)
 
 
-def _parse(arguments: list[str]) -> Command | None:
+def _parse(arguments: list[str]) -> CommonFlags | None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("python -m dataset_tools COMMAND: convert images, and check, list and join what was converted\n")
         print_commands({name: first_line(command.__doc__) for name, command in COMMANDS.items()})
@@ -196,8 +195,10 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     for name, split in summary["splits"].items():
         line = f"{name}: {split['samples']:,} samples, {split['quarantined']:,} in quarantine, largest "
         line += f"{split['max_width']} x {split['max_height']}"
-        buffers = f", FFCV decodes in {split['ffcv_decode_bytes'] / 2**30:.2f} GiB" if has_buffers else ""
-        say(console, line + buffers)
+        gib = split["ffcv_decode_bytes"] / 2**30
+        say(console, f"{line}, FFCV decodes in {gib:.2f} GiB (batch 256)" if has_buffers else line)
+        if has_buffers and split["ffcv_decode_bytes"] >= DECODE_LIMIT_BYTES:
+            say(console, f"warning: {gib:.3f} GiB are above 4 GiB; --mode auto with --max-side limits it")
     speed = f", {summary['images_per_s']:,.0f} images/s" if summary["images_per_s"] else ""
     say(
         console,
@@ -209,17 +210,3 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
         say(console, "  passed through by their headers: --check decode, or verify --deep, finds damage inside images")
     for reason, count in summary["reencoded_because"].items():
         say(console, f"  re-encoded, {reason}: {count:,}")
-    if not has_buffers:
-        return
-    say(
-        console,
-        "FFCV decodes in: 5 x batch 256 x largest width x largest height x 3 bytes, which its stock decoders allocate "
-        "(batches_ahead 3), pinned on GPU machines",
-    )
-    for name, split in summary["splits"].items():
-        if split["ffcv_decode_bytes"] >= DECODE_LIMIT_BYTES:
-            say(
-                console,
-                f"warning: for {name} that is {split['ffcv_decode_bytes'] / 2**30:.3f} GiB, above 4 GiB; --mode auto "
-                "with --max-side limits it",
-            )

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -27,17 +27,6 @@ PACKAGES = ("leoclr_fast", "pipelines", "dataset_tools")
 MAX_ERROR_CHARACTERS = 4000
 
 
-class Command(Protocol):
-    """A parsed command line."""
-
-    @property
-    def json(self) -> bool:
-        """Whether to print the result as JSON."""
-
-    def run(self, console: Console) -> dict[str, Any]:
-        """Do it; the result is what `--json` prints. A result with `ok` false ends the program with code 1."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class CommonFlags:
     """What every command has."""
@@ -47,8 +36,12 @@ class CommonFlags:
     debug: bool = False
     """Show the traceback of an error."""
 
+    def run(self, console: Console) -> dict[str, Any]:
+        """Do it; the result is what `--json` prints. A result with `ok` false ends the program with code 1."""
+        raise NotImplementedError
 
-Parse = Callable[[list[str]], Command | None]
+
+Parse = Callable[[list[str]], CommonFlags | None]
 """Arguments → a command, or None where help was printed instead."""
 
 

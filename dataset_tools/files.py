@@ -170,13 +170,13 @@ def raise_if_of_machine(error: OSError) -> None:
         raise error
 
 
-def allow_open_files(wanted: int) -> int:
-    """How many files this process may open, after the soft limit was raised to `wanted` as far as the hard one lets."""
+def allow_open_files() -> int:
+    """How many files this process may open, after the soft limit was raised as far as we want and the hard one lets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < _WANTED_FILES:
+        soft = _WANTED_FILES if hard == resource.RLIM_INFINITY else min(_WANTED_FILES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return wanted if soft == resource.RLIM_INFINITY else soft
+    return _WANTED_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 class _Descriptor:
@@ -232,13 +232,9 @@ class ByteFile:
             file = self._file or self._open()
             os.posix_fadvise(file.number, offset, size, os.POSIX_FADV_WILLNEED)
 
-    def close(self) -> None:
-        """Lets the file go; the next read opens it again."""
-        self._file = None
-
     def _open(self) -> _Descriptor:
         with ByteFile._lock:
-            while len(ByteFile._open_files) >= max(8, allow_open_files(_WANTED_FILES) // 4):
+            while len(ByteFile._open_files) >= max(8, allow_open_files() // 4):
                 ByteFile._let_go_first()
             try:
                 file = self._file = self._file or _Descriptor(self.path)
@@ -254,7 +250,7 @@ class ByteFile:
     @staticmethod
     def _let_go_first() -> None:
         if (first := ByteFile._open_files.popleft()()) is not None:
-            first.close()
+            first._file = None  # its next read opens it again
 
     def __reduce__(self) -> tuple[type[ByteFile], tuple[Path]]:
         return ByteFile, (self.path,)

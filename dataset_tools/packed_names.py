@@ -82,9 +82,3 @@ class PackedNames(Sequence[str]):
         if not isinstance(other, PackedNames):
             return NotImplemented
         return self.blob == other.blob and np.array_equal(self.offsets, other.offsets)
-
-    def __hash__(self) -> int:
-        return hash((self.blob, len(self)))
-
-    def __repr__(self) -> str:
-        return f"PackedNames({len(self)} names, {len(self.blob) + self.offsets.nbytes} bytes)"

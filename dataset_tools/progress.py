@@ -22,8 +22,8 @@ REFRESH_S = 0.2
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str = "images", *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Yields a function that takes how many of `total` were done since it was called last, and a note to be shown.
+def progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Yields a function that takes how many of `total` images were done since its last call, and a note to be shown.
 
     Work that takes less than 10 s shows nothing. `what`: "kNN features". `done`: how many were done before. No thread
     draws the bar: processes may be forked meanwhile.
@@ -38,14 +38,14 @@ def progress(what: str, total: int, unit: str = "images", *, done: int = 0) -> I
             passed_s = time.monotonic() - start_s
             if passed_s < next_s or done >= total:
                 return
-            bar = bar or _bar(what, total, unit, stack)
+            bar = bar or _bar(what, total, stack)
             next_s = passed_s + (REFRESH_S if bar else LINE_EVERY_S)
             if bar:
                 bar.update(bar.task_ids[0], completed=done, note=note, refresh=True)
                 return
             speed = (done - before) / passed_s
             left = timedelta(seconds=round((total - done) / max(speed, 1e-9)))
-            line = f"{what}: {done:,} of {total:,} {unit}, {speed:,.0f} a second, {left} left"
+            line = f"{what}: {done:,} of {total:,} images, {speed:,.0f} a second, {left} left"
             log.info(f"{line}; {note}" if note else line)
 
         yield advance
@@ -72,7 +72,7 @@ def waiting(what: str) -> Iterator[Callable[[], None]]:
         over.set()
 
 
-def _bar(what: str, total: int, unit: str, stack: ExitStack) -> Progress | None:
+def _bar(what: str, total: int, stack: ExitStack) -> Progress | None:
     """A bar until the stack is left; None where there is no terminal, or another bar is on it."""
     console = PlainConsole()
     if not console.is_terminal:
@@ -81,7 +81,7 @@ def _bar(what: str, total: int, unit: str, stack: ExitStack) -> Progress | None:
         TextColumn(what, markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn("images"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )

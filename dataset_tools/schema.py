@@ -70,7 +70,7 @@ def convert(value: Any, kind: type[T], where: str) -> T:
         steps = [name or index for name, index in _STEP.findall(path.removesuffix("`"))]
         field, standing = _find(value, steps)
         shown = "" if problem.startswith("Object missing") else f" is {_SHORT.repr(standing)}"
-        raise FileContentError(f"{where}: {field or 'all of it'}{shown}: {_shorten(problem)}") from error
+        raise FileContentError(f"{where}: {field or 'all of it'}{shown}: {problem[:200]}") from error
 
 
 class _Short(reprlib.Repr):
@@ -97,10 +97,6 @@ def _find(value: Any, steps: list[str]) -> tuple[str, Any]:
         names.append(step)
         value = value[int(step) if isinstance(value, list | tuple) else step]
     return ".".join(names), value
-
-
-def _shorten(text: str, limit: int = 200) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def _refuse(constant: str) -> NoReturn:

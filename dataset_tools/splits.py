@@ -9,6 +9,9 @@ import numpy as np
 from dataset_tools.sources.split import UNLABELED, ImageSource, Split
 from dataset_tools.subsets import class_balanced_order, rank_in_class
 
+HELD_OUT = 0.1
+"""Of train, where there is no other labelled split."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSplits:
@@ -21,16 +24,12 @@ class EvaluationSplits:
     """A sentence for the user where something is held out or cannot be evaluated, else ""."""
 
 
-def choose_splits(source: ImageSource, *, holdout_seed: int = 0, holdout_fraction: float = 0.1) -> EvaluationSplits:
-    """Pretraining: `unlabeled`, else `train`. Bank: `train`. Queries: `val`, else `test`, else a part of
-    `train`.
+def choose_splits(source: ImageSource, *, holdout_seed: int = 0) -> EvaluationSplits:
+    """Pretraining: `unlabeled`, else `train`. Bank: `train`. Queries: `val`, else `test`, else a tenth of `train`.
 
-    That part, `holdout_fraction` of train, is class-balanced, takes at most half of any class, and is held
-    out of pretraining and of the bank. Raises ValueError if there is neither train nor unlabeled, or for the
-    fraction.
+    That tenth is class-balanced, takes at most half of any class, and is held out of pretraining and of the bank.
+    Raises ValueError if there is neither train nor unlabeled.
     """
-    if not 0 < holdout_fraction <= 0.5:
-        raise ValueError(f"holdout_fraction must be above 0 and at most 0.5, not {holdout_fraction}")
     train = source.splits.get("train")
     pretrain = source.splits.get("unlabeled", train)
     if pretrain is None:
@@ -42,7 +41,7 @@ def choose_splits(source: ImageSource, *, holdout_seed: int = 0, holdout_fractio
         if name in source.splits and _labelled(source.splits[name]):
             return EvaluationSplits(pretrain=pretrain, bank=train, queries=source.splits[name], note="")
 
-    bank, held_out = hold_out(train, max(1, round(len(train) * holdout_fraction)), holdout_seed)
+    bank, held_out = hold_out(train, max(1, round(len(train) * HELD_OUT)), holdout_seed)
     if not len(held_out):
         note = f"{source.path} has no class of two images or more, so no kNN accuracy is computed."
         return EvaluationSplits(pretrain=pretrain, bank=None, queries=None, note=note)

@@ -73,11 +73,7 @@ def read_subset_list(path: Path, split: Split) -> NDArray[np.int64]:
     content = read_bounded(path, MAX_LIST_BYTES)
     of_windows = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = (
-            content.decode("utf-16").removeprefix("\ufeff")
-            if of_windows
-            else content.decode("utf-8-sig", "surrogateescape")
-        )
+        text = content.decode("utf-16" if of_windows else "utf-8-sig", "surrogateescape").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"the list {path} begins as UTF-16 and is none: {error.reason}") from error
     wanted = [_unescaped(line.strip()) for line in text.split("\n") if line.strip()]

@@ -28,9 +28,7 @@ def shuffled_order(count: int, seed: int) -> NDArray[np.int64]:
 
 
 def limited(split: Split, max_images: int | None) -> Split:
-    """`split`, or a class-balanced choice of `max_images` of it (seed 0). Raises ValueError if that is below 1."""
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"--max-images {max_images} is not allowed: give at least 1")
+    """`split`, or a class-balanced choice of `max_images` (at least 1) of it, by seed 0."""
     if max_images is None or max_images >= len(split):
         return split
     return split.subset(np.sort(class_balanced_order(rank_in_class(split.labels, 0), 0)[:max_images]))

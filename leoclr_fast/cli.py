@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset_tools.command_line import (
-    Command,
+    CommonFlags,
     first_line,
     parse_flags,
     print_commands,
@@ -67,7 +67,7 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     return run_command_line(parse_command, arguments)
 
 
-def parse_command(arguments: list[str]) -> Command | None:
+def parse_command(arguments: list[str]) -> CommonFlags | None:
     """A command line as a command, not yet run; None where help was printed instead. Raises ValueError."""
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_overview()
@@ -91,7 +91,7 @@ def parse_command(arguments: list[str]) -> Command | None:
         return parse_study(rest)
     module, _, class_name = COMMANDS[name].partition(":")
     kind: type[Any] = getattr(import_module(module), class_name)
-    command: Command = parse_flags(kind, rest, f"leoclr-fast {name}")
+    command: CommonFlags = parse_flags(kind, rest, f"leoclr-fast {name}")
     return command
 
 

@@ -43,7 +43,6 @@ TASKS_AT_HAND = 2
 """A worker has the next task when it is done with one."""
 TASKS_AHEAD = 4
 """More tasks than this for each worker are not begun before the first one in order is done."""
-DESCRIPTORS_PER_WORKER, DESCRIPTORS_FOR_OTHERS = 3, 256
 PARENT_EVERY_S = 1.0
 HELD_BYTES = 1 << 30
 """With more bytes of payloads that wait, only the first task in order is handed out."""
@@ -229,7 +228,7 @@ class WorkerPool(Generic[T, R]):
             )
 
     def _start(self) -> _Worker[T, R]:
-        allow_open_files(DESCRIPTORS_FOR_OTHERS + DESCRIPTORS_PER_WORKER * self._num_workers)
+        allow_open_files()  # three for each worker
         ours, theirs = self._context.Pipe()
         with socket.socket(fileno=os.dup(ours.fileno())) as end:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", ANSWER_S, 0))

@@ -108,11 +108,11 @@ def _end_of(row: np.void) -> int:
 class ShardWriter(SampleWriter):
     """Writes SPLIT-000000.tar, SPLIT-000001.tar … into a folder, each of at most `shard_bytes` (but of one sample)."""
 
-    def __init__(self, folder: Path, split: str, *, shard_bytes: int, rows: RowFile | None = None) -> None:
+    def __init__(self, folder: Path, split: str, *, shard_bytes: int, rows: RowFile) -> None:
         """`rows`: the samples that are there already. Raises OSError or ValueError if the tars do not hold them."""
         self.folder, self.split, self.shard_bytes = folder, split, shard_bytes
         ends = [0]
-        for block, _ in rows.blocks() if rows else ():
+        for block, _ in rows.blocks():
             for row in block[np.flatnonzero(np.append(np.diff(block["shard"]), 1))]:  # the last ones of their tars
                 ends[int(row["shard"]) :] = [_end_of(row)]
         *sizes, self._end = ends

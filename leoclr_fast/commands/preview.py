@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from dataset_tools.command_line import CommonFlags, say
+from dataset_tools.limits import Count
 from leoclr_fast.recipes import get_recipe
 from pipelines.config import Original
 
@@ -29,7 +30,7 @@ class Preview(CommonFlags):
     rows: int = 8
     """Images."""
     seed: int = 0
-    max_images: int | None = None
+    max_images: Count | None = None
     """Choose from at most this many images."""
 
     def run(self, console: Console) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Tracker:
         self._attempt(self._log_numbers, step, numbers)
 
     def close(self) -> None:
+        """Nothing more will come."""
         self._attempt(self._close)
 
     def _attempt(self, action: Callable[..., object], *given: Any) -> None:

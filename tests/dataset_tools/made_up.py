@@ -7,13 +7,14 @@ import multiprocessing
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources import ImageSource, Split
 
 
@@ -54,6 +55,19 @@ def tar_bytes(
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+class NamedSplit(Split):
+    """Names and labels; each image is its name."""
+
+    def __init__(
+        self, names: Sequence[str], labels: Sequence[int], classes: tuple[str, ...] = (), name: str = "train"
+    ) -> None:
+        self.name, self.names, self.classes = name, PackedNames(names), classes
+        self.labels = np.array(labels, dtype=np.int64)
+
+    def read(self, index: int) -> bytes:
+        return self.names[index].encode()
 
 
 def read_all(split: Split) -> list[bytes]:

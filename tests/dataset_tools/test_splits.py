@@ -5,23 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources import ImageSource, Split
 from dataset_tools.splits import choose_splits
-
-
-class MadeUpSplit(Split):
-    def __init__(self, name: str, labels: list[int]) -> None:
-        self.name, self.labels = name, np.array(labels, dtype=np.int64)
-        self.names = PackedNames(f"{name}/{index}" for index in range(len(labels)))
-        self.classes = ("a", "b", "c")
-
-    def read(self, index: int) -> bytes:
-        return self.names[index].encode()
+from tests.dataset_tools.made_up import NamedSplit
 
 
 def source(**labels: list[int]) -> ImageSource:
-    splits: dict[str, Split] = {name: MadeUpSplit(name, values) for name, values in labels.items()}
+    splits: dict[str, Split] = {
+        name: NamedSplit([f"{name}/{index}" for index in range(len(values))], values, ("a", "b", "c"), name)
+        for name, values in labels.items()
+    }
     return ImageSource(path=Path("made/up"), kind="made up", splits=splits, classes=("a", "b", "c"))
 
 
@@ -90,6 +83,3 @@ def test_classes_of_one_image_cannot_be_split() -> None:
 def test_nothing_to_pretrain_on() -> None:
     with pytest.raises(ValueError, match="neither a train nor an unlabeled split"):
         choose_splits(source(test=[0, 1]))
-    for fraction in (0, -0.1, 0.6):
-        with pytest.raises(ValueError, match="holdout_fraction must be"):
-            choose_splits(source(train=[0, 1]), holdout_fraction=fraction)

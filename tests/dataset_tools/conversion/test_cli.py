@@ -103,7 +103,7 @@ class TestConvert:
         assert summary["images_per_s"] > 0
         assert "in quarantine 1" in out
         assert "  re-encoded, CMYK: 1\n" in out
-        assert ("FFCV decodes in: 5 x batch 256 x largest width x largest height x 3 bytes" in out) == lossless
+        assert ("largest 60 x 40, FFCV decodes in 0.01 GiB (batch 256)" in out) == lossless
 
     def test_flags_arrive(self, capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
         flags = (
@@ -132,28 +132,22 @@ class TestConvert:
         flags = ("--format", "ffcv", "--max-side", 0)
         summary, out = document(capsys, "convert", root, tmp_path / "made", *flags)
         assert summary["splits"]["train"]["ffcv_decode_bytes"] == 5 * 256 * 1600 * 1400 * 3
-        assert "8.01 GiB" in out
-        assert "warning: for train that is 8.011 GiB, above 4 GiB; --mode auto with --max-side limits it" in out
+        assert "warning: 8.011 GiB are above 4 GiB; --mode auto with --max-side limits it" in out
         _, out = document(capsys, "convert", root, tmp_path / "limited", "--format", "ffcv")
         assert "warning" not in out
         assert "4.00 GiB" in out
 
-    def test_errors(self, capsys: pytest.CaptureFixture[str], source: Path, made: Path, tmp_path: Path) -> None:
-        other = ("--format", "ffcv", "--quality", 50)
-        assert "made is a converted data set already" in refused(capsys, "convert", source, made, *other)
-        message = refused(capsys, "convert", tmp_path / "nowhere", tmp_path / "new", "--format", "ffcv")
-        assert message.startswith(f"error: there is nothing at {tmp_path / 'nowhere'}")
-        message = refused(capsys, "convert", source, tmp_path / "new", "--format", "ffcv", "--strict", "--workers", 1)
-        assert "train/class0/00.jpg cannot be used: it is no image of a format that is read (JPEG, " in message
+    def test_errors(self, capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
         for flags, words in (
             (("--quality", 0), "quality 0 is not allowed: give at least 1 and at most 100"),
-            (("--part", "5/4"), "--part 5/4 is not allowed"),
-            (("--workers", 0), "--workers 0 is not allowed"),
-            (("--split", "test"), "there is no split 'test'"),
-            (("--mode", "passthrough", "--max-side", 5), "--mode passthrough changes no image"),
+            (("--split", "test"), "there is no split 'test' in"),
+            (
+                ("--strict", "--workers", 1),
+                "train/class0/00.jpg cannot be used: it is no image of a format that is read (JPEG, ",
+            ),
         ):
-            assert words in refused(capsys, "convert", source, tmp_path / "newer", "--format", "ffcv", *flags)
-        assert not (tmp_path / "newer").exists()
+            assert words in refused(capsys, "convert", source, tmp_path / "new", "--format", "ffcv", *flags)
+        assert not (tmp_path / "new").exists()
 
 
 def test_damaged(capsys: pytest.CaptureFixture[str], made: Path) -> None:
@@ -193,7 +187,6 @@ class TestSubset:
         assert "give either --percent P or --list FILE" in refused(capsys, "subset", source, *out)
         both = ("--percent", 1, "--list", "x")
         assert "give either --percent P or --list FILE" in refused(capsys, "subset", source, *both, *out)
-        assert "--percent 0 is not allowed" in refused(capsys, "subset", source, "--percent", 0, *out)
         message = refused(capsys, "subset", source, "--percent", 1, "--split", "test", *out)
         assert "there is no split 'test'" in message
         assert "it has train, val" in message
@@ -211,14 +204,10 @@ class TestMisuse:
         "line",
         [
             "convert SOURCE DEST",
-            "convert SOURCE --format ffcv",
             "convert SOURCE DEST --format tfrecord",
             "convert SOURCE DEST --format ffcv --qualty 50",
             "convert SOURCE DEST --format ffcv --quality high",
-            "verify",
-            "verify DEST --deeply",
             "inspect",
-            "subset DATA --percent 1",
         ],
     )
     def test_wrong_flags_exit_with_2(self, capsys: pytest.CaptureFixture[str], line: str) -> None:

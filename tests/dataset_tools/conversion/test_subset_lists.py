@@ -12,13 +12,11 @@ import pytest
 
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
-from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources import open_source
 from dataset_tools.sources.converted import open_converted
-from dataset_tools.sources.split import Split
 from dataset_tools.subset_lists import percent_of, read_subset_list, write_subset_list
 from tests.dataset_tools.conversion.pictures import encoded, flat
-from tests.dataset_tools.made_up import write_files
+from tests.dataset_tools.made_up import NamedSplit, write_files
 
 PERCENTS = (1, 2, 5, 10, 20, 50, 100)
 TEN_PERCENT_SHA256 = "9152b58c54d68ab678623ac3ae6e116ae54bdd90668a4069a19c8293d3df1ac0"
@@ -36,17 +34,6 @@ HARD_NAMES = [
     "#a/comment.jpg",
     "\ufeffa/mark.jpg",
 ]
-
-
-class NamedSplit(Split):
-    """Names and labels, and no images."""
-
-    def __init__(self, names: list[str], labels: list[int], classes: tuple[str, ...] = ()) -> None:
-        self.name, self.names, self.classes = "train", PackedNames(names), classes
-        self.labels = np.array(labels, dtype=np.int64)
-
-    def read(self, index: int) -> bytes:
-        raise NotImplementedError
 
 
 def imagenet_like(per_class: int = 130, num_classes: int = 10) -> NamedSplit:
