@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tyro
 
+from benchmarks.convert import write_copies
 from benchmarks.loader_timing import LoaderBenchConfig, bench_loader, loader_markdown
 from benchmarks.results import OnImages
 from dataset_tools.conversion.convert import convert
@@ -33,7 +34,8 @@ class LoaderBenchmark(OnImages):
     name: str = "loaders_cpu"
 
     def run(self) -> None:
-        results = self.results()
+        """Measure, and write the result files."""
+        results = self.results("benchmarks.loaders")
         names = tuple(dict.fromkeys([*PEERS, *(peer for peers in PEERS.values() for peer in peers)]))
         config = LoaderBenchConfig(
             loaders=names, rounds=self.rounds, workers=self.workers, batch_size=BATCH, device="cpu"
@@ -41,7 +43,7 @@ class LoaderBenchmark(OnImages):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["LEOCLR_CACHE"] = str(Path(folder) / "cache")
             images, converted = Path(folder) / "images", Path(folder) / "ffcv"
-            self.write_copies(images)
+            write_copies(self.data, images, self.copies)
             convert(images, converted, ConvertOptions(format="ffcv", max_side=0))
             document = bench_loader(config, [images, converted], results.say)
         rates = {row["loader"]: row["rounds_images_per_s"] for row in document["rows"]}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -117,21 +116,6 @@ def test_reads_in_worker_processes(tmp_path: Path, write: Any, method: str) -> N
     split = open_source(write(tmp_path / "data")).splits["train"]
     assert len(pickle.dumps(split)) < 4000  # names and labels, not pixels
     assert_reads_in_processes(split, method)
-
-
-class Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (os.environ["HOSTILE"],)
-
-
-@pytest.mark.parametrize("name", ["batches.meta", "data_batch_3", "test_batch"])
-def test_a_hostile_pickle_is_not_run(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, trace = write_pickles_10(tmp_path / "data"), tmp_path / "executed"
-    monkeypatch.setenv("HOSTILE", str(trace))
-    (folder / name).write_bytes(pickle.dumps({"data": Hostile()}))
-    with pytest.raises(ValueError, match=rf"{name} is no pickle of arrays: it asks for \w+.mkdir.* nothing was run"):
-        open_source(folder)
-    assert not trace.exists()
 
 
 @pytest.mark.parametrize(

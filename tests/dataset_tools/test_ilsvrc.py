@@ -182,14 +182,6 @@ def test_val_with_the_labels_of_the_devkit(tmp_path: Path, unpacked: bool, prefi
     assert pickle.loads(pickle.dumps(source.splits["val"])).read(4) == b"val 5"
 
 
-def test_val_with_the_labels_of_kaggle(tmp_path: Path) -> None:
-    path = write_val(tmp_path)
-    write_solution(tmp_path)
-    check_val(open_source(path))
-    (tmp_path / "LOC_synset_mapping.txt").unlink()
-    check_val(open_source(path))
-
-
 @pytest.mark.parametrize("labels", ["devkit", "solution", "solution without mapping"])
 def test_a_folder_of_tars_is_one_source(tmp_path: Path, labels: str) -> None:
     train = open_source(write_train(tmp_path))
@@ -355,18 +347,6 @@ def test_the_tree_of_kaggle(tmp_path: Path, inside: str) -> None:
     assert train.read(0) == b"n01440764_10.JPEG"
     assert source.splits["test"].labels.tolist() == [-1, -1]
     assert all(split.classes == WNIDS for split in source.splits.values())
-
-
-def test_kaggle_equals_the_tars(tmp_path: Path) -> None:
-    tars, top = tmp_path / "tars", tmp_path / "kaggle"
-    tars.mkdir()
-    write_train(tars)
-    write_val(tars)
-    write_test(tars, "")
-    write_devkit(tars)
-    write_kaggle(top)
-    write_solution(top)
-    assert open_source(tars).fingerprint == open_source(top).fingerprint
 
 
 @pytest.mark.parametrize("inside", ["", "ILSVRC", "ILSVRC/Data/CLS-LOC"])

@@ -221,27 +221,6 @@ def test_what_is_at_the_destination(source: Path, expected: dict[str, Path], tmp
         assert len(images) == 2
 
 
-@pytest.mark.parametrize("what", ["convert", "merge"])
-def test_a_whole_result_at_the_destination(
-    source: Path, expected: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
-) -> None:
-    """The same conversion again has nothing to do; another one does not touch it."""
-    made = tmp_path / "made"
-    run(what, source, expected["ffcv"], made)
-    before = contents(made)
-    if what == "convert":
-        caplog.set_level("INFO")
-        assert run(what, source, expected["ffcv"], made)["samples"] == sum(
-            split["samples"] for split in convert(source, made, in_order("ffcv"))["splits"].values()
-        )
-        assert "is whole already: nothing to do" in caplog.text
-        with pytest.raises(FileExistsError, match="of another source or with other options"):
-            convert(source, made, options("ffcv", quality=80))
-    with pytest.raises(FileExistsError):
-        merge([expected["webdataset"]], made)
-    assert contents(made) == before
-
-
 def test_a_lock_on_a_folder_that_was_removed_meanwhile(tmp_path: Path) -> None:
     folder = tmp_path / "made.partial"
     with staged(tmp_path / "made", {}) as staging:

@@ -18,20 +18,7 @@ from dataset_tools.sources import open_source
 from dataset_tools.sources.converted import open_converted
 from dataset_tools.subsets import shuffled_order
 from tests.dataset_tools.conversion.pictures import encoded, flat, noise
-from tests.dataset_tools.made_up import folder_bytes, write_files
-
-
-@pytest.mark.parametrize("order", ["source", "shuffled"])
-def test_for_any_number_of_workers(mixed_tar: Path, tmp_path: Path, format: str, order: str) -> None:
-    options = ConvertOptions(format=format, order=order, shard_size="64KiB")
-    made = []
-    for workers in (1, 2, 3):
-        convert(mixed_tar, tmp_path / str(workers), options, workers=workers)
-        made.append(folder_bytes(tmp_path / str(workers)))
-    assert made[0] == made[1] == made[2]
-    suffixes = {Path(name).suffix for name in made[0]}
-    images = {".beton"} if format == "ffcv" else {".tar", ".idx"}
-    assert suffixes == {".json", ".jsonl", ".safetensors"} | images
+from tests.dataset_tools.made_up import write_files
 
 
 def test_shuffled_is_a_permutation_that_the_seed_chooses(mixed_tar: Path, tmp_path: Path, format: str) -> None:

@@ -7,16 +7,16 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from dataset_tools.conversion import convert as convert_module
 from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.merge import merge
 from dataset_tools.conversion.options import ConvertOptions
 from dataset_tools.sources import ImageSource, open_source
 from dataset_tools.sources.image_folder import open_image_folder
-from tests.dataset_tools.made_up import folder_bytes
+from tests.dataset_tools.conversion.pictures import encoded, flat
+from tests.dataset_tools.made_up import folder_bytes, write_files
 
 FFCV = ConvertOptions(format="ffcv")
 
@@ -24,12 +24,8 @@ FFCV = ConvertOptions(format="ffcv")
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Twelve JPEGs of two classes."""
-    for index in range(12):
-        folder = tmp_path / "source" / "ab"[index % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.full((20 + index, 30, 3), 20 * index, dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index:02}.jpg")
-    return tmp_path / "source"
+    images = {f"{'ab'[index % 2]}/{index:02}.jpg": encoded(flat((20 * index, 0, 0))) for index in range(12)}
+    return write_files(tmp_path / "source", images)
 
 
 def test_a_working_folder_that_is_not_ours_is_left_alone(source: Path, tmp_path: Path) -> None:
@@ -59,7 +55,15 @@ def test_a_link_to_an_empty_folder_is_followed(source: Path, tmp_path: Path) -> 
 def test_whole_already_is_looked_at(source: Path, tmp_path: Path) -> None:
     (source / "a" / "bad.jpg").write_bytes(b"")
     convert(source, tmp_path / "made", FFCV)
-    assert convert(source, tmp_path / "made", FFCV)["quarantined"] == 1
+    before = folder_bytes(tmp_path / "made")
+    again = convert(source, tmp_path / "made", FFCV)
+    assert (again["samples"], again["quarantined"]) == (12, 1)
+    with pytest.raises(FileExistsError, match="of another source or with other options"):
+        convert(source, tmp_path / "made", replace(FFCV, quality=80))
+    convert(source, tmp_path / "other", replace(FFCV, format="webdataset"))
+    with pytest.raises(FileExistsError, match="made is a converted data set already; the last folder of merge is"):
+        merge([tmp_path / "other"], tmp_path / "made")
+    assert folder_bytes(tmp_path / "made") == before
     with pytest.raises(ValueError, match="1 images are in quarantine, which --strict forbids"):
         convert(source, tmp_path / "made", FFCV, strict=True)
     (tmp_path / "made" / "train.beton").unlink()

@@ -32,7 +32,6 @@ from tests.dataset_tools.conversion.pictures import (
     noise,
     picture,
     pixels,
-    rotated_by_exif,
     truth,
     with_adobe_transform,
     with_frame,
@@ -185,15 +184,6 @@ class TestKinds:
             with pytest.raises(UnusableImageError) as second:
                 transformed(bytes(bytearray(data)), name, format, mode)
             assert str(first.value) == str(second.value)  # no addresses in it
-
-    def test_neither_rotated_nor_with_the_metadata_of_the_file(self) -> None:
-        data = rotated_by_exif(picture(), icc_profile=bytes(500), comment="hello", dpi=(300, 300))
-        result = transformed(data, "a.jpg", "ffcv", "reencode")
-        with Image.open(io.BytesIO(result.data)) as image:
-            assert image.size == (40, 30)
-            assert not image.getexif()
-            assert image.info.keys() <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
-        np.testing.assert_allclose(pixels(result).astype(int), truth(data).astype(int), atol=24)
 
 
 class TestLimits:
