@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "targets", "cls", "class", "class_label", "category")
 """In any case."""
-BATCH_IMAGES = 64
-"""So many images are in memory at a time."""
+BATCH_BYTES = 8 << 20
+"""At most about so many bytes of images are in memory at a time."""
 FORMAT = "parquet 2"
 """The format of what is kept in the cache folder; part of its name."""
 
@@ -99,7 +99,7 @@ def open_parquet(place: Path) -> ImageSource | None:
 def _load(entry: Path, account: Account) -> dict[str, Split] | None:
     """The splits, and the notes, that `_unpack` has kept; None if they are not there, or damaged."""
     try:
-        with np.load(f"{entry}.npz", allow_pickle=False) as saved:
+        with np.load(_index_of(entry), allow_pickle=False) as saved:
             classes = tuple(PackedNames.from_arrays(saved, "classes"))
             splits, file = dict[str, Split](), (ByteFile(entry),)
             for split in map(str, saved["splits"]):
@@ -117,12 +117,16 @@ def _load(entry: Path, account: Account) -> dict[str, Split] | None:
     return None
 
 
+def _index_of(entry: Path) -> Path:
+    return entry.with_name(entry.name + ".npz")
+
+
 def _unpack(place: Path, files: dict[str, list[Path]], entry: Path) -> None:
     """Copies all images into the file `entry`, one after the other, and keeps names, labels and extents beside."""
     columns = {path: find_columns(path) for paths in files.values() for path in paths}
     labels, classes = _labels(place, files, columns)
     purpose = f"unpack {place}"
-    check_room(entry.parent, sum(path.stat().st_size for path in columns), purpose)  # images compress no further
+    check_room(entry.parent, sum(_image_bytes(path, found.image) for path, found in columns.items()), purpose)
     logger.info("unpacking %s once, into %s", place, entry.parent)
 
     sizes, kinds = array("q"), array("b")
@@ -149,7 +153,7 @@ def _unpack(place: Path, files: dict[str, list[Path]], entry: Path) -> None:
         saved |= {f"{split}_extents": extents[start:stop], f"{split}_labels": labels[split]}
         start = stop
     assert start == len(sizes), f"{place}: {start} labels for {len(sizes)} images"
-    save_arrays(Path(f"{entry}.npz"), saved)
+    save_arrays(_index_of(entry), saved)
 
 
 def find_columns(path: Path) -> Columns:
@@ -263,8 +267,10 @@ def _chunks(path: Path, columns: Columns, sizes: array[int], kinds: array[int]) 
     in MAGICS, or -1.
     """
     with _open(path) as file:
+        rows = max(1, file.metadata.num_rows)
+        batch_size = max(1, min(1024, BATCH_BYTES * rows // max(1, _image_bytes(path, columns.image))))
         row = 0
-        for batch in file.iter_batches(batch_size=BATCH_IMAGES, columns=[columns.image]):
+        for batch in file.iter_batches(batch_size=batch_size, columns=[columns.image]):
             images = _leaf(batch.column(0)).to_pylist()
             if None in images:
                 raise ValueError(
@@ -295,6 +301,14 @@ def _is_name(stored: str | None) -> bool:
 def _leaf(column: Any) -> Any:
     """The one column that was selected, be it inside a struct or not."""
     return column.flatten()[0] if str(column.type).startswith("struct") else column
+
+
+def _image_bytes(path: Path, column: str) -> int:
+    """How many bytes the image column of a file has, unpacked."""
+    with _open(path) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
 
 
 @contextmanager
