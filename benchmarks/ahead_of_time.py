@@ -12,8 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ from pipelines.config import ViewConfig
 from pipelines.crops import squashed
 from pipelines.kernels import KernelLaunch
 from pipelines.packed_images import PackedImages
+
+Launches = Iterator[tuple[str, KernelLaunch]]
 
 TARGETS = (80, 90, 100)
 """Compute capabilities: A100; H100 and H200; B200."""
@@ -96,71 +97,25 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text)}
 
 
-def _info_nce(dtype: torch.dtype, B: int, K: int, D: int, P: int) -> Iterator[tuple[str, KernelLaunch]]:
+def _info_nce(dtype: torch.dtype, B: int, K: int, D: int, P: int) -> Launches:
     query, keys, queue = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((B, D), (P, B, D), (K, D)))
     losses, gradient = (torch.empty(shape, device="meta") for shape in ((B,), (B, D)))
     for launch in info_nce_triton.launches(query, keys, queue, 0.2, losses, gradient):
         yield f"{_TYPE_NAMES[dtype]} B={B} K={K} D={D} P={P}", launch
 
 
-def info_nce() -> Iterator[tuple[str, KernelLaunch]]:
-    """The loss at the paper's sizes."""
-    for dtype in (torch.float32, torch.bfloat16):
-        yield from _info_nce(dtype, 256, 65536, 128, 2)
-
-
-def info_nce_odd() -> Iterator[tuple[str, KernelLaunch]]:
-    """The loss in the third dtype, and at sizes that fit no tile."""
-    yield from _info_nce(torch.float16, 256, 65536, 128, 2)
-    yield from _info_nce(torch.float32, 1, 1, 16, 1)
-    yield from _info_nce(torch.float16, 1, 1, 1, 1)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        yield from _info_nce(dtype, 3, 507, 33, 1)
-        yield from _info_nce(dtype, 70, 4096, 300, 3)
-        yield from _info_nce(dtype, 4096, 65536, 128, 2)
-
-
-def augment() -> Iterator[tuple[str, KernelLaunch]]:
-    """The augmentation of LeOCLR's three views at 224 pixels; each kernel once, though launched for one part of the
-    views after another.
-    """
-    yield from _augment(torch.bfloat16, 224, 256)
-
-
-def augment_odd() -> Iterator[tuple[str, KernelLaunch]]:
-    """The augmentation in the other dtypes, and at a side that no tile fits."""
-    for dtype in (torch.float32, torch.float16):
-        yield from _augment(dtype, 224, 96)
-        yield from _augment(dtype, 33, 5)
-    yield from _augment(torch.bfloat16, 224, 4096)
-    yield from _augment(torch.bfloat16, 32, 64, blur_probability=0.0)
-    yield from _augment(torch.float32, 3, 1)
-
-
-def _augment(dtype: torch.dtype, side: int, batch_size: int, **changes: Any) -> Iterator[tuple[str, KernelLaunch]]:
+def _augment(dtype: torch.dtype, side: int, batch_size: int, blur_probability: float = 0.5) -> Launches:
     crops = torch.empty(batch_size, 3, side, side, 3, dtype=torch.uint8, device="meta").transpose(0, 1)
     table = torch.empty(3 * batch_size, 13, dtype=torch.float64, device="meta")
     output = torch.empty(3 * batch_size, side, side, 3, dtype=dtype, device="meta")
-    config = replace(ViewConfig(image_size=side), **changes)
+    config = ViewConfig(image_size=side, blur_probability=blur_probability)
     weights = blur_weights(table[:, -1], config)
     all_launches = augment_triton.launches(crops, table, weights, config, output)
     for launch in {launch.kernel: launch for launch in all_launches}.values():
         yield f"{_TYPE_NAMES[dtype]} S={side} B={batch_size}", launch
 
 
-def crop_resize() -> Iterator[tuple[str, KernelLaunch]]:
-    """The resize of photographs to 224 pixels, with their channels side by side."""
-    yield from _crop_resize(224, 768, planar=False)
-
-
-def crop_resize_odd() -> Iterator[tuple[str, KernelLaunch]]:
-    """The resize of images in planes, to a side that no tile fits, and to CIFAR's."""
-    yield from _crop_resize(224, 3 * 4096, planar=False)
-    for size, planar in ((224, True), (33, False), (33, True), (32, False)):
-        yield from _crop_resize(size, 5, planar=planar)
-
-
-def _crop_resize(size: int, count: int, *, planar: bool) -> Iterator[tuple[str, KernelLaunch]]:
+def _crop_resize(size: int, count: int, planar: bool) -> Launches:
     first, height, width = (np.full(1, number, dtype=np.int64) for number in (0, 375, 500))
     pixels = torch.empty(3 * 375 * 500, dtype=torch.uint8, device="meta")
     images = PackedImages(pixels=pixels, offsets=first, heights=height, widths=width, planar=planar)
@@ -170,14 +125,43 @@ def _crop_resize(size: int, count: int, *, planar: bool) -> Iterator[tuple[str, 
         yield f"S={size} M={count} planar={planar}", launch
 
 
-CASES = {
-    "info_nce": info_nce,
-    "info_nce_odd": info_nce_odd,
-    "augment": augment,
-    "augment_odd": augment_odd,
-    "crop_resize": crop_resize,
-    "crop_resize_odd": crop_resize_odd,
+_FP32, _FP16, _BF16 = torch.float32, torch.float16, torch.bfloat16
+_ODD_LOSSES = ((3, 507, 33, 1), (70, 4096, 300, 3), (4096, 65536, 128, 2))
+CASES: dict[str, tuple[Callable[..., Launches], list[tuple[Any, ...]]]] = {
+    "info_nce": (_info_nce, [(_FP32, 256, 65536, 128, 2), (_BF16, 256, 65536, 128, 2)]),
+    "info_nce_odd": (
+        _info_nce,
+        [
+            (_FP16, 256, 65536, 128, 2),
+            (_FP32, 1, 1, 16, 1),
+            (_FP16, 1, 1, 1, 1),
+            *((dtype, *sizes) for dtype in (_FP32, _FP16, _BF16) for sizes in _ODD_LOSSES),
+        ],
+    ),
+    "augment": (_augment, [(_BF16, 224, 256)]),
+    "augment_odd": (
+        _augment,
+        [
+            *((dtype, *sizes) for dtype in (_FP32, _FP16) for sizes in ((224, 96), (33, 5))),
+            (_BF16, 224, 4096),
+            (_BF16, 32, 64, 0.0),
+            (_FP32, 3, 1),
+        ],
+    ),
+    "crop_resize": (_crop_resize, [(224, 768, False)]),
+    "crop_resize_odd": (
+        _crop_resize,
+        [(224, 3 * 4096, False), (224, 5, True), (33, 5, False), (33, 5, True), (32, 5, False)],
+    ),
 }
+"""Each kernel at the paper's sizes, and `odd`: in the other dtypes, and at sizes that fit no tile. What makes its
+launches, and the arguments of that."""
+
+
+def launches(name: str) -> Launches:
+    """Of a name in `CASES`."""
+    make, cases = CASES[name]
+    return (launch for arguments in cases for launch in make(*arguments))
 
 
 def compile_all(names: Sequence[str] = tuple(CASES), targets: Sequence[int] = TARGETS) -> list[dict[str, Any]]:
@@ -185,7 +169,7 @@ def compile_all(names: Sequence[str] = tuple(CASES), targets: Sequence[int] = TA
     return [
         {"case": case, **compile_launch(launch, target)}
         for name in names
-        for case, launch in CASES[name]()
+        for case, launch in launches(name)
         for target in targets
     ]
 

@@ -13,17 +13,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import tyro
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as v1
+from torchvision.transforms import v2
 
-from benchmarks.results import RESULTS, Results, TimedTask, compare
-from pipelines.config import IMAGENET_MEAN, IMAGENET_STD
+from benchmarks.results import TimedTask, WritesResults, compare
+from pipelines.augment import augment, draw_augmentation
+from pipelines.config import IMAGENET_MEAN, IMAGENET_STD, ViewConfig
+from pipelines.views import LEOCLR_VIEWS
 
 SIDE = 224
 VIEWS = 3
@@ -51,10 +55,6 @@ def photographs(num_images: int) -> npt.NDArray[np.uint8]:
 
 def ours(impl: Literal["auto", "torch"], num_images: int, batch_size: int, workers: int) -> Iterator[float]:
     """One call for each batch, as a training step makes it, drawing of the parameters included."""
-    from pipelines.augment import augment, draw_augmentation
-    from pipelines.config import ViewConfig
-    from pipelines.views import LEOCLR_VIEWS
-
     torch.set_num_threads(workers)
     crops, config = torch.from_numpy(photographs(num_images)), ViewConfig(image_size=SIDE)
     epochs = count()
@@ -70,17 +70,12 @@ def ours(impl: Literal["auto", "torch"], num_images: int, batch_size: int, worke
 
 
 def torchvision_v2(num_images: int, batch_size: int, workers: int) -> Iterator[float]:
-    from torchvision.transforms import v2
-
     transform = _moco_v2(v2, v2.ToDtype(torch.float32, scale=True))
     dataset = _Crops(torch.from_numpy(photographs(num_images)).movedim(-1, 2).contiguous(), transform)
     yield from _data_loader(dataset, batch_size, workers)
 
 
 def torchvision_v1(num_images: int, batch_size: int, workers: int) -> Iterator[float]:
-    from PIL import Image
-    from torchvision import transforms as v1
-
     images = [[Image.fromarray(crop) for crop in views] for views in photographs(num_images)]
     yield from _data_loader(_Crops(images, _moco_v2(v1, v1.ToTensor())), batch_size, workers)
 
@@ -142,7 +137,7 @@ def _timed(epoch: Callable[[], Iterator[int]], images: int) -> Iterator[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentationBenchmark:
+class AugmentationBenchmark(WritesResults):
     """Our augmentation against torchvision's, on CPU cores."""
 
     images: int = 512
@@ -152,8 +147,6 @@ class AugmentationBenchmark:
     workers: int = len(os.sched_getaffinity(0))
     """Threads of ours, worker processes of torchvision's."""
     name: str = "augmentation_cpu"
-    """Of the result files."""
-    out: Path = RESULTS
 
     def run(self) -> None:
         """Measure, and write the result files after every round."""
@@ -164,7 +157,7 @@ class AugmentationBenchmark:
                 f"starts would decide: give at least {least}"
             )
         compare(
-            Results(module="benchmarks.augmentation", name=self.name, out=self.out),
+            self.results(),
             TASKS,
             (self.images, self.batch_size, self.workers),
             self.rounds,

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from benchmarks.results import RESULTS, Results, made_with
+from benchmarks.results import WritesResults, made_with
 from leoclr_fast.bench.config import BenchSetting
 from leoclr_fast.bench.page import bench_page, markdown_table, percent, spread
 from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, open_batches, training_images
@@ -105,7 +105,6 @@ def costs(stalls_s: Sequence[float], steps_s: Sequence[list[float]], beside: int
 
 
 def page(document: dict[str, Any], command: str) -> str:
-    """The results as Markdown."""
     measured = document["measured"]
     steps, cost, by_rounds = measured["steps_per_round"], measured["cost"], measured["cost_by_rounds"]
     rows = [
@@ -132,7 +131,7 @@ def page(document: dict[str, Any], command: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointBenchmark:
+class CheckpointBenchmark(WritesResults):
     """What a checkpoint every 50 steps costs."""
 
     rounds: int = 7
@@ -147,15 +146,12 @@ class CheckpointBenchmark:
     scratch: Path | None = None
     """Folder for the checkpoints; the system's if not given."""
     name: str = "checkpointing_cpu"
-    """Of the result files."""
-    out: Path = RESULTS
 
     def run(self) -> int:
         """Measure, and write the result files; returns the exit code."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        hidden = {str(self.scratch): "(scratch)"} if self.scratch else {}
-        results = Results(module="benchmarks.checkpointing", name=self.name, out=self.out, hidden=hidden)
+        results = self.results({str(self.scratch or ""): "(scratch)"})
         device = resolve_device(self.speed.device)
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             speed = settled(self.speed, device)

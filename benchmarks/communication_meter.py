@@ -48,7 +48,6 @@ class CommunicationMeter:
         return self._host_s + sum(before.elapsed_time(after) for before, after in self._events) / 1000
 
     def reset(self) -> None:
-        """Start anew."""
         self.calls.clear()
         self.bytes.clear()
         self._host_s = 0.0

@@ -15,9 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
+from torchvision.datasets import ImageFolder
 
 from benchmarks.results import OnImages, TimedTask, compare
+from dataset_tools.conversion.convert import convert
+from dataset_tools.conversion.options import ConvertOptions
 
 PEERS = {
     "ours, ffcv --check header": ("FFCV DatasetWriter, jpg",),
@@ -28,9 +32,6 @@ PEERS = {
 
 
 def ours(options: dict[str, Any], source: str, scratch: str, workers: int) -> Iterator[float]:
-    from dataset_tools.conversion.convert import convert
-    from dataset_tools.conversion.options import ConvertOptions
-
     chosen = ConvertOptions(**options)
     yield from _timed(lambda out: convert(source, out / "converted", chosen, workers=workers), source, scratch)
 
@@ -39,7 +40,6 @@ def ffcv_writer(source: str, scratch: str, workers: int) -> Iterator[float]:
     """As FFCV's ImageNet example: torchvision's ImageFolder, write_mode jpg, quality 90, no resizing."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
-    from torchvision.datasets import ImageFolder
 
     def convert(out: Path) -> None:
         fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
@@ -50,8 +50,6 @@ def ffcv_writer(source: str, scratch: str, workers: int) -> Iterator[float]:
 
 def shard_writer(source: str, scratch: str, workers: int) -> Iterator[float]:
     """One process that copies the files as they are, in a shuffled order, as ours does."""
-    import numpy as np
-    from torchvision.datasets import ImageFolder
     from webdataset import ShardWriter
 
     def convert(out: Path) -> None:
@@ -106,9 +104,9 @@ class ConvertBenchmark(OnImages):
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             os.environ["LEOCLR_CACHE"] = str(Path(folder) / "cache")
             source = Path(folder) / "images"
-            images, num_bytes = write_copies(self.data, source, self.copies)
+            images, num_bytes = self.write_copies(source)
             compare(
-                self.results("benchmarks.convert"),
+                self.results(),
                 TASKS,
                 (str(source), folder, self.workers),
                 self.rounds,
@@ -121,24 +119,6 @@ class ConvertBenchmark(OnImages):
                 peers=PEERS,
                 packages=("webdataset", "opencv-python"),
             )
-
-
-def write_copies(data: Path, source: Path, copies: int) -> tuple[int, int]:
-    """An ImageFolder with every image `copies` times; returns how many images and bytes that are."""
-    from dataset_tools.sources import open_source
-
-    split = next(iter(open_source(data).splits.values()))
-    num_bytes = 0
-    for index, name in enumerate(split.names):
-        content = split.read(index)
-        folder = source / split.classes[split.labels[index]]
-        folder.mkdir(parents=True, exist_ok=True)
-        first = folder / f"0_{Path(name).name}"
-        first.write_bytes(content)
-        for copy in range(1, copies):
-            os.link(first, folder / f"{copy}_{Path(name).name}")
-        num_bytes += copies * len(content)
-    return copies * len(split), num_bytes
 
 
 if __name__ == "__main__":

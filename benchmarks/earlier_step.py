@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from benchmarks.results import RESULTS, Results, made_with
+from benchmarks.results import WritesResults, made_with
 from leoclr_fast.bench.page import interval, markdown_table, spread
 from leoclr_fast.bench.statistics import quantiles, ratio_interval
 from leoclr_fast.bench.timing import interleaved
@@ -62,7 +62,7 @@ with open_batches(training_images(None, result), [timed.views], result, SYNTHETI
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlierStep:
+class EarlierStep(WritesResults):
     """A training step now and before, beside its peers."""
 
     earlier: Annotated[Path, tyro.conf.Positional]
@@ -77,16 +77,12 @@ class EarlierStep:
     steps: int = 2
     """Timed ones of a round, after one that is not."""
     name: str = "earlier_step_cpu"
-    """Of the result files."""
-    out: Path = RESULTS
 
     def run(self) -> None:
-        """Measure, and write the result files."""
         commit = subprocess.run(["git", "-C", self.earlier, "rev-parse", "--short", "HEAD"], capture_output=True,
                                 text=True, check=True).stdout.strip()  # fmt: skip
         torch.set_num_threads(self.threads)
-        hidden = {str(self.earlier): f"CHECKOUT-OF-{commit}"}
-        results = Results(module="benchmarks.earlier_step", name=self.name, out=self.out, hidden=hidden)
+        results = self.results({str(self.earlier): f"CHECKOUT-OF-{commit}"})
         places = {"now": Path.cwd(), "earlier": self.earlier} | {peer: Path.cwd() for peer in self.peers}
         programs = {name: self._started(name, place) for name, place in places.items()}
         times: Mapping[str, list[float]] = {name: [] for name in places}

@@ -26,7 +26,7 @@ import torch
 import tyro
 from PIL import Image
 
-from benchmarks.results import RESULTS, Results, made_with
+from benchmarks.results import Results, WritesResults, made_with
 from leoclr_fast.bench.page import bench_page, markdown_table, spread
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.timing import interleaved
@@ -40,7 +40,7 @@ OPTIONS = (
     *("--backbone.arch", "resnet18", "--backbone.width-multiplier", "0.125", "--views.image-size", "32"),
     *("--method.queue-size", "1024", "--resume", "never"),
 )
-IMPORTS, FIRST_BATCH, REST = "imports", "first batch", "the rest"
+IMPORTS, FIRST_BATCH, REST, BEYOND = "imports", "first batch", "the rest", "beyond imports"
 PARTS = {
     IMPORTS: "imports",
     "open_source": "opening the source",
@@ -50,6 +50,7 @@ PARTS = {
     "make_loader": "opening the loader",
     FIRST_BATCH: "first batch, with what the loader compiles",
     REST: "the rest (network, run folder)",
+    BEYOND: "**beyond imports**",
 }
 
 
@@ -76,7 +77,7 @@ def start(arguments: Sequence[str]) -> NoReturn:
     with timed(IMPORTS):
         from leoclr_fast.cli import run_command
         from leoclr_fast.training import setup
-    at_imports, make_loader = _memory_mib(), setup.make_loader
+    make_loader = setup.make_loader
     for name in ("open_source", "choose_splits", "require_same_everywhere"):
         wrapped(setup, name)
     wrapped(setup.RunLog, "describe_data")
@@ -89,10 +90,11 @@ def start(arguments: Sequence[str]) -> NoReturn:
         def first_batch(*position: int) -> NoReturn:
             with timed(FIRST_BATCH):
                 next(iter(batches(*position)))
-            total = time.perf_counter() - began, time.process_time() - cpu
-            wall, of_cpu = (total[k] - sum(taken[k] for taken in seconds.values()) for k in (0, 1))
-            memory = _memory_mib()
-            print(json.dumps({"seconds": {**seconds, REST: (wall, of_cpu)}, "memory": memory, "imports": at_imports}))
+            total = np.array([time.perf_counter() - began, time.process_time() - cpu])
+            known = {part: np.array(taken) for part, taken in seconds.items()}
+            known |= {REST: total - sum(known.values()), BEYOND: total - known[IMPORTS]}
+            parts = {part: taken.tolist() for part, taken in known.items()}
+            print(json.dumps({"seconds": parts, "memory": _memory_mib()}))
             sys.stdout.flush()
             loader.close()
             os._exit(0)
@@ -158,7 +160,7 @@ def _header(name: str, size: int) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullSizeBenchmark:
+class FullSizeBenchmark(WritesResults):
     """From `pretrain` to its first batch at 1,281,167 images, by part."""
 
     images: int = 1_281_167
@@ -168,22 +170,17 @@ class FullSizeBenchmark:
     scratch: Path | None = None
     """Folder for the made-up data, some 5 GB; the system's if not given. What lies there from before is used again."""
     name: str = "full_size_cpu"
-    """Of the result files."""
-    out: Path = RESULTS
 
     def run(self) -> None:
-        """Measure, and write the result files."""
         with tempfile.TemporaryDirectory(dir=self.scratch) as temporary:
             scratch = self.scratch or Path(temporary)
-            results = Results(
-                module="benchmarks.full_size", name=self.name, out=self.out, hidden={str(scratch): "(scratch)"}
-            )
+            results = self.results({str(scratch): "(scratch)"})
             os.environ["LEOCLR_CACHE"] = str(scratch / "cache")
             prepared = self._prepare(scratch, results)
             measured: dict[str, list[dict[str, Any]]] = {kind: [] for kind in self.kinds}
             for number, kind in interleaved(list(self.kinds), self.rounds, warmup=1):
                 found = self._start(scratch / kind, LOADERS[kind], Path(temporary) / f"{number} {kind}")
-                taken = sum(wall for wall, _ in found["seconds"].values())
+                taken = found["seconds"][IMPORTS][0] + found["seconds"][BEYOND][0]
                 results.say(f"round {number + 1}: {kind}: {taken:.1f} s; {json.dumps(found)}")
                 if number >= 0:
                     measured[kind].append(found)
@@ -220,29 +217,13 @@ class FullSizeBenchmark:
         return found
 
     def _page(self, document: dict[str, Any], command: str) -> str:
-        """The results as Markdown."""
         starts: dict[str, list[dict[str, Any]]] = document["starts"]
 
-        def cells(values: dict[str, list[tuple[float, float]]]) -> list[str]:
-            wall_and_cpu = (
-                [quantiles("s", [one[which] for one in own]) for which in (0, 1)] for own in values.values()
-            )
-            return [f"{spread(wall, 's', 1)}; {cpu['s']:.1f}" for wall, cpu in wall_and_cpu]
+        def cell(own: list[dict[str, Any]], part: str) -> str:
+            wall, cpu = (quantiles("s", [one["seconds"][part][which] for one in own]) for which in (0, 1))
+            return f"{spread(wall, 's', 1)}; {cpu['s']:.1f}"
 
-        rows = [
-            (what, *cells({kind: [one["seconds"][part] for one in own] for kind, own in starts.items()}))
-            for part, what in PARTS.items()
-        ]
-        totals = {
-            kind: [
-                tuple(
-                    sum(taken[which] for part, taken in one["seconds"].items() if part != IMPORTS) for which in (0, 1)
-                )
-                for one in own
-            ]
-            for kind, own in starts.items()
-        }
-        rows.append(("**beyond imports**", *cells(totals)))
+        rows = [(what, *(cell(own, part) for own in starts.values())) for part, what in PARTS.items()]
         for what, part in (("peak, MiB", "peak"), ("of it own, MiB", "own")):
             memory = {kind: quantiles("mib", [one["memory"][part] for one in own]) for kind, own in starts.items()}
             rows.append((f"memory at the first batch: {what}", *(f"{own['mib']:,.0f}" for own in memory.values())))

@@ -6,13 +6,13 @@ Legend: B queries or images, D dimensions, K negatives, P positives of each quer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-import tyro
 from msgspec import Meta
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.calls import captured, interleaved_ms
 from benchmarks.results import print_document
 from dataset_tools.limits import Count, Limited, Temperature
-from leoclr_fast.bench.page import bench_page, markdown_table, number, spread
+from leoclr_fast.bench.page import bench_page, number, spread, table_of
 from leoclr_fast.bench.setting import bench_device
 from leoclr_fast.bench.statistics import quantiles, ratio_interval
 from leoclr_fast.bench.timing import peak_extra_mib
@@ -31,6 +31,7 @@ from leoclr_fast.machine.compiling import what_compiling_lacks
 from leoclr_fast.machine.precision import settled
 from leoclr_fast.method.methods import method_class
 from leoclr_fast.run.environment import environment
+from pipelines.augment import Impl as AugmentImpl
 from pipelines.augment import augment, draw_augmentation
 from pipelines.config import ViewConfig
 
@@ -48,7 +49,15 @@ _TRUTH_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossBenchConfig(Limited):
+class _CallsConfig(Limited):
+    rounds: Count = 15
+    """Timed calls of each implementation, after two that are not counted."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossBenchConfig(_CallsConfig):
     """The sizes of the loss, and how often it is timed."""
 
     batch_size: Count = 256
@@ -60,14 +69,10 @@ class LossBenchConfig(Limited):
     temperature: Temperature = 0.2
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of query, keys and queue; a training hands them over in fp32, whatever its own precision."""
-    rounds: Count = 15
-    """Timed calls of each implementation, after two that are not counted."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AugmentBenchConfig(Limited):
+class AugmentBenchConfig(_CallsConfig):
     """The views that are augmented, and how often they are timed."""
 
     method: MethodName = "leoclr"
@@ -78,10 +83,6 @@ class AugmentBenchConfig(Limited):
     """Side of a view, pixels."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Of the views that come out; auto is what a training takes there."""
-    rounds: Count = 15
-    """Timed calls of each implementation, after two that are not counted."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
 
 def cross_entropies(query: Tensor, keys: Sequence[Tensor], queue: Tensor, temperature: float) -> Tensor:
@@ -119,14 +120,7 @@ def bench_loss(config: LossBenchConfig) -> dict[str, Any]:
 
         return call
 
-    left_out = {}
-    lacking = what_compiling_lacks(device.type)
-    if lacking is not None:
-        left_out["compiled"] = f"it lacks {lacking}"
-    if device.type != "cuda":
-        left_out["triton"] = "it needs a CUDA device"
-    elif lacking is not None:
-        left_out["triton"] = f"it lacks {lacking}"
+    left_out = _left_out(device)
     calls = {CROSS_ENTROPIES: call_of(cross_entropies)}
     calls |= {impl: call_of(_info_nce(impl)) for impl in ("eager", "compiled", "triton") if impl not in left_out}
     graphs = tuple(calls) if device.type == "cuda" else ()
@@ -162,23 +156,18 @@ def bench_augment(config: AugmentBenchConfig) -> dict[str, Any]:
     crops = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device).transpose(0, 1)
     drawn = draw_augmentation(views, view_config, 0, 0, np.arange(config.batch_size)).to(device)
 
-    left_out: dict[str, str] = {}
-    calls: dict[str, Callable[[], Tensor]] = {
-        TORCH: lambda: augment(crops, drawn, view_config, dtype=dtype, impl="torch")
-    }
-    lacking = what_compiling_lacks(device.type)
-    if device.type != "cuda":
-        calls["numba"] = lambda: augment(crops, drawn, view_config, dtype=dtype, impl="numba")
-        left_out["compiled"] = "on a CPU, torch goes through the views part by part"
-        left_out["triton"] = "it needs a CUDA device"
-    else:
+    left_out = _left_out(device)
+    if device.type == "cuda":
         left_out["numba"] = "it knows only the CPU"
-        if lacking is None:
-            compiled = torch.compile(augment, dynamic=False)
-            calls["compiled"] = lambda: compiled(crops, drawn, view_config, dtype=dtype, impl="torch")
-            calls["triton"] = lambda: augment(crops, drawn, view_config, dtype=dtype, impl="triton")
-        else:
-            left_out["compiled"] = left_out["triton"] = f"it lacks {lacking}"
+    else:
+        left_out["compiled"] = "on a CPU, torch goes through the views part by part"
+
+    def call_of(impl: AugmentImpl, function: Callable[..., Tensor] = augment) -> Callable[[], Tensor]:
+        return lambda: function(crops, drawn, view_config, dtype=dtype, impl=impl)
+
+    calls = {TORCH: call_of("torch"), "numba": call_of("numba"), "triton": call_of("triton")}
+    calls["compiled"] = call_of("torch", torch.compile(augment, dynamic=False))
+    calls = {name: call for name, call in calls.items() if name not in left_out}
     chosen = np.linspace(0, len(drawn) - 1, min(_CHECKED_VIEWS, len(drawn))).astype(int).tolist()
     parameters = drawn[chosen]
     truth = augment(crops.flatten(0, 1)[chosen], parameters, view_config, dtype=torch.float64, impl="torch")
@@ -249,7 +238,6 @@ def timed_rows(
 
 
 def loss_markdown(document: dict[str, Any], command: str | None = None) -> str:
-    """The document of `bench_loss` as a page."""
     setting = (
         f"B = {document['batch_size']:,}, K = {document['queue_size']:,}, D = {document['dim']}, "
         f"P = {document['positives']}, {document['precision']}: a matrix of logits has {document['logits_mib']:,.1f} "
@@ -260,7 +248,6 @@ def loss_markdown(document: dict[str, Any], command: str | None = None) -> str:
 
 
 def augment_markdown(document: dict[str, Any], command: str | None = None) -> str:
-    """The document of `bench_augment` as a page."""
     setting = (
         f"{document['batch_size']:,} images of {document['views']} views at {document['image_size']} pixels, uint8 "
         f"crops ({document['crops_mib']:,.1f} MiB) to normalised {document['precision']} "
@@ -273,32 +260,36 @@ def augment_markdown(document: dict[str, Any], command: str | None = None) -> st
 def _kernel_page(
     title: str, setting: str, document: dict[str, Any], reference: str, errors: dict[str, str], command: str | None
 ) -> str:
-    machine, with_rate = document["environment"], "images_per_s" in document["rows"][0]
+    machine = document["environment"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
-    header = (
-        "implementation", "ms", "ms in a CUDA graph", *(["images/s"] if with_rate else []),
-        f"times as fast as {reference}", "peak extra MiB", *errors,
-    )  # fmt: skip
-    cells = [
-        (
-            row["impl"],
-            spread(row, "ms", 3),
-            number(row["graph_ms"], 3),
-            *([number(row["images_per_s"], 0)] if with_rate else []),
-            f"{row['speedup']:,.2f} [{row['speedup_low']:,.2f}, {row['speedup_high']:,.2f}]",
-            number(row["peak_extra_mib"]),
-            *(f"{row[name]:.0e}" for name in errors.values()),
-        )
-        for row in document["rows"]
-    ]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "implementation": lambda row: row["impl"],
+        "ms": lambda row: spread(row, "ms", 3),
+        "ms in a CUDA graph": lambda row: number(row["graph_ms"], 3),
+        "images/s": lambda row: number(row["images_per_s"], 0),
+        f"times as fast as {reference}": lambda row: (
+            f"{row['speedup']:,.2f} [{row['speedup_low']:,.2f}, {row['speedup_high']:,.2f}]"
+        ),
+        "peak extra MiB": lambda row: number(row["peak_extra_mib"]),
+        **{title: partial(_error, name) for title, name in errors.items()},
+    }
+    if "images_per_s" not in document["rows"][0]:
+        del columns["images/s"]
     return bench_page(
         title,
         f"{setting}. {where}, torch {machine['versions']['torch']}",
-        markdown_table(header, cells),
+        table_of(document["rows"], columns),
         rounds=f"{document['rounds']} interleaved rounds.",
         command=command,
         remarks=[f"{name}: left out, since {why}." for name, why in document["left_out"].items()],
     )
+
+
+def _left_out(device: torch.device) -> dict[str, str]:
+    """Of what is compiled, what cannot run on a device, and why."""
+    lacking = what_compiling_lacks(device.type)
+    left_out = {} if lacking is None else dict.fromkeys(("compiled", "triton"), f"it lacks {lacking}")
+    return left_out if device.type == "cuda" else left_out | {"triton": "it needs a CUDA device"}
 
 
 def _info_nce(impl: InfoNCEImpl) -> Loss:
@@ -318,6 +309,10 @@ def _true_loss(query: Tensor, keys: Sequence[Tensor], queue: Tensor, temperature
     return value, torch.cat(gradients)
 
 
+def _error(name: str, row: Mapping[str, float]) -> str:
+    return f"{row[name]:.0e}"
+
+
 def _relative_error(ours: Tensor, truth: Tensor) -> float:
     return ((ours.double() - truth).norm() / truth.norm()).item()
 
@@ -327,6 +322,8 @@ def _first_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    import tyro  # a machine with a GPU may lack it, and the suite does not need it
+
     config = tyro.cli(
         Annotated[LossBenchConfig, tyro.conf.subcommand("loss")]
         | Annotated[AugmentBenchConfig, tyro.conf.subcommand("augment")]

@@ -18,42 +18,37 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.results import RESULTS, Results, made_with
+from benchmarks.results import Results, WritesResults, made_with
 from leoclr_fast.bench.page import markdown_table
 from leoclr_fast.run.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnGain:
+class KnnGain(WritesResults):
     """kNN before and after pretraining, over recipes and seeds."""
 
-    name: str
-    """Of the result files."""
     recipes: tuple[str, ...]
     data: str
     """As in pretrain; `demo` draws the demo data."""
     data_label: str = ""
     """What the result files call the data, where its path should not stand in them."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    out: Path = RESULTS
     flags: Annotated[str, tyro.conf.arg(metavar="'FLAGS'")] = ""
     """Further flags of pretrain, in one string."""
 
     def run(self) -> None:
-        """Run everything and write the three files."""
         with tempfile.TemporaryDirectory() as folder:
             data, label = self.data, self.data_label or self.data
             if data == "demo":
                 from dataset_tools.demo_data import write_demo_data
 
                 data = str(write_demo_data(Path(folder) / "data"))
-            hidden = {data: label, f"{folder}/": ""}
-            results = Results(module="benchmarks.knn_gain", name=self.name, out=self.out, hidden=hidden)
+            results = self.results({data: label, f"{folder}/": ""})
             runs: list[dict[str, Any]] = []
             for seed in self.seeds:
                 for recipe in self.recipes:
                     runs.append(self._one_run(recipe, seed, data, Path(folder) / f"{recipe}-{seed}", results))
-                    document = {"data": label, "flags": self.flags, "runs": runs, "summary": _summary(runs)}
+                    document = {"data": label, "flags": self.flags, "runs": runs}
                     results.write(document, page(document))
         print(page(document))
 
@@ -74,38 +69,17 @@ class KnnGain:
         }
 
 
-def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    rows = {}
-    for recipe in dict.fromkeys(run["recipe"] for run in runs):
-        own = [run["summary"] for run in runs if run["recipe"] == recipe]
-        rows[recipe] = {
-            "n": len(own),
-            "untrained": _mean_std([one["knn_top1_untrained"] for one in own]),
-            "trained": _mean_std([one["knn_top1"] for one in own]),
-            "gain": _mean_std([one["knn_top1"] - one["knn_top1_untrained"] for one in own]),
-            "images_per_s": statistics.median(one["images_per_s"] for one in own),
-            "seconds": statistics.median(run["seconds"] for run in runs if run["recipe"] == recipe),
-        }
-    return rows
-
-
-def _mean_std(values: Sequence[float]) -> list[float | None]:
-    return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
-
-
 def page(document: dict[str, Any]) -> str:
-    """The results as Markdown."""
     header = ("recipe", "n", "untrained, %", "trained, %", "gain, points", "images/s, median", "seconds, median")
-    rows = [
-        (
-            recipe,
-            str(row["n"]),
-            *(_cell(row[name]) for name in ("untrained", "trained", "gain")),
-            f"{row['images_per_s']:,.0f}",
-            f"{row['seconds']:,.0f}",
-        )
-        for recipe, row in document["summary"].items()
-    ]
+    rows = []
+    for recipe in dict.fromkeys(run["recipe"] for run in document["runs"]):
+        own = [run for run in document["runs"] if run["recipe"] == recipe]
+        untrained, trained = ([run["summary"][name] for run in own] for name in ("knn_top1_untrained", "knn_top1"))
+        gains = [after - before for before, after in zip(untrained, trained, strict=True)]
+        images_per_s = statistics.median(run["summary"]["images_per_s"] for run in own)
+        seconds = statistics.median(run["seconds"] for run in own)
+        accuracies = map(_mean_std, (untrained, trained, gains))
+        rows.append((recipe, str(len(own)), *accuracies, f"{images_per_s:,.0f}", f"{seconds:,.0f}"))
     curves = [
         f"- {run['recipe']}, seed {run['seed']}: "
         + ", ".join(f"{top1:.1f} (epoch {epoch:g})" for epoch, top1 in run["knn"])
@@ -123,9 +97,9 @@ def page(document: dict[str, Any]) -> str:
     )
 
 
-def _cell(mean_std: Sequence[float | None]) -> str:
-    mean, std = mean_std
-    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+def _mean_std(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 if __name__ == "__main__":

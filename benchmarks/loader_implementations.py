@@ -72,7 +72,6 @@ def timed(epoch: Callable[[int], tuple[int, int]]) -> Epochs:
 
 
 def ours(name: str, task: LoaderTask) -> Epochs:
-    """One of `pipelines.factory.LOADERS`."""
     device = torch.device(task.device)
     views = VIEWS[task.views]
     loader = None

@@ -31,7 +31,7 @@ from dataset_tools.limits import Count, CountOrZero, Limited, unknown
 from dataset_tools.sources import open_source
 from dataset_tools.splits import choose_splits
 from dataset_tools.subsets import limited
-from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
+from leoclr_fast.bench.page import bench_page, number, percent, spread, table_of
 from leoclr_fast.bench.setting import bench_device
 from leoclr_fast.bench.statistics import quantiles
 from leoclr_fast.bench.timing import Say, interleaved
@@ -134,29 +134,25 @@ def bench_loader(config: LoaderBenchConfig, data: Sequence[Path], say: Say = lam
 
 
 def loader_markdown(document: dict[str, Any], command: str | None = None) -> str:
-    """The document of `bench_loader` as a page."""
     decode = next((row["images_per_s"] for row in document["ceilings"] if row["loader"] == "decode-only"), None)
-    header = (
-        "loader", "images/s", "of the decoding alone", "decodes per image", "CPU cores", "peak RSS, GiB",
-        "device memory, GiB", "kB read per image",
-    )  # fmt: skip
-    cells = [
-        (
-            row["loader"] + (" (ceiling)" if row in document["ceilings"] else ""),
-            spread(row, "images_per_s", 0),
-            percent(row["images_per_s"] / decode if decode else None, 0),
-            number(row["decodes_per_image"], 2),
-            number(row["cpu_cores"], 2),
-            number(row["peak_rss_gib"], 2),
-            number(row["device_memory_gib"], 2),
-            number(row["bytes_read_per_image"] / 1000, 1),
-        )
-        for row in (*document["ceilings"], *document["rows"])
-    ]
+    rows: list[dict[str, Any]] = [*document["ceilings"], *document["rows"]]
+    table = table_of(
+        rows,
+        {
+            "loader": lambda row: row["loader"] + (" (ceiling)" if row in document["ceilings"] else ""),
+            "images/s": lambda row: spread(row, "images_per_s", 0),
+            "of the decoding alone": lambda row: percent(row["images_per_s"] / decode if decode else None, 0),
+            "decodes per image": lambda row: number(row["decodes_per_image"], 2),
+            "CPU cores": lambda row: number(row["cpu_cores"], 2),
+            "peak RSS, GiB": lambda row: number(row["peak_rss_gib"], 2),
+            "device memory, GiB": lambda row: number(row["device_memory_gib"], 2),
+            "kB read per image": lambda row: number(row["bytes_read_per_image"] / 1000, 1),
+        },
+    )
     return bench_page(
         "Loaders",
         document["task"],
-        markdown_table(header, cells),
+        table,
         rounds=f"{document['config']['rounds']} interleaved epochs.",
         command=command,
         notes=document["notes"],
@@ -248,7 +244,6 @@ class LoaderTiming:
     config: Annotated[LoaderBenchConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderBenchConfig)
 
     def run(self) -> None:
-        """Measure, and print."""
         print_document(bench_loader(self.config, self.data, print), loader_markdown)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.convert import write_copies
 from benchmarks.loader_timing import LoaderBenchConfig, bench_loader, loader_markdown
 from benchmarks.results import OnImages
 from dataset_tools.conversion.convert import convert
@@ -34,8 +33,7 @@ class LoaderBenchmark(OnImages):
     name: str = "loaders_cpu"
 
     def run(self) -> None:
-        """Measure, and write the result files."""
-        results = self.results("benchmarks.loaders")
+        results = self.results()
         names = tuple(dict.fromkeys([*PEERS, *(peer for peers in PEERS.values() for peer in peers)]))
         config = LoaderBenchConfig(
             loaders=names, rounds=self.rounds, workers=self.workers, batch_size=BATCH, device="cpu"
@@ -43,7 +41,7 @@ class LoaderBenchmark(OnImages):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["LEOCLR_CACHE"] = str(Path(folder) / "cache")
             images, converted = Path(folder) / "images", Path(folder) / "ffcv"
-            write_copies(self.data, images, self.copies)
+            self.write_copies(images)
             convert(images, converted, ConvertOptions(format="ffcv", max_side=0))
             document = bench_loader(config, [images, converted], results.say)
         rates = {row["loader"]: row["rounds_images_per_s"] for row in document["rows"]}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -58,7 +58,6 @@ class OwnProcess:
         return answer
 
     def kill(self) -> None:
-        """End the process at once."""
         self._process.kill()
 
     def close(self) -> None:
@@ -96,43 +95,17 @@ class ProcessUse:
 
 def process_use(pid: int) -> ProcessUse:
     """Raises ProcessLookupError if there is no such process."""
-    tree = _descendants(pid)
-    cpu_s = memory_bytes = read_bytes = 0.0
-    for member in tree:
-        try:
-            # The command may hold anything, even brackets: what follows the last one is fixed.
-            fields = _proc(member, "stat").rpartition(")")[2].split()
-            cpu_s += sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")
-            read_bytes += _number(_proc(member, "io"), "rchar:")
-            if member == pid:
-                memory_bytes += 1024 * _number(_proc(member, "status"), "VmHWM:")
-            else:
-                memory_bytes += 1024 * _number(_proc(member, "smaps_rollup"), "Pss:")
-        except (FileNotFoundError, ProcessLookupError) as error:
-            if member == pid:
-                raise ProcessLookupError(f"there is no process {pid}") from error
-    return ProcessUse(cpu_s=cpu_s, memory_bytes=int(memory_bytes), read_bytes=int(read_bytes))
+    import psutil
 
-
-def _descendants(pid: int) -> list[int]:
-    """The process and its descendants."""
-    parents: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            try:
-                parent = int(_proc(int(entry), "stat").rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            parents.setdefault(parent, []).append(int(entry))
-    tree = [pid]
-    for member in tree:
-        tree += parents.get(member, [])
-    return tree
-
-
-def _proc(pid: int, name: str) -> str:
-    return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
-
-
-def _number(text: str, label: str) -> int:
-    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(label)), 0)
+    try:
+        process = psutil.Process(pid)
+    except psutil.NoSuchProcess as error:
+        raise ProcessLookupError(f"there is no process {pid}") from error
+    peak_kib = Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]
+    cpu_s, memory_bytes, read_bytes = 0.0, 1024 * int(peak_kib), 0
+    for member in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # a worker that has just ended
+            cpu_s += sum(member.cpu_times()[:4])
+            read_bytes += member.io_counters().read_chars
+            memory_bytes += member.memory_full_info().pss if member.pid != pid else 0
+    return ProcessUse(cpu_s=cpu_s, memory_bytes=memory_bytes, read_bytes=read_bytes)

@@ -32,7 +32,6 @@ def reference_curves() -> list[dict[str, Any]]:
 
 
 def write() -> None:
-    """Write the file that the package ships."""
     lines = ",\n".join(json.dumps(entry) for entry in reference_curves())
     REFERENCE_FILE.write_text(f"[\n{lines}\n]\n")
 

@@ -5,6 +5,7 @@ do: call commands as a user types them, or let functions do the same task in tur
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from benchmarks.processes import OwnProcess
 from dataset_tools.command_line import as_json
 from dataset_tools.files import write_file
+from dataset_tools.sources import Split, open_source
 from dataset_tools.versions import installed_version
 from leoclr_fast.bench.page import bench_page, markdown_table, spread
 from leoclr_fast.bench.statistics import quantiles
@@ -34,8 +36,6 @@ TimedTask = Callable[..., Iterator[float]]
 class Results:
     """The three files, which are written anew after every part: hours are not lost to a late failure."""
 
-    module: str
-    """That was called, as `benchmarks.NAME`."""
     name: str
     out: Path
     hidden: dict[str, str] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Results:
         if self.out.is_absolute():
             self.hidden[str(self.out)] = self.out.name
         self.hidden[str(Path.home())] = "~"
-        self.command = self.shown(shlex.join(["python", "-m", self.module, *sys.argv[1:]]))
+        self.command = self.shown(_typed_command())
         self.log = [f"$ {self.command}"]
 
     def shown(self, text: str) -> str:
@@ -86,7 +86,20 @@ class Results:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnImages:
+class WritesResults:
+    """The flags of a benchmark with result files."""
+
+    name: str
+    """Of the result files."""
+    out: Path = RESULTS
+
+    def results(self, hidden: Mapping[str, str] | None = None) -> Results:
+        """hidden: text, such as a path -> what the files show instead."""
+        return Results(name=self.name, out=self.out, hidden=dict(hidden or {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnImages(WritesResults):
     """The flags of a benchmark on images that are copied, and its result files."""
 
     data: Path
@@ -96,19 +109,44 @@ class OnImages:
     copies: int = 1
     """Every image this many times."""
     rounds: int = 9
-    name: str
-    """Of the result files."""
-    out: Path = RESULTS
 
-    def results(self, module: str) -> Results:
-        hidden = {str(self.data): self.data_label or str(self.data)}
-        return Results(module=module, name=self.name, out=self.out, hidden=hidden)
+    def results(self, hidden: Mapping[str, str] | None = None) -> Results:
+        return super().results({str(self.data): self.data_label or str(self.data), **(hidden or {})})
+
+    def write_copies(self, folder: Path) -> tuple[int, int]:
+        """An image folder of the copies; returns how many images and bytes they are."""
+        split = next(iter(open_source(self.data).splits.values()))
+        return self.copies * len(split), write_copies(split, folder, self.copies)
+
+
+def write_copies(split: Split, source: Path, copies: int) -> int:
+    """An image folder with every image `copies` times, as hard links, in the folder of its class if it has one; returns
+    how many bytes they are.
+    """
+    num_bytes = 0
+    for index, label in enumerate(split.labels):
+        content = split.read(index)
+        folder = source / split.classes[label] if label >= 0 else source
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{index}{Path(split.names[index]).suffix}"
+        first = folder / f"0_{name}"
+        first.write_bytes(content)
+        for copy in range(1, copies):
+            os.link(first, folder / f"{copy}_{name}")
+        num_bytes += copies * len(content)
+    return num_bytes
 
 
 def print_document(document: dict[str, Any], page: Callable[..., str]) -> None:
     """What a benchmark without result files has found: its page, with the command, and as JSON in the last line."""
-    print(page(document, shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])))
+    print(page(document, _typed_command()))
     print(as_json(document))
+
+
+def _typed_command() -> str:
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.stem == "__main__" else program.stem
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
 
 
 def made_with(surroundings: Mapping[str, Any], *packages: str) -> str:

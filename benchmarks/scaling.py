@@ -1,13 +1,13 @@
 """What more ranks bring: images per second with a batch that grows with them (weak), and with a fixed one (strong).
 
-Every rank is a process of this machine; in each round so many of them as are timed make their step anew and train.
+Every rank is a process of this machine, started anew in each round.
 `python -m benchmarks.scaling --help`
 """
 
 from __future__ import annotations
 
-import gc
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from benchmarks.processes import OwnProcess
 from benchmarks.results import print_document
 from dataset_tools.limits import Count, Seconds, require_allowed
 from leoclr_fast.bench.config import BenchSetting, Rounds
-from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
+from leoclr_fast.bench.page import bench_page, number, percent, spread, table_of
 from leoclr_fast.bench.rounds import SYNTHETIC, endless, training_images
 from leoclr_fast.bench.setting import bench_device, setting_header
 from leoclr_fast.bench.statistics import quantiles
@@ -41,7 +41,6 @@ from leoclr_fast.training.step import TrainingStep
 from pipelines.factory import make_loader
 from pipelines.order import TrainOrder
 
-_HOST = "127.0.0.1"
 Mode = Literal["weak", "strong"]
 
 
@@ -59,7 +58,7 @@ class ScalingConfig:
     steps: Count = 20
     """Timed steps in a round."""
     warmup_steps: Count = 5
-    """Steps before them, not timed: the step is made anew in every round."""
+    """Steps before them, not timed: the ranks start anew in every round."""
     max_s: Seconds = 1800.0
     """No new round begins after so many seconds; two are always run."""
     limit_s: Seconds = 300.0
@@ -109,7 +108,7 @@ def bench_scaling(
 ) -> dict[str, Any]:
     """Time training steps on synthetic images on each number of ranks of this machine, in interleaved rounds.
 
-    In each round a rank makes its step anew, warms up and is timed between two moments at which all ranks stand still.
+    In each round a rank starts, warms up and is timed between two moments at which all ranks stand still.
     The time of a round is that of its slowest rank.
     Returns a JSON document with `rows`: mode, ranks, batch_size (global), images_per_s and step_ms with their
     quantiles, efficiency (rate of a rank over that of a rank where fewest are timed, median of the rounds),
@@ -132,16 +131,14 @@ def bench_scaling(
     notes = _notes(config, device, threads, list(state["warnings"]) if state else [])
     for line in (header, *notes):
         say(line)
-    order = [place for _, place in interleaved(range(len(points)), config.rounds)]
     seen: list[list[list[RankTiming]]] = [[] for _ in points]
-    with RankProcesses([points[place] for place in order], config, speed, threads) as ranks:
-        left_s = config.max_s - (time.perf_counter() - start)
-        for round_number, place in interleaved(range(len(points)), config.rounds, max_s=left_s, say=say):
-            seen[place].append(ranks.next())
-            step_ms = 1000 * max(rank.seconds for rank in seen[place][-1]) / config.steps
-            point = points[place]
-            ranks_and_mode = f"{point.num_ranks} ranks, {point.mode}"
-            say(f"round {round_number + 1}/{config.rounds}: {ranks_and_mode}: {step_ms:,.1f} ms a step")
+    left_s = config.max_s - (time.perf_counter() - start)
+    for round_number, place in interleaved(range(len(points)), config.rounds, max_s=left_s, say=say):
+        point = points[place]
+        seen[place].append(time_ranks(point, config, speed, threads))
+        step_ms = 1000 * max(rank.seconds for rank in seen[place][-1]) / config.steps
+        ranks_and_mode = f"{point.num_ranks} ranks, {point.mode}"
+        say(f"round {round_number + 1}/{config.rounds}: {ranks_and_mode}: {step_ms:,.1f} ms a step")
     return {
         "header": header,
         "method": config.method,
@@ -160,25 +157,24 @@ def bench_scaling(
 
 
 def scaling_markdown(document: dict[str, Any], command: str | None = None) -> str:
-    """The document of `bench_scaling` as a page."""
-    header = ("mode", "ranks", "batch", "images/s", "step, ms", "efficiency", "communication", "MB a step")
-    cells = [
-        (
-            row["mode"],
-            str(row["ranks"]),
-            str(row["batch_size"]),
-            spread(row, "images_per_s"),
-            spread(row, "step_ms"),
-            percent(row["efficiency"]),
-            percent(row["communication_share"]),
-            number(sum(row["bytes_counted"].values()) / 1e6, 2),
-        )
-        for row in document["rows"]
-    ]
+    rows: list[dict[str, Any]] = document["rows"]
+    table = table_of(
+        rows,
+        {
+            "mode": lambda row: row["mode"],
+            "ranks": lambda row: str(row["ranks"]),
+            "batch": lambda row: str(row["batch_size"]),
+            "images/s": lambda row: spread(row, "images_per_s"),
+            "step, ms": lambda row: spread(row, "step_ms"),
+            "efficiency": lambda row: percent(row["efficiency"]),
+            "communication": lambda row: percent(row["communication_share"]),
+            "MB a step": lambda row: number(sum(row["bytes_counted"].values()) / 1e6, 2),
+        },
+    )
     return bench_page(
         "More ranks",
         f"Setting: {document['method']}, {document['header']}",
-        markdown_table(header, cells),
+        table,
         rounds=f"{document['rounds']} interleaved rounds of {document['steps']} steps each. weak: the batch grows with "
         "the ranks; strong: it does not.",
         command=command,
@@ -186,75 +182,49 @@ def scaling_markdown(document: dict[str, Any], command: str | None = None) -> st
     )
 
 
-class RankProcesses:
-    """The processes, one for each rank, and the store where they meet. They end with the block, whatever happens."""
+def time_ranks(point: Point, config: ScalingConfig, speed: SpeedConfig, threads: int) -> list[RankTiming]:
+    """The point, as each of its ranks saw it, in a process of its own. They end here, whatever happens.
 
-    def __init__(self, points: Sequence[Point], config: ScalingConfig, speed: SpeedConfig, threads: int) -> None:
-        """points: what is timed in each `next`, one after the other. threads: of each rank."""
-        self._limit_s = config.limit_s
-        self._points = iter(points)
-        self._store = dist.TCPStore(
-            _HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=config.limit_s)
-        )
-        num_ranks = max(point.num_ranks for point in points)
-        arguments = (self._store.port, list(points), config, speed, threads)
-        self._ranks = [OwnProcess(f"rank {rank}", train_rank, rank, *arguments) for rank in range(num_ranks)]
-
-    def __enter__(self) -> RankProcesses:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for rank in self._ranks:
-            rank.kill()
-            rank.close()
-
-    def next(self) -> list[RankTiming]:
-        """The next point, as each of its ranks saw it. Raises RuntimeError, naming the rank, if one fails or the round
-        does not end in time.
-        """
-        ranks = self._ranks[: next(self._points).num_ranks]
-        for rank in ranks:
-            rank.ask()
-        answers, errors = [], []
-        for rank in ranks:
-            try:
-                answers.append(rank.answer(self._limit_s))
-            except RuntimeError as error:
-                errors.append(str(error))
-        if errors:
-            raise RuntimeError("; ".join(errors))
-        return answers
+    threads: of each rank. Raises RuntimeError, naming the rank, if one fails or they do not end in time.
+    """
+    answers, errors = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (point, config, speed, threads, f"{folder}/store")
+        ranks = [OwnProcess(f"rank {rank}", train_rank, rank, *arguments) for rank in range(point.num_ranks)]
+        try:
+            for rank in ranks:
+                rank.ask()
+            for rank in ranks:
+                try:
+                    answers.append(rank.answer(config.limit_s))
+                except RuntimeError as error:
+                    errors.append(str(error))
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.close()
+    if errors:
+        raise RuntimeError("; ".join(errors))
+    return answers
 
 
 def train_rank(
-    rank: int, port: int, points: Sequence[Point], config: ScalingConfig, speed: SpeedConfig, threads: int
+    rank: int, point: Point, config: ScalingConfig, speed: SpeedConfig, threads: int, store: str
 ) -> Iterator[RankTiming]:
-    """What one rank does at the points that it takes part in. For the rank's own process."""
+    """What one rank does. For the rank's own process. store: a file where the ranks meet."""
     torch.set_num_threads(threads)
     device = resolve_device(speed.device, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=config.limit_s)
-    store = dist.TCPStore(_HOST, port, is_master=False, timeout=limit)
-    for place, point in enumerate(points):
-        if rank >= point.num_ranks:
-            continue
-        if point.num_ranks > 1:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore(f"point {place}", store),
-                rank=rank,
-                world_size=point.num_ranks,
-                timeout=limit,
-            )
-        timing = _train(point, rank, config, speed, device)
-        if point.num_ranks > 1:  # before the answer: all ranks of the point are here, and NCCL needs them all
-            dist.destroy_process_group()
-        yield timing
-        torch.compiler.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    if point.num_ranks > 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.FileStore(store, point.num_ranks),
+            rank=rank,
+            world_size=point.num_ranks,
+            timeout=timedelta(seconds=config.limit_s),
+        )
+    yield _train(point, rank, config, speed, device)
 
 
 def _train(point: Point, rank: int, config: ScalingConfig, speed: SpeedConfig, device: torch.device) -> RankTiming:
@@ -361,7 +331,6 @@ class ScalingBenchmark:
     speed: Annotated[SpeedConfig, tyro.conf.arg(name="")] = field(default_factory=SpeedConfig)
 
     def run(self) -> None:
-        """Measure, and print."""
         print_document(bench_scaling(self.config, self.setting, self.speed, print), scaling_markdown)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from unittest import mock
 import torch
 import tyro
 
-from benchmarks.convert import write_copies
 from benchmarks.results import OnImages, made_with
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
@@ -94,14 +92,14 @@ class SlowStoreBenchmark(OnImages):
 
     def run(self) -> None:
         """Measure, and write the result files after every round."""
-        results = self.results("benchmarks.slow_store")
+        results = self.results()
         rates: dict[tuple[str, float, int], list[float]] = {
             (name, delay, count): [] for delay in self.delays_ms for name in SOURCES for count in self.workers
         }
         surroundings = environment(torch.device("cpu"), 1)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            write_copies(self.data, folder / "folder", self.copies)
+            self.write_copies(folder / "folder")
             for kind in ("ffcv", "webdataset"):
                 convert(folder / "folder", folder / kind, ConvertOptions(format=kind, max_side=0))
             splits = {name: open_source(folder / kind, quietly=True).splits["train"] for name, kind in SOURCES.items()}
@@ -119,9 +117,9 @@ class SlowStoreBenchmark(OnImages):
                     results.write(document, self._page(rates, number + 1, made_with(surroundings), results.command))
 
     def _page(self, rates: dict[tuple[str, float, int], list[float]], rounds: int, setting: str, command: str) -> str:
-        cell: Callable[..., str] = lambda *key: spread(quantiles("rate", rates[key]), "rate", 0)  # noqa: E731
+        cells = {key: spread(quantiles("rate", own), "rate", 0) for key, own in rates.items()}
         rows = [
-            (f"{name} from {SOURCES[name]}, {delay:g} ms", *(cell(name, delay, count) for count in self.workers))
+            (f"{name} from {SOURCES[name]}, {delay:g} ms", *(cells[name, delay, count] for count in self.workers))
             for delay in self.delays_ms
             for name in SOURCES
         ]

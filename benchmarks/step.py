@@ -10,14 +10,13 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-import tyro
 from torch.nn.utils import get_total_norm
 
 from benchmarks.calls import interleaved_ms
 from benchmarks.results import print_document
 from dataset_tools.limits import Count, Limited, Seconds
 from leoclr_fast.bench.config import BenchSetting, Rounds
-from leoclr_fast.bench.page import bench_page, markdown_table, number, percent, spread
+from leoclr_fast.bench.page import bench_page, number, percent, spread, table_of
 from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, open_batches, prepare, training_images
 from leoclr_fast.bench.setting import bench_device, is_paper_setting, setting_header
 from leoclr_fast.bench.statistics import quantiles
@@ -90,7 +89,6 @@ def bench_step(
 
 
 def step_markdown(document: dict[str, Any], command: str | None = None) -> str:
-    """The document of `bench_step` as a page."""
     return bench_page(
         "A training step and its parts",
         f"Setting: {document['header']}",
@@ -103,21 +101,17 @@ def step_markdown(document: dict[str, Any], command: str | None = None) -> str:
 
 
 def step_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Parts and wholes as a Markdown table."""
-    return markdown_table(
-        ("method", "part", "ms", "share of the parts", "images/s", "MFU", "peak memory, GiB"),
-        [
-            (
-                row["method"],
-                row["part"],
-                spread(row, "ms", 2),
-                percent(row["share"]),
-                number(row.get("images_per_s")),
-                percent(row.get("mfu")),
-                number(row.get("peak_memory_gib")),
-            )
-            for row in rows
-        ],
+    return table_of(
+        rows,
+        {
+            "method": lambda row: row["method"],
+            "part": lambda row: row["part"],
+            "ms": lambda row: spread(row, "ms", 2),
+            "share of the parts": lambda row: percent(row["share"]),
+            "images/s": lambda row: number(row.get("images_per_s")),
+            "MFU": lambda row: percent(row.get("mfu")),
+            "peak memory, GiB": lambda row: number(row.get("peak_memory_gib")),
+        },
     )
 
 
@@ -233,9 +227,10 @@ class StepBenchmark:
     speed: Annotated[SpeedConfig, tyro.conf.arg(name="")] = field(default_factory=SpeedConfig)
 
     def run(self) -> None:
-        """Measure, and print."""
         print_document(bench_step(self.config, self.setting, self.speed, print), step_markdown)
 
 
 if __name__ == "__main__":
+    import tyro  # a machine with a GPU may lack it, and the suite does not need it
+
     tyro.cli(StepBenchmark).run()

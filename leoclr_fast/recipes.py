@@ -171,7 +171,6 @@ def get_recipe(name: str) -> RunConfig:
 _CIFAR_VIEWS = ViewConfig(
     image_size=32,
     blur_probability=0.0,
-    center_crop_fraction=1.0,
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2023, 0.1994, 0.2010),
 )

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,7 +158,9 @@ def _execute(step: Step, launcher: Sequence[str], lock: int | None, stop: StopSi
     process = subprocess.Popen([*launcher, *step.words], start_new_session=True, pass_fds=[lock])
     passed_on = False
     try:
-        while (code := _exit_code(process)) is None:
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_S)
             if stop.requested and not passed_on:
                 process.send_signal(signal.Signals[stop.name])
                 passed_on = True
@@ -167,19 +169,13 @@ def _execute(step: Step, launcher: Sequence[str], lock: int | None, stop: StopSi
         process.wait()
         raise
     stop.raise_if_requested(_CONTINUES)
-    if code != 0:
+    if process.returncode != 0:
         raise RuntimeError(
-            f"this step of the study ended with exit code {code}: {step}; mend it, and type the same study again"
+            f"this step of the study ended with exit code {process.returncode}: {step}; mend it, and type the same "
+            "study again"
         )
     if not step.is_done():
         raise RuntimeError(f"this step of the study ended without its result, {step.result}: {step}")
-
-
-def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
-    try:
-        return process.wait(_POLL_S)
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def _wait_for_others(runs: Sequence[StudyRun], stop: StopSignals, say: Callable[[str], None]) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-LEOCLR_SUM, LEOCLR_MEAN = "--method.loss-reduction sum", "--method.loss-reduction mean"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyPlan:
@@ -74,4 +72,5 @@ _EVALUATIONS = ("knn", "linear --lr-grid 3 10 30 100", "finetune --percent 1", "
 
 
 def _variants(recipe: str) -> tuple[str, str, str]:
-    return f"leoclr_{recipe} {LEOCLR_SUM}", f"leoclr_{recipe} {LEOCLR_MEAN}", f"mocov2_{recipe}"
+    leoclr = f"leoclr_{recipe} --method.loss-reduction"
+    return f"{leoclr} sum", f"{leoclr} mean", f"mocov2_{recipe}"

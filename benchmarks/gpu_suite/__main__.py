@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_suite.suite_config import SECTIONS, Answer, SuiteConfig, UnavailableError
+from benchmarks.gpu_suite.suite_config import SECTIONS, SuiteConfig, run_section
 from benchmarks.gpu_suite.targets import compare_with_targets, targets_markdown
 from benchmarks.results import RESULTS, Results
 
@@ -29,10 +27,7 @@ _CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 def main() -> int:
     """0 if every section that could run did; 1 if one failed or was stopped."""
-    flags = _parse()
-    if flags.result_file is not None:
-        return _run_section(flags)
-    suite = Suite(flags)
+    suite = Suite(_parse())
     suite.run()
     print(suite.page())
     return int(any(section["status"] in ("failed", "stopped") for section in suite.document["sections"].values()))
@@ -49,7 +44,7 @@ class Suite:
         hidden = {sys.prefix: "(python)", sys.base_prefix: "(python)", str(_CHECKOUT): "."}
         hidden |= {str(path): path.name for path in given}
         hidden[tempfile.gettempdir()] = "(temporary)"
-        self.results = Results(module="benchmarks.gpu_suite", name=flags.name, out=flags.out, hidden=hidden)
+        self.results = Results(name=flags.name, out=flags.out, hidden=hidden)
         self.document: dict[str, Any] = {
             "began_unix_s": round(time.time()),
             "tiny": flags.tiny,
@@ -57,6 +52,7 @@ class Suite:
             "sections": {},
         }
         self._start = time.perf_counter()
+        os.environ |= {name: str(_CACHE / place) for name, place in _CACHES.items()}
 
     def run(self) -> None:
         """All sections that were asked for, `machine` first. The limits of the sections are a GPU's, so at tiny sizes
@@ -79,7 +75,6 @@ class Suite:
             self.write()
 
     def page(self) -> str:
-        """Everything as Markdown."""
         document = self.document
         lines = [f"# {self._title()}", "", f"`{self.results.command}`", ""]
         if document["tiny"]:
@@ -122,84 +117,40 @@ class Suite:
         """status (done, unavailable, failed, stopped), seconds, reason; result and markdown where it is done, or of
         the parts that were done before it failed or was stopped.
         """
-        start = time.perf_counter()
-        flags = self.flags
+        start, flags = time.perf_counter(), self.flags
+        config = SuiteConfig(
+            device=flags.device,
+            tiny=flags.tiny,
+            precision=flags.precision,
+            data=flags.data,
+            photographs=flags.photographs,
+            epochs=flags.epochs,
+            soft_limit_s=_SOFT * limit_s,
+        )
         with tempfile.TemporaryDirectory() as folder:
-            result_file = Path(folder) / "result.json"
-            command = [
-                *(sys.executable, "-m", "benchmarks.gpu_suite", "--sections", name, "--result-file", str(result_file)),
-                *("--limit-s", str(limit_s), "--device", flags.device, "--precision", flags.precision),
-                *("--epochs", str(flags.epochs), *(["--tiny"] if flags.tiny else [])),
-                *(["--data", str(flags.data)] if flags.data else []),
-                *(["--photographs", str(flags.photographs)] if flags.photographs else []),
-            ]
-            process = subprocess.Popen(
-                command,
-                cwd=_CHECKOUT,
-                env=os.environ | {name: str(_CACHE / place) for name, place in _CACHES.items()},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-            stopped = False
+            result_file, log = Path(folder) / "result.json", Path(folder) / "log.txt"
+            process = get_context("spawn").Process(target=run_section, args=(name, config, result_file, log))
+            process.start()
+            pid = process.pid
+            assert pid is not None
             try:
-                output, _ = process.communicate(timeout=limit_s)
-            except subprocess.TimeoutExpired:
-                stopped = True
+                process.join(limit_s)
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-            if stopped:
-                output, _ = process.communicate()
+                if stopped := process.is_alive():
+                    with suppress(ProcessLookupError):  # it has just been started, and leads no group yet
+                        os.killpg(pid, signal.SIGKILL)
+                    process.kill()
+                process.join()
+            output = log.read_text(errors="replace") if log.is_file() else ""
             self.results.log.append(f"\n== {name}\n{output}")
             answer: dict[str, Any] = json.loads(result_file.read_text()) if result_file.is_file() else {}
         if stopped:
             answer |= {"status": "stopped", "reason": f"its {limit_s:.0f} s were over; the log has what it said"}
         elif answer.get("status") in (None, "unfinished"):
-            answer |= {"status": "failed", "reason": f"it ended with code {process.returncode} and no result"}
+            answer |= {"status": "failed", "reason": f"it ended with code {process.exitcode} and no result"}
         if answer["status"] != "done" and "result" in answer:
             answer["reason"] += "; what it had found by then follows"
         return {"seconds": time.perf_counter() - start, **answer}
-
-
-def _run_section(flags: argparse.Namespace) -> int:
-    """In the process of a section: write its result, whatever comes."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    (name,) = flags.sections
-    answer: dict[str, Any] = {}
-
-    def write() -> None:
-        temporary = flags.result_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(answer))
-        os.replace(temporary, flags.result_file)
-
-    def keep(found: Answer) -> None:
-        answer.update(status="unfinished", result=found.result, markdown=found.markdown)
-        write()
-
-    config = SuiteConfig(
-        device=flags.device,
-        tiny=flags.tiny,
-        precision=flags.precision,
-        data=flags.data,
-        photographs=flags.photographs,
-        epochs=flags.epochs,
-        soft_limit_s=_SOFT * flags.limit_s,
-        keep=keep,
-    )
-    try:
-        module, _, function = SECTIONS[name].function.rpartition(".")
-        run = getattr(importlib.import_module(f"benchmarks.gpu_suite.{module}"), function)
-        keep(run(config, lambda line: print(line, flush=True)))
-        answer["status"] = "done"
-    except UnavailableError as error:
-        answer |= {"status": "unavailable", "reason": str(error)}
-    except Exception as error:  # the other sections shall still run, and the page say what happened
-        traceback.print_exc()
-        answer |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-    write()
-    return 0
 
 
 def _parse() -> argparse.Namespace:
@@ -215,7 +166,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--limit-s", type=float, default=840.0, help="for the whole suite")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of NAME.json, .md and .log")
     parser.add_argument("--name", default="gpu_suite", help="of the result files")
-    parser.add_argument("--result-file", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     for name in ("data", "photographs"):
         given = getattr(flags, name)

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig, UnavailableError
-from leoclr_fast.bench.page import markdown_table, number
+from leoclr_fast.bench.page import number, table_of
 from leoclr_fast.config import RunConfig
 from leoclr_fast.recipes import get_recipe
 from leoclr_fast.run.folder import RunFolder
@@ -32,18 +32,16 @@ def run(config: SuiteConfig, say: Say) -> Answer:
         with TemporaryDirectory() as folder:
             pretrain(_run_config(recipe, config), config.data, Path(folder))
             curves[recipe] = _curve(RunFolder(Path(folder)))
-        rows = [
-            (
-                name,
-                str(point["epoch"]),
-                number(point["loss"], 4),
-                number(point["knn_top1"], 2),
-                number(point["rate"], 0),
-            )
-            for name, points in curves.items()
-            for point in points
-        ]
-        table = markdown_table(("recipe", "epoch", "loss", "kNN top-1, %", "training images/s"), rows)
+        table = table_of(
+            [{"recipe": name, **point} for name, points in curves.items() for point in points],
+            {
+                "recipe": lambda row: row["recipe"],
+                "epoch": lambda row: str(row["epoch"]),
+                "loss": lambda row: number(row["loss"], 4),
+                "kNN top-1, %": lambda row: number(row["knn_top1"], 2),
+                "training images/s": lambda row: number(row["rate"], 0),
+            },
+        )
         say(table)
         answer = Answer(result={"curves": dict(curves), "data": config.data.name}, markdown=f"{note}\n\n{table}")
         config.keep(answer)

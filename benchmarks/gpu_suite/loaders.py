@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,13 +15,15 @@ import numpy as np
 
 from benchmarks.gpu_suite.benches import rounds_of, without_title
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig, UnavailableError
+from benchmarks.results import write_copies
 from dataset_tools.sources import Split, open_source
 from dataset_tools.splits import choose_splits
 from leoclr_fast.bench.config import TrainTimeConfig
-from leoclr_fast.bench.page import markdown_table, number
+from leoclr_fast.bench.page import markdown_table
 from leoclr_fast.bench.train_time import bench_train_time, train_time_markdown
 from leoclr_fast.distributed.process_group import resolve_device
-from leoclr_fast.parity.comparison import BACKENDS, ParityConfig, measure_parity
+from leoclr_fast.parity.comparison import ParityConfig, measure_parity
+from leoclr_fast.parity.page import PARITY_HEADER, parity_cells
 from pipelines.config import LoaderConfig
 from pipelines.decode import image_size
 
@@ -35,9 +36,19 @@ _DECODERS = ("dali", "nvjpeg")
 def run_parity(config: SuiteConfig, say: Say) -> Answer:
     """Parity of every loader that can run here, on a GPU of those that decode there."""
     data, _, result, note = _data(config)
-    result["parity"], result["did_not_run"] = _parity(config, data, say)
-    result["too_far_off"] = sum(not row["ok"] for row in result["parity"])
-    return Answer(result=result, markdown=note + _parity_markdown(result["parity"], result["did_not_run"]))
+    settings = ParityConfig(
+        loaders=_DECODERS if resolve_device(config.device).type == "cuda" else (),
+        max_images=32 if config.tiny else 128,
+        image_size=config.result.views.image_size,
+        batch_size=8 if config.tiny else 32,
+        device=config.device,
+    )
+    found, obstacles = measure_parity(settings, [data], say)
+    result["parity"], result["not_compared"] = [one.row() for one in found], obstacles
+    result["too_far_off"] = sum(not one.ok for one in found)
+    table = markdown_table(PARITY_HEADER, map(parity_cells, found))
+    lines = [note, "Against torchvision's crops, in levels of 255:\n", table, *(f"- {line}" for line in obstacles), ""]
+    return Answer(result=result, markdown="\n".join(lines))
 
 
 def run(config: SuiteConfig, say: Say) -> Answer:
@@ -85,55 +96,9 @@ def at_least(data: Path, split: Split, num_images: int) -> Iterator[Path]:
     if len(split) >= num_images:
         yield data
         return
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        for index in range(len(split)):
-            first = folder / f"0-{index}{Path(split.names[index]).suffix}"
-            first.write_bytes(split.read(index))
-            for copy in range(1, math.ceil(num_images / len(split))):
-                os.link(first, folder / f"{copy}-{first.name.removeprefix('0-')}")
-        yield folder
-
-
-def _parity(config: SuiteConfig, data: Path, say: Say) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row for each loader that ran; and why another did not."""
-    on_gpu = resolve_device(config.device).type == "cuda"
-    rows, absent = [], {}
-    for name in _DECODERS if on_gpu else BACKENDS:
-        settings = ParityConfig(
-            loaders=(name,),
-            max_images=32 if config.tiny else 128,
-            image_size=config.result.views.image_size,
-            batch_size=8 if config.tiny else 32,
-            device=config.device,
-        )
-        try:
-            (found,), _ = measure_parity(settings, [data], say)
-        except (ImportError, ValueError, RuntimeError) as error:
-            said = f"nothing was compared for {name}: {name} on {data.name}: "
-            absent[name] = str(error).splitlines()[0].removeprefix(said)
-        else:
-            rows.append(found.row() | {"mean_limit": found.limits.mean, "max_limit": found.limits.max})
-    return rows, absent
-
-
-def _parity_markdown(rows: list[dict[str, Any]], absent: dict[str, str]) -> str:
-    table = markdown_table(
-        ("loader", "images", "order, boxes, labels", "mean difference (limit)", "largest (limit)", "outcome"),
-        [
-            (
-                row["loader"],
-                str(row["images"]),
-                "**OTHERS**" if row["unequal"] else "equal",
-                f"{number(row['mean'], 3)} ({row['mean_limit']:g})",
-                f"{row['max']} ({row['max_limit']:g})",
-                "good" if row["ok"] else "**TOO FAR OFF**",
-            )
-            for row in rows
-        ],
-    )
-    lines = [f"- {name} did not run: {why}" for name, why in absent.items()]
-    return "\n".join(["\nAgainst torchvision's crops, in levels of 255:\n", table, *lines, ""])
+    with TemporaryDirectory() as folder:
+        write_copies(split, Path(folder), math.ceil(num_images / len(split)))
+        yield Path(folder)
 
 
 def _real_over_synthetic(document: dict[str, Any], method: str) -> float:

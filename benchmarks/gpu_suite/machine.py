@@ -7,14 +7,13 @@ from importlib.util import find_spec
 import torch
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig
-from dataset_tools.versions import installed_version
+from benchmarks.results import made_with
 from leoclr_fast.distributed.process_group import resolve_device
 from leoclr_fast.machine.energy import EnergyMeter
 from leoclr_fast.machine.gpu_state import gpu_state
 from leoclr_fast.run.environment import environment
 
 _OPTIONAL = ("triton", "nvidia.dali", "ffcv", "lightly", "pynvml", "tyro", "yaml", "pytest")
-_SHOWN = ("torch", "triton", "torchvision", "numpy", "lightly")
 
 
 def run(config: SuiteConfig, say: Say) -> Answer:
@@ -29,16 +28,11 @@ def run(config: SuiteConfig, say: Say) -> Answer:
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "packages": packages,
-        "lightly": installed_version("lightly"),
         "energy": EnergyMeter.of(device).missing or "read by NVML",
     }
     lines = [
-        f"- device: {surroundings['gpu'] or 'CPU, no GPU'}; processor: {surroundings['cpu']}, "
-        f"{surroundings['cpu_cores']} cores, {surroundings['torch_threads']} threads",
-        f"- Python {surroundings['python']}, "
-        + ", ".join(f"{name} {surroundings['versions'][name]}" for name in _SHOWN if name in surroundings["versions"])
-        + (f", CUDA {surroundings['cuda']}, cuDNN {result['cudnn']}" if device.type == "cuda" else ""),
-        f"- commit {surroundings['git_commit'] or 'unknown'}",
+        f"- {made_with(surroundings, 'lightly')} Processor: {surroundings['cpu']}, {surroundings['cpu_cores']} cores; "
+        f"CUDA {surroundings['cuda']}, cuDNN {result['cudnn']}",
         f"- energy: {result['energy']}",
         f"- not installed: {', '.join(name for name, there in packages.items() if not there) or 'nothing'}",
     ]

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_suite.suite_config import Answer, Say, SuiteConfig
-from leoclr_fast.bench.page import markdown_table, percent
+from leoclr_fast.bench.page import markdown_table, percent, table_of
 from leoclr_fast.bench.rounds import SYNTHETIC, OurMethod, open_batches, training_images
 from leoclr_fast.bench.setting import bench_device, setting_header
 from leoclr_fast.bench.timing import synchronize
@@ -134,17 +134,15 @@ def _markdown(document: dict[str, Any], on_gpu: bool) -> str:
         ("kind of work, by the kernel's name", "share of the busy time"),
         [(kind, percent(share)) for kind, share in document["shares"].items()],
     )
-    kernels = markdown_table(
-        ("kernel" if on_gpu else "operator", "kind", "ms a step", "calls a step"),
-        [
-            (
-                f"`{kernel['name'][:110]}`",
-                kernel["kind"],
-                f"{kernel['ms_per_step']:.3f}",
-                f"{kernel['calls_per_step']:g}",
-            )
-            for kernel in document["top"]
-        ],
+    top: list[dict[str, Any]] = document["top"]
+    kernels = table_of(
+        top,
+        {
+            "kernel" if on_gpu else "operator": lambda kernel: f"`{kernel['name'][:110]}`",
+            "kind": lambda kernel: kernel["kind"],
+            "ms a step": lambda kernel: f"{kernel['ms_per_step']:.3f}",
+            "calls a step": lambda kernel: f"{kernel['calls_per_step']:g}",
+        },
     )
     summary = (
         f"One step takes {document['step_ms']:.2f} ms without the profiler; {document['what']}: "

@@ -1,12 +1,21 @@
-"""The sections of the suite, what they are given, and what they answer. Nothing here needs torch."""
+"""The sections of the suite, what they are given, and what they answer. Nothing here needs torch, so that a section's
+process starts at once.
+"""
 
 from __future__ import annotations
 
+import importlib
+import json
+import logging
+import os
+import sys
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dataset_tools.files import write_file
 from leoclr_fast.bench.config import BenchSetting
 from leoclr_fast.config import ResultConfig, SpeedConfig
 from leoclr_fast.recipes import get_recipe
@@ -45,7 +54,7 @@ class SuiteConfig:
     """Of the pretraining on it."""
     soft_limit_s: float = 60.0
     """Within which the section should come to an end by itself."""
-    keep: Callable[[Answer], None] = lambda _: None
+    keep: Callable[[Answer], None] = print
     """Is given what has been found so far, after every part: it stands if the section is stopped before its end."""
 
     @property
@@ -80,7 +89,6 @@ class Section:
 
 SECTIONS = {
     "machine": Section(title="Machine", function="machine.run", limit_s=15),
-    "parity": Section(title="Parity of the kernels", function="parity.run", limit_s=45),
     "tests": Section(title="Tests that need a GPU", function="gpu_tests.run", limit_s=150),
     "decoders": Section(title="The first batches of real images", function="loaders.run_parity", limit_s=40),
     "train-time": Section(title="LeOCLR next to MoCo-v2", function="benches.run_train_time", limit_s=260),
@@ -92,3 +100,29 @@ SECTIONS = {
     "cifar10": Section(title="A short pretraining on CIFAR-10", function="cifar10.run", limit_s=50),
 }
 """In the order in which they run: first what is most likely to be wrong, so that four minutes already tell most."""
+
+
+def run_section(name: str, config: SuiteConfig, result_file: Path, log: Path) -> None:
+    """In the process of a section: write its result, whatever comes; what it says goes to the log."""
+    os.setsid()
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    answer: dict[str, Any] = {}
+
+    def keep(found: Answer) -> None:
+        answer.update(status="unfinished", result=found.result, markdown=found.markdown)
+        write_file(result_file, json.dumps(answer))
+
+    try:
+        module, _, function = SECTIONS[name].function.rpartition(".")
+        run = getattr(importlib.import_module(f"benchmarks.gpu_suite.{module}"), function)
+        keep(run(replace(config, keep=keep), lambda line: print(line, flush=True)))
+        answer["status"] = "done"
+    except UnavailableError as error:
+        answer |= {"status": "unavailable", "reason": str(error)}
+    except Exception as error:  # the other sections shall still run, and the page say what happened
+        traceback.print_exc()
+        answer |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+    write_file(result_file, json.dumps(answer))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+Row = TypeVar("Row")
 
 
 def bench_page(
@@ -30,6 +33,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [_line(header), "|---" + "|---:" * (len(header) - 1) + "|"]
     lines += map(_line, rows)
     return "\n".join(lines) + "\n"
+
+
+def table_of(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
+    """A `markdown_table` with a line for each row. columns: heading -> the cell of a row."""
+    return markdown_table(list(columns), ([cell(row) for cell in columns.values()] for row in rows))
 
 
 def number(value: float | None, digits: int = 1) -> str:

@@ -127,7 +127,6 @@ def open_batches(
 
 
 def endless(loader: Loader) -> Generator[CropBatch, None, None]:
-    """Epoch after epoch."""
     for epoch in count():
         yield from loader.batches(epoch)
 

@@ -16,15 +16,15 @@ def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: statistics.median(values), f"{name}_q20": fifths[0], f"{name}_q80": fifths[3]}
 
 
-def median_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> dict[str, float]:
-    """median, low and high: the median and its percentile bootstrap interval (10,000 resamples drawn from ``seed``).
+def median_interval(values: Sequence[float], *, seed: int = 0) -> dict[str, float]:
+    """median, low and high: the median and its 95 % bootstrap percentile interval (10,000 resamples of ``seed``).
 
     For ratios, give the ratio of each interleaved pair.
     """
     rng = np.random.default_rng(seed)
     sample = np.asarray(values, dtype=np.float64)
     medians = np.median(rng.choice(sample, size=(_RESAMPLES, len(sample))), axis=1)
-    low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(medians, [0.025, 0.975])
     return {"median": float(np.median(sample)), "low": float(low), "high": float(high)}
 
 

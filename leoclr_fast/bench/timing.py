@@ -34,7 +34,6 @@ def interleaved(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

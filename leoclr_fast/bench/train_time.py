@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from leoclr_fast.bench.config import BenchSetting, RoundsConfig, TrainTimeConfig
-from leoclr_fast.bench.page import bench_page, interval, markdown_table, number, percent, spread
+from leoclr_fast.bench.page import bench_page, interval, number, percent, spread, table_of
 from leoclr_fast.bench.rounds import (
     SYNTHETIC,
     OurMethod,
@@ -36,8 +36,6 @@ from leoclr_fast.method.methods import METHODS, method_class
 from leoclr_fast.run.bottleneck import find_bottleneck
 from leoclr_fast.run.environment import environment
 from pipelines.factory import shows_images
-
-Peer = Callable[[BenchSetting, SpeedConfig, torch.device], TimedMethod]
 
 _KWH_PER_J = 1 / 3.6e6
 
@@ -196,27 +194,24 @@ def train_time_markdown(document: dict[str, Any], command: str | None = None) ->
             f"{gpu['name']}, driver {gpu['driver']}, SM clock {gpu['sm_clock_mhz']} of {gpu['max_sm_clock_mhz']} MHz "
             f"and {gpu['temperature_c']} °C right after the last step, power limit {gpu['power_limit_w']} W"
         )
-    header = (
-        "method", "data", "images/s", "step, ms", "MFU", "data wait", "peak memory, GiB", "kWh per million images",
-    )  # fmt: skip
-    cells = [
-        (
-            _title(document, row["method"]),
-            row["data"],
-            spread(row, "images_per_s"),
-            spread(row, "step_ms"),
-            percent(row["mfu"]),
-            percent(row["data_wait_fraction"]),
-            number(row["peak_memory_gib"]),
-            number(row["energy_per_million_images_kwh"], 2),
-        )
-        for row in rows
-    ]
+    table = table_of(
+        rows,
+        {
+            "method": lambda row: _title(document, row["method"]),
+            "data": lambda row: str(row["data"]),
+            "images/s": lambda row: spread(row, "images_per_s"),
+            "step, ms": lambda row: spread(row, "step_ms"),
+            "MFU": lambda row: percent(row["mfu"]),
+            "data wait": lambda row: percent(row["data_wait_fraction"]),
+            "peak memory, GiB": lambda row: number(row["peak_memory_gib"]),
+            "kWh per million images": lambda row: number(row["energy_per_million_images_kwh"], 2),
+        },
+    )
     titles = [_title(document, name) for name in document["compared"]]
     return bench_page(
         f"{' next to '.join(titles)}: training time",
         f"Setting: {document['header']}",
-        markdown_table(header, cells),
+        table,
         rounds=f"{len(rows[0]['rounds_step_ms'])} interleaved rounds of {document['rounds']['steps']} steps each.",
         command=command,
         notes=notes,

@@ -31,6 +31,9 @@ class Parity(CommonFlags):
         if not self.data:
             raise ValueError("parity needs images: give --data PATH [PATH …]")
         results, obstacles = measure_parity(self.config, self.data, lambda line: say(console, line))
+        missing = [name for name in self.config.loaders if name not in {result.loader for result in results}]
+        if missing or not results:
+            raise RuntimeError(f"nothing was compared for {', '.join(missing) or 'any loader'}: {'; '.join(obstacles)}")
         title = f"Parity of the loaders on {', '.join(path.name for path in self.data)}"
         write_page(self.out, parity_page(results, obstacles, title=title))
         say(console, f"parity: {self.out}")

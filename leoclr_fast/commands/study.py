@@ -14,6 +14,8 @@ from dataset_tools.command_line import CommonFlags, parse_flags, say
 from dataset_tools.limits import unknown
 from leoclr_fast.study_plans import STUDY_PLANS, StudyPlan
 
+_DRAWS_ITS_IMAGES = "demo_study"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Study(CommonFlags):
@@ -37,7 +39,7 @@ class Study(CommonFlags):
 
         data = self.data
         if data is None:
-            if self.plan_name != demo_study_name():
+            if self.plan_name != _DRAWS_ITS_IMAGES:
                 raise ValueError(f"{self.plan_name} needs images: give --data PATH")
             data = self.out / "data"
         runs = study_runs(self.plan, data, self.out)
@@ -55,16 +57,11 @@ class Study(CommonFlags):
         return {"table": table.as_document(), "report": str(page), "made": [str(step) for step in made]}
 
 
-def demo_study_name() -> str:
-    """The plan that draws its own images."""
-    return next(iter(STUDY_PLANS))
-
-
 def parse_study(arguments: list[str]) -> Study:
     """`PLAN [FLAG …]` as a command; the defaults of its flags are those of the plan. Raises ValueError."""
     if not arguments or (arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments)):
         raise ValueError(f"study needs a plan first: leoclr-fast study PLAN …; plans: {', '.join(STUDY_PLANS)}")
-    name = demo_study_name() if arguments[0].startswith("-") else arguments.pop(0)
+    name = _DRAWS_ITS_IMAGES if arguments[0].startswith("-") else arguments.pop(0)
     if name not in STUDY_PLANS:
         raise ValueError(unknown("plan", name, STUDY_PLANS))
     plan = STUDY_PLANS[name]

@@ -10,7 +10,6 @@ import tyro
 from rich.console import Console
 
 from dataset_tools.command_line import CommonFlags, say
-from leoclr_fast.config import Architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +44,11 @@ class ImportMoco(CommonFlags):
     """A checkpoint of facebookresearch/moco: a dict with a state_dict, tensors named module.encoder_q.…"""
     out: Path
     """The new .safetensors file."""
-    arch: Architecture | None = None
-    """Refuse any other architecture; recognised from the shapes if not given."""
 
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.weights.moco import import_moco
 
-        result = import_moco(self.checkpoint, self.out, self.arch)
+        result = import_moco(self.checkpoint, self.out)
         epoch = "" if result["epoch"] is None else f", epoch {result['epoch']}"
         say(
             console,

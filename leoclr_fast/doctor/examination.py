@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from leoclr_fast.doctor.checks import Check, chosen_checks
-from leoclr_fast.doctor.result import Result, failed
+from leoclr_fast.doctor.result import Result, failed, in_short
 
 _MAX_AT_ONCE = 4
 _END_WITHIN_S = 2.0
@@ -71,8 +71,7 @@ def main() -> None:
         result = check.run(json.loads(rest[0]) if rest else {"data": "", "out": "."})
     except Exception as error:
         traceback.print_exc()
-        what = " ".join(str(error).split())[:300]
-        result = failed(f"{type(error).__name__}: {what}", f"See the whole story with {_command(check)}.")
+        result = failed(in_short(error), f"See the whole story with {_command(check)}.")
     answer.write(json.dumps(asdict(result)))
     answer.flush()
     sys.stderr.flush()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset_tools.versions import installed_version
-from leoclr_fast.doctor.result import Result, failed, not_applicable, warning
+from leoclr_fast.doctor.result import Result, failed, in_short, not_applicable, warning
 
 _COLOURS = ((200, 60, 20), (30, 90, 150))
 _MAX_DIFFERENCE = 4.0
@@ -43,10 +43,9 @@ def loader(name: str) -> Result:
         with tempfile.TemporaryDirectory() as folder:
             difference = _largest_difference(name, Path(folder), device)
     except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:250]}"
         instead = f"Train with `--loader {'resident' if name == 'torchvision' else 'torchvision'}`"
         remedy = f"{instead}, or install it again: {install}." if install else f"{instead}."
-        return failed(f"{package}does not load two JPEGs ({why})", remedy)
+        return failed(f"{package}does not load two JPEGs ({in_short(error)})", remedy)
     found = f"{package}two JPEGs on {device.type}, at most {difference:.0f} levels of 255 from their colours"
     if difference > _MAX_DIFFERENCE:
         return failed(found, "Train with another `--loader`, and tell us the versions.")

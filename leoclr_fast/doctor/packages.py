@@ -9,7 +9,7 @@ from importlib import import_module, metadata
 from packaging.requirements import Requirement
 
 from dataset_tools.versions import installed_version
-from leoclr_fast.doctor.result import Result, failed, not_applicable, warning
+from leoclr_fast.doctor.result import Result, failed, in_short, not_applicable, warning
 
 _PROJECT = "leoclr-fast"
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml", "nvidia-ml-py": "pynvml"}
@@ -42,9 +42,8 @@ def import_all(wanted: Sequence[Requirement]) -> Result:
         try:
             import_module(_MODULES.get(name, name.replace("-", "_")))
         except BaseException as error:  # also the SystemExit of a strange package
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             again = f"Install it again: `pip install --force-reinstall {name}`."
-            result.fail(f"{name} cannot be imported ({why})", again)
+            result.fail(f"{name} cannot be imported ({in_short(error)})", again)
     return result
 
 
@@ -66,8 +65,9 @@ def compiling() -> Result:
     try:
         fused, plain = (info_nce(query, (first, second), queue, 0.2, impl).item() for impl in ("triton", "eager"))
     except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return failed(f"Triton does not run our loss ({why})", f"{_INSTALL_COMPILER} Or give `--loss-impl eager`.")
+        return failed(
+            f"Triton does not run our loss ({in_short(error)})", f"{_INSTALL_COMPILER} Or give `--loss-impl eager`."
+        )
     if abs(fused - plain) > 1e-3 * abs(plain):
         found = f"the fused loss is {fused:.6f}, the plain one {plain:.6f}"
         return failed(found, "Give `--loss-impl eager`, and tell us the GPU and the versions.")

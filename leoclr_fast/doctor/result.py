@@ -24,7 +24,6 @@ class Result:
         self._add("warning", what, remedy)
 
     def fail(self, what: str, remedy: str) -> None:
-        """Add what does not work."""
         self._add("failed", what, remedy)
 
     def _add(self, status: Status, what: str, remedy: str) -> None:
@@ -34,13 +33,17 @@ class Result:
             self.remedy = f"{self.remedy} {remedy}" if self.remedy else remedy
 
 
+def in_short(error: BaseException) -> str:
+    """The kind of an error and its message, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def warning(found: str, remedy: str) -> Result:
     """It works, but slower or less safely than it could."""
     return Result(found, "warning", remedy)
 
 
 def failed(found: str, remedy: str) -> Result:
-    """It does not work."""
     return Result(found, "failed", remedy)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import save
 from torch import Tensor
+from torchvision.models.resnet import ResNet
 
 from dataset_tools.files import write_file
 from dataset_tools.schema import read_json
@@ -27,11 +27,12 @@ from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.distributed.process_group import EVALUATION_TIMEOUT_S, process_group
 from leoclr_fast.evaluate.data import EvaluationLoaders
 from leoclr_fast.evaluate.protocols import EvaluationOptions
-from leoclr_fast.machine.precision import settled
+from leoclr_fast.machine.precision import encoder_dtype, settled
 from leoclr_fast.run.environment import environment
 from leoclr_fast.run.folder import RunFolder, write_json
 from leoclr_fast.run.stepper import PausedError, Stepper
 from leoclr_fast.run.telemetry import ProgressDisplay
+from leoclr_fast.weights.backbone_file import tensor_bytes
 from leoclr_fast.weights.pretrained import Pretrained, load_pretrained
 from pipelines.config import ViewConfig
 from pipelines.factory import settle_loader, shows_images
@@ -82,6 +83,11 @@ class Evaluation:
                     found = {"complete": False, "step": paused.step, "training": paused.folder.name, "out": str(path)}
         return found if is_main else {}
 
+    def frozen_backbone(self) -> ResNet:
+        """On the device, without gradients and in eval mode: batch-norm neither learns nor counts."""
+        backbone = self.pretrained.backbone.to(self.device, encoder_dtype(self.options.precision))
+        return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+
     def views(self) -> ViewConfig:
         """The pretraining's image size, if the options have no other, and normalisation; torchvision's random crop.
 
@@ -111,19 +117,22 @@ class Evaluation:
         config = settle_loader(train, self.options.loader, self.device)
         return EvaluationLoaders(self.views(), config, batch_size, seed, self.device, self.ranks)
 
-    def stepper(self, folder: Path, training: str, total_steps: int, save_every_steps: int, before: int = 0) -> Stepper:
-        """The steps of one training in the evaluation's folder, which follows `before` steps of others.
+    def stepper(
+        self, training: Path, total_steps: int, save_every_steps: int, display: ProgressDisplay, before: int = 0
+    ) -> Stepper:
+        """The steps of one training, which follows `before` steps of others.
 
-        training: a name for its checkpoints, which go when the evaluation has its result.
+        training: the evaluation's folder and the name of the training's checkpoints, which go when there is a result.
         """
         return Stepper(
-            folder / "checkpoints" / training,
+            training.parent / "checkpoints" / training.name,
             total_steps=total_steps,
             ranks=self.ranks,
             save_every_steps=save_every_steps,
             save_every_s=self.options.checkpoint_every_s,
             pause_after=self.options.max_steps,
             steps_before=before,
+            display=display,
         )
 
     def display(self, total_steps: int) -> closing[ProgressDisplay]:
@@ -133,7 +142,7 @@ class Evaluation:
     def save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write a .safetensors file."""
         if self.ranks.is_main:
-            write_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+            write_file(path, tensor_bytes(tensors))
 
     def _keep(self, path: Path, result: dict[str, Any]) -> None:
         if self.pretrained.run is not None:

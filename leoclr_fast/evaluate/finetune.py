@@ -18,8 +18,7 @@ from leoclr_fast.config import LR_REFERENCE_BATCH_SIZE
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.evaluate.data import LabelledData, open_labelled_data, require_every_class
 from leoclr_fast.evaluate.evaluation import Evaluation, evaluation_of
-from leoclr_fast.evaluate.fine_tuning import Hyperparameters
-from leoclr_fast.evaluate.grid import grid_search
+from leoclr_fast.evaluate.fine_tuning import Hyperparameters, grid_search
 from leoclr_fast.evaluate.protocols import FineTuneProtocol, TrainingOptions
 
 _CHOICES = ("percent", "list", "subset_seed")  # of the labels: a share of them has its own
@@ -44,7 +43,7 @@ def run(
         for indices, subset in _subsets(labelled.train, protocol):
             found = _fine_tuned(evaluation, labelled, indices, subset, protocol)
             paused = evaluation.ranks.from_main(found.get("complete") is False)
-            results.append(found | {"percent": subset["percent"]} if paused else found)
+            results.append(found | {"percent": subset["percent"]})
             if paused:
                 break
         return {"evaluations": results} if evaluation.ranks.is_main else {}

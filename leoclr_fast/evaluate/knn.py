@@ -21,7 +21,6 @@ from leoclr_fast.evaluate.data import EvaluationLoaders, open_labelled_data
 from leoclr_fast.evaluate.evaluation import evaluation_of
 from leoclr_fast.evaluate.features import extract_features
 from leoclr_fast.evaluate.protocols import KnnProtocol, ViewOptions
-from leoclr_fast.machine.precision import encoder_dtype
 
 _CHUNK_SIMILARITIES = 1 << 26
 
@@ -90,11 +89,9 @@ def run(
         bank, queries = labelled.train, labelled.val
 
         def compute(_: Path) -> dict[str, Any]:
-            precision = options.precision
             with evaluation.loaders(bank, protocol.batch_size, seed=0) as loaders:
-                knn = KnnEvaluation(bank, queries, loaders, k=k, temperature=temperature, precision=precision)
-                backbone = pretrained.backbone.to(evaluation.device, encoder_dtype(precision))
-                found = knn.run(backbone.to(memory_format=torch.channels_last))
+                knn = KnnEvaluation(bank, queries, loaders, k=k, temperature=temperature, precision=options.precision)
+                found = knn.run(evaluation.frozen_backbone())
             return {
                 "top1": found.top1,
                 "top5": found.top5,

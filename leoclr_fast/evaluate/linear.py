@@ -22,10 +22,10 @@ from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.data import LabelledData, hold_out_to_choose, open_labelled_data
 from leoclr_fast.evaluate.evaluation import Evaluation, evaluation_of
 from leoclr_fast.evaluate.features import encode_batch, extract_features
+from leoclr_fast.evaluate.fine_tuning import new_classifier
 from leoclr_fast.evaluate.protocols import LinearProtocol, TrainingOptions
 from leoclr_fast.machine.precision import encoder_dtype
 from leoclr_fast.run.stepper import Stepper, endless
-from leoclr_fast.run.telemetry import ProgressDisplay
 from leoclr_fast.weights.backbone_file import weights_sha256
 from pipelines.order import TrainOrder
 
@@ -33,8 +33,6 @@ Batches = Callable[[int, int], Iterable[Any]]
 """An epoch and a step of it → the batches from there to its end."""
 Encode = Callable[[Any], tuple[Tensor, Tensor]]
 """A batch → features [B, D] and labels [B] of the global batch, the same on every rank."""
-
-_FIRST_STD = 0.01  # of the weights, as MoCo's
 
 
 def run(
@@ -61,9 +59,7 @@ def run(
 
 def _evaluate(evaluation: Evaluation, folder: Path, labelled: LabelledData, protocol: LinearProtocol) -> dict[str, Any]:
     ranks, device, precision = evaluation.ranks, evaluation.device, evaluation.options.precision
-    backbone = evaluation.pretrained.backbone.to(device, encoder_dtype(precision))
-    backbone = backbone.to(memory_format=torch.channels_last)
-    freeze(backbone)
+    backbone = evaluation.frozen_backbone()
     before = weights_sha256(backbone.state_dict())
     train, held_out = labelled.train, None
     if protocol.lr_grid:
@@ -81,7 +77,10 @@ def _evaluate(evaluation: Evaluation, folder: Path, labelled: LabelledData, prot
         else:
             loader = loaders.random_crops(train, order)
             batches, encode = loader.batches, lambda batch: encode_batch(backbone, batch, loader, precision, ranks)
-        heads = linear_heads(protocol, backbone.feature_dim, len(train.classes), device, encoder_dtype(precision))
+        num_classes, dtype = len(train.classes), encoder_dtype(precision)
+        heads = [
+            new_classifier(backbone.feature_dim, num_classes, protocol.seed).to(device, dtype) for _ in protocol.lrs
+        ]
         total_steps = protocol.epochs * order.steps_per_epoch
         with evaluation.display(total_steps) as display:
             rates = ", ".join(f"{lr:g}" for lr in protocol.lrs)
@@ -91,8 +90,8 @@ def _evaluate(evaluation: Evaluation, folder: Path, labelled: LabelledData, prot
                 f"linear ({kind}) of {evaluation.pretrained.origin}: {len(train):,} images, {protocol.epochs} epochs, "
                 f"learning rate {rates}{chosen_on}\n{labelled.note}".rstrip()
             )
-            stepper = evaluation.stepper(folder, "training", total_steps, order.steps_per_epoch)
-            losses = train_heads(heads, batches, encode, order.steps_per_epoch, protocol, stepper, display)
+            stepper = evaluation.stepper(folder / "training", total_steps, order.steps_per_epoch, display)
+            losses = train_heads(heads, batches, encode, order.steps_per_epoch, protocol, stepper)
         grid = _grid(heads, losses, protocol, None if held_out is None else features_of(held_out))
         good = [index for index, entry in enumerate(grid) if entry["train_loss"] is not None]
         if not good:
@@ -122,12 +121,6 @@ def _evaluate(evaluation: Evaluation, folder: Path, labelled: LabelledData, prot
         }
 
 
-def freeze(backbone: nn.Module) -> None:
-    """No gradient, and eval mode: batch-norm neither learns nor counts."""
-    backbone.requires_grad_(False)
-    backbone.eval()
-
-
 def _cached(features: Tensor, labels: Tensor, order: TrainOrder) -> tuple[Batches, Encode]:
     """Batches of features [N, D] that were computed once: N * D * 4 bytes on the device (10.5 GB for ImageNet,
     ResNet-50).
@@ -141,17 +134,6 @@ def _cached(features: Tensor, labels: Tensor, order: TrainOrder) -> tuple[Batche
     return batches, lambda rows: (features[rows], labels[rows])
 
 
-def linear_heads(
-    protocol: LinearProtocol, num_features: int, num_classes: int, device: torch.device, dtype: torch.dtype
-) -> list[nn.Linear]:
-    """The G classifiers, which begin alike: weights of a normal distribution and no bias."""
-    heads = [nn.Linear(num_features, num_classes) for _ in protocol.lrs]
-    for head in heads:
-        nn.init.normal_(head.weight, std=_FIRST_STD, generator=torch.Generator().manual_seed(protocol.seed))
-        nn.init.zeros_(head.bias)
-    return [head.to(device, dtype) for head in heads]
-
-
 def train_heads(
     heads: list[nn.Linear],
     batches: Batches,
@@ -159,7 +141,6 @@ def train_heads(
     steps_per_epoch: int,
     protocol: LinearProtocol,
     stepper: Stepper,
-    display: ProgressDisplay,
 ) -> list[float]:
     """All epochs, from the checkpoint on if there is one; returns the mean losses of the last epoch: [G].
 
@@ -201,7 +182,7 @@ def train_heads(
         if step_in_epoch + 1 == steps_per_epoch:
             finite = [pair for pair in zip(epoch_losses.tolist(), protocol.lrs, strict=True) if math.isfinite(pair[0])]
             loss, lr = min(finite, default=(math.nan, protocol.lrs[0]))
-            stepper.show(display, epoch, loss, lr * factor, protocol.batch_size)
+            stepper.show(epoch, loss, lr * factor, protocol.batch_size)
     return epoch_losses.tolist()
 
 

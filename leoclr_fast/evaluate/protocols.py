@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from dataset_tools.limits import Count, Epochs, Positive, Seed, Temperature, WeightDecay, require_allowed
+from dataset_tools.limits import Count, Epochs, Limited, Positive, Seed, Temperature, WeightDecay, require_allowed
 from leoclr_fast.config import Precision
 from pipelines.config import LoaderConfig
 
@@ -22,7 +22,7 @@ _SIMCLR_WEIGHT_DECAY_GRID = (0.0, 1e-6, 10**-5.5, 1e-5, 10**-4.5, 1e-4, 10**-3.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationOptions:
+class EvaluationOptions(Limited):
     """On which weights, images and machine."""
 
     out: Path | None = None
@@ -37,9 +37,6 @@ class EvaluationOptions:
     precision: Precision = "auto"
     """Of the network: bf16 and fp16 by autocast. auto: bf16 on a GPU that computes it, fp16 on another, fp32 on a
     CPU."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +60,7 @@ class TrainingOptions(ViewOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KnnProtocol:
+class KnnProtocol(Limited):
     """Weighted kNN of frozen features, as Wu et al. (CVPR 2018)."""
 
     k: Count | None = None
@@ -72,9 +69,6 @@ class KnnProtocol:
     """Weight of a neighbour: exp(cosine similarity / temperature); the run's own if not given."""
     batch_size: Count = 256
     """Images per forward pass."""
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,7 @@ from rich.console import Console
 from dataset_tools.subsets import limited
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.evaluate.evaluation import evaluation_of
-from leoclr_fast.evaluate.fine_tuning import Hyperparameters
-from leoclr_fast.evaluate.grid import grid_search
+from leoclr_fast.evaluate.fine_tuning import Hyperparameters, grid_search
 from leoclr_fast.evaluate.protocols import TrainingOptions, TransferProtocol
 from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS, open_transfer_data
 

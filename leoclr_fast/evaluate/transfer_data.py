@@ -92,16 +92,14 @@ def _open(name: str, path: Path) -> tuple[ImageSource, list[str]]:
     """The source, and the names of the images that are not there."""
     if name in ("cars", "pets"):
         folder, inside = ("stanford_cars", "devkit") if name == "cars" else ("oxford-iiit-pet", "annotations")
-        # What torchvision calls root is the folder around it, whichever of the two was given.
-        if (path / folder / inside).is_dir():
-            return _from_torchvision(name, path / folder), []
-        if path.name == folder and (path / inside).is_dir():
-            return _from_torchvision(name, path), []
+        for own in (path / folder, path):  # what torchvision calls root is the folder around it
+            if own.name == folder and (own / inside).is_dir():
+                return _from_torchvision(name, own), []
     if name == "birdsnap" and any((path / listed).is_file() for listed in LISTS):
         birdsnap = open_birdsnap(path)
         return birdsnap.source, [f"{split} {image}" for split, own in birdsnap.missing.items() for image in own]
-    own = (path / folder for folder in _CIFAR_FOLDERS.get(name, ()))
-    return open_source(next((folder for folder in own if folder.is_dir()), path)), []
+    cifars = (path / folder for folder in _CIFAR_FOLDERS.get(name, ()))
+    return open_source(next((folder for folder in cifars if folder.is_dir()), path)), []
 
 
 def _from_torchvision(name: str, folder: Path) -> ImageSource:

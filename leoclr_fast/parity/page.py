@@ -13,6 +13,8 @@ from PIL import Image
 from leoclr_fast.parity.comparison import BackendParity, WorstCrop
 from leoclr_fast.report.rendering import rendered
 
+PARITY_HEADER = ("loader", "result", "images", "equal", "mean difference", "largest difference", "equal values")
+
 
 def parity_page(results: Sequence[BackendParity], obstacles: Sequence[str], *, title: str) -> str:
     """The whole page, self-contained. Names of files and classes are text, whatever is in them."""
@@ -24,13 +26,15 @@ def parity_page(results: Sequence[BackendParity], obstacles: Sequence[str], *, t
         plots=[],
         results=results,
         failed=[f"{result.loader} on {result.data}" for result in results if not result.ok],
-        rows=[_row(result) for result in results],
+        header=PARITY_HEADER,
+        rows=map(parity_cells, results),
         obstacles=obstacles,
         sheets=[[_sheet(crop) for crop in result.worst] for result in results],
     )
 
 
-def _row(result: BackendParity) -> list[str]:
+def parity_cells(result: BackendParity) -> list[str]:
+    """A row below `PARITY_HEADER`."""
     return [
         f"{result.loader} on {result.data}",
         "within limits" if result.ok else "NOT within limits",

@@ -27,23 +27,15 @@ def plots_of(runs: list[RunRecord], reference: Reference | None) -> list[Plot]:
     by_epoch = all(math.isfinite(run.steps_per_epoch) for run in runs)
     single = len(runs) == 1
 
-    def x_of(run: RunRecord, steps: Floats) -> Floats:
-        return steps / run.steps_per_epoch if by_epoch else steps
-
-    def curves(values: Values, label: str = "", style: int = 0) -> list[Curve]:
-        return [
-            Curve(label=label or run.label, x=x_of(run, run.metrics.column("step")), y=values(run), style=place + style)
-            for place, run in enumerate(runs)
-        ]
-
-    def knn_curves(key: str, label: str = "", style: int = 0) -> list[Curve]:
+    def curves(values: Values, label: str = "", style: int = 0, *, of_knn: bool = False) -> list[Curve]:
+        steps = _knn("step") if of_knn else _column("step")
         return [
             Curve(
                 label=label or run.label,
-                x=x_of(run, np.array([record.step for record in run.metrics.knn], dtype=np.float64)),
-                y=np.array([number(getattr(record, key)) for record in run.metrics.knn]),
+                x=steps(run) / run.steps_per_epoch if by_epoch else steps(run),
+                y=values(run),
                 style=place + style,
-                markers=True,
+                markers=of_knn,
             )
             for place, run in enumerate(runs)
         ]
@@ -55,7 +47,9 @@ def plots_of(runs: list[RunRecord], reference: Reference | None) -> list[Plot]:
         plots.append(Plot(name=name, title=title, x_label=x_label, curves=shown, **options))
 
     loss = curves(_column("loss"))
-    knn = [*knn_curves("top1", "top-1"), *knn_curves("top5", "top-5", 1)] if single else knn_curves("top1")
+    knn = curves(_knn("top1"), "top-1" if single else "", of_knn=True)
+    if single:
+        knn += curves(_knn("top5"), "top-5", 1, of_knn=True)
     filling, note = _filling(runs[0], by_epoch) if single else (None, _note_on_sums(runs))
     if reference is not None and by_epoch:
         loss.append(_reference_curve("expected", reference, reference.loss, runs[0].steps_per_epoch))
@@ -94,6 +88,10 @@ def plots_of(runs: list[RunRecord], reference: Reference | None) -> list[Plot]:
 
 def _column(name: str) -> Values:
     return lambda run: run.metrics.column(name)
+
+
+def _knn(name: str) -> Values:
+    return lambda run: np.array([number(getattr(record, name)) for record in run.metrics.knn])
 
 
 def _reference_curve(label: str, reference: Reference, points: Floats, per_epoch: float) -> Curve:

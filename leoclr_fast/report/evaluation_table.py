@@ -110,7 +110,6 @@ class EvaluationTable:
     """In what the numbers are not what one would think."""
 
     def as_document(self) -> dict[str, Any]:
-        """As plain JSON."""
         document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return document
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` as columns: tolerant of what a dying, running or newer program left there, and fast at any length."""
+"""`metrics.jsonl` as columns: tolerant of what a dying, running or newer program left there."""
 
 from __future__ import annotations
 
@@ -17,26 +17,18 @@ from dataset_tools.files import open_regular
 from leoclr_fast.run.documents import FORMAT, RECORDS, AnyRecord, End, Knn, Record, Start, Warned, read_line
 
 _METRIC_NAMES = ("positive_similarity", "negative_similarity")  # of logs that do not name their method's
-_STEP_LINE = b'{"kind": "step"'  # as MetricsLog writes it
-_MAX_PARSED_STEPS = 150_000
-_BLOCK_BYTES = 1 << 24
-_NUMBERS = (int, float)
 
 Floats = npt.NDArray[np.float64]
 
 
 def number(value: Any) -> float:
     """A number out of a document, as a float; NaN where it is missing or no number."""
-    return float(value) if isinstance(value, _NUMBERS) else math.nan
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 @dataclass(slots=True, kw_only=True)
 class MetricsFile:
-    """The records of a run, so far; `update` reads what was added since.
-
-    A file of more than 150,000 records is thinned while it is read: every n-th step record, the last one, all that
-    hold a NaN or an infinity, and all records of other kinds.
-    """
+    """The records of a run, so far; `update` reads what was added since."""
 
     path: Path
     knn: list[Knn] = field(default_factory=list)
@@ -45,8 +37,6 @@ class MetricsFile:
     warnings: list[Warned] = field(default_factory=list)
     last_mark: str = ""
     """The kind of the newest record that is a start or an end: `start` in a run that has not recorded its end."""
-    num_step_records: int = 0
-    """In the file; `column` may hold fewer."""
     num_damaged_lines: int = 0
     """Whole lines that are no records."""
     half_line: bool = False
@@ -58,7 +48,6 @@ class MetricsFile:
     _segments: list[tuple[float, float]] = field(default_factory=list)
     _offset: int = 0
     _inode: int = -1
-    _stride: int = 1
 
     def update(self) -> bool:
         """Read what is new; whether there was something. A file that was replaced or cut is read from its start."""
@@ -72,34 +61,22 @@ class MetricsFile:
                 fresh = MetricsFile(path=self.path, _inode=status.st_ino)
                 for each in fields(fresh):
                     setattr(self, each.name, getattr(fresh, each.name))
-                num_lines = sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
-                self._stride = max(1, math.ceil(num_lines / _MAX_PARSED_STEPS))
             before = self._offset
             file.seek(before)
             self.half_line = False
-            skipped = b""
             for line in file:
                 if not line.endswith(b"\n"):
                     self.half_line = True  # read again when it is whole
                     break
                 self._offset += len(line)
-                if line.startswith(_STEP_LINE):
-                    self.num_step_records += 1
-                    # NaN, Infinity and -Infinity are the only capital N and I in a step record.
-                    if self.num_step_records % self._stride and b"N" not in line and b"I" not in line:
-                        skipped = line
-                        continue
-                    skipped = b""
                 self._parse(line)
-            if skipped:
-                self._parse(skipped)  # the newest step is never left out
             return self._offset > before
 
     def column(self, name: str) -> Floats:
         """A field of the step records, NaN where one does not have it; of `segment`, the number of the start that each
         followed.
         """
-        return np.array(self._columns.get(name, [math.nan] * self.num_steps_kept), dtype=np.float64)
+        return np.array(self._columns.get(name, [math.nan] * self.num_steps), dtype=np.float64)
 
     @property
     def metric_names(self) -> Sequence[str]:
@@ -113,14 +90,14 @@ class MetricsFile:
         return max((start.format for start in self.starts), default=FORMAT)
 
     @property
-    def num_steps_kept(self) -> int:
+    def num_steps(self) -> int:
         """Length of a column."""
         return len(self._columns["step"])
 
     @property
     def last(self) -> dict[str, float]:
         """The newest step record; empty if there is none."""
-        return {name: values[-1] for name, values in self._columns.items()} if self.num_steps_kept else {}
+        return {name: values[-1] for name, values in self._columns.items()} if self.num_steps else {}
 
     @property
     def last_step(self) -> int:

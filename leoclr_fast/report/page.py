@@ -52,7 +52,6 @@ def write_report(paths: list[Path], out: Path) -> dict[str, Any]:
 
 
 def page_of(runs: list[RunRecord]) -> str:
-    """The whole page."""
     single = len(runs) == 1
     if not single:
         _label(runs)
@@ -185,7 +184,7 @@ def _of_one_run(run: RunRecord) -> dict[str, Any]:
             part: flat(values) if isinstance(values, dict) else {part: values} for part, values in parts.items()
         },
         "changed": changed_settings(run) if run.recipe in RECIPES else None,
-        "environment": [[name, shown_value(value)] for name, value in flat(run.environment.as_plain()).items()],
+        "environment": [[name, shown_value(value)] for name, value in flat(to_builtins(run.environment)).items()],
         "history": [] if uneventful else history,
     }
 
@@ -193,7 +192,7 @@ def _of_one_run(run: RunRecord) -> dict[str, Any]:
 def _differences(runs: list[RunRecord]) -> dict[str, Any]:
     """Settings and environments, where the runs differ."""
     surroundings = [
-        {"data": {"fingerprint": run.data.fingerprint, "images": run.data.images}, **run.environment.as_plain()}
+        {"data": {"fingerprint": run.data.fingerprint, "images": run.data.images}, **to_builtins(run.environment)}
         for run in runs
     ]
     tables = {"settings": differences([run.config for run in runs]), "environment": differences(surroundings)}

@@ -195,17 +195,17 @@ def drawn(plot: Plot, max_points: int = MAX_POINTS) -> DrawnPlot:
 
 def _draw(axes: Any, curve: Curve, max_points: int) -> dict[str, Any]:
     x, y = thinned(curve.x, curve.y, max_points)
-    if curve.reference:
-        if curve.low is not None and curve.high is not None:
-            axes.fill_between(curve.x, curve.low, curve.high, color=_INK, alpha=0.16, linewidth=0, zorder=1)
-        axes.plot(x, y, color=_INK, linewidth=1.3, linestyle=curve.line_style, zorder=2)
-    else:
-        colour = _SERIES[curve.style % _NUM_COLOURS]
-        marker = {"marker": "o", "markersize": 4.5} if curve.markers or np.isfinite(y).sum() < 3 else {}
-        axes.plot(x, y, color=colour, linewidth=1.8, linestyle=curve.line_style, zorder=3, **marker)
+    own = _SERIES[curve.style % _NUM_COLOURS]
+    colour, width, layer = (_INK, 1.3, 2) if curve.reference else (own, 1.8, 3)
+    if curve.low is not None and curve.high is not None:
+        axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0, zorder=1)
+    few = not curve.reference and np.isfinite(y).sum() < 3
+    marker = {"marker": "o", "markersize": 4.5} if curve.markers or few else {}
+    axes.plot(x, y, color=colour, linewidth=width, linestyle=curve.line_style, zorder=layer, **marker)
     return {
         "label": curve.label,
-        "style": "reference" if curve.reference else str(curve.style % _NUM_COLOURS),
+        "colour": curve.colour,
+        "reference": curve.reference,
         "x": [_compact(value) for value in x.tolist()],
         "y": [_compact(value) for value in y.tolist()],
     }

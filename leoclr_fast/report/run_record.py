@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from dataset_tools.files import open_regular
-from dataset_tools.schema import convert, read_bounded
+from dataset_tools.schema import convert, read_bounded, read_json
 from leoclr_fast.config import RunConfig
 from leoclr_fast.config_file import as_plain, load_yaml
 from leoclr_fast.report.metrics_file import Floats, MetricsFile, number
@@ -24,7 +24,6 @@ from leoclr_fast.run.documents import (
     Knn,
     Summary,
     read_evaluations,
-    read_or_default,
 )
 from leoclr_fast.run.environment import boot_id
 from leoclr_fast.run.folder import LOCK_NAME, RunFolder
@@ -98,7 +97,6 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        """The name of the method, as the configuration has it."""
         return str(self.setting("result.method.name", "unknown method"))
 
     @cached_property
@@ -167,7 +165,7 @@ class RunRecord:
     @property
     def training_s(self) -> float:
         """Seconds of training alone; NaN if nothing was logged."""
-        return float(np.nansum(self.windows.seconds)) if self.metrics.num_steps_kept else math.nan
+        return float(np.nansum(self.windows.seconds)) if self.metrics.num_steps else math.nan
 
     @property
     def knn(self) -> Knn | None:
@@ -235,7 +233,7 @@ class RunRecord:
             return RunState("paused", f"Paused {at}: not all steps were asked for.")
         if self.is_being_written:
             return RunState("running", f"Running, {at}.")
-        if not metrics.num_steps_kept and not metrics.starts and not metrics.knn:
+        if not metrics.num_steps and not metrics.starts and not metrics.knn:
             return RunState("empty", "Nothing was logged in this folder yet.")
         newest_s = metrics.last_unix_s if math.isfinite(metrics.last_unix_s) else metrics.path.stat().st_mtime
         since = f"the last record is of {when(newest_s)}"
@@ -286,7 +284,7 @@ class RunRecord:
             lines.append(f"Records of kinds this program does not know: {', '.join(sorted(metrics.unknown_kinds))}.")
         if not metrics.path.is_file():
             lines.append("There is no metrics.jsonl, so there are no curves.")
-        elif not metrics.num_steps_kept:
+        elif not metrics.num_steps:
             lines.append("No step is logged yet, so there are no curves.")
         if metrics.num_damaged_lines:
             lines.append(f"{_count(metrics.num_damaged_lines, 'line')} of metrics.jsonl could not be read.")
@@ -300,11 +298,6 @@ class RunRecord:
                     f"{name} is missing or not finite in {_count(int(bad.sum()), 'record')}, first at step {first:,}: "
                     "a gap in its curve."
                 )
-        if metrics.num_step_records > metrics.num_steps_kept + 1 and metrics.num_steps_kept:
-            lines.append(
-                f"The log has {metrics.num_step_records:,} step records; {metrics.num_steps_kept:,} of them, evenly "
-                "chosen, were read."
-            )
         return lines
 
 
@@ -377,7 +370,7 @@ Document = TypeVar("Document")
 def _read(path: Path, kind: type[Document], problems: list[str]) -> Document:
     """A file of the run, without content where there is none; where it cannot be read, that is a problem."""
     try:
-        return read_or_default(path, kind)
+        return read_json(path, kind) if path.exists() else kind()
     except (OSError, ValueError) as error:
         problems.append(str(error))
         return kind()

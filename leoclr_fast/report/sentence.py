@@ -18,7 +18,7 @@ def summary_sentence(run: RunRecord) -> str:
         settings = f"k = {run.knn.k or '?'}, temperature {run.knn.temperature or '?'}"
         after = f" at epoch {run.knn.epoch:g}" if run.knn.step != run.metrics.last_step else ""
         clauses.append(f"kNN top-1 is {run.knn_top1:.2f} %{after} ({settings}{before})")
-    if math.isfinite(run.metrics.wall_s) and run.metrics.num_steps_kept:
+    if math.isfinite(run.metrics.wall_s) and run.metrics.num_steps:
         clauses.append(f"it took {duration(run.metrics.wall_s)} on {_machine(run)}")
     elif math.isfinite(run.training_s):
         clauses.append(f"training alone took {duration(run.training_s)} on {_machine(run)}")

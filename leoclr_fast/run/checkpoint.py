@@ -102,7 +102,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint was written at."""
     return int(checkpoint.name.removeprefix("step-"))
 
 

@@ -55,7 +55,6 @@ class CheckpointWriter:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a checkpoint is on its way to the disk."""
         return self._thread is not None and self._thread.is_alive()
 
     def continue_from(self, step: int) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from msgspec import Meta, Struct, field, to_builtins
+from msgspec import Meta, Struct, field
 
-from dataset_tools.schema import FileContentError, convert, read_bounded, read_json
+from dataset_tools.schema import FileContentError, convert, read_bounded
 
 FORMAT = 1
 """Of the records. A reader that meets a higher number shows what it knows, and says so."""
@@ -16,7 +16,6 @@ FORMAT = 1
 Number = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Time = Annotated[float, Meta(ge=0, le=1e11)]
-Scalar = str | int | float | bool | None
 Commit = Annotated[str, Meta(pattern=r"^[0-9a-f]{7,64}\+?$")]
 
 
@@ -83,11 +82,6 @@ class Environment(Struct, omit_defaults=True):
     git_commit: Commit | None = None
     gpu_warnings: list[str] = []
 
-    def as_plain(self) -> dict[str, Any]:
-        """What is known."""
-        plain: dict[str, Any] = to_builtins(self)
-        return plain
-
 
 class EvaluationSettings(Struct):
     """What is read of the settings of an evaluation; the others are shown as they are."""
@@ -103,7 +97,7 @@ class Evaluation(Struct):
     """What every line of `evaluations.jsonl` has in common; what was found is named as the evaluator likes."""
 
     evaluator: str
-    settings: dict[str, Scalar | list[Scalar | list[Scalar]] | dict[str, Scalar | list[Scalar]]] | None = None
+    settings: EvaluationSettings | None = None
     unix_s: Time | None = None
     weights: str = ""
     untrained: bool = False
@@ -170,14 +164,6 @@ RECORDS: dict[str, type[AnyRecord]] = {"start": Start, "end": End, "warning": Wa
 """Those that are no steps, by their kind."""
 
 
-Document = TypeVar("Document")
-
-
-def read_or_default(path: Path, kind: type[Document]) -> Document:
-    """A file of the run; without content where there is none. Raises OSError, FileContentError."""
-    return read_json(path, kind) if path.exists() else kind()
-
-
 def read_line(line: bytes, kind: type[Struct], where: str = "the line") -> dict[str, Any]:
     """A line of a log, NaN included, that fits `kind`; it may hold more. Raises FileContentError."""
     try:
@@ -198,10 +184,7 @@ def read_evaluations(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         return []
     for place, line in enumerate(lines, start=1):
         try:
-            where = f"line {place} of {path}"
-            record = read_line(line, Evaluation, where)
-            convert(record.get("settings") or {}, EvaluationSettings, where)
-            found.append(record)
+            found.append(read_line(line, Evaluation, f"line {place} of {path}"))
         except FileContentError as error:
             problems.append(str(error))
     return found

@@ -27,9 +27,7 @@ _CAPTION = 20
 _BOX_COLOURS = ((255, 255, 255), (255, 176, 0), (0, 190, 255))
 
 
-def write_preview(
-    path: Path, split: Split, views: ViewRecipe, config: ViewConfig, *, seed: int, epoch: int = 0, rows: int = 8
-) -> int:
+def write_preview(path: Path, split: Split, views: ViewRecipe, config: ViewConfig, *, seed: int, rows: int = 8) -> int:
     """Write a PNG with a row for each image: the original with the boxes of its crops, then every augmented view.
 
     The images, boxes and augmentations are those of the first batch that a training run with this seed would see.
@@ -41,7 +39,7 @@ def write_preview(
     order = TrainOrder(num_images=len(split), batch_size=rows, seed=seed)
     device = torch.device("cpu")
     with TorchvisionLoader(split, views, config, LoaderConfig(workers=0), order, seed=seed, device=device) as loader:
-        batch = next(iter(loader.batches(epoch)))
+        batch = next(iter(loader.batches(0)))
         augmented = augmented_views(batch, views, config, seed=seed)
     sheet = _contact_sheet(split, views, config, batch, augmented)
     buffer = io.BytesIO()

@@ -57,22 +57,22 @@ class Stepper:
         pause_after: int | None = None,
         steps_before: int = 0,
         keep: int = 2,
+        display: ProgressDisplay | None = None,
     ) -> None:
         """folder: of the checkpoints, of which the newest `keep` stay.
 
         A checkpoint is due after every multiple of `save_every_steps`, once the last one is `save_every_s` old.
         pause_after: the step after which `steps` raises PausedError; it counts the `steps_before` of other
-        trainings, too.
+        trainings, too. display: where `show` shows.
         """
-        self.folder, self.total_steps = folder, total_steps
+        self.folder, self.total_steps, self.ranks = folder, total_steps, ranks
         self.step = 0
         self.clock = TrainingClock(0)
         """Runs while `steps` does."""
-        self._ranks = ranks
         self._save_every_steps, self._save_every_s = save_every_steps, save_every_s
         own = total_steps if pause_after is None else max(0, pause_after - steps_before)
         self._last_step, self._steps_before = min(total_steps, own), steps_before
-        self._keep = keep
+        self._keep, self._display = keep, display
         self._saved_at_s = time.monotonic()
 
     def load(self) -> State | None:
@@ -83,7 +83,7 @@ class Stepper:
         """
         newest = newest_checkpoint(self.folder)
         step = -1 if newest is None else step_of(newest[0])
-        self._ranks.require_equal(step, f"the step to continue {self.folder} from")
+        self.ranks.require_equal(step, f"the step to continue {self.folder} from")
         if newest is None:
             return None
         log.info("resuming from %s", newest[0])
@@ -99,9 +99,9 @@ class Stepper:
         OSError if that cannot be written.
         """
         self.clock, stopped = TrainingClock(self.step), False
-        to_come, alone = max(0, self._last_step - self.step), self._ranks.world_size == 1
+        to_come, alone = max(0, self._last_step - self.step), self.ranks.world_size == 1
         with (
-            HostGroup(self._ranks, EVALUATION_TIMEOUT_S) as host,
+            HostGroup(self.ranks, EVALUATION_TIMEOUT_S) as host,
             stop_signals(repeats_insist=alone) as stop,
         ):
             reports = StepReports(host)
@@ -127,12 +127,12 @@ class Stepper:
 
     def save(self, state: State) -> None:
         """Write the state of the step that was finished last. Raises OSError if that cannot be done."""
-        if self._ranks.is_main:
+        if self.ranks.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_checkpoint(self.folder, self.step, state, self._keep)
         self._saved_at_s = time.monotonic()
 
-    def show(self, display: ProgressDisplay, epoch: int, loss: float, lr: float, batch_size: int) -> None:
+    def show(self, epoch: int, loss: float, lr: float, batch_size: int) -> None:
         """Show a loss and the speed at the end of the loop's body. epoch: of the step that was taken (from 0)."""
         step = self.step + 1
         metrics = {
@@ -142,7 +142,8 @@ class Stepper:
             "data_wait_fraction": self.clock.data_wait_fraction,
             "seconds_left": (self.total_steps - step) / self.clock.steps_per_s(step),
         }
-        display.update(step, epoch + 1, metrics)
+        if self._display is not None:
+            self._display.update(step, epoch + 1, metrics)
 
     def _is_due(self) -> bool:
         """Whether a checkpoint belongs here, as the first rank's clock says."""
@@ -150,7 +151,7 @@ class Stepper:
             return False
         if not self._save_every_s:
             return True
-        return self._ranks.from_main(time.monotonic() - self._saved_at_s >= self._save_every_s)
+        return self.ranks.from_main(time.monotonic() - self._saved_at_s >= self._save_every_s)
 
 
 def endless(epoch_batches: Callable[[int, int], Iterable[Batch]], steps_per_epoch: int, step: int) -> Iterator[Batch]:

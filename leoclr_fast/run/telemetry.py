@@ -165,7 +165,6 @@ class TrainingClock:
         return rate
 
     def stop(self) -> None:
-        """Training is over."""
         self._end = time.perf_counter()
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:

@@ -31,7 +31,6 @@ class Tracker:
         self._attempt(self._log_numbers, step, numbers)
 
     def close(self) -> None:
-        """Nothing more will come."""
         self._attempt(self._close)
 
     def _attempt(self, action: Callable[..., object], *given: Any) -> None:

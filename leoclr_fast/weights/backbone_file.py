@@ -51,7 +51,12 @@ def backbone_bytes(tensors: Mapping[str, Tensor], description: Description) -> b
         "views": as_plain(description.views),
         **({"source": description.source} if description.source else {}),
     }
-    return save(_contiguous(tensors), {_METADATA_KEY: json.dumps(document)})
+    return tensor_bytes(tensors, {_METADATA_KEY: json.dumps(document)})
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """The content of a safetensors file, the same for tensors in any order."""
+    return save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, metadata)
 
 
 def read_backbone_file(path: Path) -> tuple[dict[str, Tensor], Description]:
@@ -90,20 +95,14 @@ def require_new_file(out: Path, ending: str) -> None:
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and values: the same for the same weights in whatever file, in any order."""
-    return hashlib.sha256(save(_contiguous(tensors))).hexdigest()
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    return hashlib.sha256(tensor_bytes(tensors)).hexdigest()
 
 
 def _description(text: str, origin: str) -> Description:
     """Raises ValueError if the description cannot be understood."""
     try:
-        document = decode_json(text, dict[str, Any], "it")
-        recipe, source = str(document.pop("recipe")), str(document.pop("source", ""))
-        views = from_plain(ViewConfig, document.pop("views", {}), "its views")
-        backbone = from_plain(BackboneConfig, document, "its backbone")
-    except (KeyError, ValueError) as error:
+        backbone = decode_json(text, dict[str, Any], "it")
+        others = {name: backbone.pop(name) for name in ("recipe", "views", "source") if name in backbone}
+        return from_plain(Description, {**others, "backbone": backbone}, "it")
+    except ValueError as error:
         raise ValueError(f"{origin} has a description that this version cannot read: {error}") from error
-    return Description(recipe=recipe, backbone=backbone, views=views, source=source)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +44,11 @@ def detectron2_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-def read_detectron2(path: Path, names: list[str]) -> dict[str, Tensor]:
-    """The tensors in a .pkl under torchvision's `names`; nothing but arrays can be in it.
-
-    Raises ValueError if it is another file, or if one of `names` is missing or a tensor left over.
-    """
-    model = load_array_pickle(path).get("model")
-    if not isinstance(model, dict):
-        raise ValueError(f"{path} is no detectron2 file: it has no dictionary 'model'")
-    tensors = {}
-    for name in names:
-        if detectron2_name(name) not in model:
-            raise ValueError(f"{path} has no {detectron2_name(name)}")
-        tensors[name] = torch.from_numpy(model.pop(detectron2_name(name)).copy())
-    if model:
-        raise ValueError(f"{path} has tensors left over: {', '.join(list(model)[:8])}")
-    return tensors
+def read_detectron2(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a .pkl that `detectron2_bytes` made, under torchvision's `names`; raises KeyError for others."""
+    our_names = {detectron2_name(name): name for name in names}
+    model = load_array_pickle(path)["model"]
+    return {our_names[name]: torch.from_numpy(array.copy()) for name, array in model.items()}
 
 
 class _ArrayPickler(pickle.Pickler):

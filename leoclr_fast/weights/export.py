@@ -19,27 +19,23 @@ from leoclr_fast.weights.pretrained import Pretrained, load_pretrained
 
 
 def export(weights: Path, to: str, out: Path) -> dict[str, Any]:
-    """Write the backbone of RUN|WEIGHTS to `out` for the library `to`.
+    """Write the backbone of RUN|WEIGHTS to `out` for the library `to`, one of `FORMATS`.
 
     Returns out, usage (the lines that load it), to, difference (of the features of fixed images, over the largest
     feature), tolerance, reader, sha256 (of the file), weights, weights_sha256.
-    Raises ValueError for an unknown format, a backbone that the format cannot hold, a package that is missing, or an
-    `out` that exists or has another ending; RuntimeError if the file does not give the same features. Then nothing is
-    left behind.
+    Raises ValueError for a backbone that the format cannot hold, a package that is missing, or an `out` that exists or
+    has another ending; RuntimeError if the file does not give the same features. Then nothing is left behind.
     """
-    if to not in FORMATS:
-        raise ValueError(f"there is no export format {to!r}; allowed: {', '.join(FORMATS)}")
     exporter = FORMATS[to]
     require_new_file(out, exporter.ending)
     if installed_version(exporter.package) is None:
         raise ValueError(f"--to {to} needs {exporter.package}; install it with: pip install 'leoclr-fast[export]'")
     pretrained = load_pretrained(weights)
     config = pretrained.description.backbone
-    misfits = _misfits(config)
-    if misfits and not exporter.any_backbone:
+    if not exporter.any_backbone and config != BackboneConfig(arch=config.arch):
         raise ValueError(
-            f"{weights} cannot be exported to {to}: {to}'s {config.arch} has {', and '.join(misfits)}, so it could not "
-            "load the file; safetensors holds any backbone"
+            f"{weights} cannot be exported to {to}: {to}'s {config.arch} has a 7x7 stem and width 1, this backbone "
+            f"the {config.stem} stem and width {config.width_multiplier:g}; safetensors holds any backbone"
         )
     with tempfile.TemporaryDirectory(prefix=f".{out.name[:40]}.", dir=out.parent) as folder:
         temporary = Path(folder) / out.name
@@ -58,16 +54,6 @@ def export(weights: Path, to: str, out: Path) -> dict[str, Any]:
         "weights": str(pretrained.path),
         "weights_sha256": pretrained.sha256,
     }
-
-
-def _misfits(config: BackboneConfig) -> list[str]:
-    """In what a backbone differs from the ResNets that libraries build."""
-    misfits = []
-    if config.stem != "imagenet":
-        misfits.append("a 7x7 stem with max-pooling, this backbone the small 3x3 stem")
-    if config.width_multiplier != 1:
-        misfits.append(f"width 1, this backbone width {config.width_multiplier:g}")
-    return misfits
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ class ExportFormat(ABC):
     """Largest allowed difference between its features and ours, over the largest of ours."""
     any_backbone: ClassVar[bool] = False
     """Whether it holds any stem and width; else only the ResNets that the library itself builds."""
+    code: ClassVar[str]
+    """The lines that load {file}, a network of the architecture {arch}."""
 
     def content(self, pretrained: Pretrained) -> bytes:
         """Of the file; by default our own safetensors, whose tensors have torchvision's names."""
@@ -42,9 +44,9 @@ class ExportFormat(ABC):
     def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:
         """Load the file back, strictly, and compute features without gradients: float32 [N, 3, S, S] -> [N, D]."""
 
-    @abstractmethod
     def usage(self, file_name: str, pretrained: Pretrained) -> str:
-        """The lines of code that load the file."""
+        """The lines that load the file."""
+        return self.code.format(file=file_name, arch=pretrained.description.backbone.arch)
 
     @property
     def reader(self) -> str:
@@ -57,6 +59,12 @@ class TorchvisionFormat(ExportFormat):
 
     ending = ".pth"
     package = "torchvision"
+    code = (
+        "import torch, torchvision\n"
+        "backbone = torchvision.models.{arch}(weights=None)\n"
+        "backbone.fc = torch.nn.Identity()  # the file has no classifier; without this line it stays random\n"
+        'backbone.load_state_dict(torch.load("{file}", weights_only=True))'
+    )
 
     def content(self, pretrained: Pretrained) -> bytes:
         buffer = io.BytesIO()
@@ -69,19 +77,16 @@ class TorchvisionFormat(ExportFormat):
         network.load_state_dict(torch.load(path, weights_only=True))
         return network.eval()(images)
 
-    def usage(self, file_name: str, pretrained: Pretrained) -> str:
-        return (
-            "import torch, torchvision\n"
-            f"backbone = torchvision.models.{pretrained.description.backbone.arch}(weights=None)\n"
-            "backbone.fc = torch.nn.Identity()  # the file has no classifier; without this line it stays random\n"
-            f'backbone.load_state_dict(torch.load("{file_name}", weights_only=True))'
-        )
-
 
 class TimmFormat(ExportFormat):
     """Of timm's model of the same name with num_classes=0: tensors have the same names as torchvision's."""
 
     package = "timm"
+    code = (
+        "import timm\n"
+        'backbone = timm.create_model("{arch}", num_classes=0)\n'
+        'timm.models.load_checkpoint(backbone, "{file}", strict=True)'
+    )
 
     def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:
         import timm
@@ -90,13 +95,6 @@ class TimmFormat(ExportFormat):
         timm.models.load_checkpoint(network, str(path), strict=True)
         return network.eval()(images)
 
-    def usage(self, file_name: str, pretrained: Pretrained) -> str:
-        return (
-            "import timm\n"
-            f'backbone = timm.create_model("{pretrained.description.backbone.arch}", num_classes=0)\n'
-            f'timm.models.load_checkpoint(backbone, "{file_name}", strict=True)'
-        )
-
 
 class SafetensorsFormat(ExportFormat):
     """Our own file of weights: what a run leaves as final.safetensors, and every evaluator takes."""
@@ -104,16 +102,14 @@ class SafetensorsFormat(ExportFormat):
     package = "safetensors"
     tolerance = 0.0
     any_backbone = True
+    code = (
+        "from pathlib import Path\n"
+        "from leoclr_fast.weights.pretrained import load_pretrained\n"
+        'backbone = load_pretrained(Path("{file}")).backbone'
+    )
 
     def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:
         return load_pretrained(path).backbone.eval()(images)
-
-    def usage(self, file_name: str, pretrained: Pretrained) -> str:
-        return (
-            "from pathlib import Path\n"
-            "from leoclr_fast.weights.pretrained import load_pretrained\n"
-            f'backbone = load_pretrained(Path("{file_name}")).backbone'
-        )
 
 
 class Detectron2Format(ExportFormat):

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dataset_tools.files import write_file
+from dataset_tools.sources.layout import first_few
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.run.tensors import load_tensors
 from leoclr_fast.weights.architecture import recognised_backbone
@@ -24,11 +25,10 @@ _HEADS = {
 }
 
 
-def import_moco(checkpoint: Path, out: Path, arch: str | None = None) -> dict[str, Any]:
+def import_moco(checkpoint: Path, out: Path) -> dict[str, Any]:
     """Write the query encoder's backbone of `checkpoint`, in which every tensor is accounted for, to `out`, a
     .safetensors file. It is read with `weights_only=True`: nothing in it is executed.
 
-    arch: the architecture it must be; recognised from the shapes if not given.
     Returns out, arch, stem, width_multiplier, feature_dim, parameters, tensors (of the backbone), head,
     head_tensors_left_behind, other_tensors_left_behind (of key encoder and queue), epoch, source_sha256,
     weights_sha256. Raises FileNotFoundError; ValueError if it is another kind of file, if a tensor is left over,
@@ -38,24 +38,26 @@ def import_moco(checkpoint: Path, out: Path, arch: str | None = None) -> dict[st
     if not checkpoint.is_file():
         raise FileNotFoundError(f"there is no checkpoint {checkpoint}; give a MoCo .pth.tar")
     content = checkpoint.read_bytes()
-    document = _loaded(content, checkpoint)
-    state = _state(document, checkpoint)
+    state, epoch = _read(content, checkpoint)
     query = {name.removeprefix(_QUERY): tensor for name, tensor in state.items() if name.startswith(_QUERY)}
+    others = {name: tensor for name, tensor in state.items() if not name.startswith(_QUERY)}
     if not query:
         raise ValueError(
-            f"{checkpoint} has no query encoder: none of its {len(state)} tensors ({', '.join(list(state)[:3])}…) is "
-            "named module.encoder_q.…; give a checkpoint of MoCo's main_moco.py"
+            f"{checkpoint} has no query encoder: none of its {len(state)} tensors ({first_few(state)}) is named "
+            "module.encoder_q.…; give a checkpoint of MoCo's main_moco.py"
         )
     tensors = {name: tensor for name, tensor in query.items() if not name.startswith("fc.")}
     head = {name: tensor for name, tensor in query.items() if name.startswith("fc.")}
-    config = recognised_backbone(tensors, f"the query encoder in {checkpoint}", arch)
-    _require_known_head(head, checkpoint)
-    others = {name: tensor for name, tensor in state.items() if not name.startswith(_QUERY)}
+    config = recognised_backbone(tensors, f"the query encoder in {checkpoint}")
+    if tuple(sorted(head)) not in _HEADS:
+        raise ValueError(
+            f"the projection head in {checkpoint} is neither MoCo-v1's (fc.weight, fc.bias) nor MoCo-v2's "
+            f"(fc.0.weight, fc.0.bias, fc.2.weight, fc.2.bias): it has {_listed(head) or 'nothing'}"
+        )
     _require_known_others(others, query, checkpoint)
     backbone = build_backbone(config)
     backbone.load_state_dict(tensors)
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    epoch = document.get("epoch") if isinstance(document.get("epoch"), int) else None
     after = "" if epoch is None else f" after epoch {epoch}"
     file_sha256, head_title = hashlib.sha256(content).hexdigest(), _HEADS[tuple(sorted(head))]
     source = f"{checkpoint.name}{after}, sha256 {file_sha256}; projection head of {head_title}"
@@ -77,18 +79,14 @@ def import_moco(checkpoint: Path, out: Path, arch: str | None = None) -> dict[st
     }
 
 
-def _loaded(content: bytes, path: Path) -> Mapping[str, Any]:
+def _read(content: bytes, path: Path) -> tuple[dict[str, Tensor], int | None]:
+    """The tensors without the prefix of DistributedDataParallel, and the epoch."""
     document = load_tensors(content, str(path))
     if not isinstance(document, Mapping) or not isinstance(document.get("state_dict"), Mapping):
         what = f"a {type(document).__name__}"
         if isinstance(document, Mapping):
-            what += " with " + (", ".join(map(str, list(document)[:4])) or "nothing in it")
+            what += f" with {first_few([str(key) for key in document]) or 'nothing in it'}"
         raise ValueError(f"{path} is no MoCo checkpoint: it holds {what}, not a dict with a state_dict")
-    return document
-
-
-def _state(document: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The tensors without the prefix of DistributedDataParallel."""
     state = {}
     for name, tensor in document["state_dict"].items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
@@ -96,16 +94,12 @@ def _state(document: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         state[name.removeprefix("module.")] = tensor
     if len(state) != len(document["state_dict"]):
         raise ValueError(f"{path} holds tensors twice: with and without the prefix module.")
-    return state
+    epoch = document.get("epoch")
+    return state, epoch if isinstance(epoch, int) else None
 
 
-def _require_known_head(head: Mapping[str, Tensor], path: Path) -> None:
-    if tuple(sorted(head)) not in _HEADS:
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(head.items())) or "nothing"
-        raise ValueError(
-            f"the projection head in {path} is neither MoCo-v1's (fc.weight, fc.bias) nor MoCo-v2's (fc.0.weight, "
-            f"fc.0.bias, fc.2.weight, fc.2.bias): it has {shapes}"
-        )
+def _listed(tensors: Mapping[str, Tensor]) -> str:
+    return first_few([f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()])
 
 
 def _require_known_others(others: Mapping[str, Tensor], query: Mapping[str, Tensor], path: Path) -> None:
@@ -114,16 +108,14 @@ def _require_known_others(others: Mapping[str, Tensor], query: Mapping[str, Tens
     expected = {name: tensor.shape for name, tensor in query.items()}
     if key and key != expected:
         differing = sorted(name for name in key.keys() | expected.keys() if key.get(name) != expected.get(name))
-        name = differing[0]
-        there, wanted = (list(shapes[name]) if name in shapes else "missing" for shapes in (key, expected))
         raise ValueError(
-            f"the key encoder in {path} does not mirror the query encoder in {len(differing)} tensors, first in "
-            f"encoder_k.{name}: {there}, and encoder_q.{name}: {wanted}"
+            f"the key encoder in {path} does not mirror the query encoder: missing, left over or of another shape are "
+            f"{first_few(differing)}"
         )
-    unknown = [name for name in others if not name.startswith(_KEY) and name not in ("queue", "queue_ptr")]
+    known = ("queue", "queue_ptr")
+    unknown = {name: tensor for name, tensor in others.items() if not name.startswith(_KEY) and name not in known}
     if unknown:
-        listed = ", ".join(f"{name} {list(others[name].shape)}" for name in unknown[:8])
         raise ValueError(
-            f"{path} has {len(unknown)} tensors left over that belong to no MoCo checkpoint: {listed}. Known are "
-            "encoder_q, encoder_k, queue and queue_ptr"
+            f"{path} has {len(unknown)} tensors left over that belong to no MoCo checkpoint: {_listed(unknown)}. Known "
+            "are encoder_q, encoder_k, queue and queue_ptr"
         )

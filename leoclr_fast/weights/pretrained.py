@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torchvision.models.resnet import ResNet
 
-from leoclr_fast.config import BackboneConfig, RunConfig
+from leoclr_fast.config import RunConfig
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.method.methods import build_method, method_class
 from leoclr_fast.run.checkpoint import newest_checkpoint
@@ -64,31 +64,25 @@ def load_pretrained(weights: Path, *, untrained: bool = False) -> Pretrained:
     Raises FileNotFoundError if there is nothing; ValueError if a tensor is left over, missing, of another shape or not
     finite, if the file is of another kind, or if a file is asked for as it began.
     """
-    if not weights.is_dir():
+    run, path = RunFolder(weights) if weights.is_dir() else None, weights
+    if run is None:
         if untrained:
             raise ValueError(f"--untrained needs a run folder, whose seed drew the first weights; {weights} is none")
         tensors, description = read_backbone_file(weights)
-        return Pretrained(
-            backbone=_filled(tensors, description.backbone),
-            description=description,
-            path=weights,
-            sha256=weights_sha256(tensors),
-            run=None,
-        )
-    run = RunFolder(weights)
-    config = run.read_config()
-    result = config.result
-    if untrained:
-        backbone, path = build_method(result).kept_encoder.backbone, weights
-        sha256 = weights_sha256(backbone.state_dict())
     else:
-        tensors, path = _run_tensors(run, config)
-        backbone, sha256 = _filled(tensors, result.backbone), weights_sha256(tensors)
+        config = run.read_config()
+        description = Description(recipe=config.recipe, backbone=config.result.backbone, views=config.result.views)
+        if untrained:
+            tensors = build_method(config.result).kept_encoder.backbone.state_dict()
+        else:
+            tensors, path = _run_tensors(run, config)
+    backbone = build_backbone(description.backbone)
+    backbone.load_state_dict(tensors)
     return Pretrained(
         backbone=backbone,
-        description=Description(recipe=config.recipe, backbone=result.backbone, views=result.views),
+        description=description,
         path=path,
-        sha256=sha256,
+        sha256=weights_sha256(tensors),
         run=run,
         untrained=untrained,
     )
@@ -115,9 +109,3 @@ def _run_tensors(run: RunFolder, config: RunConfig) -> tuple[dict[str, Tensor], 
     tensors = {name.removeprefix(prefix): tensor for name, tensor in method.items() if name.startswith(prefix)}
     require_exact(tensors, config.result.backbone, str(path))
     return tensors, path
-
-
-def _filled(tensors: dict[str, Tensor], config: BackboneConfig) -> ResNet:
-    backbone = build_backbone(config)
-    backbone.load_state_dict(tensors)
-    return backbone

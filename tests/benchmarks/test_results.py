@@ -33,7 +33,7 @@ class InThisProcess:
 def test_tasks_are_compared_round_by_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.results.OwnProcess", InThisProcess)
     monkeypatch.setattr("sys.argv", ["x", "--data", "/secret/place"])
-    results = Results(module="benchmarks.x", name="x", out=tmp_path / "new", hidden={"/secret/place": "data"})
+    results = Results(name="x", out=tmp_path / "new", hidden={"/secret/place": "data"})
     compare(
         results, {"fast": task, "slow": task}, (0.5,), 2, title="Title", task="Ten images in /secret/place.",
         notes="Notes.", num_images=10, peers={"fast": ("slow",)},

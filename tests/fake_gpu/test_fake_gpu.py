@@ -201,7 +201,7 @@ def test_memory_for_a_step_and_not_for_its_graph() -> None:
 def test_sections_of_the_gpu_suite(real_data: Path, tmp_path: Path) -> None:
     """At tiny sizes, each to its end. Left out: `tests`, which look at numbers; `profile` and `loaders`, as CUPTI and
     DALI want a driver."""
-    sections = ["machine", "parity", "decoders", "train-time", "step", "loss", "augment", "cifar10"]
+    sections = ["machine", "decoders", "train-time", "step", "loss", "augment", "cifar10"]
     data = ["--data", real_data / "cifar10-jpeg.tar.xz", "--photographs", real_data / "imagenet-sample-400.tar"]
     flags = ["--tiny", "--device", "cuda", "--limit-s", "3500", "--out", tmp_path]
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--sections", *sections, *map(str, (*data, *flags))]

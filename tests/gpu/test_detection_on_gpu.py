@@ -15,9 +15,8 @@ from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4
 from leoclr_fast.evaluate.detection.run_detection import run
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.run.stepper import Stepper
-from leoclr_fast.weights.backbone_file import Description, backbone_bytes
-from pipelines.config import ViewConfig
 from tests.leoclr_fast.voc_files import write_voc
+from tests.leoclr_fast.weights_files import drawn_backbone, write_weights
 
 NARROW = BackboneConfig(arch="resnet18", width_multiplier=0.125)
 TINY = DetectionProtocol(
@@ -54,16 +53,11 @@ def test_detections_are_the_cpus() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_it_trains_and_continues(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: Any) -> None:
     voc = write_voc(tmp_path / "VOCdevkit", num_train=8, num_test=3)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tensors = build_backbone(NARROW).state_dict()
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
     weights, out = tmp_path / "weights.safetensors", tmp_path / "out"
-    description = Description(recipe="none", backbone=NARROW, views=ViewConfig(image_size=64))
-    weights.write_bytes(backbone_bytes(tensors, description))
+    write_weights(weights, drawn_backbone(NARROW), NARROW)
     losses: list[float] = []
     monkeypatch.setattr(train_detector, "_SHOW_EVERY", 1)
-    monkeypatch.setattr(Stepper, "show", lambda self, display, epoch, loss, *given: losses.append(loss))
+    monkeypatch.setattr(Stepper, "show", lambda self, epoch, loss, *given: losses.append(loss))
     for max_steps in (10, None):
         options = DetectionOptions(out=out, device="cuda", precision=precision, workers=1, max_steps=max_steps)
         result = run(weights, voc, TINY, options)

@@ -78,8 +78,8 @@ def fine_tuned(data: Path, out: Path, ranks: Ranks) -> dict[str, Tensor]:
     with EvaluationLoaders(VIEWS, RESIDENT, 9, 2, CPU, ranks) as loaders:
         loader = loaders.random_crops(split, loaders.train_order(split))
         parameters = Hyperparameters(lr=0.05, weight_decay=0.01, batch_size=9)
-        stepper, display = steps_of(out / f"tuned-on-{ranks.world_size}", 6, ranks)
-        network = fine_tune(backbone, 3, loader, parameters, stepper, precision="fp64", ranks=ranks, display=display)
+        stepper = steps_of(out / f"tuned-on-{ranks.world_size}", 6, ranks)
+        network = fine_tune(backbone, 3, loader, parameters, stepper, "fp64")
     assert network is not None
     return network.state_dict()
 
@@ -113,8 +113,8 @@ def detection(voc: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     start = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     untrained = detect(detector, test, reader, config.test_side, ranks, "fp64")
     with patch.object(torch, "randperm", lambda number, **options: torch.arange(number, **options)):
-        stepper, display = steps_of(out / f"detector-on-{ranks.world_size}", config.iterations, ranks)
-        train_detector(detector, train.images, reader, config, stepper, precision="fp64", ranks=ranks, display=display)
+        stepper = steps_of(out / f"detector-on-{ranks.world_size}", config.iterations, ranks)
+        train_detector(detector, train.images, reader, config, stepper, "fp64")
     return {
         "untrained": [(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()) for found in untrained],
         "precisions": _precisions(test, untrained, config) if ranks.is_main else {},

@@ -10,7 +10,24 @@ from torch import Tensor, nn
 from torchvision import models
 
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.method.backbone import Backbone, build_backbone
+from leoclr_fast.weights.backbone_file import Description, backbone_bytes
+from pipelines.config import ViewConfig
+
+
+def drawn_backbone(config: BackboneConfig, seed: int = 0) -> Backbone:
+    """A backbone before any training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_backbone(config)
+
+
+def write_weights(path: Path, network: nn.Module, config: BackboneConfig, image_size: int = 64) -> Path:
+    """A file of weights out of a network with or without a classifier."""
+    tensors = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    description = Description(recipe="somehow", backbone=config, views=ViewConfig(image_size=image_size))
+    path.write_bytes(backbone_bytes(tensors, description))
+    return path
 
 
 def lively_resnet(arch: str, num_classes: int = 128, **options: Any) -> models.ResNet:

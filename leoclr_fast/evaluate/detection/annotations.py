@@ -14,22 +14,30 @@ import numpy as np
 import numpy.typing as npt
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AnnotatedImage:
     """An image file and what is in it."""
 
-    name: str
-    path: Path
-    width: int
-    height: int
-    boxes: npt.NDArray[np.float32]
-    """[n, 4]."""
-    labels: npt.NDArray[np.int64]
-    """[n], from 0."""
-    ignored: npt.NDArray[np.bool_]
-    """[n]: VOC's difficult objects, COCO's crowds; to find them is neither right nor wrong."""
-    areas: npt.NDArray[np.float64]
-    """[n], pixels: COCO's of the segmentation, VOC's of the box."""
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        size: tuple[int, int],
+        boxes: Sequence[Sequence[float]],
+        labels: Sequence[int],
+        ignored: Sequence[bool],
+        areas: Sequence[float] | None = None,
+    ) -> None:
+        """size: width and height. boxes: [n, 4]. labels: [n], from 0. ignored: [n], VOC's difficult objects, COCO's
+        crowds; to find them is neither right nor wrong. areas: [n], pixels: COCO's of the segmentation; those of the
+        boxes if not given.
+        """
+        self.name, self.path = name, path
+        self.width, self.height = size
+        self.boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.ignored = np.asarray(ignored, dtype=np.bool_)
+        box_areas = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1)
+        self.areas = np.asarray(box_areas if areas is None else areas, dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,27 +67,3 @@ class ImageDetections:
     """[n]."""
     labels: npt.NDArray[np.int64]
     """[n], from 0."""
-
-
-def annotated_image(
-    name: str,
-    path: Path,
-    size: tuple[int, int],
-    boxes: Sequence[Sequence[float]],
-    labels: Sequence[int],
-    ignored: Sequence[bool],
-    areas: Sequence[float] | None = None,
-) -> AnnotatedImage:
-    """An image of `size` (width, height); areas default to those of the boxes."""
-    array = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
-    box_areas = ((array[:, 2] - array[:, 0]) * (array[:, 3] - array[:, 1])).astype(np.float64)
-    return AnnotatedImage(
-        name=name,
-        path=path,
-        width=size[0],
-        height=size[1],
-        boxes=array,
-        labels=np.asarray(labels, dtype=np.int64),
-        ignored=np.asarray(ignored, dtype=np.bool_),
-        areas=box_areas if areas is None else np.asarray(areas, dtype=np.float64),
-    )

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from dataset_tools.schema import read_json
-from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, AnnotatedImages, ImageDetections, annotated_image
+from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, AnnotatedImages, ImageDetections
 
 _Side = Annotated[int, Meta(ge=1, le=2**20)]
 
@@ -71,7 +71,7 @@ def read_coco(root: Path, split: str) -> AnnotatedImages:
     for image in sorted(document.images, key=lambda image: image.id):
         items = of_image.pop(image.id, [])
         images.append(
-            annotated_image(
+            AnnotatedImage(
                 image.file_name,
                 root / split / image.file_name,
                 (image.width, image.height),

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from dataset_tools.limits import Count, CountOrZero, Positive, WeightDecay, require_allowed
+from dataset_tools.limits import Count, CountOrZero, Limited, Positive, WeightDecay
 from leoclr_fast.evaluate.protocols import EvaluationOptions
 
 DatasetName = Literal["voc", "coco"]
@@ -42,7 +42,7 @@ _PUBLISHED: dict[DatasetName, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DetectionProtocol:
+class DetectionProtocol(Limited):
     """MoCo's, unless flags say otherwise: what is not given is what was published for the data set."""
 
     dataset: DatasetName = "voc"
@@ -88,7 +88,11 @@ class DetectionProtocol:
         if self.iterations is not None and self.lr_steps is None:
             share = self.iterations / published["iterations"]
             given["lr_steps"] = tuple(sorted({max(1, round(step * share)) for step in published["lr_steps"]}))
-        return DetectionConfig(**{name: published[name] if value is None else value for name, value in given.items()})
+        given = {name: published[name] if value is None else value for name, value in given.items()}
+        for name in ("train_sides", "anchor_sizes", "train_sets"):
+            if not given[name]:
+                raise ValueError(f"--{name.replace('_', '-')} without a value is not allowed: give one or more")
+        return DetectionConfig(**given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +105,6 @@ class DetectionConfig(DetectionProtocol):
     lr_steps: tuple[Count, ...]
     warmup_iterations: CountOrZero
     train_sides: tuple[Count, ...]
-
-    def __post_init__(self) -> None:
-        require_allowed(self)
-        for name in ("train_sides", "anchor_sizes", "train_sets"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name.replace('_', '-')} without a value is not allowed: give one or more")
 
     def learning_rate(self, iteration: int) -> float:
         """At an iteration, counted from 0."""

@@ -14,7 +14,6 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
@@ -58,33 +57,24 @@ class FasterRCNNC4(nn.Module):
         return {**rpn_losses, **region_losses}, detections
 
 
-class _Anchors(AnchorGenerator):
+class _Anchors(nn.Module):
     """Anchors around multiples of the stride, whatever the size of the image, and not rounded."""
 
     def __init__(self, stride: int, sizes: tuple[int, ...]) -> None:
-        self._stride = stride
-        super().__init__((sizes,), (ASPECT_RATIOS,))
+        super().__init__()
+        self._stride, self._sizes = stride, sizes
 
-    def generate_anchors(
-        self,
-        scales: list[int],
-        aspect_ratios: list[float],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device = torch.device("cpu"),  # noqa: B008 - as torchvision's
-    ) -> Tensor:
-        sides = torch.tensor(scales, dtype=dtype, device=device)
-        ratios = torch.tensor(aspect_ratios, dtype=dtype, device=device)
-        heights = (ratios.sqrt()[:, None] * sides).flatten()
-        widths = (sides / ratios.sqrt()[:, None]).flatten()
-        return torch.stack([-widths, -heights, widths, heights], dim=1) / 2
-
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        device = feature_maps[0].device
-        dtype = torch.float64 if feature_maps[0].dtype == torch.float64 else torch.float32
-        self.set_cell_anchors(dtype, device)
-        stride = torch.tensor(self._stride, device=device)
-        anchors = self.grid_anchors([feature_maps[0].shape[-2:]], [[stride, stride]])[0]
-        return [anchors for _ in image_list.image_sizes]
+    def forward(self, images: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        (features,) = feature_maps
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        sides, ratios = (features.new_tensor(values, dtype=dtype) for values in (self._sizes, ASPECT_RATIOS))
+        roots = ratios.sqrt()[:, None]
+        heights, widths = (roots * sides).flatten(), (sides / roots).flatten()
+        at_origin = torch.stack([-widths, -heights, widths, heights], dim=1) / 2
+        rows, columns = (torch.arange(size, device=features.device) * self._stride for size in features.shape[-2:])
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        anchors = (torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4) + at_origin).reshape(-1, 4)
+        return [anchors for _ in images.image_sizes]
 
 
 class _WideRPNHead(RPNHead):
@@ -126,12 +116,6 @@ class _ProposalNetwork(RegionProposalNetwork):
         return objectness_loss / normaliser, box_loss / normaliser
 
 
-def _box_head(res5: nn.Module, dim: int) -> nn.Module:
-    """Features [R, c, 14, 14] -> [R, D]: res5, the additional batch-norm of MoCo's config, and the mean."""
-    parts = {"res5": res5, "norm": nn.BatchNorm2d(dim), "mean": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
-    return nn.Sequential(OrderedDict(parts))
-
-
 class _BoxPredictor(nn.Module):
     """Regions [R, D] -> class logits [R, C + 1], the background first, and box deltas [R, C, 4] without it."""
 
@@ -152,9 +136,11 @@ class _Res5Regions(RoIHeads):
     """Samples regions and classifies them."""
 
     def __init__(self, res5: nn.Module, dim: int, stride: int, num_classes: int, regions_per_image: int) -> None:
+        # Features [R, c, 14, 14] -> [R, D]; the batch-norm is an additional one of MoCo's config.
+        head = {"res5": res5, "norm": nn.BatchNorm2d(dim), "mean": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
         super().__init__(
             RoIAlign(POOLED_SIDE, spatial_scale=1 / stride, sampling_ratio=0, aligned=True),
-            _box_head(res5, dim),
+            nn.Sequential(OrderedDict(head)),
             _BoxPredictor(dim, num_classes),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,

@@ -92,8 +92,8 @@ def _train_and_detect(
             f"{len(test.images):,} test images; {config.iterations:,} iterations of {config.batch_size} images, "
             f"lr {config.lr:g}"
         )
-        stepper = evaluation.stepper(folder, "detector", config.iterations, save_every)
-        train_detector(detector, images, reader, config, stepper, precision=precision, ranks=ranks, display=display)
+        stepper = evaluation.stepper(folder / "detector", config.iterations, save_every, display)
+        train_detector(detector, images, reader, config, stepper, precision)
     evaluation.save(folder / "detector.safetensors", detector.state_dict())
     return detect(detector, test, reader, config.test_side, ranks, precision)
 
@@ -106,19 +106,18 @@ def detect(
     detector.eval()
     own = range(ranks.rank, len(test.images), ranks.world_size)
     requests: Iterator[list[ImageRequest]] = ([ImageRequest(image=test.images[number], side=side)] for number in own)
-    found = {}
+    found = []
     for number, batch in zip(own, reader.read(requests), strict=True):
         with encoder_precision(precision, reader.device):
             _, (detected,) = detector(batch.images, batch.sizes)
         image, (height, width) = test.images[number], batch.sizes[0]
         boxes = resized_boxes(detected["boxes"].float().cpu().numpy(), (width, height), (image.width, image.height))
-        found[str(number)] = ImageDetections(
-            boxes=boxes.astype(np.float64),
-            scores=detected["scores"].double().cpu().numpy(),
-            labels=(detected["labels"] - 1).cpu().numpy(),
+        scores, labels = detected["scores"].double(), detected["labels"] - 1
+        found.append(
+            ImageDetections(boxes=boxes.astype(np.float64), scores=scores.cpu().numpy(), labels=labels.cpu().numpy())
         )
-    found = ranks.merged(found)
-    return [found[str(number)] for number in range(len(test.images))]
+    of_ranks = ranks.gathered(found)
+    return [of_ranks[number % ranks.world_size][number // ranks.world_size] for number in range(len(test.images))]
 
 
 def _precisions(test: AnnotatedImages, detections: list[ImageDetections], config: DetectionConfig) -> dict[str, Any]:

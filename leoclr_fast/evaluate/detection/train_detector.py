@@ -21,7 +21,7 @@ from leoclr_fast.evaluate.detection.image_batches import BatchReader, DetectionB
 from leoclr_fast.evaluate.fine_tuning import batchnorms, decay_groups
 from leoclr_fast.machine.precision import encoder_dtype, encoder_precision
 from leoclr_fast.run.stepper import Stepper
-from leoclr_fast.run.telemetry import NonFiniteLossError, ProgressDisplay
+from leoclr_fast.run.telemetry import NonFiniteLossError
 from pipelines.order import rank_slice
 
 _SHOW_EVERY = 20
@@ -48,31 +48,25 @@ def train_detector(
     reader: BatchReader,
     config: DetectionConfig,
     stepper: Stepper,
-    *,
     precision: str,
-    ranks: Ranks,
-    display: ProgressDisplay,
 ) -> None:
     """Train from the checkpoint on, if there is one; at the end average the running statistics.
 
     Raises NonFiniteLossError, or as `Stepper.steps`.
     """
+    ranks = stepper.ranks
     optimizer = torch.optim.SGD(decay_groups(detector, config.weight_decay), lr=config.lr, momentum=0.9)
     scaler = torch.amp.GradScaler(reader.device.type, enabled=precision == "fp16")
     parameters = list(detector.parameters())
     share = ranks.local_size(config.batch_size) / config.batch_size  # of the global batch, on this rank
+    trained: dict[str, Any] = {"detector": detector, "optimizer": optimizer, "scaler": scaler}
     saved = stepper.load()
     if saved is not None:
-        detector.load_state_dict(saved["detector"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        for name, part in trained.items():
+            part.load_state_dict(saved[name])
 
     def state() -> dict[str, Any]:
-        return {
-            "detector": detector.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-        }
+        return {name: part.state_dict() for name, part in trained.items()}
 
     def batches(start: int) -> Iterator[DetectionBatch]:
         """This rank's part of each global batch."""
@@ -115,7 +109,7 @@ def train_detector(
                 )
             if iteration % _SHOW_EVERY == 0 or iteration == config.iterations:
                 epoch = stepper.step * config.batch_size // len(images)
-                stepper.show(display, epoch, float(parts.sum()), lr, config.batch_size)
+                stepper.show(epoch, float(parts.sum()), lr, config.batch_size)
         with torch.no_grad(), averaged_statistics(detector, ranks):
             further = islice(batches(config.iterations), config.precise_bn_batches)
             for number, batch in enumerate(further, start=1):

@@ -17,8 +17,7 @@ import numpy.typing as npt
 import torch
 from torchvision.ops import box_iou
 
-from dataset_tools.images import open_image
-from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, AnnotatedImages, ImageDetections, annotated_image
+from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, AnnotatedImages, ImageDetections
 
 Floats = npt.NDArray[np.float64]
 COCO_THRESHOLDS = tuple(float(value) for value in np.arange(50, 100, 5) / 100)
@@ -62,19 +61,15 @@ def _read_image(year: Path, name: str) -> AnnotatedImage:
         boxes, labels, difficult = [], [], []
         for item in root.findall("object"):
             x1, y1, x2, y2 = (float(_text(item, f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax"))
-            if x2 < x1 or y2 < y1:
+            if not (x1 <= x2 and y1 <= y2):
                 raise ValueError(f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} ends before it begins")
             boxes.append((x1 - 1, y1 - 1, x2, y2))
             labels.append(_label(_text(item, "name")))
             difficult.append(item.findtext("difficult", "0").strip() == "1")
-        size = root.find("size")
-        if size is None:
-            width, height = open_image(path).size
-        else:
-            width, height = int(_text(size, "width")), int(_text(size, "height"))
+        width, height = int(_text(root, "size/width")), int(_text(root, "size/height"))
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"the annotation {annotation} cannot be understood: {error}") from error
-    return annotated_image(f"{year.name}/{name}", path, (width, height), boxes, labels, difficult)
+    return AnnotatedImage(f"{year.name}/{name}", path, (width, height), boxes, labels, difficult)
 
 
 def _label(class_name: str) -> int:

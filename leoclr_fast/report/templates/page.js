@@ -8,14 +8,8 @@
     if (value !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(3);
     return value.toLocaleString("en", { maximumFractionDigits: size >= 1000 ? 0 : size >= 100 ? 1 : size >= 1 ? 3 : 5 });
   };
-  const nearest = (xs, x) => {
-    let low = 0, high = xs.length - 1;
-    while (high - low > 1) {
-      const middle = (low + high) >> 1;
-      if (xs[middle] < x) low = middle; else high = middle;
-    }
-    return Math.abs(xs[low] - x) <= Math.abs(xs[high] - x) ? low : high;
-  };
+  const nearest = (xs, x) =>
+    xs.reduce((best, value, i) => (Math.abs(value - x) < Math.abs(xs[best] - x) ? i : best), 0);
 
   for (const [name, plot] of Object.entries(plots)) {
     const holder = document.getElementById(`plot-${name}`);
@@ -26,7 +20,7 @@
       left + (width * (x - plot.x[0])) / (plot.x[1] - plot.x[0]),
       top + height * (1 - (y - plot.y[0]) / (plot.y[1] - plot.y[0])),
     ];
-    const stops = [...new Set(plot.curves.filter((curve) => curve.style !== "reference").flatMap((curve) => curve.x))]
+    const stops = [...new Set(plot.curves.filter((curve) => !curve.reference).flatMap((curve) => curve.x))]
       .sort((a, b) => a - b);
     if (!stops.length) continue;
 
@@ -39,7 +33,7 @@
     const dots = plot.curves.map((curve) => {
       const dot = drawn("circle");
       dot.setAttribute("r", 4);
-      dot.style.fill = curve.style === "reference" ? "var(--ink-soft)" : `var(--series-${curve.style})`;
+      dot.style.fill = curve.colour;
       layer.append(dot);
       return dot;
     });

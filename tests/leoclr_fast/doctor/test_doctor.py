@@ -249,12 +249,6 @@ class TestLimits:
 
 
 class TestDisks:
-    def test_what_a_path_lies_on(self) -> None:
-        assert disks.file_system(Path("/proc")) == "proc"
-        assert [bool(disks._NETWORK.fullmatch(kind)) for kind in ("nfs", "fuseblk", "fhgfs", "xfs", "nfsx")] == [
-            True, True, True, False, False,
-        ]  # fmt: skip
-
     def test_a_folder_that_is_still_to_be_made(self, tmp_path: Path) -> None:
         result = disks.out_folder(str(tmp_path / "runs" / "new"))
         assert result.status in ("ok", "warning")  # the disk of the tests may be nearly full

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.leoclr_fast.evaluated import copy_of, evaluated, pretrained_run
+from leoclr_fast.training.loop import pretrain
+from tests.leoclr_fast.conftest import tiny_config
+from tests.leoclr_fast.test_cli import succeeded
 from tests.leoclr_fast.training.test_bad_input import refused
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
-    return pretrained_run(tmp_path_factory.mktemp("evaluated") / "run", tiny_data)
+    """One epoch, in float32."""
+    out = tmp_path_factory.mktemp("evaluated") / "run"
+    pretrain(tiny_config(result__epochs=1, speed__precision="fp32"), tiny_data, out)
+    return out
 
 
 @pytest.fixture
 def run(tiny_run: Path, tmp_path: Path) -> Path:
     """A run of its own, which nothing was evaluated of."""
-    return copy_of(tiny_run, tmp_path)
+    ignored = shutil.ignore_patterns("evaluations*", ".lock")
+    return Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=ignored))
 
 
 @dataclass(frozen=True)
@@ -32,14 +39,15 @@ class Commands:
 
     def __call__(self, name: str, *arguments: object) -> dict[str, Any]:
         """The JSON of one that must succeed."""
-        return evaluated(self.capsys, name, *self._whole(arguments))
+        return succeeded(self.capsys, name, *self._whole(arguments))[0]
 
     def refused(self, name: str, *arguments: object) -> str:
         """The message of one that must fail."""
-        return refused(self.capsys, name, *self._whole(arguments), "--device=cpu")
+        return refused(self.capsys, name, *self._whole(arguments))
 
     def _whole(self, arguments: tuple[object, ...]) -> tuple[object, ...]:
-        return arguments if "--data" in arguments else (*arguments, "--data", self.data)
+        data = () if "--data" in arguments else ("--data", self.data)
+        return (*arguments, *data, "--device=cpu")
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from dataset_tools.sources import open_source
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters, fine_tune
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 from leoclr_fast.method.backbone import build_backbone
@@ -29,6 +28,7 @@ from pipelines.order import TrainOrder
 from pipelines.views import LINEAR_TRAIN_VIEWS
 from tests.leoclr_fast.evaluate.conftest import Commands
 from tests.leoclr_fast.evaluated import kept_results, killed, steps_of
+from tests.leoclr_fast.weights_files import drawn_backbone
 
 SMALL = ["--epochs=3", "--batch-size=8", "--loader=resident"]
 NARROW = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)
@@ -42,26 +42,12 @@ def train_loader(data: Path) -> Loader:
     return make_loader(split, LINEAR_TRAIN_VIEWS, views, config, order, seed=2, device=torch.device("cpu"))
 
 
-def backbone_of_seed(seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_backbone(NARROW)
-
-
-def fine_tuned(
-    backbone: nn.Module, loader: Loader, parameters: Hyperparameters, folder: Path, steps: int, precision: str = "fp64"
-) -> nn.Module:
-    stepper, display = steps_of(folder, steps)
-    network = fine_tune(backbone, 3, loader, parameters, stepper, precision=precision, ranks=Ranks(), display=display)
-    assert network is not None
-    return network
-
-
 def test_a_training_is_torchs(tiny_data: Path, tmp_path: Path) -> None:
     """Twelve steps against torch alone: Nesterov momentum, cosine decay, no weight decay on batch-norm, float64."""
-    loader, backbone = train_loader(tiny_data), backbone_of_seed(0)
+    loader, backbone = train_loader(tiny_data), drawn_backbone(NARROW)
     parameters = Hyperparameters(lr=0.2, weight_decay=0.01, batch_size=8, batchnorm_momentum=0.05)
-    ours = fine_tuned(backbone, loader, parameters, tmp_path / "none", 12)
+    ours = fine_tune(backbone, 3, loader, parameters, steps_of(tmp_path, 12), "fp64")
+    assert ours is not None
 
     theirs = build_backbone(NARROW)
     theirs.load_state_dict(backbone.state_dict())

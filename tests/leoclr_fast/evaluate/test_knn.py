@@ -12,10 +12,10 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
-from leoclr_fast.evaluate import knn
+from leoclr_fast.evaluate import knn, linear
 from leoclr_fast.evaluate.accuracy import accuracy
 from leoclr_fast.evaluate.knn import knn_scores
-from leoclr_fast.evaluate.protocols import KnnProtocol, ViewOptions
+from leoclr_fast.evaluate.protocols import KnnProtocol, LinearProtocol, TrainingOptions, ViewOptions
 from leoclr_fast.schedules import learning_rate
 
 
@@ -91,23 +91,8 @@ def test_other_schedules() -> None:
     assert learning_rate("cosine_per_step", 0.03, 150, 10, 20) == pytest.approx(0.015 * (1 + math.cos(0.75 * math.pi)))
 
 
-def test_a_result_is_found_again(
-    tiny_run: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same command takes it from its folder; in one that is given, other settings are refused."""
-    protocol, options = KnnProtocol(k=3, temperature=0.1), ViewOptions(device="cpu", out=tmp_path / "knn")
-    with pytest.raises(ValueError, match="k = 200 needs at least as many labelled images, but the bank has 40"):
-        knn.run(tiny_run, tiny_data, KnnProtocol(k=200), ViewOptions(device="cpu", out=tmp_path / "many"))
-    first = knn.run(tiny_run, tiny_data, protocol, options)
-    assert first["k"] == 3
-    monkeypatch.setattr(knn, "KnnEvaluation", None)
-    assert knn.run(tiny_run, tiny_data, protocol, options) == first
-    with pytest.raises(ValueError, match="holds another evaluation: k: 3 there, 4 here"):
-        knn.run(tiny_run, tiny_data, KnnProtocol(k=4, temperature=0.1), options)
-
-
-def test_a_class_without_images_is_no_obstacle(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """Nothing is learned from it, and its images in val are wrong."""
+def test_a_class_without_images(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """It is no obstacle: its images in val are wrong. Only what learns classes refuses it."""
     shutil.copytree(tiny_data, tmp_path / "data")
     for image in (tmp_path / "data/train/class1").iterdir():
         image.unlink()
@@ -115,3 +100,5 @@ def test_a_class_without_images_is_no_obstacle(tiny_run: Path, tiny_data: Path, 
     found = knn.run(tiny_run, tmp_path / "data", KnnProtocol(k=3, temperature=0.1), options)
     assert found["note"] == "train has no image of 1 of the 3 classes."
     assert found["top1"] < 100
+    with pytest.raises(ValueError, match="has no image of 1 of the 3 classes: class1"):
+        linear.run(tiny_run, tmp_path / "data", LinearProtocol(), TrainingOptions(device="cpu"))

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,7 +18,9 @@ from torch.nn import functional as F
 from dataset_tools.stop_signals import StoppedAtOnce, StoppedBySignalError
 from leoclr_fast.evaluate import linear
 from leoclr_fast.evaluate.accuracy import accuracy
-from leoclr_fast.evaluate.linear import linear_heads, train_heads
+from leoclr_fast.evaluate.evaluation import Evaluation
+from leoclr_fast.evaluate.fine_tuning import new_classifier
+from leoclr_fast.evaluate.linear import train_heads
 from leoclr_fast.evaluate.protocols import LinearProtocol, TrainingOptions
 from leoclr_fast.run.checkpoint import list_checkpoints
 from tests.leoclr_fast.evaluate.conftest import Commands
@@ -37,11 +38,12 @@ def test_each_classifier_is_trained_as_if_alone(weight_decay: float, tmp_path: P
     labels = torch.randint(0, 5, (22,), generator=generator)
     parts = list(zip(features.split(9), labels.split(9), strict=True))
     protocol = LinearProtocol(epochs=4, lr_grid=(0.01, 0.5, 30.0), weight_decay=weight_decay, milestones=(2,))
-    before, heads = (linear_heads(protocol, 7, 5, features.device, features.dtype) for _ in range(2))
+    heads = [new_classifier(7, 5, seed=0).double() for _ in protocol.lrs]
+    before = new_classifier(7, 5, seed=0).double()
     steps = steps_of(tmp_path, 4 * len(parts))
-    losses = train_heads(heads, lambda _, start: parts[start:], lambda part: part, len(parts), protocol, *steps)
+    losses = train_heads(heads, lambda _, start: parts[start:], lambda part: part, len(parts), protocol, steps)
     for number, lr in enumerate(protocol.lrs):
-        weight, bias = (tensor.detach().clone().requires_grad_() for tensor in before[0].parameters())
+        weight, bias = (tensor.detach().clone().requires_grad_() for tensor in before.parameters())
         velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
         for epoch in range(4):
             epoch_losses = []
@@ -103,7 +105,7 @@ def test_linear_and_what_it_leaves(evaluate: Commands, run: Path) -> None:
 
 def test_a_backbone_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch, tiny_data: Path, run: Path) -> None:
     """Batch-norm left in training mode: its statistics move, without any gradient."""
-    monkeypatch.setattr(linear, "freeze", lambda backbone: backbone.requires_grad_(False).train())
+    monkeypatch.setattr(Evaluation, "frozen_backbone", lambda own: own.pretrained.backbone.requires_grad_(False))
     protocol, options = LinearProtocol(epochs=1, batch_size=16), TrainingOptions(device="cpu")
     with pytest.raises(RuntimeError, match="changed during linear evaluation"):
         linear.run(run, tiny_data, protocol, options)
@@ -228,37 +230,6 @@ def test_a_file_of_weights_needs_no_run(evaluate: Commands, run: Path) -> None:
     assert "--untrained needs a run folder" in evaluate.refused("linear", weights, "--untrained")
 
 
-def with_an_empty_class(data: Path) -> None:
-    for image in (data / "train" / "class1").iterdir():
-        image.unlink()
-
-
-def without_labels(data: Path) -> None:
-    for image in sorted(data.rglob("*.png")):
-        image.rename(data / f"{image.parent.parent.name}-{image.name}")
-    shutil.rmtree(data / "train")
-    shutil.rmtree(data / "val")
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (
-            lambda data: os.rename(data / "val" / "class2", data / "val" / "class9"),
-            "1 class(es) that train lacks: class9",
-        ),
-        (with_an_empty_class, "has no image of 1 of the 3 classes: class1"),
-        (without_labels, "needs labelled train images"),
-    ],
-)
-def test_splits_with_other_classes_are_refused(
-    evaluate: Commands, tiny_data: Path, tiny_run: Path, tmp_path: Path, change: Callable[[Path], None], expected: str
-) -> None:
-    shutil.copytree(tiny_data, tmp_path / "data")
-    change(tmp_path / "data")
-    assert expected in evaluate.refused("linear", tiny_run, "--data", tmp_path / "data", *SMALL)
-
-
 def test_what_is_not_whole_in_val_stands_in_the_result(
     evaluate: Commands, tiny_data: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
@@ -272,7 +243,6 @@ def test_what_is_not_whole_in_val_stands_in_the_result(
     assert result["note"] == "val has no image of 1 of the 3 classes."
 
 
-@pytest.mark.parametrize("command", [["linear"], ["knn"], ["finetune", "--percent=100"]])
-def test_noise_has_no_accuracy(evaluate: Commands, tiny_run: Path, command: list[str]) -> None:
-    message = evaluate.refused(command[0], tiny_run, *command[1:], "--loader=synthetic")
+def test_noise_has_no_accuracy(evaluate: Commands, tiny_run: Path) -> None:
+    message = evaluate.refused("linear", tiny_run, "--loader=synthetic")
     assert "the synthetic loader hands out noise" in message

@@ -13,8 +13,7 @@ from PIL import Image
 from dataset_tools.conversion.convert import convert
 from dataset_tools.conversion.options import ConvertOptions
 from leoclr_fast.cli import run_command
-from leoclr_fast.parity import comparison as parity
-from leoclr_fast.parity.comparison import ParityConfig, measure_parity
+from leoclr_fast.parity.comparison import REPEATED_CHROMA_LIMITS, ParityConfig, measure_parity
 from pipelines import ffcv_decoder
 from pipelines.resident_loader import ResidentLoader
 from tests.pipelines.optional_packages import HAS_DALI, HAS_FFCV
@@ -72,7 +71,7 @@ def test_the_limit_of_repeated_chroma(real_data: Path, tmp_path: Path, monkeypat
     config = ParityConfig(loaders=("ffcv",), max_images=None, workers=2, device="cpu")
     (result,), _ = measure_parity(config, [tmp_path / "ffcv"])
     assert not result.ok  # by the limits of a CPU
-    limits = parity.REPEATED_CHROMA_LIMITS
+    limits = REPEATED_CHROMA_LIMITS
     assert 0.1 * limits.mean < result.mean < 0.5 * limits.mean
     assert 0.5 * limits.max < result.max < 0.75 * limits.max
     assert result.worst[0].mean_difference < 0.75 * NVJPEG_CROPS.mean
@@ -168,7 +167,3 @@ def test_photographs_are_within_the_limits(real_data: Path, tmp_path: Path) -> N
         assert result.ok, result
         if result.loader == "ffcv":
             assert result.max == 0
-
-
-def test_backends_are_all_loaders_but_the_oracle_and_noise() -> None:
-    assert set(parity.BACKENDS) == {"resident", "dali", "ffcv", "nvjpeg"}

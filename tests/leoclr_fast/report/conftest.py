@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.leoclr_fast.forked_runs import ForkedRuns, fork_server
 from tests.leoclr_fast.pages import runs_write_pages
 
 
@@ -14,9 +13,3 @@ from tests.leoclr_fast.pages import runs_write_pages
 def _with_pages() -> Iterator[None]:
     with runs_write_pages(True):
         yield
-
-
-@pytest.fixture(scope="session")
-def runs() -> Iterator[ForkedRuns]:
-    with fork_server(pages=True) as server:
-        yield server

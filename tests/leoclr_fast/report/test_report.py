@@ -20,7 +20,6 @@ import leoclr_fast.training.loop
 import leoclr_fast.training.run_log
 from benchmarks.reference_curves import reference_curves
 from dataset_tools.stop_signals import StoppedBySignalError
-from leoclr_fast.cli import run_command
 from leoclr_fast.recipes import get_recipe
 from leoclr_fast.report.page import page_of
 from leoclr_fast.report.reference import REFERENCE_FILE, find_reference
@@ -31,10 +30,8 @@ from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.run.telemetry import NonFiniteLossError
 from leoclr_fast.training.loop import pretrain
 from tests.leoclr_fast.conftest import tiny_config, write_tiny_images
-from tests.leoclr_fast.forked_runs import ForkedRuns, finished_steps
 from tests.leoclr_fast.test_cli import succeeded
 from tests.leoclr_fast.training.test_bad_input import pretrain_line, refused
-from tests.leoclr_fast.training.test_resume import NUM_STEPS, run_and_kill, start_run
 from tests.leoclr_fast.written_run import knn, start, step_record, written_run
 
 
@@ -101,27 +98,6 @@ def test_text_of_users_stays_text_and_the_page_asks_for_nothing(tmp_path: Path) 
     assert json.loads((run / "data.json").read_text())["classes"] == [evil, "class0", "class2"]
 
 
-@pytest.mark.timeout(300)
-def test_a_killed_run_has_a_report_that_says_so(
-    capsys: pytest.CaptureFixture[str], runs: ForkedRuns, tiny_data: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    run_and_kill(start_run(runs, tiny_data, run), run, kill_at=9)
-    left = (run / "report.html").read_text()  # of its last checkpoint
-    assert "Running, after step" in left
-    assert "a run that was killed since could not say so" in left
-    document, _ = succeeded(capsys, "report", run)
-    last = finished_steps(run)
-    assert document["runs"][0]["state"] == "killed"
-    assert document["runs"][0]["step"] == last
-    page = (run / "report.html").read_text()
-    assert f"Killed in the middle, after step {last} of {NUM_STEPS}" in page
-    assert "it left no word of its end" in page
-    watched = run_command(["watch", str(run), "--once"])
-    assert watched == 0
-    assert "Killed in the middle" in capsys.readouterr().out
-
-
 def test_a_crash_and_a_signal_tell_where_and_why(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,17 +162,19 @@ def test_a_checkpoint_writes_the_report_unless_that_takes_too_long(
     share: float, num_reports: int, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the three checkpoints on the way the first writes it, then none or all; and the end does."""
-    written: list[Path] = []
+    states: list[str] = []
     original = leoclr_fast.report.page.write_report
 
-    def counted(paths: list[Path], out: Path) -> dict[str, Any]:
-        written.append(out)
-        return original(paths, out)
+    def noted(paths: list[Path], out: Path) -> dict[str, Any]:
+        document = original(paths, out)
+        states.append(document["runs"][0]["state"])
+        assert out == tmp_path / "run" / "report.html"
+        return document
 
-    monkeypatch.setattr(leoclr_fast.report.page, "write_report", counted)
+    monkeypatch.setattr(leoclr_fast.report.page, "write_report", noted)
     monkeypatch.setattr(leoclr_fast.training.run_log, "_MAX_REPORT_SHARE", share)
     pretrain(tiny_config(monitor__checkpoint_every_steps=2), tiny_data, tmp_path / "run", max_steps=5)
-    assert written == num_reports * [tmp_path / "run" / "report.html"]
+    assert states == [*["running"] * (num_reports - 1), "paused"]
 
 
 def test_reference_curves_are_those_of_the_committed_logs() -> None:

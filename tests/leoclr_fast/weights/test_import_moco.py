@@ -43,17 +43,6 @@ def test_features_are_those_of_torchvisions_network(
     assert f"moco.pth.tar after epoch 200, sha256 {result['source_sha256']}" in pretrained.description.source
 
 
-def test_the_architecture_may_be_told(tmp_path: Path) -> None:
-    checkpoint = write_moco(tmp_path / "moco.pth.tar", narrow_moco_state())
-    narrow, out = BackboneConfig(arch="resnet18", width_multiplier=0.125), tmp_path / "moco.safetensors"
-    import_moco(checkpoint, out, "resnet18")
-    assert load_pretrained(out).description.backbone == narrow
-    with pytest.raises(ValueError, match=r"exactly a resnet34 of width 0\.125: missing: layer1\.2\.conv1\.weight"):
-        import_moco(checkpoint, tmp_path / "other.safetensors", "resnet34")
-    with pytest.raises(ValueError, match="there is no architecture 'resnet200'; allowed: resnet18, resnet34, resnet50"):
-        import_moco(checkpoint, tmp_path / "other.safetensors", "resnet200")
-
-
 @pytest.mark.parametrize("config", [
     BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.125),
     BackboneConfig(arch="resnet50", width_multiplier=0.25),
@@ -97,7 +86,7 @@ def with_the_head_alone(state: dict[str, Tensor]) -> None:
         (lambda s: s.update({f"{Q}bn1.weight": torch.ones(8, dtype=torch.int64)}),
          r"of another kind of number: bn1\.weight\."),
         (lambda s: s.pop("module.encoder_k.layer4.1.bn2.bias"),
-         r"not mirror .* 1 tensors, first in encoder_k\.layer4\.1\.bn2\.bias: missing, and "),
+         r"not mirror the query encoder: missing, left over or of another shape are layer4\.1\.bn2\.bias$"),
         (lambda s: s.update({"module.predictor.weight": torch.zeros(7, 5)}),
          r"1 tensors left over that belong to no MoCo checkpoint: predictor\.weight \[7, 5\]"),
         (with_a_deeper_head, r"neither MoCo-v1's .* nor MoCo-v2's .*fc\.4\.weight \[4, 4\]"),
