@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from leoclr_fast.config import (
     RunConfig,
     SpeedConfig,
 )
+from leoclr_fast.training.loop import pretrain
 from pipelines.config import ViewConfig
 from tests.leoclr_fast.forked_runs import ForkedRuns, fork_server
 from tests.leoclr_fast.pages import runs_write_pages
@@ -90,6 +92,20 @@ def tiny_config(method: str = "leoclr", **changes: Any) -> RunConfig:
 def _changed(config: Any, path: list[str], value: Any) -> Any:
     head, *rest = path
     return replace(config, **{head: _changed(getattr(config, head), rest, value) if rest else value})
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """A run of one epoch, in float32."""
+    out = tmp_path_factory.mktemp("tiny_run") / "run"
+    pretrain(tiny_config(result__epochs=1, speed__precision="fp32"), tiny_data, out)
+    return out
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of it, which nothing was evaluated of."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations*", ".lock")))
 
 
 @pytest.fixture(scope="session")

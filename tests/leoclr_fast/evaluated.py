@@ -42,6 +42,12 @@ def steps_of(folder: Path, total_steps: int, ranks: Ranks = Ranks()) -> Stepper:
     return Stepper(folder, total_steps=total_steps, ranks=ranks, save_every_steps=total_steps)
 
 
+def same_files(name: str, *folders: Path) -> bool:
+    """Whether two evaluations left the same there, bit by bit: equal tensors make equal files."""
+    one, two = ((folder / name).read_bytes() for folder in folders)
+    return one == two
+
+
 def kept_results(run: Path) -> list[dict[str, Any]]:
     """The lines of evaluations.jsonl."""
     file = RunFolder(run).evaluations_file

@@ -27,7 +27,7 @@ from leoclr_fast.evaluate.detection.voc import (
     voc_average_precisions,
 )
 from leoclr_fast.method.backbone import build_backbone
-from tests.leoclr_fast.evaluated import killed
+from tests.leoclr_fast.evaluated import killed, same_files
 from tests.leoclr_fast.test_cli import succeeded
 from tests.leoclr_fast.training.test_bad_input import refused
 from tests.leoclr_fast.voc_files import SHAPES, annotation, write_coco, write_voc
@@ -406,7 +406,7 @@ def test_a_stopped_detection_continues_exactly(
     assert saved == [4]
     again, _ = succeeded(capsys, *parts)
     assert again == whole
-    assert same_detectors(tmp_path / "whole", tmp_path / "parts")
+    assert same_files("detector.safetensors", tmp_path / "whole", tmp_path / "parts")
     assert sorted(path.name for path in (tmp_path / "parts").iterdir() if path.name[0] != ".") == [
         *("detector.safetensors", "result.json", "settings.json")
     ]
@@ -416,11 +416,6 @@ def test_a_stopped_detection_continues_exactly(
         assert 0 <= whole[name] <= 100
     assert whole["AP50_11point_per_class"]["aeroplane"] is None
     assert whole["evaluator"] == "detect-voc"
-
-
-def same_detectors(*folders: Path) -> bool:
-    one, two = (load_file(folder / "detector.safetensors") for folder in folders)
-    return all(torch.equal(one[name], tensor) for name, tensor in two.items())
 
 
 def test_running_statistics_are_those_of_all_values(

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from leoclr_fast.distributed.collectives import Ranks
-from tests.leoclr_fast.evaluated import kept_results
+from tests.leoclr_fast.evaluated import kept_results, same_files
 from tests.leoclr_fast.evaluation_rank_program import detection, fine_tuned, neighbours
 from tests.leoclr_fast.forked_ranks import on_ranks
 from tests.leoclr_fast.voc_files import write_voc
@@ -117,6 +116,5 @@ def test_fine_tuning_on_two_ranks(tiny_data: Path, tiny_run: Path) -> None:
     (again,) = evaluated_on_two_ranks(*arguments, "--out", tiny_run.parent / "again")["evaluations"]
     assert again == first
     assert first["world_size"] == 2
-    networks = [load_file(tiny_run.parent / name / "network.safetensors") for name in ("first", "again")]
-    assert all(torch.equal(networks[0][name], tensor) for name, tensor in networks[1].items())
+    assert same_files("network.safetensors", tiny_run.parent / "first", tiny_run.parent / "again")
     assert len(kept_results(tiny_run)) >= 2

@@ -10,41 +10,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 from dataset_tools.sources import open_source
 from leoclr_fast.cli import run_command
 from leoclr_fast.config import BackboneConfig
+from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.evaluate.data import EvaluationLoaders
 from leoclr_fast.evaluate.fine_tuning import Hyperparameters, fine_tune
 from leoclr_fast.evaluate.protocols import FineTuneProtocol
 from leoclr_fast.method.backbone import build_backbone
 from pipelines.augment import augmented_views
-from pipelines.config import LoaderConfig, ViewConfig
-from pipelines.factory import make_loader
-from pipelines.loader import Loader
-from pipelines.order import TrainOrder
-from pipelines.views import LINEAR_TRAIN_VIEWS
 from tests.leoclr_fast.evaluate.conftest import Commands
-from tests.leoclr_fast.evaluated import kept_results, killed, steps_of
+from tests.leoclr_fast.evaluated import kept_results, killed, same_files, steps_of
+from tests.leoclr_fast.evaluation_rank_program import CPU, RESIDENT, VIEWS
 from tests.leoclr_fast.weights_files import drawn_backbone
 
 SMALL = ["--epochs=3", "--batch-size=8", "--loader=resident"]
 NARROW = BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625)
 
 
-def train_loader(data: Path) -> Loader:
-    split = open_source(data).splits["train"]
-    order = TrainOrder(num_images=len(split), batch_size=8, seed=2)
-    views = ViewConfig(image_size=16, crop_scale=(0.08, 1.0))
-    config = LoaderConfig(name="resident", workers=1)
-    return make_loader(split, LINEAR_TRAIN_VIEWS, views, config, order, seed=2, device=torch.device("cpu"))
-
-
 def test_a_training_is_torchs(tiny_data: Path, tmp_path: Path) -> None:
     """Twelve steps against torch alone: Nesterov momentum, cosine decay, no weight decay on batch-norm, float64."""
-    loader, backbone = train_loader(tiny_data), drawn_backbone(NARROW)
+    split, backbone = open_source(tiny_data).splits["train"], drawn_backbone(NARROW)
+    loaders = EvaluationLoaders(VIEWS, RESIDENT, 8, 2, CPU, Ranks())
+    loader = loaders.random_crops(split, loaders.train_order(split))
     parameters = Hyperparameters(lr=0.2, weight_decay=0.01, batch_size=8, batchnorm_momentum=0.05)
     ours = fine_tune(backbone, 3, loader, parameters, steps_of(tmp_path, 12), "fp64")
     assert ours is not None
@@ -111,14 +102,9 @@ def test_a_share_of_the_labels_is_what_subset_lists(
     (by_list,) = evaluate("finetune", run, "--list", listed, *SMALL, "--out", tmp_path / "o")["evaluations"]
     same = ("top1", "top5", "mean_per_class", "labels_sha256", "lr", "steps")
     assert {name: by_list[name] for name in same} == {name: half[name] for name in same}
-    assert same_networks(folders[50.0], tmp_path / "o")
+    assert same_files("network.safetensors", folders[50.0], tmp_path / "o")
     assert half["lr"] == pytest.approx(0.05 * 8 / 256)
     assert [record["percent"] for record in kept_results(run)] == [25, 50, 50]
-
-
-def same_networks(*folders: Path) -> bool:
-    one, two = (load_file(folder / "network.safetensors") for folder in folders)
-    return one.keys() == two.keys() and all(torch.equal(one[name], tensor) for name, tensor in two.items())
 
 
 def test_a_grid_is_tried_on_held_out_labels_and_then_all_are_learned_from(
@@ -134,7 +120,7 @@ def test_a_grid_is_tried_on_held_out_labels_and_then_all_are_learned_from(
     assert (found["holdout_images"], found["steps"]) == (4, 15)
     assert not (tmp_path / "grid" / "checkpoints").exists()
     (alone,) = evaluate("finetune", *arguments, tmp_path / "one", "--base-lr", found["lr"] * 256 / 8)["evaluations"]
-    assert same_networks(tmp_path / "grid", tmp_path / "one")
+    assert same_files("network.safetensors", tmp_path / "grid", tmp_path / "one")
     assert alone["grid"] is None
     assert "infinite or NaN" in evaluate.refused("finetune", *arguments, tmp_path / "nan", "--base-lr", 1e38)
 
@@ -151,7 +137,7 @@ def test_killed_anywhere_it_ends_the_same(evaluate: Commands, tiny_run: Path, tm
     assert [path.name for path in sorted(folder.glob("trial-*.json"))] == ["trial-001.json", "trial-002.json"]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["final"]  # finished trials leave none
     assert evaluate("finetune", *arguments, folder) == whole
-    assert same_networks(folder, tmp_path / "whole")
+    assert same_files("network.safetensors", folder, tmp_path / "whole")
     assert not (folder / "checkpoints").exists()
 
 

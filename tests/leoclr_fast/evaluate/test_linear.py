@@ -24,7 +24,7 @@ from leoclr_fast.evaluate.linear import train_heads
 from leoclr_fast.evaluate.protocols import LinearProtocol, TrainingOptions
 from leoclr_fast.run.checkpoint import list_checkpoints
 from tests.leoclr_fast.evaluate.conftest import Commands
-from tests.leoclr_fast.evaluated import kept_results, killed, steps_of
+from tests.leoclr_fast.evaluated import kept_results, killed, same_files, steps_of
 from tests.leoclr_fast.long_call import LONG_S, long_call
 
 SMALL = ["--epochs=6", "--batch-size=16", "--loader=resident"]
@@ -149,8 +149,7 @@ def test_killed_after_any_epoch_it_ends_the_same(
         f"step-{epochs * 3:08d}" for epochs in (3, 4)
     ]
     assert evaluate("linear", *arguments, tmp_path / "killed") == whole
-    files = [load_file(tmp_path / name / "classifier.safetensors")["fc.weight"] for name in ("whole", "killed")]
-    assert torch.equal(*files)
+    assert same_files("classifier.safetensors", tmp_path / "whole", tmp_path / "killed")
 
 
 def test_sigterm_saves_in_the_middle_of_an_epoch(
@@ -185,22 +184,6 @@ def test_a_signal_while_it_is_tested_ends_at_once(
         assert time.monotonic() - start < LONG_S
     monkeypatch.setattr(linear, "encode_batch", None)
     assert linear.run(run, tiny_data, protocol, options)["lr"] == 3.0
-
-
-def test_damaged_checkpoints_name_their_folder(evaluate: Commands, run: Path) -> None:
-    """The newest damaged: the one before is taken. All damaged: the evaluation's folder is to go, not the run."""
-    for asked, step in ((4, 4), (7, 7), (2, 7)):
-        paused = evaluate("linear", run, *SMALL, "--max-steps", asked)
-        assert (paused["complete"], paused["step"], paused["training"]) == (False, step, "training")
-    assert kept_results(run) == []
-    training = Path(paused["out"]) / "checkpoints" / "training"
-    (list_checkpoints(training)[-1] / "state.pt").write_bytes(b"cut short")
-    assert evaluate("linear", run, *SMALL, "--max-steps=5")["step"] == 5
-    for checkpoint in list_checkpoints(training):
-        (checkpoint / "state.pt").write_bytes(b"cut short")
-    message = evaluate.refused("linear", run, *SMALL)
-    assert f"every checkpoint in {training} is damaged (" in message
-    assert "delete this folder, and no other" in message
 
 
 def test_folders_that_are_anothers_are_refused(evaluate: Commands, tiny_run: Path, tmp_path: Path) -> None:

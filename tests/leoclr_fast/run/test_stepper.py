@@ -57,7 +57,7 @@ def test_a_paused_training_continues(tmp_path: Path) -> None:
         trained(steps_of(tmp_path, pause_after=9, steps_before=4))
     assert (paused.value.step, paused.value.folder) == (9, tmp_path)
     assert saved_steps(tmp_path) == [3, 5]
-    with pytest.raises(PausedError):
+    with pytest.raises(PausedError, match="paused after step 9"):
         trained(steps_of(tmp_path, pause_after=2, steps_before=4))
     assert trained(steps_of(tmp_path)) == [0, 10, 20, 30, 40, 50, 60]
 

@@ -16,7 +16,6 @@ from torchvision import models
 
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.method.backbone import build_backbone
-from leoclr_fast.run.folder import RunFolder
 from leoclr_fast.weights.backbone_file import Description, backbone_bytes, read_backbone_file, weights_sha256
 from leoclr_fast.weights.detectron2 import detectron2_bytes, detectron2_name, read_detectron2
 from leoclr_fast.weights.export import export
@@ -24,8 +23,10 @@ from leoclr_fast.weights.formats import FORMATS, SafetensorsFormat, TorchvisionF
 from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import ViewConfig
 from tests.leoclr_fast.test_cli import succeeded
-from tests.leoclr_fast.training.test_bad_input import pretrain_line, refused
+from tests.leoclr_fast.training.test_bad_input import refused
 from tests.leoclr_fast.weights_files import lively_resnet, write_weights
+
+NARROW = BackboneConfig(arch="resnet18", width_multiplier=0.125)
 
 
 def need(to: str) -> None:
@@ -125,9 +126,8 @@ def test_what_a_small_narrow_network_can_be_exported_to(tmp_path: Path, to: str)
     assert not out.exists()
 
 
-def test_a_run_is_exported(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    succeeded(capsys, *pretrain_line(tiny_data, run))
+def test_a_run_is_exported(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    """Its final weights, else those of its newest checkpoint; weights of another network are refused."""
     out = tmp_path / "weights.safetensors"
     result, text = succeeded(capsys, "export", run, "--to", "safetensors", "--out", out)
     assert result["difference"] == 0
@@ -135,20 +135,20 @@ def test_a_run_is_exported(capsys: pytest.CaptureFixture[str], tiny_data: Path, 
     assert out.read_bytes() == (run / "final.safetensors").read_bytes()
     (run / "final.safetensors").unlink()
     result, _ = succeeded(capsys, "export", run, "--to", "safetensors", "--out", tmp_path / "again.safetensors")
-    assert result["weights"].endswith("step-00000006")
+    assert result["weights"].endswith("step-00000003")
     assert result["weights_sha256"] == load_pretrained(out).sha256
+    write_weights(run / "final.safetensors", build_backbone(NARROW), NARROW)
+    message = refused(capsys, "export", run, "--to", "safetensors", "--out", tmp_path / "other.safetensors")
+    assert "holds another backbone" in message
 
 
 def test_weights_and_their_description_come_back(tmp_path: Path) -> None:
-    config = BackboneConfig(arch="resnet18", width_multiplier=0.25)
-    backbone = build_backbone(config)
-    path = write_weights(tmp_path / "weights.safetensors", backbone, config, image_size=96)
-    pretrained = load_pretrained(path)
-    assert pretrained.description == Description(recipe="somehow", backbone=config, views=ViewConfig(image_size=96))
+    backbone = build_backbone(NARROW)
+    pretrained = load_pretrained(write_weights(tmp_path / "weights.safetensors", backbone, NARROW, image_size=96))
+    assert pretrained.description == Description(recipe="somehow", backbone=NARROW, views=ViewConfig(image_size=96))
     assert pretrained.run is None
-    assert pretrained.sha256 == weights_sha256(backbone.state_dict())
-    for name, tensor in backbone.state_dict().items():
-        assert torch.equal(pretrained.backbone.state_dict()[name], tensor)
+    sha256 = weights_sha256(backbone.state_dict())
+    assert pretrained.sha256 == weights_sha256(pretrained.backbone.state_dict()) == sha256
 
 
 def test_safetensors_of_others_are_recognised_or_refused(tmp_path: Path) -> None:
@@ -165,32 +165,20 @@ def test_safetensors_of_others_are_recognised_or_refused(tmp_path: Path) -> None
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
-    config = BackboneConfig(arch="resnet18", width_multiplier=0.125)
-    backbone = build_backbone(config)
-    path = write_weights(tmp_path / "weights.safetensors", backbone, config)
+    backbone = build_backbone(NARROW)
+    path = write_weights(tmp_path / "weights.safetensors", backbone, NARROW)
     content = path.read_bytes()
     path.write_bytes(content[:-100])
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         load_pretrained(path)
     with torch.no_grad():
         backbone.layer2[0].bn1.bias[3] = float("nan")
-    write_weights(path, backbone, config)
+    write_weights(path, backbone, NARROW)
     with pytest.raises(ValueError, match=r"with NaN or infinite values: layer2\.0\.bn1\.bias\."):
         load_pretrained(path)
-    path.write_bytes(backbone_bytes({"conv1.weight": torch.zeros(8)}, Description(recipe="x", backbone=config)))
+    path.write_bytes(backbone_bytes({"conv1.weight": torch.zeros(8)}, Description(recipe="x", backbone=NARROW)))
     with pytest.raises(ValueError, match=r"missing: bn1\.weight \[8\].* in all\); of another shape: conv1\.weight"):
         load_pretrained(path)
-
-
-def test_a_run_whose_weights_are_anothers_is_refused(
-    capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    succeeded(capsys, *pretrain_line(tiny_data, run))
-    config = BackboneConfig(arch="resnet18", width_multiplier=0.125)
-    write_weights(RunFolder(run).final_weights, build_backbone(config), config)
-    message = refused(capsys, "export", run, "--to", "safetensors", "--out", tmp_path / "out.safetensors")
-    assert "holds another backbone" in message
 
 
 def test_an_export_that_changes_the_features_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +192,7 @@ def test_an_export_that_changes_the_features_is_not_kept(tmp_path: Path, monkeyp
 
 
 def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = BackboneConfig(arch="resnet18", width_multiplier=0.125)
-    weights = write_weights(tmp_path / "weights.safetensors", build_backbone(config), config)
+    weights = write_weights(tmp_path / "weights.safetensors", build_backbone(NARROW), NARROW)
     line = ["export", weights, "--to"]
     assert "does not end in .pkl" in refused(capsys, *line, "detectron2", "--out", tmp_path / "out.pth")
     assert "exists already" in refused(capsys, *line, "safetensors", "--out", weights)
