@@ -2,13 +2,12 @@
 
 Arguments: DATA VOC OUT. Batch-norm takes its running statistics also in training, and anchors and regions are sampled
 in their order, so that any number of ranks computes the same, but for the order of sums. Each rank writes what it saw
-to `OUT/CASE-RANK.pt`.
+to `OUT/RANK.pt`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def fine_tuned(data: Path, out: Path, ranks: Ranks) -> dict[str, Tensor]:
     return network.state_dict()
 
 
-def neighbours(data: Path, _out: Path, ranks: Ranks) -> dict[str, Any]:
+def neighbours(data: Path, ranks: Ranks) -> dict[str, Any]:
     """Features of 12 and 40 images in float64, 9 in a batch, and what kNN makes of them."""
     backbone = backbone_of(BackboneConfig(arch="resnet18", stem="small", width_multiplier=0.0625))
     backbone.double()
@@ -116,26 +115,21 @@ def detection(voc: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
         stepper = steps_of(out / f"detector-on-{ranks.world_size}", config.iterations, ranks)
         train_detector(detector, train.images, reader, config, stepper, "fp64")
     return {
-        "untrained": [(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()) for found in untrained],
+        "boxes": [torch.from_numpy(found.boxes) for found in untrained],
+        "scores": [torch.from_numpy(found.scores) for found in untrained],
+        "labels": [found.labels.tolist() for found in untrained],
         "precisions": _precisions(test, untrained, config) if ranks.is_main else {},
         "state": detector.state_dict(),
         "start": start,
     }
 
 
-def cases(data: Path, voc: Path, out: Path) -> dict[str, Callable[[Ranks], dict[str, Any]]]:
-    return {
-        "fine-tuned": partial(fine_tuned, data, out),
-        "neighbours": partial(neighbours, data, out),
-        "detector": partial(detection, voc, out),
-    }
-
-
 def main(data: Path, voc: Path, out: Path) -> None:
     torch.set_num_threads(1)
     with process_group("cpu") as (ranks, _):
-        for case, compute in cases(data, voc, out).items():
-            torch.save(compute(ranks), out / f"{case}-{ranks.rank}.pt")
+        seen = {"fine-tuned": fine_tuned(data, out, ranks), "neighbours": neighbours(data, ranks)}
+        seen["detector"] = detection(voc, out, ranks)
+        torch.save(seen, out / f"{ranks.rank}.pt")
         dist.barrier()
 
 

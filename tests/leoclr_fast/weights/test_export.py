@@ -48,7 +48,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Te
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_resnet50_has_the_same_features_everywhere(
-    tmp_path: Path, resnet50: tuple[Path, Tensor, Tensor], to: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resnet50: tuple[Path, Tensor, Tensor], to: str
 ) -> None:
     """On images that the export did not use, by the lines of code that it gives."""
     need(to)
@@ -65,12 +65,8 @@ def test_resnet50_has_the_same_features_everywhere(
         features = backbone.eval()(images)
     else:
         names: dict[str, object] = {"images": images.numpy()}
-        here = os.getcwd()
-        os.chdir(tmp_path)
-        try:
-            exec(code, names)
-        finally:
-            os.chdir(here)
+        monkeypatch.chdir(tmp_path)
+        exec(code, names)
         features = names["backbone"].eval()(images)  # type: ignore[attr-defined]
     difference = float((features.detach().double() - truth).abs().max() / truth.abs().max())
     assert difference < 1e-5
