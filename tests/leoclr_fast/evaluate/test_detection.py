@@ -50,12 +50,8 @@ def detector() -> FasterRCNNC4:
     """The published one, without values."""
     config = DetectionProtocol(dataset="voc").config()
     with torch.device("meta"):
-        return FasterRCNNC4(
-            build_backbone(BackboneConfig()),
-            20,
-            anchor_sizes=config.anchor_sizes,
-            regions_per_image=config.regions_per_image,
-        )
+        backbone = build_backbone(BackboneConfig())
+        return FasterRCNNC4(backbone, 20, anchor_sizes=config.anchor_sizes, regions_per_image=config.regions_per_image)
 
 
 class TestPublishedDetector:
@@ -77,10 +73,8 @@ class TestPublishedDetector:
         rpn, regions = detector.rpn, detector.regions
         assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (256, 0.5)
         assert (regions.fg_bg_sampler.batch_size_per_image, regions.fg_bg_sampler.positive_fraction) == (512, 0.25)
-        assert (rpn._pre_nms_top_n, rpn._post_nms_top_n) == (
-            {"training": 12_000, "testing": 6_000},
-            {"training": 2_000, "testing": 1_000},
-        )
+        assert rpn._pre_nms_top_n == {"training": 12_000, "testing": 6_000}
+        assert rpn._post_nms_top_n == {"training": 2_000, "testing": 1_000}
         assert (regions.score_thresh, regions.nms_thresh, regions.detections_per_img) == (0.05, 0.5, 100)
         assert regions.box_coder.weights == (10.0, 10.0, 5.0, 5.0)
 
@@ -157,9 +151,7 @@ def test_detections_take_the_box_of_their_class() -> None:
 def test_half_precision_does_not_round_boxes() -> None:
     """bfloat16 knows 1000 and 1004, and nothing between."""
     regions = small_detector().regions
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        features = torch.randn(1, 3, 40, 64)  # of 640 x 1024 pixels
+    features = torch.randn(1, 3, 40, 64, generator=torch.Generator().manual_seed(0))  # of 640 x 1024 pixels
     boxes = [torch.tensor([[1001.3, 600.9, 1017.6, 620.2]])]
     exact = regions.pooled(features, boxes)
     half = regions.pooled(features.bfloat16(), boxes)
@@ -236,15 +228,14 @@ class TestCocoAnnotations:
         image = read_coco(root, "train2017").images[0]
         assert image.ignored.tolist() == [False] * len(kept) + [True]  # the one without width is left out
         assert image.areas.tolist()[-1] == 11.5
-        file.write_text(json.dumps({**document, "annotations": [crowd | {"image_id": 77}]}))
-        with pytest.raises(ValueError, match="has boxes of 1 images that it does not list, as 77"):
-            read_coco(root, "train2017")
-        file.write_text(json.dumps({**document, "annotations": [crowd | {"category_id": 5}]}))
-        with pytest.raises(ValueError, match="has a box of category 5, which it does not list"):
-            read_coco(root, "train2017")
-        file.write_text(json.dumps({**document, "annotations": [crowd | {"bbox": [0, 0, 5]}]}))
-        with pytest.raises(ValueError, match=r"annotations.0.bbox is .0, 0, 5.: Expected `array` of length 4, got 3"):
-            read_coco(root, "train2017")
+        for change, expected in (
+            ({"image_id": 77}, "has boxes of 1 images that it does not list, as 77"),
+            ({"category_id": 5}, "has a box of category 5, which it does not list"),
+            ({"bbox": [0, 0, 5]}, r"annotations.0.bbox is .0, 0, 5.: Expected `array` of length 4, got 3"),
+        ):
+            file.write_text(json.dumps({**document, "annotations": [crowd | change]}))
+            with pytest.raises(ValueError, match=expected):
+                read_coco(root, "train2017")
         file.write_text(json.dumps(document))
         (root / "train2017" / "000001.jpg").unlink()
         with pytest.raises(FileNotFoundError, match=r"lists an image that is not there: .*000001\.jpg"):
@@ -253,17 +244,15 @@ class TestCocoAnnotations:
             read_coco(tmp_path, "train2017")
 
 
-def truth(boxes: list[list[float]], labels: list[int], ignored: list[bool] | None = None) -> AnnotatedImage:
-    return AnnotatedImage("x", Path("x.jpg"), (100, 100), boxes, labels, ignored or [False] * len(labels))
+def truth(boxes: list[list[float]], ignored: list[bool] | None = None) -> AnnotatedImage:
+    """Objects of the first class."""
+    return AnnotatedImage("x", Path("x.jpg"), (100, 100), boxes, [0] * len(boxes), ignored or [False] * len(boxes))
 
 
-def found(*items: tuple[list[float], float, int]) -> ImageDetections:
-    boxes, scores, labels = ([item[part] for item in items] for part in range(3))
-    return ImageDetections(
-        boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
-        scores=np.array(scores),
-        labels=np.array(labels, dtype=int),
-    )
+def found(*items: tuple[list[float], float]) -> ImageDetections:
+    """Boxes of the first class, each with its score."""
+    boxes, scores = (np.array(values) for values in zip(*items, strict=True))
+    return ImageDetections(boxes=boxes, scores=scores, labels=np.zeros(len(items), dtype=int))
 
 
 A, B, C = [0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 40.0, 40.0], [50.0, 50.0, 60.0, 60.0]
@@ -273,8 +262,8 @@ FAR = [80.0, 80.0, 90.0, 90.0]
 class TestAveragePrecision:
     """Three objects in two images. Detections by score: right, wrong, right; one object is never found."""
 
-    images = (truth([A, B], [0, 0]), truth([C], [0]))
-    detections = (found((A, 0.9, 0), (FAR, 0.8, 0)), found((C, 0.7, 0)))
+    images = (truth([A, B]), truth([C]))
+    detections = (found((A, 0.9), (FAR, 0.8)), found((C, 0.7)))
 
     def test_voc_by_hand(self) -> None:
         """Recall 1/3 at precision 1 (points 0 to 0.3), 2/3 at 2/3 (0.4 to 0.6), 0 beyond: (4 + 3 * 2/3) / 11."""
@@ -291,19 +280,19 @@ class TestAveragePrecision:
 
     def test_difficult_objects_are_neither_missed_nor_found(self) -> None:
         """B is difficult and found twice: it is as if neither it nor what found it were there."""
-        images = (truth([A, B], [0, 0], [False, True]), truth([C], [0]))
-        detections = (found((B, 0.95, 0), (B, 0.92, 0), (A, 0.9, 0), (FAR, 0.8, 0)), found((C, 0.7, 0)))
+        images = (truth([A, B], [False, True]), truth([C]))
+        detections = (found((B, 0.95), (B, 0.92), (A, 0.9), (FAR, 0.8)), found((C, 0.7)))
         # Two objects: recall 1/2 at precision 1 (points 0 to 0.5), 1 at 2/3 (0.6 to 1).
         assert voc_average_precisions(images, detections, 1, [0.5])[0, 0] == pytest.approx((6 + 5 * 2 / 3) / 11)
 
     def test_a_part_of_a_difficult_object_is_a_mistake_and_of_a_crowd_is_not(self) -> None:
-        images = (truth([A, B], [0, 0], [False, True]),)
-        detections = (found(([20.0, 20.0, 28.0, 28.0], 0.95, 0), (A, 0.9, 0)),)
+        images = (truth([A, B], [False, True]),)
+        detections = (found(([20.0, 20.0, 28.0, 28.0], 0.95), (A, 0.9)),)
         assert voc_average_precisions(images, detections, 1, [0.5])[0, 0] == pytest.approx(0.5)
         assert coco_average_precisions(images, detections, ("a",))["AP50"] == pytest.approx(1.0)
 
     def test_a_second_detection_of_an_object_is_wrong(self) -> None:
-        images, detections = (truth([A], [0]),), (found((A, 0.9, 0), ([0.0, 0.0, 10.0, 9.0], 0.95, 0)),)
+        images, detections = (truth([A]),), (found((A, 0.9), ([0.0, 0.0, 10.0, 9.0], 0.95)),)
         # The worse box comes first and is right up to IoU 0.85 (its IoU is 0.9); then the better one, at precision 1/2.
         precisions = voc_average_precisions(images, detections, 1, [0.5, 0.85, 0.95])
         assert precisions[:, 0].tolist() == pytest.approx([1.0, 1.0, 0.5])
@@ -311,7 +300,7 @@ class TestAveragePrecision:
     @pytest.mark.parametrize(("shift", "expected"), [(4.0, 0.0), (3.0, 1.0)])
     def test_overlap_decides(self, shift: float, expected: float) -> None:
         """A shift of 4 of 10 pixels: IoU 60 / 140; of 3: 70 / 130."""
-        images, detections = (truth([A], [0]),), (found(([shift, 0.0, 10.0 + shift, 10.0], 0.9, 0)),)
+        images, detections = (truth([A]),), (found(([shift, 0.0, 10.0 + shift, 10.0], 0.9)),)
         assert voc_average_precisions(images, detections, 1, [0.5])[0, 0] == expected
 
     def test_eleven_points(self) -> None:
