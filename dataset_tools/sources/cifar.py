@@ -62,7 +62,9 @@ def open_cifar(folder: Path) -> ImageSource | None:
     if variant.label_bytes:
         stored_classes = read_lines(names_file)
     else:
-        stored_classes = list(map(str, load_array_pickle(names_file).get(variant.class_names_key, ())))
+        stored_classes = load_array_pickle(names_file).get(variant.class_names_key, [])
+        if not isinstance(stored_classes, list) or not all(isinstance(name, str) for name in stored_classes):
+            raise ValueError(f"{names_file} is damaged: its {variant.class_names_key!r} are no list of texts")
     splits: dict[str, Split] = {}
     for split, files in (("train", variant.train), ("test", (variant.test,))):
         paths = [folder / file for file in files]
@@ -108,8 +110,11 @@ def _read_batch(path: Path, label_key: str) -> tuple[NDArray[np.uint8], NDArray[
         not isinstance(data, np.ndarray)
         or data.dtype != np.uint8
         or not isinstance(labels, list)
+        or not labels
         or data.shape != (len(labels), PIXEL_BYTES)
-        or not all(isinstance(label, int) for label in labels)
+        or not all(isinstance(label, int) and 0 <= label < 256 for label in labels)
     ):
-        raise ValueError(f"{path} is damaged: expected 'data', uint8 [N, {PIXEL_BYTES}], and {label_key!r}, N integers")
+        raise ValueError(
+            f"{path} is damaged: expected 'data', uint8 [N, {PIXEL_BYTES}], and {label_key!r}, N integers from 0 to 255"
+        )
     return data, np.array(labels, dtype=np.int64)

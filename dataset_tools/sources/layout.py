@@ -32,8 +32,12 @@ SPLIT_NAMES = {
 }
 _LEFT_BEHIND = {
     *("__macosx", "__pycache__", "lost+found", "system volume information", "$recycle.bin", "#recycle", "@recycle"),
-    *("@eadir", "@tmp", "#snapshot", "thumbs.db", "desktop.ini"),
+    *("@eadir", "@tmp", "#snapshot", "thumbs.db", "desktop.ini", "recycler", "network trash folder", "temporary items"),
+    *("@recently-snapshot", "~snapshot", "@synoresource"),
 }
+_LIKE_SPLITS = {*SPLIT_NAMES, "trainset", "valset", "testset", "eval", "evaluation", "dev"}
+"""Words in the name of a folder, such as seg_train, val2017 or "Test set", that make it a split more likely than a
+class."""
 _WNID = re.compile(r"(?:(n\d{8})_\d+|\w*_(n\d{8}))\.jpe?g", re.IGNORECASE)
 """n01440764_10026.JPEG, and n01440764_10026_n01440764.JPEG or ILSVRC2012_val_00000293_n01440764.JPEG of the hub."""
 
@@ -172,10 +176,12 @@ def _split_roots(folders: Mapping[str, int], where: str, account: Account) -> di
     named = sorted(filter(split_of, tops))
     others = sorted(tops.difference(named))
     if not named or (others and not any("/" in folder and folder.split("/")[0] in named for folder in folders)):
-        _refuse_splits_in_classes(folders, where)
+        _refuse_splits_as_classes(folders, where)
         return {"train": ""}
     if others:
         account.notes.append(f"{where}: left out, being beside {first_few(named)}: {first_few(others)}")
+    if loose := folders.get(""):
+        account.notes.append(f"{where}: left out, being beside {first_few(named)}: {loose:,} images")
     roots: dict[str, str] = {}
     for top in named:
         split = SPLIT_NAMES[top.lower()]
@@ -185,7 +191,16 @@ def _split_roots(folders: Mapping[str, int], where: str, account: Account) -> di
     return {split: roots[split] for split in SPLIT_ORDER if split in roots}
 
 
-def _refuse_splits_in_classes(folders: Mapping[str, int], where: str) -> None:
+def _refuse_splits_as_classes(folders: Mapping[str, int], where: str) -> None:
+    """Raises ValueError if what would be classes are splits by their names, or hold splits."""
+    holding = {folder.split("/")[0] for folder, count in folders.items() if count and folder}
+    deep = {folder.split("/")[0] for folder, count in folders.items() if count and "/" in folder}
+    like = sorted(top for top in holding if _LIKE_SPLITS.intersection(re.split(r"[^a-z]+", top.lower())))
+    if len(like) > 1 and (deep.intersection(like) or len(like) == len(holding)):
+        raise ValueError(
+            f"{where}: its folders {first_few(like)} would be classes, and all of them trained on, but look like "
+            "splits. Rename them train, val and test; or, if they are classes, so that they do not"
+        )
     inside: dict[str, set[str]] = {}
     for folder, count in folders.items():
         top, _, rest = folder.partition("/")
@@ -211,6 +226,13 @@ def _with_class_names(
         return [("", folder) for folder in inside]
     if inside.get(root):
         account.notes.append(f"{where}: left out, being in no class folder: {inside[root]} images in {root or '.'!r}")
+    paths = [folder[depth:].split("/") for folder, count in inside.items() if count]
+    classes, within = {path[0] for path in paths}, {path[1] for path in paths if len(path) > 1}
+    if len(classes) == 1 and len(within) > 1 and [*classes] not in paths:
+        account.notes.append(
+            f"{where}: all images of {split} are of one class, {first_few(classes)}; if its folders "
+            f"{first_few(sorted(within))} are the classes, take out the folder around them"
+        )
     return [(name, folder) for name, folder in named if name]
 
 

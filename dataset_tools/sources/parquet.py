@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from array import array
 from collections import Counter
@@ -20,11 +21,13 @@ from numpy.typing import NDArray
 from dataset_tools.account import Account
 from dataset_tools.files import ByteFile, save_arrays
 from dataset_tools.packed_names import PackedNames
+from dataset_tools.schema import convert
 from dataset_tools.sources.layout import first_few, is_image, refuse_strangers
 from dataset_tools.sources.parquet_files import is_parquet, split_files
 from dataset_tools.sources.raw_pixels import remap
 from dataset_tools.sources.split import UNLABELED, ExtentSplit, ImageSource, Split
 from dataset_tools.sources.spool import alone, cache_entry, check_room, is_intact, keep_checksum, write_chunks
+from dataset_tools.sources.tar_index import DamagedArchiveError
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +136,11 @@ def _unpack(place: Path, files: dict[str, list[Path]], entry: Path) -> None:
     partial = entry.with_name(entry.name + ".partial")
     try:
         chunks = (chunk for path, found in columns.items() for chunk in _chunks(path, found, sizes, kinds))
-        keep_checksum(entry, write_chunks(chunks, partial, purpose))
+        packed_bytes = sum(path.stat().st_size for path in columns)
+        keep_checksum(entry, write_chunks(chunks, partial, purpose, packed_bytes))
         os.replace(partial, entry)
+    except DamagedArchiveError as error:
+        raise ValueError(f"{place} cannot be used: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -159,7 +165,9 @@ def _unpack(place: Path, files: dict[str, list[Path]], entry: Path) -> None:
 def find_columns(path: Path) -> Columns:
     """Raises ValueError if `path` is damaged, if there is no image column, or if there are several candidates."""
     with _open(path) as file:
-        schema = file.schema_arrow
+        schema, num_rows = file.schema_arrow, file.metadata.num_rows
+    if num_rows > path.stat().st_size:
+        raise ValueError(f"{path} is damaged: it says that it has {num_rows:,} images, which is more than its bytes")
     from pyarrow import types  # _open has told what to do if it is missing
 
     def is_binary(kind: Any) -> bool:
@@ -210,8 +218,8 @@ def _class_names(path: Path, schema: Any, label: str) -> tuple[str, ...] | None:
     """What the Hugging Face metadata of a file call the numbers in column `label`."""
     try:
         stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        names = stored.get("info", {}).get("features", {}).get(label, {}).get("names")
-        names = list(map(str, names or ()))
+        names = stored.get("info", {}).get("features", {}).get(label, {}).get("names") or []
+        names = convert(names, list[str], "its list of names")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its Hugging Face metadata cannot be read: {error}") from error
     twice = {name for name, count in Counter(names).items() if count > 1}  # as ImageNet's crane, a bird and a machine
@@ -233,12 +241,17 @@ def _labels(
     present = {label for labels in stored.values() for label in labels} - {None, UNLABELED}
     if not is_text and min(present, default=0) < UNLABELED:
         raise ValueError(f"{place} is damaged: its least label is {min(present)}; -1 is for images without one.")
-    names = dict(enumerate(declared)) if declared else {label: str(label) for label in present}
+    known_labels = declared if declared and is_text else present
+    names = dict(enumerate(declared)) if declared and not is_text else {label: str(label) for label in known_labels}
+    if unknown := present - names.keys():
+        raise ValueError(
+            f"{place} is damaged: it has the label {min(unknown)!r}, and gives names to {len(names)} others."
+        )
     number_of = {label: number for number, label in enumerate(names)}
     labels: dict[str, NDArray[np.int64]] = {}
     classes: tuple[str, ...] = tuple(sorted(names.values()))
     for split, given in stored.items():
-        numbers = [UNLABELED if label is None else number_of.get(label, label) for label in given]
+        numbers = [UNLABELED if label in (None, UNLABELED) else number_of[label] for label in given]
         labels[split] = np.array(numbers, dtype=np.int64)
         if (known := labels[split] != UNLABELED).any():
             labels[split][known], classes = remap(labels[split][known], list(names.values()), place)
@@ -256,7 +269,7 @@ def _column(path: Path, name: str | None) -> list[Any]:
         values = list(_leaf(file.read(columns=[name]).column(0)).to_pylist())
     for row, value in enumerate(values):
         if isinstance(value, bool | float):
-            if value != value or value != int(value):
+            if not math.isfinite(value) or value != int(value):
                 raise ValueError(f"{path}: row {row} has the label {value}, which is no whole number")
             values[row] = int(value)
     return values
@@ -268,7 +281,7 @@ def _chunks(path: Path, columns: Columns, sizes: array[int], kinds: array[int]) 
     """
     with _open(path) as file:
         rows = max(1, file.metadata.num_rows)
-        batch_size = max(1, min(1024, BATCH_BYTES * rows // max(1, _image_bytes(path, columns.image))))
+        batch_size = max(1, min(64, BATCH_BYTES * rows // max(1, _image_bytes(path, columns.image))))
         row = 0
         for batch in file.iter_batches(batch_size=batch_size, columns=[columns.image]):
             images = _leaf(batch.column(0)).to_pylist()
@@ -322,7 +335,7 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{path} is damaged or cut short ({error}); download it again.") from error

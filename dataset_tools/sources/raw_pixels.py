@@ -92,9 +92,13 @@ def remap(
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Labels that count in `stored_classes` → labels that count in these sorted by name, and those.
 
-    Raises ValueError, naming `path`, for a label that is out of range or classes that are not distinct.
+    Raises ValueError, naming `path`, for a label that is out of range, or classes that are not distinct or no text.
     """
     classes = tuple(sorted(stored_classes))
+    try:
+        "".join(classes).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path} is damaged: a class name is no text: {error.reason}") from error
     if len(set(stored_classes)) != len(stored_classes) or not stored_classes:
         raise ValueError(f"{path} is damaged: its class names are missing or not distinct: {stored_classes}")
     if labels.min() < 0 or labels.max() >= len(stored_classes):

@@ -152,7 +152,10 @@ class ImageSource:
     def describe(self) -> list[str]:
         """One line, or two: splits and classes as they were understood, and what is not read."""
         some = ", ".join(self.classes[:5]) + (", …" if len(self.classes) > 5 else "")
-        unlabelled = [name for name, split in self.splits.items() if (split.labels == UNLABELED).all()]
+        unlabelled = []
+        for name, split in self.splits.items():
+            if count := int((split.labels == UNLABELED).sum()):
+                unlabelled.append(name if count == len(split) else f"{count:,} of {name}")
         labels = f"{len(self.classes):,} classes ({some})" if self.classes else "no labels"
         if self.classes and unlabelled:
             labels += f"; {', '.join(unlabelled)} without labels"

@@ -33,7 +33,7 @@ CHECKED_BYTES = 2 << 30
 """What was unpacked is compared with its checksum when it is opened, up to this size: about a second."""
 MAX_RATIO, RATIO_FROM_BYTES = 200, 256 << 20
 """What becomes so many times as large, and so large, holds no images: these are compressed already."""
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 INDEX_KEPT_FROM = 10_000
 """Images in a plain tar from which on its index is kept: reading the headers takes a quarter of a second."""
 
@@ -178,16 +178,20 @@ def alone(entry: Path) -> Iterator[None]:
 
 def _unpack(archive: Path, magic: bytes, target: Path) -> int:
     logger.info("unpacking %s once, into %s", archive, target.parent)
-    limit = max(RATIO_FROM_BYTES, MAX_RATIO * archive.stat().st_size)
     with open_regular(archive) as file, DECOMPRESSORS[magic](file, "rb") as packed:
-        return write_chunks(_chunks(packed, limit), target, f"unpack {archive}")
+        return write_chunks(_chunks(packed), target, f"unpack {archive}", archive.stat().st_size)
 
 
-def write_chunks(chunks: Iterable[bytes], target: Path, purpose: str) -> int:
-    """Writes `chunks`, and returns their CRC-32. Raises OSError if less than SPARE_BYTES would be left."""
-    crc32 = 0
+def write_chunks(chunks: Iterable[bytes], target: Path, purpose: str, packed_bytes: int) -> int:
+    """Writes `chunks`, which come out of `packed_bytes`, and returns their CRC-32.
+
+    Raises OSError if less than SPARE_BYTES would be left, DamagedArchiveError if they become more than any images do.
+    """
+    crc32, limit = 0, max(RATIO_FROM_BYTES, MAX_RATIO * packed_bytes)
     with open_own(target, "w+b") as output:
         for chunk in chunks:
+            if output.tell() + len(chunk) > limit:
+                raise DamagedArchiveError(f"it becomes more than {MAX_RATIO} times as large, as no images do")
             check_room(target.parent, len(chunk), purpose, written_bytes=output.tell())
             output.write(chunk)
             crc32 = zlib.crc32(chunk, crc32)
@@ -206,16 +210,14 @@ def check_room(folder: Path, needed_bytes: int, purpose: str, written_bytes: int
         )
 
 
-def _chunks(packed: IO[bytes], limit: int) -> Iterator[bytes]:
-    """Raises DamagedArchiveError, also for more than `limit` bytes."""
-    size = 0
+def _chunks(packed: IO[bytes]) -> Iterator[bytes]:
+    """Raises DamagedArchiveError."""
+    is_first = True
     try:
         while chunk := packed.read(CHUNK_BYTES):
-            if not size and not chunk.strip(b"\0"):
+            if is_first and not chunk.strip(b"\0"):
                 raise DamagedArchiveError("it holds nothing but zeros")
-            size += len(chunk)
-            if size > limit:
-                raise DamagedArchiveError(f"it becomes more than {MAX_RATIO} times as large, as no images do")
+            is_first = False
             yield chunk
     except DamagedArchiveError:
         raise

@@ -31,6 +31,8 @@ MAX_META_BYTES = 1 << 20
 MAX_PADDING_BYTES = 64 << 20
 """So far behind the end of an archive another one is looked for, as `cat a.tar b.tar` makes."""
 MAX_LINKS = 40
+MAX_NAME_BYTES = 4096
+"""Linux's PATH_MAX."""
 _META_TYPES = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE),
     tarfile.SOLARIS_XHDTYPE,
@@ -125,7 +127,7 @@ class TarIndex:
     def labels(self) -> list[str | None]:
         """What webdataset's .cls files say of each image, None for those that have none."""
         texts = dict(zip(self.label_keys, self.label_texts, strict=True))
-        return [texts.get(_key(name)) for name in self.names]
+        return [next(filter(None, map(texts.get, _keys(name))), None) for name in self.names]
 
 
 class _Content:
@@ -136,11 +138,25 @@ class _Content:
         self.folders: set[str] = set()
         self.labels: dict[str, str] = {}
 
+    def keep_label(self, file: IO[bytes], name: str, member: tarfile.TarInfo) -> None:
+        """Raises DamagedArchiveError for a second one of this name."""
+        key = name[: -len(LABEL_SUFFIX)]
+        if key in self.labels:
+            raise DamagedArchiveError(f"it holds {name!r} more than once; keep one of them.")
+        text = os.pread(file.fileno(), member.size, member.offset_data)
+        self.labels[key] = text.decode("utf-8", "backslashreplace").strip()
 
-def _key(name: str) -> str:
-    """webdataset's: up to the first dot of the file's name."""
+
+def _keys(name: str) -> Iterator[str]:
+    """What the label of "1.a.jpg" may be called: "1.a", or webdataset's "1"."""
     folder, slash, base = name.rpartition("/")
-    return f"{folder}{slash}{base.split('.')[0]}"
+    while "." in base:
+        base = base.rpartition(".")[0]
+        yield f"{folder}{slash}{base}"
+
+
+def _is_label(name: str, member: tarfile.TarInfo) -> bool:
+    return member.isreg() and name.lower().endswith(LABEL_SUFFIX) and member.size <= MAX_LABEL_BYTES
 
 
 def is_tar(name: str) -> bool:
@@ -173,9 +189,8 @@ def _images(file: IO[bytes], stop: int, content: _Content, start: int = 0) -> It
             links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
         elif member.islnk():
             links[name] = posixpath.normpath(member.linkname)
-        elif member.isreg() and name.endswith(LABEL_SUFFIX) and member.size <= MAX_LABEL_BYTES:
-            text = os.pread(file.fileno(), member.size, member.offset_data)
-            content.labels[_key(name)] = text.decode("utf-8", "backslashreplace").strip()
+        elif _is_label(name, member):
+            content.keep_label(file, name, member)
         elif member.isreg():
             content.account.leave_out_by_extension([name])
         elif not member.isdir():
@@ -187,7 +202,10 @@ def _images(file: IO[bytes], stop: int, content: _Content, start: int = 0) -> It
 def _linked_images(
     file: IO[bytes], start: int, stop: int, links: dict[str, str], content: _Content
 ) -> Iterator[tuple[str, int, int]]:
-    """The images that links stand for: to files, and to folders of them."""
+    """The images that links stand for, to files and to folders of them; labels, too.
+
+    Raises DamagedArchiveError if their names are larger than the archive: links to one folder make any number of them.
+    """
     waiting: dict[str, list[str]] = {}  # target → links
     for link in links:
         target = link
@@ -200,6 +218,7 @@ def _linked_images(
             target = posixpath.normpath(links[head] + target[len(head) :])
         waiting.setdefault(target, []).append(link)
     found: set[str] = set()
+    name_bytes = 0
     for name, member in members(file, start, stop, Account()):
         if not member.isreg():
             continue
@@ -208,8 +227,14 @@ def _linked_images(
             target = "/".join(parts[:length])
             for link in waiting.get(target, ()):
                 found.add(link)
-                if is_image(path := link + name[len(target) :]):
+                path = link + name[len(target) :]
+                name_bytes += len(path)
+                if name_bytes > stop - start:
+                    raise DamagedArchiveError("its links stand for more files than an archive of its size can hold")
+                if is_image(path):
                     yield path, member.offset_data, member.size
+                elif _is_label(path, member):
+                    content.keep_label(file, path, member)
     lost = sorted(links.keys() - found)
     if lost:
         content.account.leave_out("links that lead nowhere in the archive", *lost)
@@ -266,6 +291,8 @@ def members(file: IO[bytes], start: int, stop: int, account: Account) -> Iterato
                 break
             end += len(chunk)
         else:
+            if end < stop:
+                account.notes.append(f"the {stop - end:,} bytes behind many zeros, at {end}, are left out")
             return
         if end >= stop:
             return
@@ -303,6 +330,9 @@ def _members_of_one(
                 if member.offset_data + (member.size if member.isreg() else 0) > stop:
                     raise DamagedArchiveError(f"it is damaged or cut short: {member.name!r} goes on behind the end")
                 if not parts:
+                    continue
+                if len(name) > MAX_NAME_BYTES:
+                    account.leave_out(f"names longer than {MAX_NAME_BYTES:,}", f"{name[:40]}…")
                     continue
                 if any(map(is_hidden, parts)):
                     account.leave_out("hidden", name)

@@ -127,6 +127,8 @@ def test_reads_in_worker_processes(tmp_path: Path, write: Any, method: str) -> N
         (pickle.dumps({"labels": [1]}), "is damaged: expected 'data', uint8"),
         (pickle.dumps({"data": TEST_10[0], "labels": [1]}), "is damaged: expected 'data', uint8"),
         (pickle.dumps({"data": TEST_10[0], "labels": ["1"] * 5}), "is damaged: expected 'data', uint8"),
+        (pickle.dumps({"data": TEST_10[0], "labels": [1 << 70] * 5}), "is damaged: expected 'data', uint8"),
+        (pickle.dumps({"data": TEST_10[0][:0], "labels": []}), "is damaged: expected 'data', uint8"),
         (pickle.dumps({"data": TEST_10[0], "labels": [10] * 5}), "is damaged: labels from 10 to 10 for 10 classes"),
     ],
 )
@@ -153,6 +155,11 @@ def test_damaged_class_names(tmp_path: Path) -> None:
     (folder / "batches.meta.txt").write_text("same\nsame\n")
     with pytest.raises(ValueError, match="class names are missing or not distinct"):
         open_source(folder)
+    folder = write_pickles_10(tmp_path / "pickles")
+    for names, message in ((None, "no list of texts"), ([b"a"] * 10, "no list of texts"), (["\ud800"], "is no text")):
+        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}, protocol=4))
+        with pytest.raises(ValueError, match=message):
+            open_source(folder)
 
 
 def test_a_folder_with_several_data_sets(tmp_path: Path) -> None:

@@ -67,10 +67,16 @@ def test_order_and_labels_are_those_of_torchvision(write_tree) -> None:
             "left out, being beside train, val: docs",
         ),
         ("train/a/1.jpg train/loose.jpg", ("a",), {"train": {"train/a/1.jpg": 0}}, "1 images in 'train'"),
+        ("train/a/1.jpg loose.jpg", ("a",), {"train": {"train/a/1.jpg": 0}}, "left out, being beside train: 1 images"),
         ("train/a/1.jpg val/", ("a",), {"train": {"train/a/1.jpg": 0}}, "its folder 'val' holds no image"),
+        (
+            "train/all/a/1.jpg train/all/b/1.jpg",
+            ("all",),
+            {"train": {"train/all/a/1.jpg": 0, "train/all/b/1.jpg": 0}},
+            "one class, all; if its folders a, b are the classes",
+        ),
         ("a/1.jpg a/._1.jpg .git/x/1.jpg __MACOSX/a/1.jpg a/.b/1.jpg", ("a",), {"train": {"a/1.jpg": 0}}, ""),
     ],
-    ids=["splits", "flat", "a class called train", "others beside splits", "loose images", "empty split", "hidden"],
 )
 def test_layouts(write_tree, caplog, names: str, classes: tuple[str, ...], expected: Any, warning: str) -> None:
     """Splits come in their order, and share the class list of train."""
@@ -142,6 +148,8 @@ def test_what_is_understood_and_what_is_not_read_is_said(
     ("files", "message"),
     [
         ("a/train/x/1.jpg a/val/x/1.jpg b/train/x/1.jpg", "its folder 'a' holds train and val itself"),
+        ("Training_set/x/1.jpg Test_set/x/1.jpg", "its folders Test_set, Training_set would be classes"),
+        ("train2017/1.jpg val2017/1.jpg", "its folders train2017, val2017 would be classes"),
         ("ffcv/train.beton", "train.beton looks like a .beton of FFCV itself"),
         ("data.mdb lock.mdb", "data.mdb looks like an LMDB"),
         ("train/a.zip", "a.zip looks like an archive"),

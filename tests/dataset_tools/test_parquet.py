@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_tools.sources import open_source
+from dataset_tools.sources import open_source, spool
 from tests.dataset_tools.made_up import everything
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+NO_UTF8 = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(bytes(4) + b"\1\0\0\0"), pa.py_buffer(b"\xff")])
 CLASS_NAMES = ["dog", "ant", "cat"]
 """As stored: not sorted."""
 
@@ -175,6 +176,9 @@ def test_columns(tmp_path: Path, columns: dict[str, Any], label: str | None) -> 
             {"image": [b"1"], "label": [1.5]},
             r"row 0 has the label 1.5, which is no whole number",
         ),
+        ({"image": [b"1"], "label": [float("inf")]}, r"row 0 has the label inf, which is no whole number"),
+        ({"image": [b"1"], "label": NO_UTF8}, r"x.parquet is damaged or cut short \('utf-8' codec"),
+        ({"image": [b"1"] * 9999, "label": [0] * 9999}, r"says that it has 9,999 images, which is more than its bytes"),
         ({"image": [b"1"], "label": [[1, 2]]}, r"its column 'label' holds list<.*expected a whole number"),
         ({"image": [b"1"], "label": [-2]}, r"its least label is -2; -1 is for images without one"),
         ({"image": [b"1", None]}, r"x.parquet: row 1 has no image bytes\. Store the images in the file"),
@@ -213,9 +217,13 @@ def test_classes_that_train_lacks(tmp_path: Path) -> None:
 
 
 def test_labels_out_of_range_and_names_that_differ(tmp_path: Path) -> None:
+    for strange in (3, 1 << 63, "0"):
+        columns = {"image": [picture(1)], "label": pa.array([strange], pa.uint64() if strange != "0" else None)}
+        with pytest.raises(ValueError, match=rf"it has the label {strange!r}, and gives names to 3 others"):
+            open_source(write(tmp_path / "x.parquet", columns, CLASS_NAMES))
+    named = open_source(write(tmp_path / "x.parquet", columns | {"label": ["dog"]}, CLASS_NAMES))
+    assert named.splits["train"].labels.tolist() == [CLASS_NAMES.index("dog") + 2]
     columns = {"image": [picture(1)], "label": [3]}
-    with pytest.raises(ValueError, match=r"labels from 3 to 3 for 3 classes"):
-        open_source(write(tmp_path / "x.parquet", columns, CLASS_NAMES))
     twice = open_source(write(tmp_path / "x.parquet", columns, ["crane", "a", "b", "crane"]))
     assert twice.classes == ("a", "b", "crane (0)", "crane (3)")
     assert twice.splits["train"].labels.tolist() == [3]
@@ -223,10 +231,19 @@ def test_labels_out_of_range_and_names_that_differ(tmp_path: Path) -> None:
     write(tmp_path / "two" / "train-1.parquet", columns, [*CLASS_NAMES, "y"])
     with pytest.raises(ValueError, match=r"differ in their class names, or in the type of their labels"):
         open_source(tmp_path / "two")
-    table = pa.table(columns).replace_schema_metadata({b"huggingface": b"{"})
-    pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"Hugging Face metadata cannot be read"):
-        open_source(tmp_path / "x.parquet")
+    for metadata in ({b"huggingface": b"{"}, hugging_face({"label": {"names": {"0": "a"}}})):
+        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), tmp_path / "x.parquet")
+        with pytest.raises(ValueError, match=r"Hugging Face metadata cannot be read"):
+            open_source(tmp_path / "x.parquet")
+
+
+def test_an_image_stored_once_for_many_rows_does_not_fill_the_disk(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "RATIO_FROM_BYTES", 1 << 20)
+    with pytest.raises(ValueError, match=r"x.parquet cannot be used: it becomes more than 200 times as large"):
+        open_source(write(tmp_path / "x.parquet", {"image": [os.urandom(1 << 13)] * 1000}))
+    assert [each.suffix for each in cache_folder.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("name", ["target", "cls", "Label", "Category"])

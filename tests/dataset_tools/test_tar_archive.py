@@ -111,6 +111,28 @@ def test_links_are_followed_and_what_is_left_out_is_counted(tmp_path: Path) -> N
     }
 
 
+def test_labels_that_are_links_and_those_that_lack(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for each in (
+            *(member(f"{key}.jpg", b"abc") for key in range(3)),
+            member("0.cls", b"7"),
+            member("1.cls", kind=tarfile.LNKTYPE, link="0.cls"),
+        ):
+            archive.addfile(*each)
+    source = open_source(tmp_path / "x.tar")
+    assert (source.classes, source.splits["train"].labels.tolist()) == (("7",), [0, 0, -1])
+    assert source.describe()[0].endswith("1 classes (7); 1 of train without labels")
+
+
+def test_links_to_one_folder_do_not_make_any_number_of_images(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for number in range(300):
+            archive.addfile(*member(f"all/{number}.jpg", b"abc"))
+            archive.addfile(*member(f"class{number}", kind=tarfile.SYMTYPE, link="all"))
+    with pytest.raises(ValueError, match="its links stand for more files than an archive of its size can hold"):
+        open_source(tmp_path / "x.tar")
+
+
 @pytest.mark.parametrize("padding", [0, 512, 9 * 512, 1 << 21])
 @pytest.mark.parametrize("packing", [None, "gz"])
 def test_joined_archives_are_read_to_the_end(write_tar, tmp_path: Path, padding: int, packing: str | None) -> None:
@@ -135,6 +157,10 @@ def test_webdataset_shards_have_their_labels(write_tar, write_tree) -> None:
 
     many = write_tar({f"{k}.{kind}": b"%d" % (11 - k) for k in range(12) for kind in ("jpg", "cls")}, name="val-0.tar")
     assert open_source(many).splits["val"].labels.tolist() == [11, 10, 1, 0, 9, 8, 7, 6, 5, 4, 3, 2]
+
+    odd = write_tar({"a.1.jpg": b"", "a.1.cls": b"1", "a.2.jpg": b"", "a.2.CLS": b"2", "a.cls": b"3", "a.jpg": b""})
+    source = open_source(odd)
+    assert [source.classes[label] for label in source.splits["train"].labels] == ["1", "2", "3"]
 
     shards = {"train-000000": range(6), "train-000001": range(6, 12), "val-000000": range(12, 15)}
     packed = {f"{name}.tar": write_tar(shard(keys)).read_bytes() for name, keys in shards.items()}
