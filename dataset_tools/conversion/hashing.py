@@ -20,13 +20,10 @@ def hash_files(files: Sequence[tuple[Path, int | None]], num_workers: int, stop:
     """
     sizes = [path.stat().st_size for path, _ in files]
     with ThreadPoolExecutor(num_workers) as pool:
-        digests = [
-            [
-                pool.submit(_sha256, path, start, block_bytes, stop)
-                for start in range(0, max(1, size), block_bytes or max(1, size))
-            ]
-            for (path, block_bytes), size in zip(files, sizes, strict=True)
-        ]
+        digests = []
+        for (path, block_bytes), size in zip(files, sizes, strict=True):
+            step = block_bytes or max(1, size)
+            digests.append([pool.submit(_sha256, path, start, step, stop) for start in range(0, max(1, size), step)])
     entries = []
     for (path, block_bytes), size, each in zip(files, sizes, digests, strict=True):
         found = [digest.result() for digest in each]
@@ -35,15 +32,15 @@ def hash_files(files: Sequence[tuple[Path, int | None]], num_workers: int, stop:
     return entries
 
 
-def _sha256(path: Path, start: int, num_bytes: int | None, stop: StopSignals) -> bytes:
-    """Hashes `num_bytes` (None: all) from `start` on, or to the end of the file."""
-    digest, left = hashlib.sha256(), num_bytes
+def _sha256(path: Path, start: int, num_bytes: int, stop: StopSignals) -> bytes:
+    """Hashes `num_bytes` from `start` on, or to the end of the file."""
+    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        while left != 0 and (chunk := file.read(READ_BYTES if left is None else min(READ_BYTES, left))):
+        while num_bytes and (chunk := file.read(min(READ_BYTES, num_bytes))):
             stop.raise_if_requested()
             digest.update(chunk)
-            left = None if left is None else left - len(chunk)
+            num_bytes -= len(chunk)
     return digest.digest()
 
 

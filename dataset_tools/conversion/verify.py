@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dataset_tools.conversion.hashing import file_problems
 from dataset_tools.conversion.transform import UnusableImageError, decode
 from dataset_tools.conversion.workers import WorkerPool, settled_workers
-from dataset_tools.files import open_regular, raise_if_of_machine
+from dataset_tools.files import raise_if_of_machine, read_file
 from dataset_tools.formats.manifest import MANIFEST_NAME, Manifest, read_quarantine
 from dataset_tools.formats.records import HASH_BYTES, PASSED_THROUGH, SampleRecords
 from dataset_tools.formats.split_manifest import FileEntry, SplitManifest
@@ -188,10 +188,8 @@ class _Verification:
 
     def _quarantined(self, name: str) -> NDArray[np.int64]:
         """The indices of a split's images that are in quarantine."""
-        path = self.folder / self.manifest.quarantine.name
         try:
-            with open_regular(path) as file:
-                entries = read_quarantine(file.read())
+            entries = read_quarantine(read_file(self.folder / self.manifest.quarantine.name))
             return np.array([entry.index for entry in entries if entry.split == name], dtype=np.int64)
         except (OSError, ValueError):  # reported as a damaged file
             return np.zeros(0, dtype=np.int64)

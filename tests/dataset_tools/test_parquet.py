@@ -149,12 +149,15 @@ def test_an_image_folder_with_a_table_beside_is_an_image_folder(tmp_path: Path) 
         ({"thing": pa.array([picture(1)], pa.large_binary()), "labels": ["cat"]}, "cat"),
         ({"x": [1.5], "img": [picture(1)], "thumbnail": [b"1"], "label": ["b"]}, "b"),
         ({"img": [picture(1)], "label": pa.array(["cat"]).dictionary_encode()}, "cat"),
+        ({"img": [picture(1)], "target": [2.0]}, "2"),
+        ({"img": [picture(1)], "Category": [True]}, "1"),
         ({"image": pa.array([{"bytes": picture(1)}]), "text": ["a caption"]}, None),
     ],
 )
 def test_columns(tmp_path: Path, columns: dict[str, Any], label: str | None) -> None:
     source = open_source(write(tmp_path / "x.parquet", columns))
     assert source.classes == (() if label is None else (label,))
+    assert bool(source.account.notes) == (label is None)
     assert everything(source) == {"train": [("train/000000000.jpg", -1 if label is None else 0, picture(1))]}
 
 
@@ -244,15 +247,6 @@ def test_an_image_stored_once_for_many_rows_does_not_fill_the_disk(
     with pytest.raises(ValueError, match=r"x.parquet cannot be used: it becomes more than 200 times as large"):
         open_source(write(tmp_path / "x.parquet", {"image": [os.urandom(1 << 13)] * 1000}))
     assert [each.suffix for each in cache_folder.iterdir()] == [".lock"]
-
-
-@pytest.mark.parametrize("name", ["target", "cls", "Label", "Category"])
-@pytest.mark.parametrize("labels", [[0, 2, 1], [0.0, 2.0, 1.0]])
-def test_labels_by_other_names(tmp_path: Path, name: str, labels: list[float]) -> None:
-    source = open_source(write(tmp_path / "x.parquet", {"image": [picture(n) for n in range(3)], name: labels}))
-    assert source.classes == ("0", "1", "2")
-    assert source.splits["train"].labels.tolist() == [0, 2, 1]
-    assert source.account.notes == []
 
 
 def test_a_label_column_that_nobody_knows_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
