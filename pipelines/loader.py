@@ -96,6 +96,7 @@ class Loader(ABC):
         seed: int,
         device: torch.device,
     ) -> None:
+        split.check()
         self.split = split
         self.views = views
         self.view_config = view_config

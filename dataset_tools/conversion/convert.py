@@ -311,6 +311,7 @@ def _chosen_splits(source: ImageSource, options: ConvertOptions) -> list[Split]:
     chosen = list(source.splits.values()) if options.split is None else [source.split(options.split)]
     _, num_parts = options.part_numbers or (1, 1)
     for split in chosen:
+        split.check()
         if len(split) < num_parts:
             raise ValueError(f"{split.name} has {len(split)} images, too few for {num_parts} parts")
     return chosen

@@ -169,6 +169,7 @@ def _merge_split(name: str, parts: list[_Part], folder: Path, num_workers: int, 
         ) as writer,
     ):
         for split in given:
+            split.check()
             for start in range(0, len(split), CHUNK_IMAGES):
                 stop.raise_if_requested()
                 block = split.records.rows(start, start + CHUNK_IMAGES)

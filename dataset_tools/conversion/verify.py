@@ -101,6 +101,7 @@ class _Verification:
             return
         try:
             split = open_split(self.folder, self.manifest, name)
+            split.records.check(entry.image_bytes, len(self.manifest.classes))
         except ValueError as error:
             yield str(error)
             return

@@ -26,9 +26,16 @@ class ConvertedSplit(Split):
     ) -> None:
         """`records`: a file. `output`: the format of `files`. Raises FileNotFoundError, or ValueError for damage."""
         self.name, self.files, self.classes, self.output = name, files, classes, output
+        self._is_checked = False
+        self.file_bytes = [file.path.stat().st_size for file in files]
         self.records = SampleRecords.open(records)
         self.names: PackedNames = self.records.names()
         self.labels = np.array(self.records["label"], dtype=np.int64)
+
+    def check(self) -> None:
+        if not self._is_checked:
+            self.records.check(self.file_bytes, len(self.classes))
+            self._is_checked = True
 
     def read(self, index: int) -> bytes:
         """Raw pixels come as a PNG."""
@@ -57,21 +64,17 @@ class ConvertedSplit(Split):
 
 
 def open_split(folder: Path, manifest: Manifest, name: str) -> ConvertedSplit:
-    """A split of a converted data set. Raises FileNotFoundError, or ValueError for damage.
-
-    Every row of the records is looked at: loaders read and allocate what it says.
-    """
+    """A split of a converted data set. Raises FileNotFoundError, or ValueError for damage."""
     entry = manifest.splits[name]
     files = tuple(ByteFile(folder / file) for file in entry.image_files)
     split = ConvertedSplit(name, folder / entry.records.name, files, manifest.classes, FORMATS[manifest.format])
     if len(split) != entry.samples:
         raise ValueError(f"{split.records.path} knows {len(split)} samples, the manifest {entry.samples}")
-    split.records.check(entry.image_bytes, len(manifest.classes))
     return split
 
 
 def open_converted(folder: Path) -> ImageSource:
-    """A folder with a manifest.json. Nothing but the manifest and the records is read.
+    """A folder with a manifest.json. Nothing but the manifest and the names is read.
 
     Raises ValueError if manifest or records are damaged or do not fit, FileNotFoundError if files are missing.
     """
@@ -79,6 +82,9 @@ def open_converted(folder: Path) -> ImageSource:
     splits: dict[str, Split] = {}
     for name in sorted(manifest.splits, key=split_rank):
         require_files(folder, manifest.splits[name].all_files)
-        splits[name] = open_split(folder, manifest, name)
+        split = open_split(folder, manifest, name)
+        if split.labels.min() < -1 or split.labels.max() >= len(manifest.classes):
+            raise ValueError(f"{split.records.path} is damaged: it has labels that do not exist")
+        splits[name] = split
     title = FORMATS[manifest.format].title
     return ImageSource(path=folder, kind=title, splits=splits, classes=manifest.classes)

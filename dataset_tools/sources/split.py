@@ -47,6 +47,9 @@ class Split(ABC):
     def will_need(self, index: int) -> None:  # noqa: B027 - a hint
         """This image will be read soon: the system may fetch it from the disk. Raises nothing."""
 
+    def check(self) -> None:  # noqa: B027 - few sources have something to check
+        """Looks at what is kept of every image: whoever reads many calls it first. Raises ValueError for damage."""
+
     def read_checked(self, index: int) -> bytes:
         """As `read`; where the source knows what the bytes were, raises RottenImageError if they are others now."""
         return self.read(index)
@@ -73,6 +76,9 @@ class SubsetSplit(Split):
 
     def will_need(self, index: int) -> None:
         self.parent.will_need(int(self.indices[index]))
+
+    def check(self) -> None:
+        self.parent.check()
 
     def read_checked(self, index: int) -> bytes:
         return self.parent.read_checked(int(self.indices[index]))
