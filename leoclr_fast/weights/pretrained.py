@@ -90,22 +90,18 @@ def load_pretrained(weights: Path, *, untrained: bool = False) -> Pretrained:
 
 def _run_tensors(run: RunFolder, config: RunConfig) -> tuple[dict[str, Tensor], Path]:
     """The tensors of a run's final weights, else of its newest checkpoint, and that file or checkpoint."""
-    if run.final_weights.is_file():
-        tensors, description = read_backbone_file(run.final_weights)
-        if description.backbone != config.result.backbone:
-            raise ValueError(
-                f"{run.final_weights} holds another backbone ({description.backbone}) than the run's configuration "
-                f"says ({config.result.backbone}); one of the two files is not this run's"
-            )
-        return tensors, run.final_weights
-    newest = newest_checkpoint(run.checkpoints)
-    if newest is None:
-        raise FileNotFoundError(f"{run.path} has neither final weights nor a checkpoint yet")
-    path, _, state = newest
-    prefix = f"{method_class(config.result.method.name).encoder_name}.backbone."
-    method = state.get("method")
-    if not isinstance(method, dict) or not all(isinstance(tensor, Tensor) for tensor in method.values()):
-        raise ValueError(f"{path} is no checkpoint of a pretraining: it lacks the tensors of a method")
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in method.items() if name.startswith(prefix)}
+    path = run.final_weights
+    if path.is_file():
+        tensors, _ = read_backbone_file(path)
+    else:
+        newest = newest_checkpoint(run.checkpoints)
+        if newest is None:
+            raise FileNotFoundError(f"{run.path} has neither final weights nor a checkpoint yet")
+        path, _, state = newest
+        prefix = f"{method_class(config.result.method.name).encoder_name}.backbone."
+        method = state.get("method")
+        if not isinstance(method, dict) or not all(isinstance(tensor, Tensor) for tensor in method.values()):
+            raise ValueError(f"{path} is no checkpoint of a pretraining: it lacks the tensors of a method")
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in method.items() if name.startswith(prefix)}
     require_exact(tensors, config.result.backbone, str(path))
     return tensors, path

@@ -59,10 +59,6 @@ def test_pretrain_then_knn(capsys: pytest.CaptureFixture[str], tiny_data: Path, 
     assert knn["top1"] == pytest.approx(summary["knn_top1"])
     assert (knn["k"], knn["temperature"], knn["bank_images"], knn["query_images"]) == (3, 0.1, 40, 12)
     assert knn["weights"].endswith("final.safetensors")
-    (run / "final.safetensors").unlink()
-    again, _ = succeeded(capsys, "knn", run, "--data", tiny_data, "--device", "cpu", "--out", tmp_path / "again")
-    assert again["weights"].endswith("step-00000006")
-    assert again["top1"] == knn["top1"]
     other, _ = succeeded(capsys, "knn", run, "--data", tiny_data, "--k", 5, "--temperature", 0.2, "--max-images", 9)
     assert (other["k"], other["temperature"], other["bank_images"], other["query_images"]) == (5, 0.2, 9, 9)
 

@@ -43,12 +43,7 @@ def run(
         if train.classes != test.classes:
             raise ValueError(f"train and test of {data} have other classes: {train.classes} and {test.classes}")
         fingerprints = {"train_fingerprint": train.fingerprint, "test_fingerprint": test.fingerprint}
-        settings = {
-            **as_plain(config),
-            "precision": options.precision,
-            "max_images": options.max_images,
-            **fingerprints,
-        }
+        limits = {"precision": options.precision, "max_images": options.max_images}
         useful = _with_something_to_learn(train, config)[: options.max_images]
         shown = replace(test, images=test.images[: options.max_images])
 
@@ -62,7 +57,7 @@ def run(
                 "data": str(data),
             }
 
-        return evaluation.result(f"detect-{protocol.dataset}", settings, compute)
+        return evaluation.result(f"detect-{protocol.dataset}", {**as_plain(config), **limits, **fingerprints}, compute)
 
 
 def _train_and_detect(

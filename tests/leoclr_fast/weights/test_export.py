@@ -135,7 +135,7 @@ def test_a_run_is_exported(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
     assert result["weights_sha256"] == load_pretrained(out).sha256
     write_weights(run / "final.safetensors", build_backbone(NARROW), NARROW)
     message = refused(capsys, "export", run, "--to", "safetensors", "--out", tmp_path / "other.safetensors")
-    assert "holds another backbone" in message
+    assert "does not hold exactly a resnet18 with the small stem of width 0.0625: of another shape: " in message
 
 
 def test_weights_and_their_description_come_back(tmp_path: Path) -> None:

@@ -125,9 +125,6 @@ def test_files_that_are_no_checkpoint(capsys: pytest.CaptureFixture[str], tmp_pa
     cut = tmp_path / "cut.pth.tar"
     cut.write_bytes(good.read_bytes()[:20_000])
     assert "cut.pth.tar" in refused(capsys, "import-moco", cut, "--out", out)
-    empty = tmp_path / "empty.pth.tar"
-    empty.write_bytes(b"")
-    assert "empty.pth.tar" in refused(capsys, "import-moco", empty, "--out", out)
     assert "there is no checkpoint" in refused(capsys, "import-moco", tmp_path / "none.pth.tar", "--out", out)
     assert "does not end in .safetensors" in refused(capsys, "import-moco", good, "--out", tmp_path / "out.pth")
     assert "does not exist" in refused(capsys, "import-moco", good, "--out", tmp_path / "no" / "out.safetensors")
