@@ -165,16 +165,6 @@ def test_unusable_folders(write_tree, files: str, message: str) -> None:
         open_source(write_tree(files))
 
 
-def test_names_that_are_hard_to_write(write_tree) -> None:
-    names = [os.fsdecode(b"class \xff/\n.jpg"), "clässe\u202e/日本.v1.2.jpg", "white space/ .jpg"]
-    source = open_source(write_tree({name: name.encode("utf-8", "surrogateescape") for name in names}))
-    train = source.splits["train"]
-    assert list(train.names) == sorted(names)
-    for index, name in enumerate(train.names):
-        assert train.read(index) == name.encode("utf-8", "surrogateescape")
-    assert len(source.fingerprint) == 64
-
-
 def test_a_file_that_vanished_is_named(write_tree) -> None:
     root = write_tree({"a/1.jpg": b"1", "a/2.jpg": b"2"})
     (root / "a" / "broken.jpg").symlink_to(root / "nowhere")
