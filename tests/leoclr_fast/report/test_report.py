@@ -252,34 +252,6 @@ def test_the_command_has_its_ranks_and_machines(
     assert (reproducing_command(read_run(paused)) or [])[-2:] == ["--max-steps", "20"]
 
 
-def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_data: Path, tmp_path: Path) -> None:
-    """Every figure of the comparison, the curves and the tables is the one that the runs wrote."""
-    summaries = {method: pretrain(tiny_config(method), tiny_data, tmp_path / method) for method in ("leoclr", "mocov2")}
-    out = tmp_path / "both.html"
-    document, _ = succeeded(capsys, "report", tmp_path / "leoclr", tmp_path / "mocov2", "--out", out)
-    assert [run["images_per_s"] for run in document["runs"]] == [summaries[m]["images_per_s"] for m in summaries]
-    page = out.read_text()
-    data = plot_data(page)
-    for style, (method, summary) in enumerate(summaries.items()):
-        run = tmp_path / method
-        steps, accuracies = records(run, "step"), records(run, "knn")
-        curve = data["loss"]["curves"][style]
-        assert curve["label"] == method
-        assert curve["y"] == pytest.approx([record["loss"] for record in steps], rel=1e-6)
-        assert data["knn"]["curves"][style]["y"] == pytest.approx([record["top1"] for record in accuracies], rel=1e-6)
-        assert f"<td>{summary['knn_top1']:.2f} %</td>" in page
-        assert f"<td>{summary['images_per_s']:,.1f}</td>" in page
-        assert f"<td>{100 * summary['data_wait_fraction']:.1f} %</td>" in page
-    gain = summaries["leoclr"]["knn_top1"] - summaries["mocov2"]["knn_top1"]
-    assert f"<td>{gain:+.2f}</td>" in page
-    ratio = summaries["mocov2"]["images_per_s"] / summaries["leoclr"]["images_per_s"]
-    (shown, low, high) = re.findall(r"<td>([\d.]+) \[([\d.]+), ([\d.]+)\]</td>", page)[0]
-    assert float(shown) == pytest.approx(ratio, abs=6e-4)
-    assert float(low) <= float(high)
-    assert "result.method.name" in page
-    assert '<th scope="row">result.views.image_size</th>' not in page  # the same in both: not listed
-
-
 def test_misuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = written_run(tmp_path / "run", [start(), step_record(10)])
 

@@ -25,7 +25,7 @@ from leoclr_fast.report.sentence import summary_sentence
 from leoclr_fast.report.watch import watch
 from leoclr_fast.run.environment import boot_id
 from leoclr_fast.run.folder import RunFolder
-from tests.leoclr_fast.written_run import START_UNIX_S, end, start, step_record, written_run
+from tests.leoclr_fast.written_run import START_UNIX_S, end, knn, start, step_record, written_run
 
 SOME_STEPS = [step_record(step) for step in range(10, 101, 10)]
 
@@ -203,7 +203,7 @@ def test_the_time_of_an_image_is_taken_over_the_baseline_of_the_same_seed(tmp_pa
         config = get_recipe(recipe)
         config = replace(config, result=replace(config.result, seed=seed))
         steps = [step_record(step, images_per_s=rate) for step in range(10, 201, 10)]
-        return read_run(written_run(tmp_path / name, [start(), *steps], config=config))
+        return read_run(written_run(tmp_path / name, [start(), *steps, knn(200, rate / 2)], config=config))
 
     first, second = run("a", "leoclr_demo", 0, 60.0), run("b", "leoclr_demo", 1, 60.0)
     other, baseline = run("c", "mocov2_demo", 1, 90.0), run("d", "mocov2_demo", 0, 75.0)
@@ -218,6 +218,9 @@ def test_the_time_of_an_image_is_taken_over_the_baseline_of_the_same_seed(tmp_pa
     assert ratios(first, baseline).interval == pytest.approx((1.25, 1.25))
     page = page_of([first, baseline])
     assert "1.250 [1.250, 1.250]" in page
+    for top1, rate in (("30.00 %", "60.0"), ("37.50 %", "75.0")):
+        assert f"<td>{top1}</td>" in page
+        assert f"<td>{rate}</td><td>5.0 %</td>" in page
     assert '<th scope="row">result.method.name</th>' in page
     assert '<th scope="row">result.seed</th>' not in page  # the same in both
 
