@@ -94,7 +94,6 @@ class BatchReader:
         wanted = slice(None) if self.with_ignored else ~image.ignored
         boxes = resized_boxes(image.boxes[wanted], (image.width, image.height), (width, height))
         if request.flipped:
-            boxes = boxes.copy()
             boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
         return {
             "boxes": torch.from_numpy(boxes).to(self.device),

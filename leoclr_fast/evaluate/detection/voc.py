@@ -64,18 +64,15 @@ def _read_image(year: Path, name: str) -> AnnotatedImage:
             if not (x1 <= x2 and y1 <= y2):
                 raise ValueError(f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} ends before it begins")
             boxes.append((x1 - 1, y1 - 1, x2, y2))
-            labels.append(_label(_text(item, "name")))
+            class_name = _text(item, "name")
+            if class_name not in VOC_CLASSES:
+                raise ValueError(f"{class_name!r} is none of VOC's classes ({', '.join(VOC_CLASSES)})")
+            labels.append(VOC_CLASSES.index(class_name))
             difficult.append(item.findtext("difficult", "0").strip() == "1")
         width, height = int(_text(root, "size/width")), int(_text(root, "size/height"))
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"the annotation {annotation} cannot be understood: {error}") from error
     return AnnotatedImage(f"{year.name}/{name}", path, (width, height), boxes, labels, difficult)
-
-
-def _label(class_name: str) -> int:
-    if class_name not in VOC_CLASSES:
-        raise ValueError(f"{class_name!r} is none of VOC's classes ({', '.join(VOC_CLASSES)})")
-    return VOC_CLASSES.index(class_name)
 
 
 def _text(element: ElementTree.Element, path: str) -> str:

@@ -18,8 +18,7 @@ from leoclr_fast.config import BackboneConfig
 from leoclr_fast.method.backbone import build_backbone
 from leoclr_fast.weights.backbone_file import Description, backbone_bytes, read_backbone_file, weights_sha256
 from leoclr_fast.weights.detectron2 import detectron2_bytes, detectron2_name, read_detectron2
-from leoclr_fast.weights.export import export
-from leoclr_fast.weights.formats import FORMATS, SafetensorsFormat, TorchvisionFormat
+from leoclr_fast.weights.export import FORMATS, SafetensorsFormat, TorchvisionFormat, export
 from leoclr_fast.weights.pretrained import load_pretrained
 from pipelines.config import ViewConfig
 from tests.leoclr_fast.test_cli import succeeded
