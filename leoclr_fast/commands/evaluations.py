@@ -124,14 +124,13 @@ class Transfer(EvaluationFlags):
 
     def run(self, console: Console) -> dict[str, Any]:
         from leoclr_fast.evaluate import transfer
-        from leoclr_fast.evaluate.transfer_data import TRANSFER_SETS
 
         values = transfer.run(self.weights, self.dataset, self.data, self.protocol, self.options, console=console)
         if values and not _say_paused(console, values):
             metric = {"top1": "top-1", "mean_per_class": "mean per class"}[values["metric"]]
             say(
                 console,
-                f"transfer to {TRANSFER_SETS[self.dataset].title}: {metric} {values[values['metric']]:.2f} % "
+                f"transfer to {values['data_kind']}: {metric} {values[values['metric']]:.2f} % "
                 f"(learning rate {values['lr']:.4g}, weight decay {values['weight_decay']:.4g}, {values['steps']:,} "
                 f"steps; {values['val_images']:,} test images)",
             )

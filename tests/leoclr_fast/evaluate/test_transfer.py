@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import OxfordIIITPet, StanfordCars
 
-from leoclr_fast.evaluate.transfer_data import open_transfer_data
+from leoclr_fast.evaluate.transfer import open_transfer_data
 from tests.leoclr_fast.evaluate.conftest import Commands
 from tests.leoclr_fast.evaluated import kept_results
 
