@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from benchmarks.loader_implementations import (
     LoaderTask,
     TimedEpoch,
 )
-from benchmarks.processes import OwnProcess, process_use
+from benchmarks.processes import OwnProcess, ProcessUse, process_use
 from benchmarks.results import print_document
 from dataset_tools.limits import Count, CountOrZero, Limited, unknown
 from dataset_tools.sources import open_source
@@ -68,9 +69,8 @@ class _Measured:
 
     process: OwnProcess
     epochs: list[TimedEpoch] = field(default_factory=list)
-    cores: list[float] = field(default_factory=list)
-    bytes_read: list[int] = field(default_factory=list)
-    memory_bytes: int = 0
+    uses: list[tuple[ProcessUse, ProcessUse]] = field(default_factory=list)
+    """Before and after each epoch."""
     device_bytes: int | None = None
 
 
@@ -193,12 +193,8 @@ def _started(
 
 def _measure_epoch(own: _Measured, device: torch.device) -> None:
     before = process_use(own.process.pid)
-    epoch: TimedEpoch = own.process.next()
-    after = process_use(own.process.pid)
-    own.epochs.append(epoch)
-    own.cores.append((after.cpu_s - before.cpu_s) / epoch.seconds)
-    own.bytes_read.append(after.read_bytes - before.read_bytes)
-    own.memory_bytes = max(own.memory_bytes, after.memory_bytes)
+    own.epochs.append(own.process.next())
+    own.uses.append((before, process_use(own.process.pid)))
     if device.type == "cuda":
         own.device_bytes = max(own.device_bytes or 0, _device_bytes(own.process.pid) or 0) or None
 
@@ -206,15 +202,17 @@ def _measure_epoch(own: _Measured, device: torch.device) -> None:
 def _row(name: str, own: _Measured) -> dict[str, Any]:
     rates = [epoch.images / epoch.seconds for epoch in own.epochs]
     images = sum(epoch.images for epoch in own.epochs)
+    cpu_s = [after.cpu_s - before.cpu_s for before, after in own.uses]
+    cores = [taken / epoch.seconds for taken, epoch in zip(cpu_s, own.epochs, strict=True)]
     return {
         "loader": name,
         "images": own.epochs[0].images,
         **quantiles("images_per_s", rates),
         "decodes_per_image": sum(epoch.decodes for epoch in own.epochs) / images,
-        "cpu_cores": quantiles("cores", own.cores)["cores"],
-        "peak_rss_gib": own.memory_bytes / 2**30,
+        "cpu_cores": statistics.median(cores),
+        "peak_rss_gib": max(after.memory_bytes for _, after in own.uses) / 2**30,
         "device_memory_gib": None if own.device_bytes is None else own.device_bytes / 2**30,
-        "bytes_read_per_image": sum(own.bytes_read) / images,
+        "bytes_read_per_image": sum(after.read_bytes - before.read_bytes for before, after in own.uses) / images,
         "rounds_images_per_s": rates,
     }
 

@@ -28,6 +28,7 @@ _CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 def main() -> int:
     """0 if every section that could run did; 1 if one failed or was stopped."""
     suite = Suite(_parse())
+    os.environ |= {name: str(_CACHE / place) for name, place in _CACHES.items()}
     suite.run()
     print(suite.page())
     return int(any(section["status"] in ("failed", "stopped") for section in suite.document["sections"].values()))
@@ -52,7 +53,6 @@ class Suite:
             "sections": {},
         }
         self._start = time.perf_counter()
-        os.environ |= {name: str(_CACHE / place) for name, place in _CACHES.items()}
 
     def run(self) -> None:
         """All sections that were asked for, `machine` first. The limits of the sections are a GPU's, so at tiny sizes
