@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from pipelines.batch import CropBatch
 from pipelines.config import ViewConfig
 from pipelines.counter_rng import photometry_stream, uniform
-from pipelines.kernels import Impl, Kernels
+from pipelines.kernels import Impl, automatic_impl
 from pipelines.views import ViewRecipe
 
 # Columns of a table of parameters, float64 [M, 13], a row for each sample. A single copy brings all to the device.
@@ -101,7 +101,7 @@ def augment(
     """
     assert len(parameters) == crops[..., 0, 0, 0].numel()
     if impl == "auto":
-        impl = "torch" if dtype == torch.float64 else _KERNELS.automatic(crops.device)
+        impl = "torch" if dtype == torch.float64 else automatic_impl(crops.device, "augmented", _augment_a_crop)
     weights = blur_weights(parameters[:, SIGMA], config)
     if impl == "triton":
         from pipelines.augment_triton import augment_triton
@@ -124,22 +124,10 @@ def augment(
         return torch.cat(chunks)
 
 
-def _try_numba() -> None:
-    from pipelines.augment_numba import compiled_kernel
-
-    compiled_kernel()
-
-
-def _try_triton(device: torch.device) -> None:
-    from pipelines.augment_triton import augment_triton
-
+def _augment_a_crop(impl: Impl, device: torch.device) -> None:
     crop = torch.zeros(1, 3, 3, 3, dtype=torch.uint8, device=device)
     table = torch.zeros(1, SIGMA + 1, dtype=torch.float64, device=device)
-    config = ViewConfig(image_size=3)
-    augment_triton(crop, table, blur_weights(table[:, -1], config), config, torch.float32)
-
-
-_KERNELS = Kernels(done="augmented", try_numba=_try_numba, try_triton=_try_triton)
+    augment(crop, table, ViewConfig(image_size=3), impl=impl)
 
 
 def _augment_chunk(

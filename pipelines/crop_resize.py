@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipelines.config import ViewConfig
 from pipelines.crops import squashed
-from pipelines.kernels import Impl, Kernels
+from pipelines.kernels import Impl, automatic_impl
 from pipelines.packed_images import PackedImages
 
 _WEIGHT_BITS = 22  # PIL's, after the binary point
@@ -54,13 +54,15 @@ def crop_resize(
     """Each box of its image as a square of ``output_size`` pixels: uint8 [M, S, S, 3] on the images' device.
 
     rows: int64 [M], which image. boxes: int32 [M, 8], placed boxes of `pipelines.crops`, or [M, 4], squashed. fill: RGB
-    around a resized box. impl: `auto` takes numba on a CPU, triton on a GPU, and torch elsewhere or where they do not
-    work. num_threads: numba's; by default as many as torch's.
+    around a resized box. impl: `auto` takes numba on a CPU, triton on a GPU, and torch elsewhere, where they do not
+    work, and for planar images on a CPU, which no loader makes. num_threads: numba's; by default as many as torch's.
     Equals ``PIL.Image.crop(...)``, resized with ``BILINEAR`` to the new width, then to the new height, and then cut.
     """
     boxes = squashed(boxes, output_size) if boxes.shape[1] == 4 else boxes
     assert _boxes_are_inside(images, rows, boxes)
-    impl = _KERNELS.automatic(images.pixels.device) if impl == "auto" else impl
+    if impl == "auto":
+        impl = automatic_impl(images.pixels.device, "resized", _resize_a_pixel)
+        impl = "torch" if images.planar and impl == "numba" else impl
     if impl == "triton":
         from pipelines.crop_resize_triton import crop_resize_triton
 
@@ -82,21 +84,10 @@ def _boxes_are_inside(images: PackedImages, rows: npt.NDArray[np.int64], boxes: 
     return bool(inside.all())
 
 
-def _try_numba() -> None:
-    from pipelines.crop_resize_numba import compiled_kernel
-
-    compiled_kernel()
-
-
-def _try_triton(device: torch.device) -> None:
-    from pipelines.crop_resize_triton import crop_resize_triton
-
+def _resize_a_pixel(impl: Impl, device: torch.device) -> None:
     zero, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
     pixel = PackedImages.side_by_side(torch.zeros(3, dtype=torch.uint8, device=device), one, one)
-    crop_resize_triton(pixel, zero, np.array([[0, 0, 1, 1, 2, 2, 0, 0]], dtype=np.int32), 2, (0, 0, 0))
-
-
-_KERNELS = Kernels(done="resized", try_numba=_try_numba, try_triton=_try_triton)
+    crop_resize(pixel, zero, np.array([[0, 0, 1, 1]], dtype=np.int32), 2, impl=impl)
 
 
 def _crop_resize_torch(

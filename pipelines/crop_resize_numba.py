@@ -42,14 +42,13 @@ def crop_resize_numba(
     fill: tuple[int, int, int],
     num_threads: int,
 ) -> Tensor:
-    """`pipelines.crop_resize.crop_resize` for pixels on the CPU and boxes that are inside their images."""
+    """`pipelines.crop_resize.crop_resize` for pixels on the CPU, not planar, and boxes inside their images."""
     output = np.empty((len(rows), output_size, output_size, 3), dtype=np.uint8)
     if output.size == 0:
         return torch.from_numpy(output)
     pixels, target = images.pixels.numpy(), output.view(np.int8).reshape(-1)
     box_heights, box_widths = boxes[:, 2:4].astype(np.int64).T
-    sizes = images.heights[rows], images.widths[rows]
-    geometry = box_geometry(images.offsets[rows], *sizes, boxes, planar=images.planar)
+    geometry = box_geometry(images.offsets[rows], images.widths[rows], boxes)
     needed = scratch_size(boxes, output_size)
     kernel = compiled_kernel()
 
@@ -80,18 +79,11 @@ def compiled_kernel() -> Callable[..., None]:
 
 
 def box_geometry(
-    offsets: npt.NDArray[np.int64],
-    heights: npt.NDArray[np.int64],
-    widths: npt.NDArray[np.int64],
-    boxes: npt.NDArray[np.int32],
-    *,
-    planar: bool = False,
+    offsets: npt.NDArray[np.int64], widths: npt.NDArray[np.int64], boxes: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.int64]:
-    """What `resize_boxes` is told of placed boxes [M, 8]. offsets, heights, widths: [M], of the image of each."""
+    """What `resize_boxes` is told of placed boxes [M, 8]. offsets, widths: [M], of the image of each."""
     top, left = boxes[:, :2].astype(np.int64).T
-    pixel = 1 if planar else 3  # bytes from a column to the next
-    first = offsets + (top * widths + left) * pixel
-    memory = np.stack((first, widths * pixel, heights * widths * planar), axis=1)
+    memory = np.stack((offsets + 3 * (top * widths + left), 3 * widths), axis=1)
     return np.concatenate((memory, boxes[:, 2:].astype(np.int64)), axis=1)
 
 
@@ -122,16 +114,16 @@ def resize_boxes(
     """Some boxes of many images: ``PIL.Image.crop``, then ``resize`` with ``BILINEAR`` to the new width, then to the
     new height, then cut.
 
-    pixels: uint8, one dimension. geometry: int64 [M, 9]: the place of a box's first byte in ``pixels``, bytes from a
-    row to the next and from a plane to the next (0: the channels lie side by side), and the last six of a placed box.
+    pixels: uint8, one dimension. geometry: int64 [M, 8]: the place of a box's first byte in ``pixels``, bytes from a
+    row to the next, and the last six of a placed box.
     numbers: int64 [·], the boxes to do. output: [M * S * S * 3]: bytes of 0 to 255, whatever the type's sign.
     fill: `packed`. scratch: uint32 [scratch_size], for the largest of these boxes, whatever is in it.
     """
     length = 3 * size * size
     for number in numbers:
-        first, row_stride, plane_stride = geometry[number, :3]
+        first, row_stride = geometry[number, :2]
         target = output[number * length : (number + 1) * length]
-        _resize(pixels, first, row_stride, plane_stride, geometry[number, 3:], size, fill, target, scratch)
+        _resize(pixels, first, row_stride, geometry[number, 2:], size, fill, target, scratch)
 
 
 @_inner
@@ -139,7 +131,6 @@ def _resize(
     pixels: npt.NDArray[np.uint8],
     first: int,
     row_stride: int,
-    plane_stride: int,
     placed: npt.NDArray[np.int64],
     size: int,
     fill: int,
@@ -153,7 +144,7 @@ def _resize(
     left, right = max(0, -corner_column), min(size, new_width - corner_column)
     begin_row, end_row = _reach(height, new_height, corner_row + top, corner_row + bottom - 1)
     begin, end_column = _reach(width, new_width, corner_column + left, corner_column + right - 1)
-    first += begin * (3 if plane_stride == 0 else 1)
+    first += 3 * begin
     lanes = max(size, _ROWS)
     end = (width + _TAPS) * _ROWS
     block, rest = scratch[:end], scratch[end:]
@@ -167,10 +158,7 @@ def _resize(
     for first_row in range(begin_row, end_row, _ROWS):
         num_rows = min(_ROWS, end_row - first_row)
         start = first + first_row * row_stride
-        if plane_stride == 0:
-            _pack(pixels, start, row_stride, num_rows, end_column - begin, block[begin * _ROWS :])
-        else:
-            _pack_planes(pixels, start, row_stride, plane_stride, num_rows, end_column - begin, block[begin * _ROWS :])
+        _pack(pixels, start, row_stride, num_rows, end_column - begin, block[begin * _ROWS :])
         for column in range(left, right):
             _filter(
                 block, int(starts[column]) * _ROWS, _ROWS, int(groups[column]),
@@ -266,27 +254,6 @@ def _pack(
             | (uint32(source[3 * last + 1]) << _GREEN)
             | (uint32(source[3 * last + 2]) << _BLUE)
         )
-
-
-@_inner
-def _pack_planes(
-    pixels: npt.NDArray[np.uint8],
-    first: int,
-    stride: int,
-    plane_stride: int,
-    num_rows: int,
-    width: int,
-    block: npt.NDArray[np.uint32],
-) -> None:
-    """The same, of an image whose channels are planes behind one another."""
-    for row in range(_ROWS):
-        start = first + min(row, num_rows - 1) * stride
-        red, green = pixels[start : start + width], pixels[start + plane_stride : start + plane_stride + width]
-        blue = pixels[start + 2 * plane_stride : start + 2 * plane_stride + width]
-        for column in range(width):
-            block[column * _ROWS + row] = (
-                uint32(red[column]) | (uint32(green[column]) << _GREEN) | (uint32(blue[column]) << _BLUE)
-            )
 
 
 @_inner

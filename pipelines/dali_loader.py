@@ -65,7 +65,8 @@ class DaliLoader(EncodedLoader):
     def decode_next(self, current: Pass) -> DecodedBatch:
         try:
             if self._current is not current:
-                self._drain()
+                if self._in_flight:  # of a pass that was left
+                    self._drop_pipeline()
                 self._current = current
             self._feed_ahead(current)
             while (decoded := self._decoded()) is None:
@@ -123,18 +124,6 @@ class DaliLoader(EncodedLoader):
         for epoch, step in again:
             self._doing = f"reading the images of step {step} again"
             self._feed(self.prepare(epoch, step))
-
-    def _drain(self) -> None:
-        """Let go of what an earlier pass has left in flight."""
-        self._doing = "finishing what an earlier pass has begun"
-        try:
-            while self._in_flight:
-                if len(self._in_flight[0]):
-                    self._pipeline.share_outputs()
-                    self._pipeline.release_outputs()
-                self._in_flight.popleft()
-        except RuntimeError:  # a batch that nobody waits for
-            self._drop_pipeline()
 
     def _drop_pipeline(self) -> None:
         self._pipeline = None

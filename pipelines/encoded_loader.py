@@ -284,7 +284,7 @@ class EncodedLoader(Loader):
 
 
 class Pass:
-    """One pass over an epoch. `reads` and `next_step` belong to the decoding thread."""
+    """One pass over an epoch. `next_step`, `reads` and `in_flight` belong to the decoding thread."""
 
     def __init__(self, epoch: int, start_step: int, end: int, readers: WorkerThreads, decoder: WorkerThreads) -> None:
         self.epoch, self.end, self.readers, self.decoder = epoch, end, readers, decoder
@@ -295,6 +295,8 @@ class Pass:
         """The first step that is not being read yet."""
         self.reads = deque[list[Future[EncodedBatch]]]()
         """The pieces of each batch."""
+        self.in_flight = deque[Any]()
+        """What a decoder that works on several batches at a time has begun."""
         self.cancelled = False
 
     @property

@@ -82,8 +82,8 @@ class BatchDecoder:
         if not len(batch):
             return []
         boxes, num_views = batch.boxes.reshape(-1, 8), batch.boxes.shape[1]
-        heights, widths = np.repeat(batch.heights, num_views), np.repeat(batch.widths, num_views)
-        geometry = box_geometry(np.zeros_like(heights), heights, widths, boxes)
+        widths = np.repeat(batch.widths, num_views)
+        geometry = box_geometry(np.zeros_like(widths), widths, boxes)
         target = crops.numpy().view(np.int8).reshape(-1)  # not uint8: FFCV, imported, makes numba's type read-only
         work = batch, geometry, target, scratch_size(boxes, self._view_size)
         count = min(len(batch), self._num_shares)

@@ -6,7 +6,6 @@ while training kills the process (SIGBUS).
 
 from __future__ import annotations
 
-from collections import deque
 from concurrent.futures import Future
 from typing import Any, ClassVar, TypeGuard
 
@@ -45,23 +44,16 @@ class FfcvLoader(EncodedLoader):
         super().__init__(*args, **kwargs)
         _require_sound_beton(self.split)
         self._new_decoder = _import_decoder().BatchDecoder
-        # What follows belongs to the decoding thread.
-        self._turbojpeg: Any = None
-        self._in_flight: deque[_Started] = deque()
-        self._current: Pass | None = None
-        """The pass whose batches are in flight."""
+        self._turbojpeg: Any = None  # of the decoding thread
 
     @classmethod
     def obstacle(cls, split: Split, device: torch.device) -> str | None:
         return super().obstacle(split, device) if _is_beton(base_of(split)[0]) else "it reads .betons alone"
 
     def decode_next(self, current: Pass) -> DecodedBatch:
-        if self._current is not current:
-            self._in_flight.clear()
-            self._current = current
-        while len(self._in_flight) < self.config.prefetch_batches and not current.is_read:
-            self._in_flight.append(self._started(self.next_read(current)))
-        batch, crops, shares = self._in_flight.popleft()
+        while len(current.in_flight) < self.config.prefetch_batches and not current.is_read:
+            current.in_flight.append(self._started(self.next_read(current)))
+        batch, crops, shares = current.in_flight.popleft()
         self._doing = f"decoding step {batch.step} of epoch {batch.epoch}"
         while failed := sorted(row for share in shares for row in share.result()):
             # What TurboJPEG refuses or only warns of is up to Pillow, as in the other loaders.
@@ -79,7 +71,6 @@ class FfcvLoader(EncodedLoader):
         return batch, crops, self._turbojpeg.start(batch, crops)
 
     def give_back(self) -> None:
-        self._in_flight.clear()
         if self._turbojpeg is not None:
             self._turbojpeg.close()
             self._turbojpeg = None

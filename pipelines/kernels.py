@@ -17,37 +17,22 @@ Impl = Literal["auto", "torch", "numba", "triton"]
 Argument = Tensor | int | float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kernels:
-    """An operation of the data layer that Numba does on CPUs and Triton on GPUs; torch does it where they cannot."""
-
-    done: str
-    """What is done to views by it: a participle."""
-    try_numba: Callable[[], object]
-    """Imports numba and compiles the kernel."""
-    try_triton: Callable[[torch.device], object]
-    """Imports Triton and does the operation once on a device, on the least input there is."""
-
-    def automatic(self, device: torch.device) -> Impl:
-        """Triton on a GPU and numba on a CPU where they work; else torch."""
-        impls: dict[str, Impl] = {"cuda": "triton", "cpu": "numba"}
-        impl = impls.get(device.type, "torch")
-        return impl if impl == "torch" or _works(self, impl, device) else "torch"
-
-
 @cache
-def _works(kernels: Kernels, impl: Impl, device: torch.device) -> bool:
-    """Tries a kernel, or says why it does not work, once: it makes things faster, and must not stop a run."""
+def automatic_impl(device: torch.device, done: str, attempt: Callable[[Impl, torch.device], object]) -> Impl:
+    """Triton on a GPU and numba on a CPU where they work; else torch.
+
+    done: what is done to views, a participle. attempt: does it once, to the least input there is. Why it fails is said
+    once: kernels make things faster, and must not stop a run.
+    """
+    impls: dict[str, Impl] = {"cuda": "triton", "cpu": "numba"}
+    impl = impls.get(device.type, "torch")
     try:
-        if impl == "triton":
-            kernels.try_triton(device)
-        else:
-            kernels.try_numba()
+        if impl != "torch":
+            attempt(impl, device)
     except Exception as error:
-        message = "views are %s by torch, many times slower, since %s does not work here: %r"
-        log.warning(message, kernels.done, impl, error)
-        return False
-    return True
+        log.warning("views are %s by torch, many times slower, since %s does not work here: %r", done, impl, error)
+        return "torch"
+    return impl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,12 +71,6 @@ COLORSYS = 1e-14
 
 # ---- pipelines: augment against the published path: PIL, uint8 after every step, in levels of 255 ----------------
 
-PIL_BLEND = Tolerance(max=1.3, mean=0.6)
-"""Brightness, contrast, saturation: PIL cuts off what is behind the point. (1.2, 0.45)"""
-PIL_HUE = Tolerance(max=20, mean=2)
-"""PIL's HSV has 256 hues and 256 saturations. (17, 1.0)"""
-PIL_GRAYSCALE = Tolerance(max=0.6, mean=0.3)
-"""Rounding alone. (0.52, 0.25)"""
 PIL_BLUR = Tolerance(max=8, mean=0.5)
 """PIL's blur and ours are the same three boxes; PIL rounds to a level after each of six passes, and repeats the border
 before each of the three, ours once. Smooth images, sigma 0.1 to 2. (4.7 at a border, 1.8 inside, 0.33)"""

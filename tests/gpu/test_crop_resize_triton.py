@@ -51,7 +51,7 @@ def test_equals_pillow(height: int, width: int, size: int, kind: str, planar: bo
 @pytest.mark.parametrize("size", [32, 33, 96, 224])
 def test_a_batch_of_photographs_equals_the_cpu_s(size: int, planar: bool) -> None:
     images, rows, boxes = photographs(64, planar=planar)
-    expected = crop_resize(images, rows, boxes, size, impl="numba")
+    expected = crop_resize(images, rows, boxes, size)
     assert torch.equal(crop_resize(on_gpu(images), rows, boxes, size, impl="triton").cpu(), expected)
 
 
@@ -59,7 +59,7 @@ def test_it_is_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     images, rows, boxes = photographs(4, planar=True)
     monkeypatch.setattr(module, "_crop_resize_torch", None)
     ours = crop_resize(on_gpu(images), rows, boxes, 64)
-    assert torch.equal(ours.cpu(), crop_resize(images, rows, boxes, 64, impl="numba"))
+    assert torch.equal(ours.cpu(), crop_resize(images, rows, boxes, 64))
 
 
 def test_it_does_not_wait_for_the_host() -> None:
@@ -77,7 +77,7 @@ def test_it_does_not_wait_for_the_host() -> None:
 
 def test_on_another_stream() -> None:
     images, rows, boxes = photographs(16, planar=True)
-    expected = crop_resize(images, rows, boxes, 224, impl="numba")
+    expected = crop_resize(images, rows, boxes, 224)
     images = on_gpu(images)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

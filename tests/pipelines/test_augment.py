@@ -10,7 +10,6 @@ sizes for its interpreter.
 from __future__ import annotations
 
 import colorsys
-import errno
 import math
 import multiprocessing
 import os
@@ -18,13 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
-from numba.core import caching
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import ColorJitter, GaussianBlur
@@ -68,11 +64,8 @@ from tests.tolerances import (
     AUGMENT_NUMBA_BESIDE_TORCH,
     AUGMENT_TRITON_BESIDE_TORCH,
     COLORSYS,
-    PIL_BLEND,
     PIL_BLUR,
     PIL_CHAIN,
-    PIL_GRAYSCALE,
-    PIL_HUE,
     TORCHVISION_HUE,
     Tolerance,
 )
@@ -422,23 +415,12 @@ class TestAgainstThePublishedPath:
             image = TF.hflip(image)
         return np.asarray(image)
 
-    @pytest.mark.parametrize(
-        ("alone", "kind", "tolerance"),
-        [
-            ({"jitter": True, "brightness": np.linspace(0.6, 1.4, 12)}, "noise", PIL_BLEND),
-            ({"jitter": True, "contrast": np.linspace(0.6, 1.4, 12)}, "noise", PIL_BLEND),
-            ({"jitter": True, "saturation": np.linspace(0.6, 1.4, 12)}, "noise", PIL_BLEND),
-            ({"jitter": True, "hue": np.linspace(-0.1, 0.1, 12)}, "waves", PIL_HUE),
-            ({"grayscale": True}, "noise", PIL_GRAYSCALE),
-            ({"blur": True, "sigma": np.linspace(0.1, 2.0, 12)}, "waves", PIL_BLUR),
-            ({"flip": True}, "noise", Tolerance(1e-12)),
-        ],
-        ids=["brightness", "contrast", "saturation", "hue", "grayscale", "blur", "flip"],
-    )
-    def test_each_operation_alone(self, alone: dict[str, object], kind: str, tolerance: Tolerance) -> None:
-        difference = self.differences(12, 224, kind, parameters(12, **alone)).abs()
-        assert difference.max() <= tolerance.max
-        assert difference.mean() <= tolerance.mean
+    def test_the_blur(self) -> None:
+        """The other operations are torchvision's own on either path."""
+        drawn = parameters(12, blur=True, sigma=np.linspace(0.1, 2.0, 12))
+        difference = self.differences(12, 224, "waves", drawn).abs()
+        assert difference.max() <= PIL_BLUR.max
+        assert difference.mean() <= PIL_BLUR.mean
 
     @pytest.mark.parametrize("size", [32, 96, 224])
     def test_the_whole_chain_in_all_orders(self, size: int) -> None:
@@ -534,61 +516,14 @@ class TestNumba:
             raise ImportError("Numba needs NumPy 2.0 or less")
 
         monkeypatch.setattr(compiled, "compiled_kernel", broken)
-        kernels._works.cache_clear()
+        kernels.automatic_impl.cache_clear()
         for _ in range(2):
             auto, plain = (augment(self.crops, self.drawn, self.config, impl=impl) for impl in ("auto", "torch"))
             assert torch.equal(auto, plain)
-        kernels._works.cache_clear()
+        kernels.automatic_impl.cache_clear()
         (record,) = package_log.records
         assert record.levelname == "WARNING"
         assert "views are augmented by torch, many times slower, since numba does not work here" in record.getMessage()
-
-
-def trivial(
-    pixels: Any, starts: Any, table: Any, blur: Any, output: Any, side: Any, switches: Any, mean: Any, std: Any,
-    scratch: Any, sums: Any, first: Any, stop: Any,
-) -> None:  # fmt: skip
-    output[0] = 42.0
-
-
-class TestNumbasCache:
-    """On the disk, with a kernel that is compiled at once."""
-
-    @pytest.fixture(autouse=True)
-    def _another_kernel(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-        monkeypatch.setattr(compiled, "_augment", trivial)
-        monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-
-    def run(self) -> Any:
-        output, flags, starts = np.zeros(3, dtype=np.float32), np.zeros(4, dtype=bool), np.zeros(1, dtype=np.int64)
-        pixels, table, sums = np.zeros(3, dtype=np.uint8), np.zeros((1, 13)), np.zeros(1)
-        blur = np.zeros((1, 3), dtype=np.float32)
-        kernel = compiled.compiled_kernel.__wrapped__()
-        kernel(pixels, starts, table, blur, output, 1, flags, output, output, output, sums, 0, 1)
-        assert output[0] == 42
-        return kernel
-
-    def test_a_second_process_compiles_nothing(self) -> None:
-        assert not self.run().stats.cache_hits
-        assert sum(self.run().stats.cache_hits.values()) == 1
-
-    def test_no_folder_can_be_written_to(
-        self, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
-    ) -> None:
-        def read_only(locator: object) -> None:
-            raise OSError(errno.EROFS, "Read-only file system")
-
-        monkeypatch.setattr(caching._CacheLocator, "ensure_cache_path", read_only)
-        assert not self.run().stats.cache_hits
-        assert "numba's cache is out of use" in package_log.text
-
-    def test_a_full_disk(self, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture) -> None:
-        def full(*given: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
-        assert not self.run().stats.cache_hits
-        assert "No space left on device" in package_log.text
 
 
 def batch_of(crops: Tensor, indices: np.ndarray, epoch: int = 0) -> CropBatch:
@@ -715,11 +650,3 @@ class TestDraws:
         assert drawn[:, BLUR].tolist() == [1, 1, 0, 1]
         assert drawn[:, FLIP].tolist() == [0, 1, 0, 1]
         assert drawn[:, SIGMA].tolist() == pytest.approx([1.54482306, 1.42836504, 0.89181191, 1.88231672], abs=1e-8)
-
-    def test_only_moco_s_photometry_changes_colour(self) -> None:
-        linear = draw_augmentation(LINEAR_TRAIN_VIEWS, ViewConfig(), 0, 0, np.arange(500))
-        center = draw_augmentation(CENTER_CROP_VIEWS, ViewConfig(), 0, 0, np.arange(500))
-        for drawn in (linear, center):
-            assert not drawn[:, [JITTER, GRAYSCALE, BLUR]].any()
-        assert 200 < linear[:, FLIP].sum() < 300
-        assert not center[:, FLIP].any()

@@ -19,7 +19,6 @@ from pipelines.decode import (
     decode_bytes,
     decode_rgb,
     image_size,
-    none_readable,
     require_decodable,
 )
 from tests.pipelines.pictures import encode, picture
@@ -183,8 +182,3 @@ def test_a_disk_that_went_away_is_not_asked_for_every_image() -> None:
     substitutes = Substitutes(MemorySplit(*[b"no image"] * 40))
     assert substitutes.decode(35, passed) is None
     assert sorted(passed) == [0, 1, 2, 3, 4, 5, 35, 36, 37, 38, 39]
-
-
-def test_none_readable_names_the_first() -> None:
-    error = none_readable(MemorySplit(b"", b""), {1: "why", 0: "because"})
-    assert str(error) == "none of the 2 images can be read; image 0: because"

@@ -33,9 +33,7 @@ def make(split: Split, config: LoaderConfig) -> Loader:
             "there is no loader 'residnt'. Did you mean resident? "
             "Allowed: auto, resident, dali, ffcv, nvjpeg, torchvision, synthetic.",
         ),
-        ("Torchvision", "there is no loader 'Torchvision'. Did you mean torchvision?"),
         ("xyz", "there is no loader 'xyz'. Allowed: auto, resident, dali, ffcv, nvjpeg, torchvision, synthetic."),
-        ("", "there is no loader ''. Allowed: auto"),
     ],
 )
 def test_an_unknown_name(name: str, message: str, split: Split) -> None:

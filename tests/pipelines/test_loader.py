@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from pipelines.decode import max_unreadable
 from pipelines.factory import LOADERS, loader_class
 from pipelines.loader import Loader
 from pipelines.order import SequentialOrder, TrainOrder
-from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS, MOCOV2_VIEWS
+from pipelines.views import CENTER_CROP_VIEWS, LEOCLR_VIEWS
 from tests.pipelines.optional_packages import HAS_DALI, HAS_FFCV, needs_dali, needs_ffcv
 from tests.pipelines.oracle import (
     SEED,
@@ -272,13 +271,6 @@ def test_a_program_that_ends_without_closing(
     assert "abort" not in done.stderr.lower()
 
 
-def test_leoclr_and_mocov2_get_the_same_crops(split: Split, open_loader: OpenLoader) -> None:
-    leoclr, mocov2 = open_loader(split), open_loader(split, "torchvision", None, MOCOV2_VIEWS, workers=0)
-    for ours, theirs in zip(leoclr.batches(0), mocov2.batches(0), strict=True):
-        assert torch.equal(ours.crops[:, 1:], theirs.crops)
-        assert np.array_equal(ours.boxes[:, 1:], theirs.boxes)
-
-
 @pytest.mark.real_data
 @pytest.mark.parametrize("source", ["folder", "tar", "ffcv", "webdataset"])
 def test_photographs(source: str, real_data: Path, tmp_path: Path, open_loader: OpenLoader) -> None:
@@ -294,22 +286,6 @@ def test_photographs(source: str, real_data: Path, tmp_path: Path, open_loader: 
         loader = open_loader(split, name, in_order(split), workers=2, image_size=224)
         assert_like_the_oracle(loader)
         assert loader.unreadable == {}
-
-
-def test_a_tar_and_a_mix_of_jpegs_and_pngs(tmp_path: Path, open_loader: OpenLoader) -> None:
-    images = {
-        f"{number}.{kind.lower()}": encode(Image.fromarray(picture(30 + number, 40 - number, "waves", number)), kind)
-        for number, kind in enumerate(["JPEG", "PNG"] * 4)
-    }
-    write_images(tmp_path / "mix", images)
-    with tarfile.open(tmp_path / "tar.tar", "w") as archive:
-        archive.add(tmp_path / "mix", arcname="mix")
-    for format in ("ffcv", "webdataset"):
-        convert(tmp_path / "mix", tmp_path / format, ConvertOptions(format=format), workers=1)  # type: ignore[arg-type]
-    for source in ("tar.tar", "ffcv", "webdataset"):
-        split = open_source(tmp_path / source).splits["train"]
-        for name in ("resident", "nvjpeg", *["dali"] * HAS_DALI):
-            assert_like_the_oracle(open_loader(split, name, in_order(split)), epochs=2)
 
 
 REPLACED = {

@@ -50,6 +50,8 @@ def test_the_original_s_geometry_is_an_option(original: str) -> None:
 
 def test_crops_differ_by_view_epoch_seed_and_index() -> None:
     boxes = [boxes_of(MOCOV2_VIEWS, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    leoclr = boxes_of(LEOCLR_VIEWS, seed=0, epoch=0)
+    assert np.array_equal(leoclr[:, 1:], boxes[0])  # both methods are compared on the same crops
     of_one_size = np.concatenate([part[[0, 3]].reshape(-1, 8) for part in boxes])  # images 0 and 3
     assert len(np.unique(of_one_size, axis=0)) == len(of_one_size)
 
