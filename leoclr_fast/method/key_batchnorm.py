@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leoclr_fast.config import MethodConfig
-from leoclr_fast.distributed.batch_statistics import batch_statistics
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.sync_batchnorm import replace_batchnorm
+from leoclr_fast.distributed.sync_batchnorm import batch_statistics, replace_batchnorm
 from leoclr_fast.method.split_batchnorm import NormaliseEqualGroups, group_sizes
 
 

@@ -82,28 +82,20 @@ class KeySchedule:
         """The schedule of a step: a pure function of (seed, step), the same on every rank."""
         layout, rank, batch_size = self.layout, self.layout.rank, self.layout.batch_size
         encoded = self._encoded(seed, step)
-        images, views = encoded[rank] % batch_size, encoded[rank] // batch_size
-        if self.exchanges:
-            owners = [layout.owners[keys % batch_size] for keys in encoded]
-            place = np.empty(len(images), dtype=np.int64)
-            place[np.argsort(owners[rank], kind="stable")] = np.arange(len(images))
-            receive_sizes = np.bincount(owners[rank], minlength=layout.world_size).tolist()
-            sent = [keys[owner == rank] for keys, owner in zip(encoded, owners, strict=True)]
-            send_sizes = [len(keys) for keys in sent]
-            keys = np.concatenate(sent)
-            images, views = keys % batch_size, keys // batch_size
-        else:
-            place = np.arange(len(images))
-            send_sizes = receive_sizes = [len(images) * (other == rank) for other in range(layout.world_size)]
+        owners = [layout.owners[keys % batch_size] for keys in encoded]
+        place = np.empty(len(encoded[rank]), dtype=np.int64)
+        place[np.argsort(owners[rank], kind="stable")] = np.arange(len(place))
+        parts = [keys[owner == rank] for keys, owner in zip(encoded, owners, strict=True)]
+        sent = np.concatenate(parts)
         restore = np.empty(self.num_keys * batch_size, dtype=np.int64)
         for other, keys in enumerate(encoded):
             restore[keys] = other * self.largest + np.arange(len(keys))
         return KeyOrder(
             encoded=encoded,
-            sent_rows=layout.rows[images],
-            sent_views=views,
-            send_sizes=send_sizes,
-            receive_sizes=receive_sizes,
+            sent_rows=layout.rows[sent % batch_size],
+            sent_views=sent // batch_size,
+            send_sizes=[len(keys) for keys in parts],
+            receive_sizes=np.bincount(owners[rank], minlength=layout.world_size).tolist(),
             place=place,
             restore=restore,
         )

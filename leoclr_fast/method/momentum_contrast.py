@@ -24,13 +24,14 @@ from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d, replace_batc
 from leoclr_fast.losses.info_nce import info_nce
 from leoclr_fast.machine.precision import encoder_dtype, view_dtype
 from leoclr_fast.method.backbone import Encoder
+from leoclr_fast.method.half_encoder import HalfEncoder
 from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
-from leoclr_fast.method.key_encoder_copies import FoldedEncoder, HalfEncoder
 from leoclr_fast.method.key_queue import KeyQueue
 from leoclr_fast.method.key_schedule import KeyOrder, KeySchedule, fitting_group
 from leoclr_fast.method.method import Method, PartialLoss, StepTools
 from leoclr_fast.method.split_batchnorm import SplitBatchNorm2d
 from pipelines.batch import CropBatch
+from pipelines.views import LEOCLR_VIEWS, MOCOV2_VIEWS
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class MomentumContrast(Method):
             group = config.query_batchnorm_group if config.query_batchnorm == "split" else None
             replace_batchnorm(self.query_encoder, lambda norm: SplitBatchNorm2d(norm, group))
         self.queue = KeyQueue(config.queue_size, config.projection_dim)
-        self._copies: tuple[FoldedEncoder | HalfEncoder, ...] = ()  # in a tuple: its weights are none of this module's
+        self._rounded: tuple[HalfEncoder, ...] = ()  # in a tuple: its weights are none of this module's
 
     @classmethod
     def require(cls, result: ResultConfig) -> None:
@@ -82,14 +83,12 @@ class MomentumContrast(Method):
     def prepare(self, speed: SpeedConfig) -> None:
         self.loss_impl = speed.loss_impl
         dtype = view_dtype(speed.precision)
-        if self.config.key_batchnorm == "ema":
-            self._copies = (FoldedEncoder(self.key_encoder, dtype),)
-        elif dtype != encoder_dtype(speed.precision):
-            self._copies = (HalfEncoder(self.key_encoder, dtype),)
+        if dtype != encoder_dtype(speed.precision):
+            self._rounded = (HalfEncoder(self.key_encoder, dtype),)
 
     @property
     def _key_encoder(self) -> nn.Module:
-        return self._copies[0] if self._copies else self.key_encoder
+        return self._rounded[0] if self._rounded else self.key_encoder
 
     def plan(self, layout: BatchLayout) -> KeySchedule:
         """Raises ValueError where a shuffle of the configured batch would hide nothing; warns if none was asked for."""
@@ -195,8 +194,8 @@ class MomentumContrast(Method):
         update_key_encoder(
             self.key_encoder, self.query_encoder, self.config.key_momentum, include_buffers=include_buffers
         )
-        for copied in self._copies:
-            copied.refresh()
+        for rounded in self._rounded:
+            rounded.refresh()
 
     @torch.no_grad()
     def encode_keys(
@@ -235,6 +234,23 @@ class MomentumContrast(Method):
         """Put the step's keys of all ranks (P tensors [G, D]) into the queue: the first crop's, or all."""
         for key in keys if self.config.enqueue == "all" else keys[:1]:
             self.queue.enqueue(key)
+
+
+class LeOCLR(MomentumContrast):
+    """The uncropped original is the query; two random crops of it are its keys (Algorithm 1 of the LeOCLR paper)."""
+
+    title = "LeOCLR"
+    views = LEOCLR_VIEWS
+    baseline = "mocov2"
+    num_forwards = 5
+
+
+class MoCoV2(MomentumContrast):
+    """One random crop is the query, another one its key (Chen, Fan, Girshick, He 2020)."""
+
+    title = "MoCo-v2"
+    views = MOCOV2_VIEWS
+    num_forwards = 4
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from leoclr_fast.run.stepper import endless
 from leoclr_fast.run.telemetry import NonFiniteLossError
 from leoclr_fast.schedules import learning_rate
 from leoclr_fast.training.meters import Meters
-from leoclr_fast.training.out_of_memory import explained_out_of_memory
 from leoclr_fast.training.setup import Run, opened_run, patience_s
 from leoclr_fast.training.summary import write_summary
 
@@ -55,8 +54,7 @@ def train(run: Run) -> dict[str, Any]:
         for batch in meters.clock.timed(batches):
             lr = learning_rate(result.optimizer.schedule, result.lr, state.step, steps_per_epoch, result.epochs)
             # ---- a single step ------------------------------------------------------------------------------
-            with explained_out_of_memory(run.step, batch):
-                metrics = run.step(batch, lr)
+            metrics = run.step(batch, lr)
             # -------------------------------------------------------------------------------------------------
             begun()
             run.stop.patience_s = None  # from here on there is something to save

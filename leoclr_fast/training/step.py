@@ -74,17 +74,25 @@ class TrainingStep:
 
         batch: its crops on the step's device. lr: the learning rate of this step.
         Returns float64 [metrics] on the device: this rank's contribution to each of `metric_names`, to be summed over
-        ranks.
+        ranks. Raises torch.OutOfMemoryError, with what takes less; the training state is then void.
         """
         plan = self._plan_of(batch)
-        inputs = self._inputs(batch, plan)
-        self.training.set_learning_rate(lr)
-        if self._is_static and self._static is None and plan is self._common:
-            self._static = self._captured(inputs)
-        if self._static is not None and self._static.takes(inputs):
-            metrics = self._static(inputs)
-        else:
-            metrics = self._step([tensor.to(self.device, non_blocking=True) for tensor in inputs], plan)
+        try:
+            inputs = self._inputs(batch, plan)
+            self.training.set_learning_rate(lr)
+            if self._is_static and self._static is None and plan is self._common:
+                self._static = self._captured(inputs)
+            if self._static is not None and self._static.takes(inputs):
+                metrics = self._static(inputs)
+            else:
+                metrics = self._step([tensor.to(self.device, non_blocking=True) for tensor in inputs], plan)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise torch.OutOfMemoryError(
+                f"a batch of {len(batch.crops)} images does not fit the memory of {self.device}. Give a smaller "
+                "--batch-size, more --micro-batches, --precision bf16, or more GPUs."
+            ) from error
         self.training.step += 1
         return metrics
 

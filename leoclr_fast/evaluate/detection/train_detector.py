@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from leoclr_fast.distributed.batch_statistics import batch_statistics
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d, replace_batchnorm
+from leoclr_fast.distributed.sync_batchnorm import SyncBatchNorm2d, batch_statistics, replace_batchnorm
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage
 from leoclr_fast.evaluate.detection.config import DetectionConfig
 from leoclr_fast.evaluate.detection.faster_rcnn import FasterRCNNC4

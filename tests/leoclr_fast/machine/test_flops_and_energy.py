@@ -5,28 +5,18 @@ import types
 
 import pytest
 import torch
-from torch import nn
 
 from leoclr_fast.config import BackboneConfig
 from leoclr_fast.machine.energy import EnergyMeter, energy_between, energy_kwh
 from leoclr_fast.machine.gpu_state import sharing_warnings
 from leoclr_fast.method.flops import (
     encoder_macs,
-    forward_macs,
     mfu,
     peak_flops_per_s,
     peak_of_gpu,
     training_flops_per_image,
 )
 from leoclr_fast.recipes import get_recipe
-
-
-def test_a_convolution_and_a_linear_layer_by_hand():
-    network = nn.Sequential(
-        nn.Conv2d(4, 6, kernel_size=3, stride=2, groups=2, bias=False), nn.Flatten(), nn.Linear(54, 5)
-    )
-    macs = forward_macs(network, torch.zeros(2, 4, 7, 7))
-    assert macs == 2 * (6 * 3 * 3 * (4 // 2) * 3 * 3 + 54 * 5)
 
 
 def test_resnet50_at_224_is_what_everybody_counts():

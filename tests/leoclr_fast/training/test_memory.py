@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from leoclr_fast.distributed.collectives import Ranks
-from leoclr_fast.training.out_of_memory import OutOfMemoryError, explained_out_of_memory
 from leoclr_fast.training.state import TrainingState
 from leoclr_fast.training.step import TrainingStep
 from tests.leoclr_fast.conftest import tiny_config
@@ -16,16 +15,22 @@ from tests.leoclr_fast.training.test_training_step import CPU, crop_batches
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemoryError),
-        (RuntimeError("GET was unable to find an engine to execute this computation"), OutOfMemoryError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), torch.OutOfMemoryError),
         (RuntimeError("mat1 and mat2"), RuntimeError),
     ],
 )
-def test_a_batch_that_does_not_fit(error: RuntimeError, expected: type[RuntimeError]) -> None:
+def test_a_batch_that_does_not_fit(
+    error: RuntimeError, expected: type[RuntimeError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
     config = tiny_config()
     step, (batch,) = TrainingStep(TrainingState.fresh(config, Ranks(), CPU), config, CPU), crop_batches(config, 1)
-    with pytest.raises(expected) as raised, explained_out_of_memory(step, batch):
-        raise error
+    monkeypatch.setattr(step, "_step", fails)
+    with pytest.raises(expected) as raised:
+        step(batch, 0.1)
     assert str(raised.value) == (
         str(error)
         if expected is RuntimeError

@@ -12,21 +12,17 @@ from torch import Tensor
 from leoclr_fast.config import ResultConfig, RunConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.training.state import TrainingState
-from leoclr_fast.training.step import TrainingStep
 from pipelines.batch import CropBatch
-from pipelines.order import TrainOrder
 from tests.leoclr_fast.conftest import tiny_config
 from tests.leoclr_fast.rank_program import CPU, noise_batches
-from tests.leoclr_fast.training.test_training_step import first_images
+from tests.leoclr_fast.training.test_training_step import first_images, train
 
 
-def train(
-    config: RunConfig, batches: list[CropBatch], *, query_in_training: bool = True
-) -> tuple[TrainingState, Tensor]:
+def train_frozen(config: RunConfig, batches: list[CropBatch]) -> tuple[TrainingState, Tensor]:
+    """The query's batch-norm takes its running statistics, as an evaluation does."""
     training = TrainingState.fresh(config, Ranks(), CPU)
-    training.method.query_encoder.train(query_in_training)
-    step = TrainingStep(training, config, CPU, static=False)
-    return training, torch.stack([step(batch, config.result.lr) for batch in batches])
+    training.method.query_encoder.eval()
+    return train(config, batches, training=training)
 
 
 class TestWithoutBatchStatistics:
@@ -37,11 +33,11 @@ class TestWithoutBatchStatistics:
         """Metrics of six steps, and every tensor after them, to 1e-12; queue and optimizer move once a step."""
         config = tiny_config(result__method__key_batchnorm="ema", result__method__enqueue="all")
         batches = noise_batches(config, Ranks(), 6)
-        whole, expected = train(config, batches, query_in_training=False)
+        whole, expected = train_frozen(config, batches)
         split = tiny_config(
             result__method__key_batchnorm="ema", result__method__enqueue="all", result__micro_batches=micro_batches
         )
-        parts, metrics = train(split, batches, query_in_training=False)
+        parts, metrics = train_frozen(split, batches)
         torch.testing.assert_close(metrics, expected, rtol=1e-12, atol=1e-13)
         assert parts.step == whole.step == 6
         assert int(parts.method.queue.pointer) == 6 * 24 % 40
@@ -54,9 +50,8 @@ class TestWithoutBatchStatistics:
         batches = [
             first_images(batch, size) for batch, size in zip(noise_batches(config, Ranks(), 3), (12, 7, 2), strict=True)
         ]
-        _, expected = train(config, batches, query_in_training=False)
-        _, metrics = train(tiny_config(result__method__key_batchnorm="ema", result__micro_batches=3), batches,
-                           query_in_training=False)  # fmt: skip
+        _, expected = train_frozen(config, batches)
+        _, metrics = train_frozen(tiny_config(result__method__key_batchnorm="ema", result__micro_batches=3), batches)
         torch.testing.assert_close(metrics, expected, rtol=1e-12, atol=1e-13)
 
 
@@ -90,14 +85,8 @@ def test_an_overflow_in_fp16_skips_one_step_of_all_parts() -> None:
     assert int(training.method.queue.pointer) == 12
 
 
-class TestBadInput:
-    def test_no_parts_or_more_than_images(self) -> None:
-        with pytest.raises(ValueError, match="13 micro-batches are not allowed for a batch of 12: give"):
-            ResultConfig(batch_size=12, micro_batches=13)
-        with pytest.raises(ValueError, match="micro batches 0 is not allowed: give at least 1"):
-            ResultConfig(batch_size=12, micro_batches=0)
-
-    def test_parts_that_the_ranks_cannot_share(self) -> None:
-        message = "each needs at least one image of every micro-batch; raise --batch-size to 15 or more"
-        with pytest.raises(ValueError, match=message):
-            TrainOrder(num_images=40, batch_size=12, micro_batches=5, seed=0, world_size=3)
+def test_no_parts_or_more_than_images() -> None:
+    with pytest.raises(ValueError, match="13 micro-batches are not allowed for a batch of 12: give"):
+        ResultConfig(batch_size=12, micro_batches=13)
+    with pytest.raises(ValueError, match="micro batches 0 is not allowed: give at least 1"):
+        ResultConfig(batch_size=12, micro_batches=0)

@@ -6,14 +6,13 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.communication_meter import CommunicationMeter
 from benchmarks.kernels import AugmentBenchConfig
-from leoclr_fast.config import BackboneConfig, MethodConfig, RunConfig, SpeedConfig
+from leoclr_fast.config import RunConfig, SpeedConfig
 from leoclr_fast.distributed.collectives import Ranks
 from leoclr_fast.evaluate.detection.config import DetectionOptions
 from leoclr_fast.evaluate.protocols import TrainingOptions
@@ -21,10 +20,6 @@ from leoclr_fast.losses.info_nce_eager import info_nce_eager
 from leoclr_fast.machine import compiling
 from leoclr_fast.machine.compiling import what_compiling_lacks
 from leoclr_fast.machine.precision import settled
-from leoclr_fast.method.backbone import Encoder
-from leoclr_fast.method.key_batchnorm import KeyBatchNorm2d, convert_key_batchnorm
-from leoclr_fast.method.key_encoder_copies import FoldedEncoder, HalfEncoder
-from leoclr_fast.method.methods import METHODS
 from leoclr_fast.method.momentum_contrast import MomentumContrast
 from leoclr_fast.schedules import learning_rate
 from leoclr_fast.training import acceleration
@@ -35,31 +30,15 @@ from leoclr_fast.training.state import TrainingState
 from leoclr_fast.training.step import TrainingStep
 from pipelines.batch import CropBatch
 from tests.leoclr_fast.conftest import tiny_config
+from tests.leoclr_fast.rank_program import CPU, noise_batches
 from tests.tolerances import COMPILED_LOSS, SPEED_OPTION_LOSS
 
-CPU = torch.device("cpu")
 NUM_STEPS = 8  # of 12 images: a queue of 40 wraps around twice
 PRECISIONS = ["fp64", "fp32", "bf16", "fp16"]
 
 
 def crop_batches(config: RunConfig, num_batches: int = NUM_STEPS, device: torch.device = CPU) -> list[CropBatch]:
-    """Noise of the right shape; the method's views are 3 for leoclr and 2 for mocov2."""
-    side, size = config.result.views.image_size, config.result.batch_size
-    num_views = len(METHODS[config.result.method.name].views)
-    generator = torch.Generator().manual_seed(0)
-    return [
-        CropBatch(
-            crops=torch.randint(
-                0, 256, (size, num_views, side, side, 3), dtype=torch.uint8, generator=generator
-            ).to(device),
-            labels=torch.full((size,), -1),
-            indices=np.arange(number * size, (number + 1) * size),
-            boxes=np.zeros((size, num_views, 4), dtype=np.int32),
-            epoch=0,
-            step=number,
-        )
-        for number in range(num_batches)
-    ]  # fmt: skip
+    return [replace(batch, crops=batch.crops.to(device)) for batch in noise_batches(config, Ranks(), num_batches)]
 
 
 def first_images(batch: CropBatch, count: int) -> CropBatch:
@@ -213,8 +192,8 @@ class TestWarmUp:
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_leaves_every_tensor_as_it_was(self, precision: str) -> None:
         config = tiny_config(speed__precision=precision, result__method__key_batchnorm="ema")
-        batches = crop_batches(config, 3)
-        training, _ = train(config, batches[:2])
+        *before_it, batch = crop_batches(config, 6)
+        training, _ = train(config, before_it)  # until the loss scale has settled
         before = [tensor.clone() for tensor in training.tensors()]
         addresses = [tensor.data_ptr() for tensor in training.tensors()]
         step = TrainingStep(training, config, CPU, static=True)
@@ -224,11 +203,11 @@ class TestWarmUp:
             runs.append([tensor.clone() for tensor in training.tensors()])
             return step._step(inputs, step._common)
 
-        static = StaticFunction(counted, step._inputs(batches[2], step._common), training.tensors())
+        static = StaticFunction(counted, step._inputs(batch, step._common), training.tensors())
         assert len(runs) == 1
         assert all(torch.equal(tensor, value) for tensor, value in zip(training.tensors(), before, strict=True))
         assert [tensor.data_ptr() for tensor in training.tensors()] == addresses
-        static(step._inputs(batches[2], step._common))
+        static(step._inputs(batch, step._common))
         changed = [not torch.equal(tensor, value) for tensor, value in zip(training.tensors(), before, strict=True)]
         assert sum(changed) > 0.7 * len(changed)  # so the comparison above could have failed
 
@@ -252,59 +231,19 @@ class TestWarmUp:
         assert torch.equal(weight, torch.zeros(3))
 
 
-class TestFoldedEncoder:
-    """In `ema` mode the batch-norms of the key encoder are part of its convolutions."""
-
-    @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-    @pytest.mark.parametrize("stem", ["small", "imagenet"])
-    def test_equals_the_encoder_to_rounding(self, arch: str, stem: str) -> None:
-        torch.manual_seed(0)
-        backbone = BackboneConfig(arch=arch, stem=stem, width_multiplier=0.125)  # type: ignore[arg-type]
-        encoder = Encoder(backbone, 8).double()
-        convert_key_batchnorm(encoder, MethodConfig(key_batchnorm="ema"), Ranks())
-        norms = [module for module in encoder.modules() if isinstance(module, KeyBatchNorm2d)]
-        folded = FoldedEncoder(encoder, torch.float64)
-        images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-        for _ in range(2):
-            for norm in norms:
-                for tensor, low, high in (
-                    (norm.running_mean, -1, 1), (norm.running_var, 0.5, 2), (norm.weight, 0.5, 1), (norm.bias, -1, 1)
-                ):  # fmt: skip
-                    assert tensor is not None
-                    torch.nn.init.uniform_(tensor, low, high)
-            folded.refresh()
-            with torch.no_grad():
-                torch.testing.assert_close(folded(images), encoder(images), rtol=1e-11, atol=1e-12)
-        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
-
-    def test_it_follows_the_key_encoder_in_every_step(self) -> None:
-        config = tiny_config(result__method__key_batchnorm="ema")
-        batches = crop_batches(config, 4)
-        training, metrics = train(config, batches)
-        unfolded = TrainingState.fresh(config, Ranks(), CPU)
-        step = TrainingStep(unfolded, config, CPU)
-        assert isinstance(unfolded.method, MomentumContrast)
-        unfolded.method._copies = ()
-        rate = learning_rate("cosine_per_step", config.result.lr, 0, 2 * NUM_STEPS, 1)
-        rows = torch.stack([step(batch, 0.9**number * rate) for number, batch in enumerate(batches)])
-        torch.testing.assert_close(metrics, rows, rtol=1e-10, atol=0)
-        torch.testing.assert_close(training.method.queue.keys, unfolded.method.queue.keys, rtol=1e-9, atol=1e-11)
-
-
 @pytest.mark.parametrize("mode", ["split", "ema"])
-def test_copies_in_half_precision_are_what_autocast_computes(mode: str) -> None:
-    """To the last bit, in every step; and no weight of theirs is rounded again in a pass."""
+def test_a_copy_in_half_precision_is_what_autocast_computes(mode: str) -> None:
+    """To the last bit, in every step; and none of its weights is rounded again in a pass."""
     config = tiny_config(speed__precision="bf16", result__method__key_batchnorm=mode)
     batches = crop_batches(config, 3)
     rounded, metrics = train(config, batches)
     plain = TrainingState.fresh(config, Ranks(), CPU)
     assert isinstance(rounded.method, MomentumContrast)
     assert isinstance(plain.method, MomentumContrast)
-    (copied,) = rounded.method._copies
-    assert isinstance(copied, HalfEncoder if mode == "split" else FoldedEncoder)
+    (copied,) = rounded.method._rounded
     layers = [module for module in copied.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
     assert {weight.dtype for layer in layers for weight in layer.parameters()} == {torch.bfloat16}
-    plain.method._copies = (FoldedEncoder(plain.method.key_encoder, torch.float32),) if mode == "ema" else ()
+    plain.method._rounded = ()
     step = TrainingStep(plain, config, CPU)
     rate = learning_rate("cosine_per_step", config.result.lr, 0, 2 * NUM_STEPS, 1)
     rows = torch.stack([step(batch, 0.9**number * rate) for number, batch in enumerate(batches)])
