@@ -41,22 +41,19 @@ def run_step(config: SuiteConfig, say: Say) -> Answer:
         lambda precision: bench_step(bench, config.setting, config.speed(precision), say),
         lambda document: f"{document['header']}\n\n{step_table(document['rows'])}",
         config,
+        say,
     )
 
 
 def run_loss(config: SuiteConfig, say: Say) -> Answer:
     """LeOCLR's loss at B = 256, K = 65,536: in fp32, as in training, and on a GPU in bf16 too."""
     sizes: dict[str, Any] = {"batch_size": 16, "queue_size": 507, "rounds": 3} if config.tiny else {"rounds": 30}
-
-    def page(document: dict[str, Any]) -> str:
-        say(without_title(loss_markdown(document)))
-        return without_title(loss_markdown(document))
-
     return _of_each(
         ("fp32", "bf16") if _on_gpu(config) else ("fp32",),
         lambda precision: bench_loss(LossBenchConfig(precision=precision, device=config.device, **sizes)),
-        page,
+        lambda document: without_title(loss_markdown(document)),
         config,
+        say,
     )
 
 
@@ -86,6 +83,7 @@ def _of_each(
     bench: Callable[[Any], dict[str, Any]],
     page: Callable[[dict[str, Any]], str],
     config: SuiteConfig,
+    say: Say,
 ) -> Answer:
     """Precision -> document, kept after every one."""
     documents: dict[str, Any] = {}
@@ -93,6 +91,7 @@ def _of_each(
     for precision in precisions:
         documents[precision] = bench(precision)
         pages.append(page(documents[precision]))
+        say(pages[-1])
         answer = Answer(result=dict(documents), markdown="\n".join(pages))
         config.keep(answer)
     return answer
