@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torchvision.ops import box_iou
 
+from dataset_tools.images import open_image
 from leoclr_fast.evaluate.detection.annotations import AnnotatedImage, AnnotatedImages, ImageDetections
 
 Floats = npt.NDArray[np.float64]
@@ -69,7 +70,10 @@ def _read_image(year: Path, name: str) -> AnnotatedImage:
                 raise ValueError(f"{class_name!r} is none of VOC's classes ({', '.join(VOC_CLASSES)})")
             labels.append(VOC_CLASSES.index(class_name))
             difficult.append(item.findtext("difficult", "0").strip() == "1")
-        width, height = int(_text(root, "size/width")), int(_text(root, "size/height"))
+        if root.find("size") is None:
+            width, height = open_image(path).size
+        else:
+            width, height = int(_text(root, "size/width")), int(_text(root, "size/height"))
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"the annotation {annotation} cannot be understood: {error}") from error
     return AnnotatedImage(f"{year.name}/{name}", path, (width, height), boxes, labels, difficult)

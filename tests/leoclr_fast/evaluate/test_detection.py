@@ -184,6 +184,9 @@ class TestVocAnnotations:
         assert images[1].ignored.tolist() == [False, True]
         assert images[1].areas.tolist() == [80 * 64, 200]
         assert images[2].boxes.shape == (0, 4)
+        file.write_text("<annotation/>")  # without a size, it is the image's own
+        bare = read_voc(tmp_path, ["VOC2007/trainval"]).images[1]
+        assert (bare.width, bare.height) == (80, 64)
 
     @pytest.mark.parametrize(
         ("file", "content", "expected"),
