@@ -7,8 +7,9 @@ import torch
 from dataset_tools.limits import unknown
 from leoclr_fast.config import ResultConfig
 from leoclr_fast.distributed.collectives import Ranks
+from leoclr_fast.method.leoclr import LeOCLR
 from leoclr_fast.method.method import Method
-from leoclr_fast.method.momentum_contrast import LeOCLR, MoCoV2
+from leoclr_fast.method.mocov2 import MoCoV2
 
 METHODS: dict[str, type[Method]] = {"leoclr": LeOCLR, "mocov2": MoCoV2}
 

@@ -31,7 +31,6 @@ from leoclr_fast.method.key_schedule import KeyOrder, KeySchedule, fitting_group
 from leoclr_fast.method.method import Method, PartialLoss, StepTools
 from leoclr_fast.method.split_batchnorm import SplitBatchNorm2d
 from pipelines.batch import CropBatch
-from pipelines.views import LEOCLR_VIEWS, MOCOV2_VIEWS
 
 log = logging.getLogger(__name__)
 
@@ -234,23 +233,6 @@ class MomentumContrast(Method):
         """Put the step's keys of all ranks (P tensors [G, D]) into the queue: the first crop's, or all."""
         for key in keys if self.config.enqueue == "all" else keys[:1]:
             self.queue.enqueue(key)
-
-
-class LeOCLR(MomentumContrast):
-    """The uncropped original is the query; two random crops of it are its keys (Algorithm 1 of the LeOCLR paper)."""
-
-    title = "LeOCLR"
-    views = LEOCLR_VIEWS
-    baseline = "mocov2"
-    num_forwards = 5
-
-
-class MoCoV2(MomentumContrast):
-    """One random crop is the query, another one its key (Chen, Fan, Girshick, He 2020)."""
-
-    title = "MoCo-v2"
-    views = MOCOV2_VIEWS
-    num_forwards = 4
 
 
 @torch.no_grad()
