@@ -76,6 +76,8 @@ def read_subset_list(path: Path, split: Split) -> NDArray[np.int64]:
         text = content.decode("utf-16" if of_windows else "utf-8-sig", "surrogateescape").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"the list {path} begins as UTF-16 and is none: {error.reason}") from error
+    if "\0" in text:
+        raise ValueError(f"the list {path} is no text in UTF-8, or in UTF-16 with its mark at the beginning")
     wanted = [_unescaped(line.strip()) for line in text.split("\n") if line.strip()]
     if not wanted:
         raise ValueError(f"the list {path} is empty")

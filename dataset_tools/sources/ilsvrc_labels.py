@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dataset_tools.account import Account
 from dataset_tools.files import read_file
 from dataset_tools.sources.layout import first_few, refuse_strangers
-from dataset_tools.sources.raw_pixels import read_lines, read_table
+from dataset_tools.sources.raw_pixels import check_mat, read_lines, read_table
 from dataset_tools.sources.spool import DECOMPRESSORS, compression
 from dataset_tools.sources.tar_index import members
 
@@ -137,6 +137,7 @@ def _leaf_synsets(meta: bytes, devkit: Path) -> dict[int, str]:
             f"{MAPPING}) into {devkit.parent}."
         ) from error
     try:
+        check_mat(meta, META)
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         leaves = synsets[synsets["num_children"].astype(np.int64) == 0]
         wnid_of_id = {int(id_): str(wnid) for id_, wnid in zip(leaves["ILSVRC2012_ID"], leaves["WNID"], strict=True)}

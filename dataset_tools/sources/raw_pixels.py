@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import struct
+import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,10 @@ from PIL import Image
 from dataset_tools.files import ByteFile, read_file
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources.split import Split
+
+MAX_MAT_BYTES = 1 << 26
+_PACKED = 15
+"""The kind of an element of a .mat that zlib has packed."""
 
 
 class PixelSplit(Split):
@@ -131,6 +137,19 @@ def read_table(path: Path, wanted: tuple[str, ...], delimiter: str) -> list[dict
         if any(row[name] is None for row in rows):
             raise ValueError(f"{path} is damaged: a line is cut off before its column {name!r}")
     return rows
+
+
+def check_mat(content: bytes, where: str) -> None:
+    """Raises ValueError for a .mat in which more than MAX_MAT_BYTES are packed: zlib makes a thousandth of them."""
+    position, left = 128, MAX_MAT_BYTES
+    while position + 8 <= len(content):
+        kind, size = struct.unpack_from("<II", content, position)
+        position += 8
+        if kind == _PACKED:
+            left -= len(zlib.decompressobj().decompress(content[position : position + size], left + 1))
+            if left < 0:
+                raise ValueError(f"{where} is damaged: more than {MAX_MAT_BYTES >> 20} MiB are packed in it")
+        position += size
 
 
 def _text(path: Path) -> str:

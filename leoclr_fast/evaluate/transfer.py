@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
+from dataset_tools.files import read_file
 from dataset_tools.limits import unknown
 from dataset_tools.packed_names import PackedNames
 from dataset_tools.sources import ImageSource, Split, open_source
 from dataset_tools.sources.birdsnap import LISTS, open_birdsnap
 from dataset_tools.sources.image_folder import FolderSplit
 from dataset_tools.sources.layout import first_few
+from dataset_tools.sources.raw_pixels import check_mat
 from dataset_tools.subsets import limited
 from leoclr_fast.config_file import as_plain
 from leoclr_fast.evaluate.data import LabelledData, lacking, require_every_class
@@ -160,6 +162,10 @@ def _from_torchvision(name: str, folder: Path) -> ImageSource:
     for split in ("train", "test"):
         dataset: Any
         try:
+            for path in (*folder.glob("*.mat"), *folder.glob("devkit/*.mat"), *folder.glob("annotations/*.txt")):
+                content = read_file(path)  # raises for a pipe, which torchvision would wait for
+                if path.suffix == ".mat":
+                    check_mat(content, path.name)
             if name == "cars":
                 dataset = StanfordCars(folder.parent, split=split)
                 images, labels = zip(*dataset._samples, strict=True)

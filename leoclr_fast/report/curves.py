@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ def plots_of(runs: list[RunRecord], reference: Reference | None) -> list[Plot]:
     plots: list[Plot] = []
 
     def plot(title: str, shown: list[Curve], *, name: str = "", **options: Any) -> None:
-        name, x_label = name or title.lower().replace(" ", "-"), "epoch" if by_epoch else "step"
+        name, x_label = name or re.sub(r"[^\w/]+", "-", title.lower()), "epoch" if by_epoch else "step"
         plots.append(Plot(name=name, title=title, x_label=x_label, curves=shown, **options))
 
     loss = curves(_column("loss"))

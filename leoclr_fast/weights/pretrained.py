@@ -100,7 +100,9 @@ def _run_tensors(run: RunFolder, config: RunConfig) -> tuple[dict[str, Tensor], 
         path, _, state = newest
         prefix = f"{method_class(config.result.method.name).encoder_name}.backbone."
         method = state.get("method")
-        if not isinstance(method, dict) or not all(isinstance(tensor, Tensor) for tensor in method.values()):
+        if not isinstance(method, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in method.items()
+        ):
             raise ValueError(f"{path} is no checkpoint of a pretraining: it lacks the tensors of a method")
         tensors = {name.removeprefix(prefix): tensor for name, tensor in method.items() if name.startswith(prefix)}
     require_exact(tensors, config.result.backbone, str(path))

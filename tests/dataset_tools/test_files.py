@@ -70,6 +70,8 @@ def test_what_is_no_file_is_neither_read_nor_replaced(tmp_path: Path) -> None:
             open_regular(tmp_path / name)
         with pytest.raises(OSError, match=f"{name} is {kind}, which no file can replace"):
             write_file(tmp_path / name, "")
+    with pytest.raises(FileNotFoundError, match=r"directory: '[^']*/nowhere/x'$"):
+        write_file(tmp_path / "nowhere" / "x", "")
     with pytest.raises(IsADirectoryError):
         open_regular(tmp_path / "folder")
     with pytest.raises(OSError, match="folder is a folder, which no file can replace"):

@@ -29,15 +29,18 @@ class AnnotatedImage:
     ) -> None:
         """size: width and height. boxes: [n, 4]. labels: [n], from 0. ignored: [n], VOC's difficult objects, COCO's
         crowds; to find them is neither right nor wrong. areas: [n], pixels: COCO's of the segmentation; those of the
-        boxes if not given.
+        boxes if not given. Raises ValueError for infinite ones.
         """
         self.name, self.path = name, path
         self.width, self.height = size
-        self.boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+        with np.errstate(over="ignore"):
+            self.boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.ignored = np.asarray(ignored, dtype=np.bool_)
         box_areas = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1)
         self.areas = np.asarray(box_areas if areas is None else areas, dtype=np.float64)
+        if not (np.isfinite(self.boxes).all() and np.isfinite(self.areas).all()):
+            raise ValueError(f"{path}: the box of an object, or its area, is infinite")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

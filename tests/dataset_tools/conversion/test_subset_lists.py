@@ -155,9 +155,19 @@ class TestRead:
             ([*map(str, range(200_000)), "199999"], r"names '199999' more than once"),
             (["n00000001_5.JPEG", "n00000001/n00000001_5.JPEG"], "names an image more than once, in different words"),
             (["", "  "], r"the list .*list.txt is empty"),
+            (["n\0" * 5], "is no text in UTF-8, or in UTF-16 with its mark"),
             (['"open'], "begins with a quotation mark, but is no JSON string"),
         ],
-        ids=["part of a name", "missing", "twice", "the last of many twice", "other words", "empty", "quotation mark"],
+        ids=[
+            "part of a name",
+            "missing",
+            "twice",
+            "the last of many twice",
+            "other words",
+            "empty",
+            "zeros",
+            "quotation mark",
+        ],
     )
     def test_what_is_refused(self, tmp_path: Path, lines: list[str], message: str) -> None:
         with pytest.raises(ValueError, match=message):

@@ -198,6 +198,7 @@ class TestVocAnnotations:
             ("Annotations/000000.xml", "<annotation>", "cannot be understood"),
             ("Annotations/000000.xml", one_object("unicorn", (1, 1, 2, 2)), "'unicorn' is none of VOC's classes"),
             ("Annotations/000000.xml", one_object("cat", (9, 1, 2, 2)), "ends before it begins"),
+            ("Annotations/000000.xml", one_object("cat", (1, 1, 2, 10**300)), "000000.jpg: the box of an object"),
         ],
     )
     def test_damage_is_named(self, tmp_path: Path, file: str, content: str | None, expected: str) -> None:
@@ -234,6 +235,7 @@ class TestCocoAnnotations:
         for change, expected in (
             ({"image_id": 77}, "has boxes of 1 images that it does not list, as 77"),
             ({"category_id": 5}, "has a box of category 5, which it does not list"),
+            ({"bbox": [0, 0, 5, 1e300]}, "000000.jpg: the box of an object, or its area, is infinite"),
             ({"bbox": [0, 0, 5]}, r"annotations.0.bbox is .0, 0, 5.: Expected `array` of length 4, got 3"),
         ):
             file.write_text(json.dumps({**document, "annotations": [crowd | change]}))

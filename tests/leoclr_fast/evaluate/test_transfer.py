@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -124,9 +125,17 @@ def test_cars_are_what_torchvision_reads(tmp_path: Path) -> None:
         assert list(split.classes) == oracle.classes
         assert split.names[7] == f"cars_{published}/00007.jpg"
     assert len(data.train) == 392
-    (root / "stanford_cars" / "cars_test_annos_withlabels.mat").unlink()
+    listed = root / "stanford_cars" / "cars_test_annos_withlabels.mat"
+    savemat(listed, {"annotations": np.zeros(1 << 24)}, do_compression=True)
+    with pytest.raises(ValueError, match=r"is not whole \(cars_test_annos_withlabels.mat is damaged: more than 64 MiB"):
+        open_transfer_data("cars", root)
+    listed.unlink()
     with pytest.raises(ValueError, match=r"is not whole .* expected is stanford_cars/ with devkit/"):
         open_transfer_data("cars", root)
+    os.mkfifo(listed)
+    with pytest.raises(ValueError, match=r"is not whole .*withlabels.mat is a named pipe, and not a file"):
+        open_transfer_data("cars", root)
+    listed.unlink()
     (root / "stanford_cars" / "cars_train" / "00003.jpg").unlink()
     with pytest.raises(ValueError, match=r"1 of the 392 train images of Stanford Cars are not in .*cars_train/00003"):
         open_transfer_data("cars", root)

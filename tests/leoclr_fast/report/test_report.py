@@ -81,7 +81,8 @@ def test_text_of_users_stays_text_and_the_page_asks_for_nothing(tmp_path: Path) 
     (data / "val" / "class1").rename(data / "val" / evil)
     run, other = tmp_path / "</script><script>alert(2)</script>", tmp_path / "\"onclick=alert(4) '<!--\u2028"
     pretrain(tiny_config(monitor__knn_every_epochs=1), data, run, max_steps=4)
-    written_run(other, [start(), step_record(10), {"kind": "warning", "step": 10, "text": "<b>warned"}])
+    records = [start(metrics=[f"x_{evil}", '\\g<7>"']), step_record(10)]
+    written_run(other, [*records, {"kind": "warning", "step": 10, "text": "<b>warned"}])
     RunFolder(run).add_evaluation("<b>probe</b>", {"top1": 12.5, "weights": "</td><script>alert(3)</script>"})
     single, both = page_of([read_run(run)]), page_of([read_run(run), read_run(other)])
     for page in (single, both):
