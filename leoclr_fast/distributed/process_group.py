@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -26,7 +27,6 @@ COLLECTIVE_TIMEOUT_S = 600.0
 EVALUATION_TIMEOUT_S = 1800.0
 """The same in an evaluation, in which a rank may be the first to read or index its data."""
 _NCCL_MARGIN_S = 60.0
-_CONNECTING_MARGIN_S = 2.0
 _MAX_LISTED = 8
 
 
@@ -34,60 +34,131 @@ class JoinError(RuntimeError):
     """The ranks did not find each other."""
 
 
-def join(limit_s: float) -> tuple[dist.Store, int, int]:
-    """The store where the ranks meet, as torchrun tells it in the environment; this rank, and how many there are.
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the ranks of a run meet, as torchrun (or whoever started them) tells it in the environment."""
 
-    Raises ValueError if variables are missing, JoinError if the store or ranks do not come within the limit.
-    """
-    outcome: list[tuple[dist.Store, int, int] | Exception] = []
+    address: str
+    port: int
+    rank: int
+    world_size: int
+    attempt: int
+    """How often torchrun has started the ranks again."""
+    has_host: bool
+    """Whether torchrun itself hosts the store; otherwise the first rank does."""
 
-    def meet() -> None:
-        try:
-            outcome.append(next(dist.rendezvous("env://", timeout=timedelta(seconds=limit_s))))
-        except (ValueError, RuntimeError) as error:
-            outcome.append(error)
-
-    # In a thread: signals could not end torch's wait, and whatever else listens at the port it awaits without an end.
-    thread = threading.Thread(target=meet, daemon=True)
-    thread.start()
-    thread.join(limit_s + _CONNECTING_MARGIN_S)
-    found = outcome[0] if outcome else RuntimeError("whatever listens there does not answer")
-    if isinstance(found, ValueError):
-        raise found
-    if isinstance(found, Exception):
-        reason = str(found).splitlines()[0]  # behind it may come a trace of C++ calls
-        raise JoinError(
-            f"rank {os.environ['RANK']} on {socket.gethostname()} did not meet the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {limit_s:g} s: {reason}. Is the first "
-            "node up, is the address right, does a firewall let the port through, and has no other program the port? "
-            "--monitor.join-limit-s sets how long to wait."
-        ) from found
-    store, rank, world_size = found
-    prefix = "leoclr_fast"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # which holds what was before a restart, too
-        prefix += f"/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world_size}"
-    store = dist.PrefixStore(prefix, store)
-    wait_for_all(store, rank, world_size, limit_s)
-    return store, rank, world_size
-
-
-def wait_for_all(store: dist.Store, rank: int, world_size: int, limit_s: float) -> None:
-    """Until every rank is here. Raises JoinError, with the ranks that are missing and those that are there."""
-    store.set(f"joined/{rank}", f"{socket.gethostname()} (process {os.getpid()})")
-    keys = [f"joined/{rank}" for rank in range(world_size)]
-    deadline, pause_s = time.monotonic() + limit_s, 0.01
-    while not store.check(keys):
-        if time.monotonic() > deadline:
-            here = [rank for rank, key in enumerate(keys) if store.check([key])]
-            missing = [rank for rank in range(world_size) if rank not in here]
-            places = [f"rank {rank} on {store.get(keys[rank]).decode()}" for rank in here[:_MAX_LISTED]]
-            raise JoinError(
-                f"after {limit_s:g} s, {listed_ranks(missing)} of {world_size} did not come; here: {', '.join(places)}"
-                f"{'…' if len(here) > _MAX_LISTED else ''}. Look at why they did not start, or give "
-                "--monitor.join-limit-s more seconds."
+    @classmethod
+    def of_environment(cls) -> Rendezvous | None:
+        """None outside torchrun. Raises ValueError if variables are missing or are no numbers."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return None
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise ValueError(
+                f"RANK and WORLD_SIZE are set and {' and '.join(missing)} not: start the ranks with torchrun, or set "
+                "all four; unset RANK to run alone"
             )
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, 0.5)
+        numbers = {}
+        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+            try:
+                numbers[name] = int(os.environ[name])
+            except ValueError as error:
+                raise ValueError(f"{name}={os.environ[name]} is not allowed: give a number") from error
+        if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
+            raise ValueError(
+                f"RANK={numbers['RANK']} is not allowed with WORLD_SIZE={numbers['WORLD_SIZE']}: ranks count from 0"
+            )
+        return cls(
+            address=os.environ["MASTER_ADDR"],
+            port=numbers["MASTER_PORT"],
+            rank=numbers["RANK"],
+            world_size=numbers["WORLD_SIZE"],
+            attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            has_host=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        )
+
+    def connect(self, limit_s: float) -> dist.Store:
+        """A new connection to the store. Raises JoinError if there is none within the limit, or its port is taken."""
+        hosts = self.rank == 0 and not self.has_host
+        if not hosts:
+            self._wait_for_port(limit_s)
+        return dist.PrefixStore(self._prefix, self._open_store(hosts, limit_s))
+
+    @property
+    def _prefix(self) -> str:
+        """In torchrun's store another one after every restart, so that nothing of before is read. The first rank's own
+        begins anew, and torchruns that joined the run later have counted fewer restarts.
+        """
+        if not self.has_host:
+            return "leoclr_fast"
+        return f"leoclr_fast/{self.attempt}/{self.world_size}"
+
+    def wait_for_all(self, store: dist.Store, limit_s: float) -> None:
+        """Until every rank is here. Raises JoinError, with the ranks that are missing and those that are there."""
+        store.set(f"joined/{self.rank}", f"{socket.gethostname()} (process {os.getpid()})")
+        keys = [f"joined/{rank}" for rank in range(self.world_size)]
+        deadline, pause_s = time.monotonic() + limit_s, 0.01
+        while not store.check(keys):
+            if time.monotonic() > deadline:
+                here = [rank for rank, key in enumerate(keys) if store.check([key])]
+                missing = [rank for rank in range(self.world_size) if rank not in here]
+                places = [f"rank {rank} on {store.get(keys[rank]).decode()}" for rank in here[:_MAX_LISTED]]
+                raise JoinError(
+                    f"after {limit_s:g} s, {listed_ranks(missing)} of {self.world_size} did not come to "
+                    f"{self.address}:{self.port}; here: {', '.join(places)}{'…' if len(here) > _MAX_LISTED else ''}. "
+                    "Look at why they did not start, or give --monitor.join-limit-s more seconds."
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.5)
+
+    def _wait_for_port(self, limit_s: float) -> None:
+        """A quiet wait: torch's own one prints a trace of its C++ calls."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                socket.create_connection((self.address, self.port), timeout=max(0.1, min(5.0, left))).close()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise JoinError(
+                        f"rank {self.rank} on {socket.gethostname()} waited {limit_s:g} s for the master "
+                        f"{self.address}:{self.port} and cannot connect to it: {error.strerror or error}. Is the first "
+                        "node up, is the address right, and does a firewall let the port through? "
+                        "--monitor.join-limit-s sets how long to wait."
+                    ) from error
+            time.sleep(min(0.2, max(0.0, left)))
+
+    def _open_store(self, hosts: bool, limit_s: float) -> dist.Store:
+        """In a thread: whatever listens at the port instead of a store would be waited for without an end."""
+        outcome: list[dist.Store | Exception] = []
+
+        def connect() -> None:
+            try:
+                outcome.append(
+                    dist.TCPStore(
+                        self.address,
+                        self.port,
+                        self.world_size,
+                        is_master=hosts,
+                        timeout=timedelta(seconds=limit_s),
+                        wait_for_workers=False,
+                        multi_tenant=True,
+                    )
+                )
+            except Exception as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        thread.join(limit_s)
+        if outcome and isinstance(outcome[0], dist.Store):
+            return outcome[0]
+        reason = f": {str(outcome[0]).splitlines()[0]}" if outcome else ", although something listens there"
+        raise JoinError(
+            f"rank {self.rank} on {socket.gethostname()} found no torch store at {self.address}:{self.port}{reason}. "
+            "Choose another MASTER_PORT if another program has it."
+        )
 
 
 @contextmanager
@@ -106,10 +177,13 @@ def process_group(
     chosen = resolve_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    rendezvous = Rendezvous.of_environment()
+    if rendezvous is None:
         yield Ranks(), chosen
         return
-    store, rank, world_size = join(join_limit_s)
+    rank, world_size = rendezvous.rank, rendezvous.world_size
+    store = rendezvous.connect(join_limit_s)
+    rendezvous.wait_for_all(store, join_limit_s)
     dist.init_process_group(
         "nccl" if chosen.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
