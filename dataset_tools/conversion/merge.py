@@ -118,7 +118,7 @@ def _splits(parts: list[_Part]) -> dict[str, list[_Part]]:
         chosen.sort(key=lambda part: part.manifest.part or (1, 1))
         given = [part.manifest.part or (1, 1) for part in chosen]
         count = given[0][1]
-        if given != [(number, count) for number in range(1, count + 1)]:
+        if len(given) != count or given != [(number, count) for number in range(1, count + 1)]:
             raise ValueError(
                 f"of {name}, which was converted in {count} part(s), these are given: "
                 f"{', '.join(f'{number}/{of}' for number, of in given)}; give each part once"

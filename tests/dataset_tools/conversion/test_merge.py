@@ -127,6 +127,12 @@ class TestRefused:
     def test_parts_that_make_no_whole(self, made: Path, refused, given: str, message: str) -> None:
         refused([made / "ffcv" / name for name in given.split()], message)
 
+    def test_a_part_of_two_thousand_million(self, made: Path, tmp_path: Path, refused) -> None:
+        """Their list would not fit into the memory."""
+        shutil.copytree(made / "ffcv" / "part1", tmp_path / "part1")
+        replace(Manifest.load(tmp_path / "part1"), part=(1, 1 << 31)).save(tmp_path / "part1")
+        refused([tmp_path / "part1"], "which was converted in 2147483648 part.*are given: 1/2147483648; give each")
+
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
