@@ -54,10 +54,11 @@ class Page:
         self.evaluate("new Promise((done) => requestAnimationFrame(() => done(1)))")
 
     def show_as(self, width: int = 1280, height: int = 900, *, dark: bool = False, media: str = "screen") -> None:
-        """A window of that size, in a colour scheme, on screen or on paper."""
+        """A window of that size, in a colour scheme, on screen or on paper; scrolling is at once, without motion."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self.call("Emulation.setEmulatedMedia", media=media, features=[scheme, still])
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
