@@ -21,6 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import leoclr_fast.commands.pretrain
 import leoclr_fast.training.loop  # noqa: F401
 from leoclr_fast.cli import run_command
+from tests.leoclr_fast.forked_ranks import load_kernels
 from tests.leoclr_fast.pages import leave_out
 
 
@@ -101,4 +102,5 @@ def serve() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] != ["pages"]:
         leave_out()
+    load_kernels()
     serve()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from pipelines import augment_numba, crop_resize_numba
+
 LIMIT_S = 270
 
 
@@ -30,6 +32,12 @@ def on_ranks(module: str, *arguments: object, log: Path) -> None:
     assert done.returncode == 0, log.read_text()
 
 
+def load_kernels() -> None:
+    """numba's, once for all that are forked then: a second in each of them."""
+    augment_numba.compiled_kernel()
+    crop_resize_numba.compiled_kernel()
+
+
 def fork_ranks(num_ranks: int, main: Callable[[], None]) -> None:
     """In that process: run `main` on every rank, with the variables that torchrun sets; exits with what they exit."""
 
@@ -38,6 +46,7 @@ def fork_ranks(num_ranks: int, main: Callable[[], None]) -> None:
         os.environ["LOCAL_WORLD_SIZE"] = str(num_ranks)
         main()
 
+    load_kernels()
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(num_ranks)]
     for rank in ranks:
