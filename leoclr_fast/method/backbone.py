@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -95,6 +97,14 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     network.feature_dim = channels[-1] * block.expansion
     network.fc = nn.Identity()
     return network
+
+
+def loaded_backbone(config: BackboneConfig, tensors: Mapping[str, Tensor]) -> Backbone:
+    """The backbone with these tensors, all that it has; no weights are drawn before."""
+    with torch.device("meta"):
+        backbone = build_backbone(config)
+    backbone.to_empty(device="cpu").load_state_dict(tensors)
+    return backbone
 
 
 class Encoder(nn.Module):

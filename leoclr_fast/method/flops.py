@@ -5,6 +5,8 @@ One multiply-accumulate (MAC) is two floating-point operations (FLOPs).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,6 +36,7 @@ _PEAK_TFLOPS: dict[str, dict[str, float]] = {
 """Words of a GPU's name -> its rates; the first that fits counts."""
 
 
+@cache
 def encoder_macs(backbone: BackboneConfig, projection_dim: int, image_size: int, projection_layers: int = 2) -> int:
     """Multiply-accumulates of one forward pass of an encoder for one image of `image_size` pixels a side: backbone
     and projection head. ResNet-50 at 224: 4.09 billion. Batch-norm, activations and pooling are not counted.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -58,10 +59,16 @@ def require_exact(tensors: Mapping[str, Tensor], config: BackboneConfig, origin:
         )
 
 
+@cache
+def layout_of(config: BackboneConfig) -> Mapping[str, Tensor]:
+    """The tensors of this backbone, without their values."""
+    with torch.device("meta"):
+        return build_backbone(config).state_dict()
+
+
 def _misfits(tensors: Mapping[str, Tensor], config: BackboneConfig) -> dict[str, list[str]]:
     """What is wrong → a line for each tensor that another network would fit better."""
-    with torch.device("meta"):
-        network = build_backbone(config).state_dict()
+    network = layout_of(config)
     common = [(name, tensors[name], wanted) for name, wanted in network.items() if name in tensors]
     return {
         "missing": [f"{name} {list(wanted.shape)}" for name, wanted in network.items() if name not in tensors],

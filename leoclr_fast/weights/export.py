@@ -21,7 +21,8 @@ from torchvision import models
 from dataset_tools.files import write_file
 from dataset_tools.versions import installed_version
 from leoclr_fast.config import BackboneConfig
-from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.method.backbone import loaded_backbone
+from leoclr_fast.weights.architecture import layout_of
 from leoclr_fast.weights.backbone_file import backbone_bytes, require_new_file
 from leoclr_fast.weights.detectron2 import detectron2_bytes, read_detectron2
 from leoclr_fast.weights.pretrained import Pretrained, load_pretrained
@@ -128,9 +129,7 @@ class Detectron2Format(ExportFormat):
         return detectron2_bytes(pretrained.backbone.state_dict())
 
     def features(self, path: Path, config: BackboneConfig, images: Tensor) -> Tensor:
-        network = build_backbone(config)
-        network.load_state_dict(read_detectron2(path, list(network.state_dict())))
-        return network.eval()(images)
+        return loaded_backbone(config, read_detectron2(path, list(layout_of(config)))).eval()(images)
 
     def usage(self, file_name: str, pretrained: Pretrained) -> str:
         views, config = pretrained.description.views, pretrained.description.backbone

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dataset_tools.files import write_file
 from dataset_tools.sources.layout import first_few
-from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.method.backbone import loaded_backbone
 from leoclr_fast.run.tensors import load_tensors
 from leoclr_fast.weights.architecture import recognised_backbone
 from leoclr_fast.weights.backbone_file import Description, backbone_bytes, require_new_file, weights_sha256
@@ -55,8 +55,7 @@ def import_moco(checkpoint: Path, out: Path) -> dict[str, Any]:
             f"(fc.0.weight, fc.0.bias, fc.2.weight, fc.2.bias): it has {_listed(head) or 'nothing'}"
         )
     _require_known_others(others, query, checkpoint)
-    backbone = build_backbone(config)
-    backbone.load_state_dict(tensors)
+    backbone = loaded_backbone(config, tensors)
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     after = "" if epoch is None else f" after epoch {epoch}"
     file_sha256, head_title = hashlib.sha256(content).hexdigest(), _HEADS[tuple(sorted(head))]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.models.resnet import ResNet
 
 from leoclr_fast.config import RunConfig
-from leoclr_fast.method.backbone import build_backbone
+from leoclr_fast.method.backbone import loaded_backbone
 from leoclr_fast.method.methods import build_method, method_class
 from leoclr_fast.run.checkpoint import newest_checkpoint
 from leoclr_fast.run.folder import RunFolder
@@ -76,10 +76,8 @@ def load_pretrained(weights: Path, *, untrained: bool = False) -> Pretrained:
             tensors = build_method(config.result).kept_encoder.backbone.state_dict()
         else:
             tensors, path = _run_tensors(run, config)
-    backbone = build_backbone(description.backbone)
-    backbone.load_state_dict(tensors)
     return Pretrained(
-        backbone=backbone,
+        backbone=loaded_backbone(description.backbone, tensors),
         description=description,
         path=path,
         sha256=weights_sha256(tensors),
