@@ -27,9 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _SLOWEST_FILES = (
-    *("test_faults", "test_fake_gpu", "test_augment", "test_kill", "test_crop_resize", "test_resume"),
-    *("test_many_ranks", "test_gpu_suite", "test_report", "test_info_nce_triton"),
-    *("test_real_data", "test_bench_scaling"),
+    *("test_faults", "test_fake_gpu", "test_triton_interpreter", "test_kill", "test_resume", "test_many_ranks"),
+    *("test_loader", "test_report", "test_info_nce_triton", "test_round_trip", "test_gpu_suite"),
 )
 
 

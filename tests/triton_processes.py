@@ -16,13 +16,13 @@ import pytest
 _ROOT = Path(__file__).parents[1]
 
 
-def assert_passes_in_the_interpreter(tests: Path, marked: str, at_least: int, names: str = "") -> None:
-    """Run a file of tests with TRITON_INTERPRET=1: at least so many pass, none fails or is skipped.
+def assert_passes_in_the_interpreter(tests: Sequence[Path], marked: str, at_least: int, names: str) -> None:
+    """Run files of tests with TRITON_INTERPRET=1: at least so many pass, none fails or is skipped.
 
     marked, names: pytest's `-m` and `-k`.
     """
     options = ["-p", "no:cacheprovider", "-m", marked, "-k", names]
-    command = [sys.executable, "-m", "pytest", "-q", *options, str(tests)]
+    command = [sys.executable, "-m", "pytest", "-q", *options, *map(str, tests)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

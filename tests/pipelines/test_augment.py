@@ -4,7 +4,7 @@ The truth is torchvision in float64, but for the hue: there torchvision falls ba
 out here, and held against torchvision and colorsys.
 
 Triton reads TRITON_INTERPRET when it is imported: its kernels meet `TestEachImplementation` in a process of its own, at
-sizes for its interpreter.
+sizes for its interpreter (`test_triton_interpreter`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,7 +67,6 @@ from tests.tolerances import (
     TORCHVISION_HUE,
     Tolerance,
 )
-from tests.triton_processes import assert_compiles_and_fits, assert_passes_in_the_interpreter, compilations
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ORDERS = module._JITTER_ORDERS
@@ -427,23 +424,6 @@ class TestAgainstThePublishedPath:
         difference = self.differences(24, size, "waves", random_parameters(24)).abs()
         assert difference.max() <= PIL_CHAIN.max
         assert difference.mean() <= PIL_CHAIN.mean
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
-class TestTritonElsewhere:
-    """In its interpreter, and compiled for GPUs that are not here."""
-
-    @pytest.mark.parametrize(
-        ("marked", "at_least"),
-        [("not long", 45), pytest.param("long", 10, marks=[pytest.mark.long, pytest.mark.timeout(1500)])],
-    )
-    def test_in_the_interpreter(self, marked: str, at_least: int) -> None:
-        names = "TestEachImplementation or TestInterpreted"
-        assert_passes_in_the_interpreter(Path(__file__), marked, at_least, names)
-
-    @pytest.mark.parametrize(("sizes", "targets"), compilations("augment"))
-    def test_it_compiles_ahead_of_time_and_fits(self, sizes: str, targets: tuple[int, ...], tmp_path: Path) -> None:
-        assert_compiles_and_fits(sizes, {"sum_grays", "colour", "blur_rows", "blur_columns"}, tmp_path, targets)
 
 
 if INTERPRETED:

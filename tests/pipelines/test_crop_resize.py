@@ -5,7 +5,7 @@ goes the other way for a box that shrinks more in height, which moves single pix
 one side at a time fixes the order on any version.
 
 Triton reads TRITON_INTERPRET when it is imported: its kernels meet `TestEachImplementation` in a process of its own, at
-sizes for its interpreter.
+sizes for its interpreter (`test_triton_interpreter`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,6 @@ from pipelines.packed_images import PackedImages
 from tests.pipelines.oracle import cut
 from tests.pipelines.pictures import picture
 from tests.tolerances import RESIZE_AND_CENTER_CROP, Tolerance
-from tests.triton_processes import assert_compiles_and_fits, assert_passes_in_the_interpreter, compilations
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLS: tuple[Impl, ...] = ("triton",) if INTERPRETED else ("torch", "numba")
@@ -188,24 +186,6 @@ def test_nothing_is_read_back_from_the_device() -> None:
     ours = crop_resize(on_device, np.zeros(5, dtype=np.int64), random_boxes(20, 30, 5), 8)
     assert ours.shape == (5, 8, 8, 3)
     assert ours.device.type == "meta"
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
-class TestTritonElsewhere:
-    """In its interpreter, and compiled for GPUs that are not here."""
-
-    @pytest.mark.parametrize(
-        ("marked", "at_least"),
-        [("not long", 35), pytest.param("long", 13, marks=[pytest.mark.long, pytest.mark.timeout(1500)])],
-    )
-    def test_in_the_interpreter(self, marked: str, at_least: int) -> None:
-        names = "TestEachImplementation or test_any_scratch"
-        assert_passes_in_the_interpreter(Path(__file__), marked, at_least, names)
-
-    @pytest.mark.parametrize(("sizes", "targets"), compilations("crop_resize"))
-    def test_it_compiles_ahead_of_time_and_fits(self, sizes: str, targets: tuple[int, ...], tmp_path: Path) -> None:
-        kernels = {"crop_resize_weights", "crop_resize_rows", "crop_resize_columns"}
-        assert_compiles_and_fits(sizes, kernels, tmp_path, targets)
 
 
 if INTERPRETED:

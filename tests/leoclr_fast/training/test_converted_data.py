@@ -18,12 +18,17 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in RunFolder(run).read_metrics("step")]
 
 
+@pytest.fixture(scope="module")
+def data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Format -> the same images in it."""
+    made = {format: tmp_path_factory.mktemp("converted") / format for format in ("ffcv", "webdataset")}
+    for format, folder in made.items():
+        convert(tiny_data, folder, ConvertOptions(format=format, order="source"), workers=1)  # type: ignore[arg-type]
+    return {"folder": tiny_data, **made}
+
+
 @pytest.mark.parametrize("loader", ["resident", "torchvision"])
-def test_pretraining_is_the_same_on_all_formats(tiny_data: Path, tmp_path: Path, loader: str) -> None:
-    data = {"folder": tiny_data}
-    for format in ("ffcv", "webdataset"):
-        data[format] = tmp_path / format
-        convert(tiny_data, data[format], ConvertOptions(format=format, order="source"), workers=2)  # type: ignore[arg-type]
+def test_pretraining_is_the_same_on_all_formats(data: dict[str, Path], tmp_path: Path, loader: str) -> None:
     config = tiny_config(result__epochs=2, speed__loader__name=loader)
     summaries = {name: pretrain(config, path, tmp_path / f"run-{name}") for name, path in data.items()}
     expected = losses(tmp_path / "run-folder")
