@@ -19,9 +19,10 @@ packages = $(wildcard dataset_tools pipelines leoclr_fast benchmarks)
 # Bash prints the wall time of what follows; the exit status is that of the command.
 timed = @TIMEFORMAT='[make] $(1): %0R s'; time
 # The tests of dataset_tools have processes of their own: they fork often, which is slow where torch has been imported.
-# 5 is pytest's exit status where TEST_ARGS selects nothing.
+# 5 is pytest's exit status where TEST_ARGS selects nothing, 1 where a test failed; with any other it was stopped.
 pytest = { for part in tests/dataset_tools 'tests --ignore=tests/dataset_tools'; do \
-	OMP_WAIT_POLICY=PASSIVE $(bin)/python -m pytest $$part $(1) --durations=15 $(TEST_ARGS); ends+=$$?; \
+	OMP_WAIT_POLICY=PASSIVE $(bin)/python -m pytest $$part $(1) --durations=15 $(TEST_ARGS); end=$$?; ends+=$$end; \
+	[[ $$end == [015] ]] || break; \
 	done; [[ $$ends =~ ^(00|05|50)$$ ]]; }
 
 help:

@@ -100,7 +100,10 @@ def build_backbone(config: BackboneConfig) -> Backbone:
 
 
 def loaded_backbone(config: BackboneConfig, tensors: Mapping[str, Tensor]) -> Backbone:
-    """The backbone with these tensors, all that it has; no weights are drawn before."""
+    """`build_backbone` with these tensors, of its names and shapes, as float32 on the CPU; no weights are drawn before.
+
+    Raises RuntimeError if one is missing, left over or of another shape.
+    """
     with torch.device("meta"):
         backbone = build_backbone(config)
     backbone.to_empty(device="cpu").load_state_dict(tensors)

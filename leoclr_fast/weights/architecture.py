@@ -61,7 +61,7 @@ def require_exact(tensors: Mapping[str, Tensor], config: BackboneConfig, origin:
 
 @cache
 def layout_of(config: BackboneConfig) -> Mapping[str, Tensor]:
-    """The tensors of this backbone, without their values."""
+    """Name -> tensor of this backbone on the meta device: shapes and dtypes without values."""
     with torch.device("meta"):
         return build_backbone(config).state_dict()
 
